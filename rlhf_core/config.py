@@ -1,0 +1,13 @@
+"""The base of every config section: frozen after parsing, and no unknown key."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A group of settings. A misspelt key raises; a parsed value never changes.
+
+    One schema serves the YAML file, the form in the Prefect UI and the MLflow parameters, so every
+    field carries a description with its unit, and bounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,30 @@
+"""Errors that a user can cause and mend.
+
+    UserError            one sentence: what is wrong, where, and the way out
+    ├── ConfigError      a setting that contradicts another or the data
+    ├── DataError        a file, row or field
+    ├── ModelError       a model or tokenizer that cannot be found or used
+    └── NumericsError    a loss, gradient or reward that is no longer finite
+
+The command prints their message alone; anything else is a defect and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """What is wrong, where, and the way out, in one or two sentences."""
+
+
+class ConfigError(UserError):
+    """A setting that contradicts another setting or the data."""
+
+
+class DataError(UserError):
+    """A file, row or field that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer that cannot be found, read or used."""
+
+
+class NumericsError(UserError):
+    """A tensor that must be finite and is not."""
