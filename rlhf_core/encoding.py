@@ -1,0 +1,103 @@
+"""From text to tokens, the same way in every stage. Knows tokenizers; knows nothing about models.
+
+A training text is `prompt tokens + response tokens + end of sequence`; prompt and response are
+tokenised apart, so that what a policy is asked is exactly what it was trained on.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.types import PromptBatch
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | list[Message]
+
+PAD_TOKEN = "<|pad|>"
+
+# For tokenizers that bring no template: the plain dialogue of the HH-RLHF data.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\\n\\nAssistant: ' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+
+def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that a policy continues: a string as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+    rendered = tokenizer.apply_chat_template(
+        prompt, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return str(rendered)
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one."""
+    ids: list[int] = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    uses_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Response tokens, closed by the end-of-sequence token."""
+    ids: list[int] = tokenizer(response, add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_pair(
+    prompt: Prompt, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], int, bool]:
+    """Tokens of prompt and response, at most `max_length` of them.
+
+    A text that is too long loses the end of its response, and the start of its prompt where the
+    prompt alone would leave the response less than half of the room.
+
+    Returns: tokens, how many of them belong to the prompt, and whether anything was cut.
+    """
+    head, tail = encode_prompt(prompt, tokenizer), encode_response(response, tokenizer)
+    if len(head) + len(tail) <= max_length:
+        return head + tail, len(head), False
+    tail = tail[: max(max_length - len(head), max_length // 2, 1)]
+    head = head[max(len(head) + len(tail) - max_length, 0) :]
+    return head + tail, len(head), True
+
+
+def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """(B, R) tokens and their mask -> the texts, without special tokens."""
+    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, max_length: int) -> PromptBatch:
+    """Prompts as one batch, padded on the left; a longer one keeps its last `max_length` tokens."""
+    kept = [row[-max_length:] for row in rows]
+    width = max(map(len, kept))
+    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in kept]
+    mask = [[False] * (width - len(row)) + [True] * len(row) for row in kept]
+    return PromptBatch(torch.tensor(ids), torch.tensor(mask))
+
+
+def right_pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length -> (B, T) tensor filled up on the right, and its (B, T) mask."""
+    width = max(map(len, rows))
+    ids = [list(row) + [fill] * (width - len(row)) for row in rows]
+    mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
+) -> PromptBatch:
+    """Prompts as one batch, padded on the left."""
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    return left_pad(rows, tokenizer.pad_token_id, max_length)

