@@ -1,0 +1,242 @@
+"""What each model minimises.
+
+Sums and token counts are kept apart, or the count of the whole minibatch is handed in: a mean per
+micro-batch, averaged over micro-batches of unequal length, would be another objective.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rlhf_core.functional._contracts import check_shapes
+
+IGNORE_INDEX = -100
+MAX_LOG_RATIO = 20.0
+
+
+class TokenNLL(NamedTuple):
+    """A sum over tokens and how many they were; divide by the tokens of the whole minibatch."""
+
+    total: Tensor  # () nats
+    tokens: Tensor  # () int64
+
+
+class ClippedLoss(NamedTuple):
+    """A loss with a clip. Under one `normalizer` both parts add up over micro-batches."""
+
+    loss: Tensor  # ()
+    clip_fraction: Tensor  # () share of the tokens whose gradient the clip took away
+
+
+def completion_nll(logits: Tensor, labels: Tensor) -> TokenNLL:
+    """Negative log-likelihood of the labelled tokens, summed.
+
+        total = -Σₜ 1[labelₜ ≠ -100]·log π(labelₜ|sₜ)
+
+    Nothing is shifted here: `logits[:, t]` must be the prediction of `labels[:, t]`, so a causal
+    model's output goes in as `logits[:, :-1]` with `input_ids[:, 1:]`.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T) int64, -100 where a token is not trained on.
+
+    Returns:
+        The sum in nats and the number of tokens in it. The sum is returned, and not the mean, so
+        that micro-batches can be added up and divided once.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    check_shapes(logits=(logits, "BTV"), labels=(labels, "BT"))
+    keep = labels != IGNORE_INDEX
+    # Only the rows that count are copied: less memory, and nothing else can reach the gradient.
+    kept = logits[keep]
+    wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
+    return TokenNLL(functional.cross_entropy(wide, labels[keep], reduction="sum"), keep.sum())
+
+
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    center_coef: float = 0.0,
+) -> Tensor:
+    """Negative log-likelihood of preferences between pairs, mean over the pairs.
+
+        d = r_chosen - r_rejected - margin
+        loss = mean(-(1 - ε)·log σ(d) - ε·log σ(-d)) + c·mean((r_chosen + r_rejected)²)
+
+    Args:
+        chosen: (B,) reward of the preferred response.
+        rejected: (B,) reward of the other response.
+        margin: (B,) by how much the first should win, in the unit of the rewards; 0 for a tie.
+        label_smoothing: ε between 0 and 1, a number or (B,): the probability that the label is the
+            wrong way round. 0.5 is a tie and pulls the two rewards together.
+        center_coef: c, how strongly the rewards are held around 0.
+
+    Returns:
+        () in nats.
+
+    Raises:
+        ValueError: if the shapes differ, there is no pair, or ε is a number outside [0, 1].
+
+    References: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155; margin: Touvron et al. 2023,
+    https://arxiv.org/abs/2307.09288; centring: Eisenstein et al. 2023,
+    https://arxiv.org/abs/2312.09244.
+    """
+    optional = {"margin": margin, "label_smoothing": label_smoothing}
+    per_pair = {name: (x, "B") for name, x in optional.items() if isinstance(x, Tensor)}
+    check_shapes(chosen=(chosen, "B"), rejected=(rejected, "B"), **per_pair)
+    if len(chosen) == 0:
+        raise ValueError("bradley_terry needs at least one pair.")
+    if not isinstance(label_smoothing, Tensor) and not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}.")
+    d = chosen - rejected if margin is None else chosen - rejected - margin
+    nll = -(1 - label_smoothing) * functional.logsigmoid(d)
+    nll = nll - label_smoothing * functional.logsigmoid(-d)
+    return nll.mean() + center_coef * (chosen + rejected).square().mean()
+
+
+def pointwise_mse(scores: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of scores against ratings: a demonstration, not a way to learn preferences.
+
+        loss = mean((score - target)²)
+
+    Args:
+        scores: (B,) output of the reward model.
+        targets: (B,) ratings in the same unit.
+
+    Returns:
+        () in the unit of the scores, squared.
+
+    Raises:
+        ValueError: if the shapes differ or there is no score.
+    """
+    check_shapes(scores=(scores, "B"), targets=(targets, "B"))
+    if len(scores) == 0:
+        raise ValueError("pointwise_mse needs at least one score.")
+    return (scores - targets).square().mean()
+
+
+def clipped_policy(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+    normalizer: Tensor | float | None = None,
+) -> ClippedLoss:
+    """Clipped surrogate objective of PPO, negated.
+
+        ρₜ = exp(log πₜ - log π_oldₜ)
+        Lₜ = min(ρₜ·Âₜ, clip(ρₜ, 1 - ε, 1 + ε)·Âₜ);  with a dual clip max(Lₜ, c·Âₜ) where Âₜ < 0
+        loss = -Σₜ mₜ·Lₜ / n
+
+    ρ stops at exp(20), far outside every clip, so that no overflow reaches the gradient.
+
+    Args:
+        logprobs: (B, R) log π of the policy being trained, in nats.
+        old_logprobs: (B, R) log π of the policy that sampled, a constant.
+        advantages: (B, R) Âₜ, constants.
+        mask: (B, R) True where a token counts.
+        clip_range: ε.
+        dual_clip: c > 1, the largest ratio that a negative advantage is charged for; no bound when
+            None.
+        normalizer: n, the tokens of the whole minibatch; those of this mask when None. At least 1.
+
+    Returns:
+        The loss in the unit of the advantages, and the share of the n tokens for which a clip
+        decided, so that they have no gradient.
+
+    Raises:
+        ValueError: if the shapes differ, or a clip is out of its range.
+
+    References: Schulman et al. 2017, equation 7, https://arxiv.org/abs/1707.06347; dual clip: Ye et
+    al. 2020, equation 5, https://arxiv.org/abs/1912.09729.
+    """
+    check_shapes(
+        logprobs=(logprobs, "BR"),
+        old_logprobs=(old_logprobs, "BR"),
+        advantages=(advantages, "BR"),
+        mask=(mask, "BR"),
+    )
+    _check_clip_range(clip_range)
+    keep = mask.bool()
+    log_ratio = torch.where(keep, logprobs - old_logprobs, 0)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    advantages = torch.where(keep, advantages, 0)
+    unclipped = ratio * advantages
+    objective = torch.min(unclipped, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    if dual_clip is not None:
+        if not dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {dual_clip}.")
+        bounded = torch.max(objective, dual_clip * advantages)
+        objective = torch.where(advantages < 0, bounded, objective)
+    n = _token_count(keep, normalizer)
+    return ClippedLoss(-objective.sum() / n, (objective != unclipped).sum() / n)
+
+
+def clipped_value(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    normalizer: Tensor | float | None = None,
+) -> ClippedLoss:
+    """Squared error of the critic, with the step away from its old estimate clipped.
+
+        V̂ₜ = clip(Vₜ, V_oldₜ - ε, V_oldₜ + ε)
+        loss = ½·Σₜ mₜ·max((Vₜ - Rₜ)², (V̂ₜ - Rₜ)²) / n
+
+    Args:
+        values: (B, R) V of the critic being trained, in the unit of the rewards.
+        old_values: (B, R) V at roll-out, constants.
+        returns: (B, R) Rₜ, constants.
+        mask: (B, R) True where a token counts.
+        clip_range: ε, in the unit of the rewards.
+        normalizer: n, the tokens of the whole minibatch; those of this mask when None. At least 1.
+
+    Returns:
+        The loss in the unit of the rewards squared, with the ½ and without the coefficient, and the
+        share of the n tokens for which the clip decided, so that they have no gradient.
+
+    Raises:
+        ValueError: if the shapes differ or the clip is not positive.
+
+    Reference: `ppo2` of OpenAI Baselines; Huang et al. 2022, detail 9,
+    https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
+    """
+    check_shapes(
+        values=(values, "BR"),
+        old_values=(old_values, "BR"),
+        returns=(returns, "BR"),
+        mask=(mask, "BR"),
+    )
+    _check_clip_range(clip_range)
+    keep = mask.bool()
+    values, old_values, returns = (torch.where(keep, x, 0) for x in (values, old_values, returns))
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+    unclipped_error = (values - returns).square()
+    error = torch.max(unclipped_error, (clipped - returns).square())
+    n = _token_count(keep, normalizer)
+    return ClippedLoss(0.5 * error.sum() / n, (error != unclipped_error).sum() / n)
+
+
+def _check_clip_range(clip_range: float) -> None:
+    """A clip of 0 would take every gradient away."""
+    if not clip_range > 0:
+        raise ValueError(f"clip_range must be positive, got {clip_range}.")
+
+
+def _token_count(keep: Tensor, normalizer: Tensor | float | None) -> Tensor:
+    """The divisor of a sum over tokens: never 0, so that an empty minibatch has loss 0."""
+    count = keep.sum() if normalizer is None else torch.as_tensor(normalizer)
+    return count.clamp(min=1)

@@ -1,0 +1,168 @@
+"""How sure a comparison makes us: win rates, bootstrap intervals, calibration, best-of-n."""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_core.functional._contracts import check_shapes
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence bounds, in the unit of the estimate."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Calibration(NamedTuple):
+    """Predicted against observed frequency, one row per bin of [0, 1] from low to high."""
+
+    error: float  # expected calibration error, between 0 and 1
+    mean_predicted: Tensor  # (bins,) NaN in an empty bin
+    observed: Tensor  # (bins,) share of positive outcomes, NaN in an empty bin
+    counts: Tensor  # (bins,) int64, predictions in the bin
+
+
+def win_rate(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> Interval:
+    """Share of comparisons won, a tie being half a win, with its Wilson score interval.
+
+        p = (wins + ties / 2) / n,  z = Φ⁻¹((1 + confidence) / 2)
+        bounds = (p + z² / 2n ± z·√(p·(1 - p) / n + z² / 4n²)) / (1 + z² / n)
+
+    Ties vary less than the wins and losses that the formula assumes, so with ties the interval is
+    on the wide side. The comparisons must be independent: with several per prompt, use
+    `clustered_bootstrap`.
+
+    Raises:
+        ValueError: if a count is negative, there is no comparison, or confidence is not in (0, 1).
+
+    References: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953; Newcombe 1998, method
+    3, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E.
+    """
+    _check_confidence(confidence)
+    n = wins + ties + losses
+    if min(wins, ties, losses) < 0 or n == 0:
+        raise ValueError(
+            "win_rate needs counts of at least 0 and one comparison, "
+            f"got {wins} wins, {ties} ties, {losses} losses."
+        )
+    p = (wins + ties / 2) / n
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    centre = p + z2 / (2 * n)
+    spread = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    low, high = ((centre + side * spread) / (1 + z2 / n) for side in (-1, 1))
+    return Interval(p, max(low, 0.0), min(high, 1.0))
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL between the best of n samples and a single sample, in nats.
+
+        KL = log n - (n - 1) / n
+
+    Exact when no two responses share a score; an upper bound otherwise.
+
+    Raises:
+        ValueError: if n is below 1.
+
+    References: Stiennon et al. 2020, appendix G.3, https://arxiv.org/abs/2009.01325; the bound:
+    Beirami et al. 2024, https://arxiv.org/abs/2401.01879.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    return math.log(n) - (n - 1) / n
+
+
+def clustered_bootstrap(
+    values: Tensor,
+    clusters: Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    generator: torch.Generator,
+) -> Interval:
+    """Mean with a percentile bootstrap interval that draws whole clusters.
+
+        mean* = Σₖ S_c(k) / Σₖ N_c(k),  c(1) … c(K) drawn with replacement from the K clusters
+
+    S and N are a cluster's sum and size. Values of one cluster (the samples of a prompt, the pairs
+    of an annotator) rise and fall together, so they enter or leave together; the ratio of sums
+    keeps every value's weight equal when clusters differ in size.
+
+    Args:
+        values: (N,) what is averaged.
+        clusters: (N,) int64, which cluster a value belongs to; any ids.
+        confidence: probability that the interval should cover.
+        resamples: bootstrap draws.
+        generator: source of the draws, on the CPU.
+
+    Returns:
+        Mean and bounds in the unit of the values. One cluster alone says nothing about others: its
+        interval is a point.
+
+    Raises:
+        ValueError: if the shapes differ, there is no value, or confidence is not in (0, 1).
+
+    Reference: Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
+    """
+    check_shapes(values=(values, "N"), clusters=(clusters, "N"))
+    _check_confidence(confidence)
+    if len(values) == 0 or resamples < 1:
+        raise ValueError("clustered_bootstrap needs at least one value and one resample.")
+    ids, member = torch.unique(clusters.cpu(), return_inverse=True)
+    k = len(ids)
+    sums = torch.zeros(k, dtype=torch.float64).index_add_(0, member, values.detach().double().cpu())
+    sizes = torch.bincount(member, minlength=k).double()
+    drawn = torch.randint(k, (resamples, k), generator=generator)
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval((sums.sum() / sizes.sum()).item(), low, high)
+
+
+def expected_calibration_error(
+    probabilities: Tensor, outcomes: Tensor, bins: int = 10
+) -> Calibration:
+    """Gap between what was predicted and what happened, mean over predictions.
+
+        ECE = Σ_b (N_b / N)·|mean predicted_b - observed_b|
+
+    The bins have equal width on [0, 1]; bin b holds b / bins ≤ p < (b + 1) / bins, the last one 1
+    as well.
+
+    Args:
+        probabilities: (N,) predicted probability that the outcome is 1.
+        outcomes: (N,) bool or 0/1, or 0.5 for a tie.
+        bins: how many bins.
+
+    Returns:
+        The error and the table of the reliability diagram.
+
+    Raises:
+        ValueError: if the shapes differ, there is no prediction, one is outside [0, 1], or there is
+            no bin.
+
+    Reference: Guo et al. 2017, equation 3, https://arxiv.org/abs/1706.04599.
+    """
+    check_shapes(probabilities=(probabilities, "N"), outcomes=(outcomes, "N"))
+    if len(probabilities) == 0 or bins < 1:
+        raise ValueError("expected_calibration_error needs at least one prediction and one bin.")
+    if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
+        raise ValueError("probabilities must lie in [0, 1].")
+    # Edges in the type of the probabilities, so that 0.7 falls into the same bin in each.
+    edges = torch.arange(1, bins, device=probabilities.device).to(probabilities.dtype) / bins
+    bin_of = torch.bucketize(probabilities, edges, right=True)
+    counts = torch.bincount(bin_of, minlength=bins)
+    predicted = torch.bincount(bin_of, probabilities.double(), minlength=bins)
+    observed = torch.bincount(bin_of, outcomes.double(), minlength=bins)
+    error = (predicted - observed).abs().sum() / len(probabilities)
+    return Calibration(error.item(), predicted / counts, observed / counts, counts)
+
+
+def _check_confidence(confidence: float) -> None:
+    """Bounds exist for a probability strictly between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")

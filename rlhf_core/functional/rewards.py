@@ -1,0 +1,154 @@
+"""What the policy is paid for each token, and how the price of KL follows its target."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_core.errors import NumericsError
+from rlhf_core.functional._contracts import check_shapes
+
+MissingEOS = Literal["replace", "subtract"]
+MAX_ERROR = 0.2
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """Reward of each token: the KL penalty everywhere, the score on the last token.
+
+        rₜ = -β·klₜ + 1[t = T]·score
+
+    T is the last place of the row that counts; a row without one gets nothing.
+
+    Args:
+        scores: (B,) score of the whole response.
+        kl: (B, R) KL estimate at each token in nats.
+        mask: (B, R) True where a token counts.
+        kl_coef: β, score per nat.
+
+    Returns:
+        (B, R) in the unit of the scores; 0 in masked places.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Reference: Ziegler et al. 2019, equation 2, https://arxiv.org/abs/1909.08593.
+    """
+    check_shapes(scores=(scores, "B"), kl=(kl, "BR"), mask=(mask, "BR"))
+    keep = mask.bool()
+    still_to_come = keep.flip(-1).cumsum(-1).flip(-1)
+    last = keep & (still_to_come == 1)
+    penalty = -kl_coef * torch.where(keep, kl, 0)
+    return penalty + torch.where(last, scores.unsqueeze(-1), 0)
+
+
+def missing_eos(scores: Tensor, finished: Tensor, *, mode: MissingEOS, value: float) -> Tensor:
+    """Judge the responses that never reached the end-of-sequence token.
+
+        replace:  score = value          subtract:  score = score - value
+
+    Args:
+        scores: (B,) score of the whole response.
+        finished: (B,) True where the end-of-sequence token was reached; such scores stay.
+        mode: whether `value` stands in for the score or is taken off it.
+        value: the stand-in, or the penalty (positive lowers the score), in the unit of the scores.
+
+    Returns:
+        (B,) in the unit of the scores.
+
+    Raises:
+        ValueError: if the shapes differ or the mode is unknown.
+
+    Reference: Huang et al. 2024, "EOS trick", https://arxiv.org/abs/2403.17031.
+    """
+    check_shapes(scores=(scores, "B"), finished=(finished, "B"))
+    match mode:
+        case "replace":
+            return torch.where(finished.bool(), scores, value)
+        case "subtract":
+            return torch.where(finished.bool(), scores, scores - value)
+    raise ValueError(f"mode must be replace or subtract, got {mode!r}.")
+
+
+class KLController(Protocol):
+    """Owner of the KL coefficient β. `value` is what applies now, and what should be logged."""
+
+    value: float
+
+    def update(self, kl: float, n: int) -> None:
+        """Learn that the last `n` sequences had `kl` nats each on average."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint has to keep."""
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue where `state_dict` was taken."""
+
+
+@dataclass
+class FixedKL:
+    """A coefficient that stays where it was put."""
+
+    value: float
+
+    def update(self, kl: float, n: int) -> None:
+        """Change nothing, whatever the KL."""
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take the coefficient from the checkpoint."""
+        self.value = state["value"]
+
+
+class AdaptiveKL:
+    """A coefficient that rises while the policy is further than `target` from its reference.
+
+        β ← β·(1 + clip(KL / target - 1, -0.2, 0.2)·n / horizon)
+
+    Args:
+        kl_coef: β at the start, score per nat.
+        target: KL to hold, nats per sequence.
+        horizon: sequences over which β moves by a fifth at most.
+
+    Raises:
+        ValueError: if a number is not positive.
+
+    Reference: Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593.
+    """
+
+    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
+        if not min(kl_coef, target, horizon) > 0:
+            raise ValueError(
+                "kl_coef, target and horizon must be positive, "
+                f"got {kl_coef}, {target} and {horizon}."
+            )
+        self.value = kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Move β after `n` sequences with `kl` nats each on average.
+
+        Raises:
+            NumericsError: if `kl` is not finite.
+            ValueError: if `n` is negative, or so large that β could lose its sign.
+        """
+        if not math.isfinite(kl):
+            raise NumericsError(f"The KL to the reference policy is {kl}, so β cannot follow it.")
+        if not 0 <= MAX_ERROR * n < self.horizon:
+            raise ValueError(f"horizon {self.horizon} is too short for a batch of {n} sequences.")
+        error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
+        self.value *= 1 + error * n / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient; target and horizon belong to the config."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take the coefficient from the checkpoint."""
+        self.value = state["value"]
