@@ -1,0 +1,37 @@
+"""A small RLHF problem whose true reward is known, so that learning can be proved.
+
+    grammar      writes short reviews of hotels, films and phones: demonstrations and pairs
+    truth        the hidden reward: VADER sentiment less penalties that annotators hardly notice
+    annotators   simulated people who compare two reviews, each with failings of their own
+    tables       draws the three data tables of the pipeline from one seed
+
+The reward model sees the votes alone; `true_reward` is for evaluation. Where the two part (length,
+repetition, features of the wrong kind) a policy can over-optimise, as it can against real people.
+Every draw comes from `random.Random(f"{seed}/{purpose}")`, which does not depend on the process.
+"""
+
+from rlhf_core.simulation.annotators import (
+    Annotator,
+    AnnotatorsConfig,
+    Vote,
+    draw_annotators,
+    vote,
+)
+from rlhf_core.simulation.grammar import all_prompts, vocabulary, write_review
+from rlhf_core.simulation.tables import SimulatedTables, SimulationConfig, simulate
+from rlhf_core.simulation.truth import true_reward
+
+__all__ = [
+    "Annotator",
+    "AnnotatorsConfig",
+    "SimulatedTables",
+    "SimulationConfig",
+    "Vote",
+    "all_prompts",
+    "draw_annotators",
+    "simulate",
+    "true_reward",
+    "vocabulary",
+    "vote",
+    "write_review",
+]

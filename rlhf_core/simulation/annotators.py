@@ -1,0 +1,164 @@
+"""Simulated annotators: how a person with failings compares two texts.
+
+An annotator's utility of a text, in units of sentiment:
+
+    u(text) = v / √(v² + 15) + length_bias · words / 10 - care · repetition(text)
+    v       = Σ over clauses of taste(feature of the clause) · valence(clause)
+
+where valence is VADER's sum of word valences; with taste 1 throughout, the first term is VADER's
+own compound score. Shown `a` first and `b` second, the annotator
+
+    votes by the toss of a coin                 with probability 1 - reliability, and otherwise by
+    d = u(a) - u(b) + side_bias + noise · z     with z from the standard logistic distribution:
+    "a" if d > tie_margin, "b" if d < -tie_margin, else "tie".
+
+With tie margin 0 the second case is the Bradley-Terry model P(a) = σ((u(a) - u(b) + side_bias) /
+noise); with a margin it is its extension to ties by Rao and Kupper
+(https://doi.org/10.1080/01621459.1967.10482901).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from rlhf_core.config import Section
+from rlhf_core.simulation.grammar import KIND_OF_FEATURE, words_of
+from rlhf_core.simulation.truth import repetition, sentiment
+
+VADER_ALPHA = 15.0  # compound = s / √(s² + alpha)
+LARGEST_COMPOUND = 0.9999  # VADER rounds to four decimals; 1.0 could not be inverted
+_CLAUSE_END = re.compile(r"[.,;:!?]|\b(?:and|though|but)\b")
+
+Preference = Literal["a", "b", "tie"]
+
+
+class AnnotatorsConfig(Section):
+    """How many simulated annotators there are, and how much they differ from perfect judges."""
+
+    count: int = Field(8, ge=1, description="Simulated annotators (persons)")
+    lowest_reliability: float = Field(
+        0.8, ge=0, le=1, description="Reliability of the least careful annotator (share of votes)"
+    )
+    highest_reliability: float = Field(
+        1.0, ge=0, le=1, description="Reliability of the most careful annotator (share of votes)"
+    )
+    side_bias: float = Field(
+        0.1, ge=0, description="Largest liking for either side; each gets ± up to it (sentiment)"
+    )
+    length_bias: float = Field(
+        0.1, ge=0, description="Mean liking for length; each gets 0 to 2 x it (sentiment/10 words)"
+    )
+    taste_spread: float = Field(
+        0.4, ge=0, description="Standard deviation of the log weight that each gives to a feature"
+    )
+    care: float = Field(
+        0.3, ge=0, le=1, description="Share of the repetition penalty that annotators notice"
+    )
+    noise: float = Field(0.15, ge=0, description="Scale of the logistic noise (sentiment)")
+    tie_margin: float = Field(
+        0.05, ge=0, description="Difference up to which both texts count as equal (sentiment)"
+    )
+
+    @model_validator(mode="after")
+    def _reliabilities_in_order(self) -> Self:
+        if self.lowest_reliability > self.highest_reliability:
+            raise ValueError(
+                f"lowest_reliability ({self.lowest_reliability}) is above highest_reliability "
+                f"({self.highest_reliability}): swap them or make them equal"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One simulated person. The defaults are a perfect judge of sentiment: no bias and no noise."""
+
+    name: str
+    reliability: float = 1.0  # share of the votes that are given with attention
+    side_bias: float = 0.0  # added to the text shown first, sentiment
+    length_bias: float = 0.0  # sentiment per 10 words
+    care: float = 0.0  # share of the repetition penalty that is noticed
+    noise: float = 0.0  # scale of the logistic noise, sentiment
+    tie_margin: float = 0.0  # sentiment
+    taste: Mapping[str, float] = field(default_factory=dict)  # feature -> weight, 1 where absent
+
+    def utility(self, text: str) -> float:
+        """How much this person likes a text (module docstring), in units of sentiment."""
+        valence = sum(self._weight(feature) * v for feature, v in _clause_valences(text))
+        liking = valence / math.sqrt(valence**2 + VADER_ALPHA)
+        words = len(words_of(text))
+        return liking + self.length_bias * words / 10 - self.care * repetition(text)
+
+    def prefers(self, text_a: str, text_b: str, rng: Random) -> Preference:
+        """The verdict on two texts, `text_a` shown first (module docstring)."""
+        if rng.random() >= self.reliability:
+            return rng.choice(("a", "b"))
+        difference = self.utility(text_a) - self.utility(text_b) + self.side_bias
+        difference += self.noise * _logistic(rng)
+        if abs(difference) <= self.tie_margin:
+            return "tie"
+        return "a" if difference > 0 else "b"
+
+    def _weight(self, feature: str) -> float:
+        return self.taste.get(feature, 1.0)
+
+
+class Vote(NamedTuple):
+    """What an annotator made of a pair. In a tie the text shown first stands as chosen."""
+
+    chosen: str
+    rejected: str
+    tie: bool
+
+
+def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
+    """Annotators of varied reliability, biases and taste, as the config bounds them."""
+    return [
+        Annotator(
+            name=f"annotator-{number:02d}",
+            reliability=rng.uniform(config.lowest_reliability, config.highest_reliability),
+            side_bias=rng.uniform(-config.side_bias, config.side_bias),
+            length_bias=rng.uniform(0, 2 * config.length_bias),
+            care=config.care,
+            noise=config.noise,
+            tie_margin=config.tie_margin,
+            taste={
+                feature: rng.lognormvariate(0, config.taste_spread) for feature in KIND_OF_FEATURE
+            },
+        )
+        for number in range(1, config.count + 1)
+    ]
+
+
+def vote(annotator: Annotator, texts: tuple[str, str], rng: Random) -> Vote:
+    """Show two texts to an annotator in random order, and note the verdict."""
+    first, second = rng.sample(texts, 2)
+    verdict = annotator.prefers(first, second, rng)
+    if verdict == "b":
+        first, second = second, first
+    return Vote(chosen=first, rejected=second, tie=verdict == "tie")
+
+
+def _clause_valences(text: str) -> list[tuple[str, float]]:
+    """The feature that each clause speaks of ("" for none) and the clause's VADER valence."""
+    return [_clause_valence(clause.strip()) for clause in _CLAUSE_END.split(text)]
+
+
+@lru_cache(maxsize=65536)  # the grammar has a few thousand clauses
+def _clause_valence(clause: str) -> tuple[str, float]:
+    feature = next((word for word in words_of(clause) if word in KIND_OF_FEATURE), "")
+    compound = max(-LARGEST_COMPOUND, min(LARGEST_COMPOUND, sentiment(clause)))
+    # The sum of valences, by inverting compound = s / √(s² + alpha).
+    return feature, compound * math.sqrt(VADER_ALPHA / (1 - compound**2))
+
+
+def _logistic(rng: Random) -> float:
+    """A draw from the standard logistic distribution: log(p / (1 - p)), p uniform in (0, 1)."""
+    p = (rng.getrandbits(52) + 0.5) / 2**52
+    return math.log(p / (1 - p))

@@ -1,0 +1,88 @@
+"""Draws the three tables of the pipeline (demonstrations, preferences, prompts) from one seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import pandas as pd
+from pydantic import Field
+
+from rlhf_core.config import Section
+from rlhf_core.simulation.annotators import Annotator, AnnotatorsConfig, draw_annotators, vote
+from rlhf_core.simulation.grammar import all_prompts, write_review
+
+
+class SimulationConfig(Section):
+    """How much simulated data there is, and who votes on it."""
+
+    prompts: int = Field(
+        480, ge=2, le=len(all_prompts()), description="Distinct prompts, shared by the three tables"
+    )
+    demonstrations: int = Field(8000, ge=1, description="Reviews to imitate (rows)")
+    preference_pairs: int = Field(4000, ge=1, description="Compared pairs, one vote each (rows)")
+    annotators: AnnotatorsConfig = Field(
+        AnnotatorsConfig(), description="The simulated people who compare the pairs"
+    )
+
+
+@dataclass(frozen=True)
+class SimulatedTables:
+    """The raw data of a pipeline, as a user would bring it."""
+
+    demonstrations: pd.DataFrame  # id, prompt, response
+    preferences: pd.DataFrame  # id, prompt, chosen, rejected, tie, margin, annotator
+    prompts: pd.DataFrame  # id, prompt
+
+
+def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
+    """The simulated data of a seed: the same in every process, whatever else has been drawn.
+
+    Each table draws from a generator of its own, `Random(f"{seed}/{purpose}")`, so that asking for
+    more demonstrations leaves the preferences as they are.
+    """
+    prompts = Random(f"{seed}/prompts").sample(all_prompts(), config.prompts)
+    annotators = draw_annotators(config.annotators, Random(f"{seed}/annotators"))
+    return SimulatedTables(
+        demonstrations=_demonstrations(
+            config.demonstrations, prompts, Random(f"{seed}/demonstrations")
+        ),
+        preferences=_preferences(
+            config.preference_pairs, prompts, annotators, Random(f"{seed}/preferences")
+        ),
+        prompts=pd.DataFrame(
+            {"id": [f"prompt-{n:05d}" for n in range(len(prompts))], "prompt": prompts}
+        ),
+    )
+
+
+def _demonstrations(rows: int, prompts: Sequence[str], rng: Random) -> pd.DataFrame:
+    chosen = [rng.choice(prompts) for _ in range(rows)]
+    return pd.DataFrame(
+        {
+            "id": [f"demonstration-{n:05d}" for n in range(rows)],
+            "prompt": chosen,
+            "response": [write_review(prompt, rng) for prompt in chosen],
+        }
+    )
+
+
+def _preferences(
+    rows: int, prompts: Sequence[str], annotators: Sequence[Annotator], rng: Random
+) -> pd.DataFrame:
+    records = []
+    for n in range(rows):
+        prompt = rng.choice(prompts)
+        annotator = rng.choice(annotators)
+        verdict = vote(annotator, (write_review(prompt, rng), write_review(prompt, rng)), rng)
+        records.append(
+            {
+                "id": f"pair-{n:05d}",
+                "prompt": prompt,
+                "chosen": verdict.chosen,
+                "rejected": verdict.rejected,
+                "tie": verdict.tie,
+                "margin": 0.0,
+                "annotator": annotator.name,
+            }
+        )
+    return pd.DataFrame(records)
