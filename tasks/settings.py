@@ -1,0 +1,150 @@
+"""The only reader of environment variables: where things are kept, and which device computes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from rlhf_core.errors import ConfigError
+
+# What keeps each dependency from calling home, and from filling the terminal. The names are those
+# that the installed packages read; a test looks them up there.
+QUIET: Mapping[str, str] = MappingProxyType(
+    {
+        "DO_NOT_TRACK": "true",  # MLflow, Prefect and the Hugging Face hub; MLflow wants "true"
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages make the browser ask amplitude.com
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        # A tracking server that restarts is waited for, but for a minute and not for four.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+        # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    }
+)
+
+
+class Settings(BaseSettings):
+    """Where this installation keeps things. Each field is read from the variable in its alias.
+
+    `read_settings()` reads the environment; `Settings.model_validate({"RLHF_HOME": path})` takes
+    what it is given and nothing else.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
+
+    home: Path = Field(
+        Path(".rlhf"),
+        validation_alias="RLHF_HOME",
+        description="Folder of everything that is kept between runs",
+        validate_default=True,
+    )
+    tracking_uri: str = Field(
+        "",
+        validation_alias="MLFLOW_TRACKING_URI",
+        description="MLflow server or database; empty = a SQLite file under `home`",
+    )
+    prefect_api_url: str = Field(
+        "",
+        validation_alias="PREFECT_API_URL",
+        description="API of the Prefect server; empty = none, Prefect starts one for the run",
+    )
+    mlflow_public_url: str = Field(
+        "http://127.0.0.1:5000",
+        validation_alias="RLHF_MLFLOW_URL",
+        description="MLflow's address as a browser sees it, for links",
+    )
+    prefect_public_url: str = Field(
+        "http://127.0.0.1:4200",
+        validation_alias="RLHF_PREFECT_URL",
+        description="Prefect's address as a browser sees it, for links",
+    )
+    device_name: str = Field(
+        "auto",
+        validation_alias="RLHF_DEVICE",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto = cuda where there is one",
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @field_validator("mlflow_public_url", "prefect_public_url")
+    @classmethod
+    def _without_slash(cls, url: str) -> str:
+        return url.rstrip("/")
+
+    @property
+    def mlflow_uri(self) -> str:
+        """`tracking_uri`, or the SQLite file under `home`."""
+        return self.tracking_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Where artifacts lie when MLflow is a local database; None when a server decides."""
+        local = urlsplit(self.mlflow_uri).scheme.startswith("sqlite")
+        return self.home / "mlflow" / "artifacts" if local else None
+
+    @property
+    def device(self) -> str:
+        """The torch device to compute on; `auto` is decided here, when it is asked for.
+
+        Raises: ConfigError when a CUDA device is named that this machine does not have.
+        """
+        if self.device_name == "cpu":
+            return "cpu"
+        import torch
+
+        found = torch.cuda.device_count()
+        if self.device_name == "auto":
+            return "cuda" if found else "cpu"
+        if int(self.device_name.partition(":")[2] or 0) >= found:
+            raise ConfigError(
+                f"RLHF_DEVICE is '{self.device_name}', but torch finds {found} CUDA device(s) "
+                "here; set it to auto or cpu, or install a torch build with CUDA"
+            )
+        return self.device_name
+
+    def environment(self) -> dict[str, str]:
+        """What this process and those it starts should find in their environment."""
+        return {
+            **QUIET,
+            "RLHF_HOME": str(self.home),
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+        }
+
+
+def read_settings() -> Settings:
+    """The settings that the environment gives.
+
+    Raises: ConfigError that names the variable which cannot be used.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"the environment variable {first['loc'][0]} is '{first['input']}': {first['msg']}; "
+            "correct it or unset it"
+        ) from error
+
+
+def apply_environment(settings: Settings) -> None:
+    """Put `settings.environment()` into `os.environ`; what the user has set stays as it is.
+
+    To be called before MLflow, Prefect or transformers is imported: they read it at import.
+    """
+    for name, value in settings.environment().items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,388 @@
+"""A stage as a run: opened before the work, described while it lasts, closed in every case.
+
+    with open_run("demo", config, seed=0) as run:
+        with open_stage("sft", config=config.sft, run=run, inputs={"data": data}) as stage:
+            report = train_sft(config.sft, data=stage.fetch(data), logger=stage.logger, ...)
+            stage.record(report)
+            refs = stage.publish({"sft": stage.work / "model"})
+
+Knows nothing about torch. MLflow's active run is never used: it belongs to a thread.
+"""
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel
+
+from rlhf_core.errors import ConfigError
+from rlhf_core.types import Report
+from tasks import prefect_run
+from tasks.model_store import (
+    LOGGED_MODEL_TAG,
+    DatasetRef,
+    MlflowModelStore,
+    ModelRef,
+    PipelineRun,
+    fetch_dataset,
+    store_dataset,
+)
+from tasks.prefect_run import ArtifactDisplay, PrefectRun, artifact_key
+from tasks.settings import Settings, read_settings
+from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect
+
+log = logging.getLogger(__name__)
+
+Ref = ModelRef | DatasetRef
+PARAM_LENGTH = 500  # the whole value is in config.yaml
+ERROR_LENGTH = 5000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the code between opening and closing a stage works with."""
+
+    name: str
+    run: PipelineRun
+    run_id: str
+    work: Path
+    logger: MlflowLogger
+    _client: MlflowClient
+    _store: MlflowModelStore
+    _version_tags: Mapping[str, str]
+    _in_prefect: bool
+
+    def fetch(self, ref: Ref) -> Path:
+        """The files that a reference means, in the working folder."""
+        if isinstance(ref, DatasetRef):
+            to = self.work / "inputs" / f"data-{ref.digest}"
+            return to if to.exists() else fetch_dataset(self._client, ref, to)
+        to = self.work / "inputs" / f"{ref.name}-{ref.version}"
+        return to if to.exists() else self._store.fetch(ref, to)
+
+    def record(self, report: Report) -> None:
+        """Store a report with the run: `summary/` metrics, `tables/` and `figures/`."""
+        summary = report.summary()
+        self.logger.metrics({f"summary/{name}": value for name, value in summary.items()}, step=0)
+        for name, table in report.tables.items():
+            self._log_table(table, f"tables/{name}.json")
+        images = {name: _png(figure) for name, figure in report.figures.items()}
+        for name, png in images.items():
+            self._log_file(png, f"figures/{name}.png")
+        if self._in_prefect:
+            self._show(summary, report.tables, images)
+
+    def publish(self, models: Mapping[str, Path]) -> dict[str, ModelRef]:
+        """Register model directories as the next versions of `<project>-<kind>`.
+
+        All are uploaded and checked before the first is registered.
+        """
+        names = {kind: f"{self.run.project}-{kind}" for kind in models}
+        uploads = {
+            kind: self._store.upload(path, names[kind], run_id=self.run_id)
+            for kind, path in models.items()
+        }
+        outputs = [LoggedModelOutput(upload.id, step=0) for upload in uploads.values()]
+        self._client.log_outputs(self.run_id, outputs)
+        refs = {
+            kind: self._store.register(upload, tags={**self._version_tags, "kind": kind})
+            for kind, upload in uploads.items()
+        }
+        self._tag({f"output.{kind}": ref.uri for kind, ref in refs.items()})
+        return refs
+
+    def publish_data(self, directory: Path) -> DatasetRef:
+        """Store prepared data with the run."""
+        ref = store_dataset(self._client, self.run_id, directory)
+        self._tag({"output.data": ref.uri, "data_digest": ref.digest})
+        return ref
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def _log_file(self, content: bytes, artifact: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, Path(artifact).name)
+            path.write_bytes(content)
+            self._client.log_artifact(self.run_id, str(path), str(Path(artifact).parent))
+
+    def _log_table(self, table: pd.DataFrame, artifact: str) -> None:
+        # As `log_table` writes it, which warns about the strings of pandas 3: the tag makes the
+        # page of the run show it.
+        content = table.to_json(orient="split", index=False, date_format="iso")
+        self._log_file(str(content).encode(), artifact)
+        tags = self._client.get_run(self.run_id).data.tags
+        shown = json.loads(tags.get("mlflow.loggedArtifacts", "[]"))
+        shown.append({"path": artifact, "type": "table"})
+        self._tag({"mlflow.loggedArtifacts": json.dumps(shown)})
+
+    def _show(
+        self,
+        summary: Mapping[str, float],
+        tables: Mapping[str, pd.DataFrame],
+        images: Mapping[str, bytes],
+    ) -> None:
+        title = f"{self.run.project} {self.name}"
+        rows = pd.DataFrame({"metric": list(summary), "value": list(summary.values())})
+        for name, table in {"summary": rows, **tables}.items():
+            key = artifact_key(self.run.project, self.name, name)
+            prefect_run.show_table(key, table, f"{title}: {name}")
+        if images:
+            key = artifact_key(self.run.project, self.name, "figures")
+            prefect_run.show_figures(key, images, f"{title}: figures")
+
+
+@contextmanager
+def open_run(
+    project: str, config: BaseModel, seed: int, *, settings: Settings | None = None
+) -> Iterator[PipelineRun]:
+    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does."""
+    settings = settings or read_settings()
+    client = connect(settings)
+    prefect = PrefectRun.current()
+    tags = {"seed": str(seed), "stage": "pipeline", **_origin(prefect, settings)}
+    experiment = ensure_experiment(client, project, settings)
+    made = client.create_run(experiment, tags=tags, run_name=f"{project}-seed-{seed}")
+    run = PipelineRun(project=project, run_id=made.info.run_id, experiment_id=experiment, seed=seed)
+    with _closing_run(client, run.run_id):
+        _log_config(client, run.run_id, config, "", seed)
+        yield run
+
+
+@contextmanager
+def open_stage(
+    name: str,
+    *,
+    config: BaseModel,
+    run: PipelineRun,
+    inputs: Mapping[str, Ref],
+    context: Literal["training", "evaluation"] = "training",
+    settings: Settings | None = None,
+) -> Iterator[Stage]:
+    """A child run of `run`, with a fresh working folder that is gone afterwards.
+
+    The run ends FINISHED; FAILED with the tag `error` when the block raises; KILLED when it is
+    interrupted or cancelled. In the last two cases no version that it registered is left.
+    """
+    settings = settings or read_settings()
+    client = connect(settings)
+    store = MlflowModelStore(client)
+    prefect = PrefectRun.current()
+    origin = {"seed": str(run.seed), **_origin(prefect, settings), **_data_digest(inputs)}
+    input_tags = {f"input.{role}": ref.uri for role, ref in inputs.items()}
+    made = client.create_run(
+        run.experiment_id,
+        tags={"mlflow.parentRunId": run.run_id, "stage": name, **origin, **input_tags},
+        run_name=name,
+    )
+    run_id = made.info.run_id
+    with ExitStack() as stack:
+        stack.enter_context(_closing_run(client, run_id, lambda: store.delete_of_run(run_id)))
+        work = stack.enter_context(_work_folder(settings.home / "work" / run_id))
+        if prefect:
+            stack.enter_context(prefect_run.forwarded_logs())
+        displays = _displays(name, run, run_id, settings, in_prefect=prefect is not None)
+        logger = stack.enter_context(_logger(client, run_id, displays))
+        _log_config(client, run_id, config, f"{name}.", run.seed)
+        _log_inputs(client, store, run_id, inputs, context)
+        parents = {f"parent.{r}": ref.uri for r, ref in inputs.items() if isinstance(ref, ModelRef)}
+        tags = {**origin, **parents, "run_id": run_id, "pipeline_run_id": run.run_id}
+        yield Stage(name, run, run_id, work, logger, client, store, tags, prefect is not None)
+
+
+def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
+    """The id of the experiment named after the project; several processes may ask at once.
+
+    Raises: ConfigError when the experiment was deleted.
+    """
+    found = client.get_experiment_by_name(project)
+    if found is None:
+        root = settings.artifact_root
+        location = None if root is None else (root / project).as_uri()
+        try:
+            return str(client.create_experiment(project, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(project)
+    if found is None or found.lifecycle_stage != "active":
+        raise ConfigError(
+            f"the MLflow experiment '{project}' was deleted; restore it there, or choose another "
+            "project name"
+        )
+    return str(found.experiment_id)
+
+
+def run_url(run_id: str, experiment_id: str, settings: Settings) -> str:
+    """The page of an MLflow run, in the view that shows training."""
+    page = f"{settings.mlflow_public_url}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{page}?workflowType=machine_learning"
+
+
+@lru_cache(maxsize=1)
+def code_identity() -> dict[str, str]:
+    """Version of this package, and its git commit where it runs from a checkout."""
+    here = Path(__file__)
+    # An installed copy may lie in somebody else's repository: ask about this very file.
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
+    dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
+    return {
+        "code_version": version("rlhf-pipeline"),
+        "git_commit": commit or "unknown",
+        "git_dirty": str(dirty).lower(),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _origin(prefect: PrefectRun | None, settings: Settings) -> dict[str, str]:
+    links = prefect.tags(settings.prefect_public_url) if prefect else {}
+    return {**code_identity(), **links}
+
+
+def _data_digest(inputs: Mapping[str, Ref]) -> dict[str, str]:
+    digests = {ref.digest for ref in inputs.values() if isinstance(ref, DatasetRef)}
+    return {"data_digest": ", ".join(sorted(digests))} if digests else {}
+
+
+@contextmanager
+def _closing_run(
+    client: MlflowClient, run_id: str, undo: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    try:
+        yield
+        client.set_terminated(run_id, "FINISHED")
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
+        for step in (
+            undo,
+            lambda: client.set_tag(run_id, "error", message),
+            lambda: client.set_terminated(run_id, status),
+        ):
+            try:
+                step()
+            except Exception as trouble:
+                error.add_note(f"while the run {run_id} was closed as {status}: {trouble}")
+        raise
+
+
+@contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _logger(client: MlflowClient, run_id: str, displays: list[Display]) -> Iterator[MlflowLogger]:
+    logger = MlflowLogger(client, run_id, displays)
+    try:
+        yield logger
+    except BaseException as error:
+        try:
+            logger.close()
+        except Exception as trouble:
+            error.add_note(str(trouble))
+        raise
+    logger.close()
+
+
+def _displays(
+    name: str, run: PipelineRun, run_id: str, settings: Settings, *, in_prefect: bool
+) -> list[Display]:
+    if not in_prefect:
+        return [TerminalDisplay(name)]
+    title = f"{run.project} {name}"
+    url = run_url(run_id, run.experiment_id, settings)
+    prefect_run.show_link(artifact_key(run.project, name, "mlflow"), url, f"{title} in MLflow")
+    key = artifact_key(run.project, name, "progress")
+    return [TerminalDisplay(name), ArtifactDisplay(key, title)]
+
+
+def _log_config(
+    client: MlflowClient, run_id: str, config: BaseModel, prefix: str, seed: int
+) -> None:
+    content = config.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    client.log_text(run_id, text, "config.yaml")
+    params = {**flatten(content, prefix), "seed": str(seed)}
+    client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: `ppo.kl_coef`; a long value is cut, and says so."""
+    flat: dict[str, str] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        flat[prefix + name] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
+    return flat
+
+
+def _log_inputs(
+    client: MlflowClient,
+    store: MlflowModelStore,
+    run_id: str,
+    inputs: Mapping[str, Ref],
+    context: str,
+) -> None:
+    data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
+    models = [store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
+    client.log_inputs(
+        run_id,
+        datasets=[_dataset_input(ref, context) for ref in data],
+        models=[LoggedModelInput(t[LOGGED_MODEL_TAG]) for t in models if LOGGED_MODEL_TAG in t],
+    )
+
+
+def _dataset_input(ref: DatasetRef, context: str) -> DatasetInput:
+    source = json.dumps({"uri": ref.uri})
+    dataset = Dataset("prepared-data", ref.digest, source_type="mlflow_run", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""The core's `StageLogger` on an MLflow run: metrics in batches, progress where people look.
+
+Knows MLflow and the terminal; knows nothing of stages, models or Prefect.
+"""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import copy_context
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from sqlalchemy.exc import SQLAlchemyError
+
+from rlhf_core.errors import UserError
+from tasks.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 5.0
+METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
+
+
+def connect(settings: Settings) -> MlflowClient:
+    """A client of the tracking server, which has answered once.
+
+    Raises: UserError within seconds when the server does not answer or refuses, or when the
+        database cannot be opened.
+    """
+    uri = settings.mlflow_uri
+    if urlsplit(uri).scheme in ("http", "https"):
+        _probe(uri)
+    elif settings.artifact_root is not None and not settings.tracking_uri:
+        settings.artifact_root.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise UserError(
+            f"MLflow at {uri} cannot be used ({_first_line(error)}); check MLFLOW_TRACKING_URI"
+        ) from error
+    return client
+
+
+def _probe(uri: str) -> None:
+    way_out = "start it with `rlhf up`, or set MLFLOW_TRACKING_URI to where it runs"
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
+    except requests.RequestException as error:
+        reason = type(error).__name__
+        raise UserError(
+            f"the MLflow server at {uri} does not answer ({reason}); {way_out}"
+        ) from error
+    if answer.status_code == 403 and "host" in answer.text.lower():
+        raise UserError(
+            f"the MLflow server refuses the address {uri} (invalid Host header); start it with "
+            f"MLFLOW_SERVER_ALLOWED_HOSTS='{urlsplit(uri).netloc},localhost:*,127.0.0.1:*'"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class Display(Protocol):
+    """Shows how far a stage has come."""
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Show that `done` of `total` is finished."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class TerminalDisplay:
+    """One progress bar; plain lines, one in `line_seconds` at most, where there is no terminal."""
+
+    def __init__(
+        self, title: str, console: Console | None = None, *, line_seconds: float = 10.0
+    ) -> None:
+        self._title = title
+        self._console = console or Console(stderr=True)
+        self._line_seconds = line_seconds
+        self._next_line = 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Move the bar, or print a line when one is due; the last one is always printed."""
+        if self._console.is_terminal:
+            self._move(done, total, note)
+        elif done >= total or time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self._line_seconds
+            line = f"{self._title}: {done}/{total} {note}".rstrip()
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _move(self, done: int, total: int, note: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=total, note=note)
+        self._bar.update(self._task, completed=done, total=total, note=note)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class MlflowLogger:
+    """Metrics to one MLflow run and progress to displays, written by a thread of its own.
+
+    A call costs the training thread an append. The thread writes one `log_batch` when
+    `flush_steps` calls have come together or `flush_seconds` have passed. A batch that MLflow does
+    not take stays first in line and goes again with the next one, so the order is kept and nothing
+    is lost; if it still fails at `flush` or `close`, they raise.
+
+    NaN is kept as NaN. An infinite value is logged as NaN too, with one warning for each name:
+    MLflow would store it as 1.8e308, which flattens the rest of the curve.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        displays: Sequence[Display] = (),
+        *,
+        flush_steps: int = 100,
+        flush_seconds: float = 5.0,
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._displays = displays
+        self._flush_steps = flush_steps
+        self._flush_seconds = flush_seconds
+        self._metrics: list[Metric] = []
+        self._calls = 0
+        self._progress: tuple[int, int, str] | None = None
+        self._infinite: set[str] = set()
+        self._closed = False
+        self._wake = threading.Condition()
+        self._writing = threading.Lock()  # one writer at a time, so that the order is kept
+        # Prefect keeps its settings and its run in context variables, which a thread has not.
+        context = copy_context()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._work,), name=f"metrics-{run_id[:8]}", daemon=True
+        )
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record named values at a step.
+
+        Raises: ValueError for a name that MLflow does not take, here and not later in the thread.
+        """
+        now = int(time.time() * 1000)
+        batch = [self._metric(name, float(value), now, step) for name, value in values.items()]
+        with self._wake:
+            if self._closed:
+                raise ValueError("this logger is closed: its run has ended")
+            self._metrics += batch
+            self._calls += 1
+            if self._calls >= self._flush_steps:
+                self._wake.notify()
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` units of work are finished."""
+        with self._wake:
+            self._progress = (done, total, note)
+            self._wake.notify()
+
+    def flush(self) -> None:
+        """Return when all that was logged so far is in MLflow.
+
+        Raises: UserError when MLflow does not take it.
+        """
+        try:
+            self._write()
+        except MlflowException as error:
+            raise UserError(
+                f"{len(self._metrics)} metric values of run {self._run_id} could not be written to "
+                f"MLflow ({_first_line(error)}); see that its server runs, then start again"
+            ) from error
+
+    def close(self) -> None:
+        """Stop the thread and the displays, then flush."""
+        with self._wake:
+            already, self._closed = self._closed, True
+            self._wake.notify()
+        if already:
+            return
+        self._thread.join()
+        for display in self._displays:
+            display.close()
+        self.flush()
+
+    def _metric(self, name: str, value: float, timestamp: int, step: int) -> Metric:
+        if not METRIC_NAME.fullmatch(name):
+            raise ValueError(
+                f"'{name}' is no name of a metric: use letters, digits and _ - . : / or a space"
+            )
+        if math.isinf(value):
+            if name not in self._infinite:
+                log.warning("%s is infinite at step %d; logged as NaN", name, step)
+            self._infinite.add(name)
+            value = math.nan
+        return Metric(name, value, timestamp, step)
+
+    def _work(self) -> None:
+        due = time.monotonic() + self._flush_seconds
+        while not self._closed:
+            with self._wake:
+                if self._progress is None and self._calls < self._flush_steps and not self._closed:
+                    self._wake.wait(max(due - time.monotonic(), 0.0))
+            self._show()
+            if self._calls >= self._flush_steps or time.monotonic() >= due:
+                self._try_to_write()
+                due = time.monotonic() + self._flush_seconds
+        self._show()
+
+    def _show(self) -> None:
+        with self._wake:
+            progress, self._progress = self._progress, None
+        if progress is not None:
+            for display in self._displays:
+                display.show(*progress)
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except Exception:
+            log.warning("metrics of run %s wait for MLflow", self._run_id, exc_info=True)
+
+    def _write(self) -> None:
+        with self._writing:
+            with self._wake:
+                batch, self._metrics, self._calls = self._metrics, [], 0
+            try:
+                self._client.log_batch(self._run_id, metrics=batch)
+            except BaseException:
+                with self._wake:
+                    self._metrics[:0] = batch
+                raise
