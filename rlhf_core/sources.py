@@ -1,0 +1,291 @@
+"""Files, folders and hub data sets as rows, each with the place where it stands.
+
+Knows formats; knows nothing about what a row means. Nothing is unpickled, and no code that comes
+with a data set runs.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from rlhf_core.errors import DataError
+
+Row = dict[str, Any]
+Unit = Literal["line", "row"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row, and where it stands."""
+
+    source: str
+    unit: Unit
+    number: int  # counted from 1
+    field: str  # the file's own name; empty when the whole row is at fault
+    category: str  # what the report counts
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"{self.source}, {self.unit} {self.number}"
+        return (
+            f"{place}, field '{self.field}': {self.reason}"
+            if self.field
+            else f"{place}: {self.reason}"
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, numbered by the line they begin on, or by row where a format has
+    no lines, and the lines that could not be read."""
+
+    source: str
+    unit: Unit
+    rows: Sequence[tuple[int, Row]]
+    unreadable: Sequence[Fault] = ()
+
+    def columns(self) -> list[str]:
+        """The field names of all rows, in order of appearance."""
+        return list(dict.fromkeys(name for _, row in self.rows for name in row))
+
+
+def read_rows(path: str, *, split: str, subset: str, limit: int) -> Rows:
+    """The rows of a file, a `save_to_disk` folder or a Hugging Face data set.
+
+    `path` is a .jsonl, .json, .csv or .parquet file (.gz too), a folder or a hub id; `split` and
+    `subset` choose within the latter two; `limit` keeps the first rows alone, 0 keeps all.
+
+    Raises: DataError when there is nothing at `path`, or it cannot be read.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read_folder(local, split, limit)
+    if local.is_file():
+        return _read_file(local, limit)
+    if _format(local) is not None or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
+        raise DataError(f"there is no file {path}{_nearest(local)}")
+    return _read_hub(path, split, subset, limit)
+
+
+def _format(path: Path) -> Callable[[str, bytes, int], Rows] | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    return _FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent} either"
+    names = sorted(sibling.name for sibling in path.parent.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return (
+        f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+    )
+
+
+def _read_file(path: Path, limit: int) -> Rows:
+    read = _format(path)
+    if read is None:
+        raise DataError(
+            f"{path}: this kind of file is not understood; "
+            "use .jsonl, .json, .csv or .parquet, plain or as .gz"
+        )
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); check the file") from error
+    return read(str(path), data, limit)
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; "
+            "save the file as UTF-8"
+        ) from error
+
+
+class _Collector:
+    """Rows of a text file as they are read, until the limit."""
+
+    def __init__(self, name: str, unit: Unit, limit: int) -> None:
+        self.name, self.unit, self.limit = name, unit, limit
+        self.rows: list[tuple[int, Row]] = []
+        self.unreadable: list[Fault] = []
+
+    def full(self) -> bool:
+        return 0 < self.limit <= len(self.rows) + len(self.unreadable)
+
+    def add(self, number: int, row: object) -> None:
+        if isinstance(row, dict):
+            self.rows.append((number, row))
+        else:
+            self.reject(number, "is not a JSON object with the fields of a row")
+
+    def reject(self, number: int, reason: str) -> None:
+        self.unreadable.append(Fault(self.name, self.unit, number, "", "unreadable", reason))
+
+    def finish(self) -> Rows:
+        return Rows(self.name, self.unit, self.rows, self.unreadable)
+
+
+def _read_json_lines(name: str, data: bytes, limit: int) -> Rows:
+    found = _Collector(name, "line", limit)
+    # str.splitlines would also split at U+2028, which may stand inside a JSON string.
+    for number, line in enumerate(_decode(name, data).split("\n"), start=1):
+        if found.full():
+            break
+        if not line.strip():
+            continue
+        try:
+            found.add(number, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            found.reject(number, f"not valid JSON ({_why(error)})")
+    return found.finish()
+
+
+def _read_json(name: str, data: bytes, limit: int) -> Rows:
+    """One array of objects, or JSON lines under another name."""
+    text = _decode(name, data)
+    if not text.lstrip().startswith("["):
+        return _read_json_lines(name, data, limit)
+    try:
+        array = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{name}{line}: not valid JSON ({_why(error)})") from error
+    found = _Collector(name, "row", limit)
+    for number, row in enumerate(array[: limit or None], start=1):
+        found.add(number, row)
+    return found.finish()
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
+
+
+def _read_csv(name: str, data: bytes, limit: int) -> Rows:
+    """Every cell stays text: "NA" and "001" are what the author wrote."""
+    found = _Collector(name, "line", limit)
+    records = _csv_records(name, _decode(name, data))
+    _, header = next(records, (1, []))
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}, line 1: a column name stands twice in the header; rename one")
+    for number, cells in records:
+        if found.full():
+            break
+        if len(cells) == len(header):
+            found.add(number, dict(zip(header, cells, strict=True)))
+        else:
+            found.reject(number, f"has {len(cells)} cells where the header has {len(header)}")
+    return found.finish()
+
+
+def _csv_records(name: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Each record with the line on which it begins; a quoted cell may span several lines."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    begins = 1
+    with _long_cells():
+        try:
+            for cells in reader:
+                if cells:
+                    yield begins, cells
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{name}, line {begins}: not valid CSV ({error}); check the quotes of this record"
+            ) from error
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of any length; the module's own limit is 128 KiB."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(name: str, data: bytes, limit: int) -> Rows:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not a Parquet file ({_first_line(error)})") from error
+    return _numbered(name, table.slice(0, limit or None).to_pylist())
+
+
+def _read_folder(path: Path, split: str, limit: int) -> Rows:
+    import datasets  # takes half a second
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is a folder that save_to_disk did not write; "
+            "name a file in it, or save the data set with Dataset.save_to_disk"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        splits = list(loaded)
+        dataset = loaded.get(split)
+    else:
+        splits = [str(loaded.split or "train")]
+        dataset = loaded if split in splits else None
+    if dataset is None:
+        raise DataError(f"{path} has no split '{split}'; it has: {', '.join(splits)}")
+    return _from_dataset(f"{path} ({split})", dataset, limit)
+
+
+def _read_hub(path: str, split: str, subset: str, limit: int) -> Rows:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(path, subset or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"'{path}' is no file or folder here, and the Hugging Face hub did not give it "
+            f"({_first_line(error)}); check the name, the split '{split}' and the subset, and that "
+            "this machine reaches the hub or has the data set in its cache"
+        ) from error
+    return _from_dataset(f"{path} ({split})", dataset, limit)
+
+
+def _from_dataset(name: str, dataset: Any, limit: int) -> Rows:
+    count = min(limit or len(dataset), len(dataset))
+    return _numbered(name, dataset.select(range(count)).to_list())
+
+
+def _numbered(name: str, rows: Sequence[Row]) -> Rows:
+    return Rows(name, "row", list(enumerate(rows, start=1)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+_FORMATS = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
