@@ -1,0 +1,291 @@
+"""The command `rlhf`. Says what exists and prints; the work is done elsewhere.
+
+Exit status: 0 done, 1 the run or a service failed, 2 a mistake of the user, 130 interrupted.
+What is slow to import is imported by the command that needs it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from flows import services
+from flows.failures import explain
+from flows.supervisor import ServiceError
+from rlhf_core.errors import UserError
+from tasks.settings import read_settings
+
+if TYPE_CHECKING:
+    from flows.config import PipelineConfig
+    from tasks.comparison import RunComparison
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+out = Console()
+err = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns what a user can mend into one sentence and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a defect passes and keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _end("Interrupted.", INTERRUPTED) from None
+        except ServiceError as error:
+            raise _end(str(error), FAILED) from None
+        except UserError as error:
+            raise _end(str(error), MISTAKE) from None
+        except Exception as error:
+            if sentence := explain(error):
+                raise _end(sentence, FAILED) from None
+            raise
+
+
+def _end(sentence: str, status: int) -> typer.Exit:
+    err.print(f"[bold red]rlhf:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    return typer.Exit(status)
+
+
+CONFIGS = Path("configs")
+
+app = typer.Typer(
+    cls=Commands,
+    name="rlhf",
+    help="RLHF as a pipeline: prepare data, SFT, reward model, PPO, evaluation, promotion.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be given many times."),
+]
+
+
+@app.command(epilog="Examples: rlhf run configs/demo.yaml · rlhf run my.yaml --set ppo.kl_coef=0.1")
+def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run the whole pipeline here and now, and print what came out of it.
+
+    MLflow and Prefect are those that MLFLOW_TRACKING_URI and PREFECT_API_URL name, else those of a
+    running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` shows later. A
+    policy that is not promoted is a result and not a failure: the exit status is 0.
+    """
+    services.join(read_settings(), prefect=True)
+    pipeline = _load(config, overrides)
+    from flows.logs import quiet_terminal, shorten_user_errors
+    from flows.rlhf import rlhf
+
+    shorten_user_errors()
+    quiet_terminal()
+    result = rlhf(pipeline)
+    out.print(result.report, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
+def up(
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
+    configs: Annotated[
+        Path, typer.Option(help="Each YAML file in it becomes a deployment.")
+    ] = Path("configs"),
+) -> None:
+    """Run Prefect, MLflow and a worker on this machine until Ctrl-C.
+
+    In the Prefect UI each config of the folder is a deployment: a form to fill in and to start, or
+    to give a schedule. Everything listens on the loopback address alone and is stopped together.
+    What `rlhf run` did before is there too.
+    """
+    err.print("Starting Prefect, MLflow and a worker …", highlight=False)
+    try:
+        services.up(
+            read_settings(),
+            prefect_port=prefect_port,
+            mlflow_port=mlflow_port,
+            configs=configs,
+            on_ready=_show_services,
+        )
+    except KeyboardInterrupt:
+        err.print("All services have been stopped.", highlight=False)
+
+
+@app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy configs")
+def deploy(
+    configs: Annotated[Path, typer.Argument(help="A folder of YAML files.")] = CONFIGS,
+    working_dir: Annotated[
+        str, typer.Option(help="What relative paths in a config refer to, on the worker.")
+    ] = "",
+) -> None:
+    """Register each config of a folder as a deployment of a running Prefect server.
+
+    `rlhf up` does this by itself. Anywhere else name the server by PREFECT_API_URL, and start a
+    worker for the work pool `rlhf` where this package is installed.
+    """
+    settings = services.join(read_settings(), prefect=True)
+    if not settings.prefect_api_url:
+        raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
+    from flows.deployments import deploy as register
+
+    for name in register(configs, working_dir=working_dir):
+        out.print(name, highlight=False)
+
+
+@app.command(epilog="Example: rlhf validate my.yaml --set data.preferences=pairs.jsonl")
+def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a config and its data, and print the validation report; nothing is trained.
+
+    Every setting is parsed and held against the others; the data are read as the pipeline would
+    read them: rows kept and dropped with reasons, duplicates, contradictions, lengths, truncation.
+    """
+    services.join(read_settings())
+    pipeline = _load(config, overrides)
+    from rlhf_core.stages.prepare import inspect
+
+    report = inspect(pipeline.data, pipeline.model, pipeline.length_limits, pipeline.seed)
+    out.print(report, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
+def show_config(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Print a config as YAML with every default filled in: a file that `rlhf run` takes."""
+    import yaml
+
+    services.join(read_settings())
+    resolved = _load(config, overrides).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command(
+    epilog='Examples: rlhf generate --model models:/demo-policy@champion "The hotel" · '
+    "rlhf generate --model gpt2 --temperature 0 < prompts.txt"
+)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; none: one a line from standard input.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="models:/NAME/VERSION, models:/NAME@ALIAS, a folder or a hub id.")
+    ] = "models:/demo-policy@champion",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response (tokens).")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same texts.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask as a user's message, by the chat template.")
+    ] = False,
+) -> None:
+    """Let a policy continue prompts, and print its texts, one after the other."""
+    texts = prompts or _lines()
+    settings = services.join(read_settings())
+    from tasks.generation import generate as ask
+
+    answers = ask(
+        model,
+        [[{"role": "user", "content": text}] for text in texts] if chat else texts,
+        settings=settings,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        samples=samples,
+        seed=seed,
+    )
+    for answer in (text for group in answers for text in group):
+        typer.echo(answer)
+
+
+@app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")
+def compare(
+    first: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold two pipeline runs against each other: settings that differ, and metrics, by stage."""
+    settings = services.join(read_settings())
+    from tasks.comparison import compare as hold
+
+    comparison = hold(first, second, settings=settings)
+    if as_json:
+        typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=2))
+    else:
+        _show_comparison(comparison)
+
+
+@app.command(epilog="Example: rlhf export models:/demo-policy@champion servable")
+def export(
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+) -> None:
+    """Write a model that MLflow serves: a policy answers prompts, a reward model scores texts."""
+    settings = services.join(read_settings())
+    from tasks.model_store import MlflowModelStore
+    from tasks.serving import export_servable
+    from tasks.tracking import connect
+
+    store = MlflowModelStore(connect(settings))
+    export_servable(store, store.resolve(model), directory)
+    typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
+
+
+# ---- helpers ----
+
+
+def _load(path: Path, overrides: list[str]) -> "PipelineConfig":
+    from flows.config import PipelineConfig
+    from flows.loading import load_config
+
+    return load_config(path, overrides, PipelineConfig)
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that are not blank."""
+    texts = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise UserError("There is no prompt: give one as an argument, or one a line on the input.")
+    return texts
+
+
+def _show_services(running: services.Services, logs: Path) -> None:
+    table = Table("Service", "Address", "Log")
+    table.add_row("Prefect", running.prefect, str(logs / "prefect.log"))
+    table.add_row("MLflow", running.mlflow, str(logs / "mlflow.log"))
+    table.add_row("Worker", f"work pool {services.POOL}", str(logs / "worker.log"))
+    out.print(table)
+    out.print("Ctrl-C stops them.", highlight=False)
+
+
+def _show_comparison(comparison: "RunComparison") -> None:
+    left, right = (run.name for run in comparison.runs)
+    settings = Table("Stage", "Setting", left, right, title="Settings that differ")
+    for row in comparison.params:
+        settings.add_row(row.stage, row.name, row.first, row.second)
+    metrics = Table("Stage", "Metric", left, right, "Difference", title="Metrics")
+    for metric in comparison.metrics:
+        values = (metric.first, metric.second, metric.difference)
+        shown = ("–" if value is None else f"{value:.4g}" for value in values)
+        metrics.add_row(metric.stage, metric.name, *shown)
+    out.print(settings if comparison.params else "No setting differs.")
+    out.print(metrics)
+    for run in comparison.runs:
+        out.print(f"{run.name} ({run.status}): {run.url}", soft_wrap=True, highlight=False)
+    out.print(f"Side by side: {comparison.url}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The local services: how a command finds MLflow and Prefect, and `rlhf up`, which runs them.
+
+All listen on the loopback address alone. They keep their data where `rlhf run` keeps it when no
+server runs, so one history is seen either way.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from flows.supervisor import Service, Supervisor, unhealthy
+from rlhf_core.errors import UserError
+from tasks.settings import Settings, apply_environment, read_settings
+
+HOST = "127.0.0.1"
+POOL = "rlhf"
+
+
+class Services(NamedTuple):
+    """A running `rlhf up`."""
+
+    prefect: str
+    mlflow: str
+    pid: int
+
+
+# ---- finding them ----
+
+
+def join(settings: Settings, *, prefect: bool = False) -> Settings:
+    """Make this process use the MLflow, and on demand the Prefect, that serve this home.
+
+    A variable that the user has set wins; then a live `rlhf up` of this home; else MLflow is a
+    database under the home, and Prefect starts a server for the length of the run. To be called
+    before MLflow or Prefect is imported: they read their environment at import.
+
+    Returns: the settings as they are now.
+
+    Raises:
+        UserError: an address that does not answer, or a home that cannot be written.
+    """
+    for name, value in _addresses(settings, prefect).items():
+        os.environ.setdefault(name, value)
+    apply_environment(settings)
+    make_home(settings)
+    return read_settings()
+
+
+def make_home(settings: Settings) -> None:
+    """Create the folders under the home.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    try:
+        for folder in ("mlflow/artifacts", "prefect", "logs"):
+            (settings.home / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{settings.home} cannot be used to keep things in ({error.strerror}): set RLHF_HOME "
+            "to a folder of yours."
+        ) from None
+
+
+def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
+    """The variables that say where the servers are, once each has answered."""
+    services = running(settings)
+    mlflow = settings.tracking_uri or (services.mlflow if services else "")
+    prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
+    found: dict[str, str] = {}
+    if mlflow.startswith(("http://", "https://")):
+        _expect(mlflow, "/health", "MLflow", "MLFLOW_TRACKING_URI")
+        found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
+    if prefect and with_prefect:
+        _expect(prefect, "/health", "Prefect", "PREFECT_API_URL")
+        page = prefect.rstrip("/").removesuffix("/api")
+        found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
+    return found
+
+
+def running(settings: Settings) -> Services | None:
+    """The `rlhf up` that serves this home, or None.
+
+    Its state file is locked for as long as it lives and the kernel drops the lock with the
+    process, so that a file which a killed one left behind is not believed.
+    """
+    path = _state_file(settings)
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read_state(file)
+    return None
+
+
+def _read_state(file: IO[str]) -> Services:
+    text = file.read()
+    if not text:
+        raise UserError(
+            "`rlhf up` is just starting for this home: try again when it shows its addresses."
+        )
+    return Services(**json.loads(text))
+
+
+def _state_file(settings: Settings) -> Path:
+    return settings.home / "services.json"
+
+
+def _expect(address: str, path: str, name: str, variable: str) -> None:
+    if problem := unhealthy(address.rstrip("/") + path):
+        raise UserError(
+            f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
+            f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
+        )
+
+
+# ---- running them ----
+
+
+def up(
+    settings: Settings,
+    *,
+    prefect_port: int,
+    mlflow_port: int,
+    configs: Path,
+    on_ready: Callable[[Services, Path], None],
+) -> None:
+    """Run Prefect, MLflow and a worker with a deployment for each config, until interrupted.
+
+    `on_ready` is called once with the addresses and the folder of the logs. Whichever way this
+    ends, no process that it started is left.
+
+    Raises:
+        UserError: a port is taken, or the services of this home run already.
+        ServiceError: one of the services ended; the others have been stopped.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all have been stopped.
+    """
+    if not Path("/proc/self/environ").exists():
+        raise UserError(
+            "`rlhf up` needs Linux; elsewhere start `prefect server start` and `mlflow server` and "
+            "set PREFECT_API_URL and MLFLOW_TRACKING_URI."
+        )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    services = Services(
+        f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}", os.getpid()
+    )
+    with _claim(settings) as state:
+        _check_ports(prefect_port, mlflow_port)
+        with Supervisor(settings.home / "logs", ("worker", "deploy", "mlflow", "prefect")) as group:
+            servers = _servers(settings, services, prefect_port, mlflow_port)
+            for server in servers:
+                group.start(server)
+            group.until_healthy(servers)
+            clients = _client_environment(settings, services)
+            group.run(_deploy(configs, clients))
+            group.start(_worker(clients))
+            json.dump(services._asdict(), state)
+            state.flush()
+            on_ready(services, settings.home / "logs")
+            while True:
+                group.check()
+                time.sleep(0.5)
+
+
+@contextmanager
+def _claim(settings: Settings) -> Iterator[IO[str]]:
+    """The state file of this home, emptied and locked: at most one `rlhf up` can have it."""
+    make_home(settings)
+    path = _state_file(settings)
+    with path.open("a+") as file:
+        for attempt in range(10):  # another command may look at the file at this very moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1 if attempt < 9 else 0)
+        else:
+            file.seek(0)
+            there = _read_state(file)
+            raise UserError(
+                f"`rlhf up` already runs for {settings.home} (process {there.pid}): Prefect at "
+                f"{there.prefect}, MLflow at {there.mlflow}. Stop it with Ctrl-C in its terminal, "
+                "or set RLHF_HOME to another folder."
+            )
+        file.truncate(0)
+        try:
+            yield file
+        finally:
+            file.truncate(0)
+
+
+def _check_ports(prefect_port: int, mlflow_port: int) -> None:
+    options = (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port))
+    if prefect_port == mlflow_port:
+        raise UserError(
+            f"--prefect-port and --mlflow-port are both {mlflow_port}: choose two different ones."
+        )
+    for option, port in options:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                taken = error.errno == errno.EADDRINUSE
+                reason = "is already in use" if taken else f"cannot be used ({error.strerror})"
+                raise UserError(
+                    f"Port {port} {reason}: free it, or choose another one with {option}."
+                ) from None
+
+
+def _servers(
+    settings: Settings, services: Services, prefect_port: int, mlflow_port: int
+) -> tuple[Service, Service]:
+    local = settings.model_copy(update={"tracking_uri": "", "prefect_api_url": ""})
+    environment = local.environment()
+    prefect = Service(
+        "prefect",
+        _python("prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
+        # Without it, the pages of a server on another port ask port 4200 for their data.
+        {**environment, "PREFECT_SERVER_UI_API_URL": f"{services.prefect}/api"},
+        f"{services.prefect}/api/health",
+    )
+    mlflow = Service(
+        "mlflow",
+        _python(
+            *("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "-w", "1"),
+            *("--backend-store-uri", local.mlflow_uri, "--serve-artifacts"),
+            # Experiments keep their plain path, so that they can be read without a server too.
+            *("--default-artifact-root", str(local.artifact_root)),
+        ),
+        {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        f"{services.mlflow}/health",
+    )
+    return prefect, mlflow
+
+
+def _client_environment(settings: Settings, services: Services) -> dict[str, str]:
+    return {
+        **settings.environment(),
+        "PREFECT_API_URL": f"{services.prefect}/api",
+        "MLFLOW_TRACKING_URI": services.mlflow,
+        "RLHF_PREFECT_URL": services.prefect,
+        "RLHF_MLFLOW_URL": services.mlflow,
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
+    }
+
+
+def _deploy(configs: Path, environment: Mapping[str, str]) -> Service:
+    here = str(Path.cwd())
+    command = _python("flows", "deploy", str(configs), "--working-dir", here)
+    return Service("deploy", command, environment)
+
+
+def _worker(environment: Mapping[str, str]) -> Service:
+    command = _python("prefect", "worker", "start", "--pool", POOL, "--type", "process")
+    return Service("worker", command, environment)
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]

@@ -1,0 +1,102 @@
+"""Texts from a policy on demand, wherever it is kept. Knows nothing about training."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_core.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
+from rlhf_core.errors import ModelError, UserError
+from rlhf_core.models import CARD, ModelConfig, load_base, read_card, require_context
+from rlhf_core.sampling import sample
+from tasks.model_store import MlflowModelStore
+from tasks.settings import Settings
+from tasks.tracking import connect
+
+BATCH_ROWS = 64
+
+
+def generate(
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    settings: Settings,
+    max_new_tokens: int,
+    temperature: float,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[str]]:
+    """`samples` responses to each prompt, in the order of the prompts.
+
+    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id;
+    temperature 0 takes the likeliest token each time. The same call gives the same texts.
+
+    Raises:
+        ModelError: there is no such model, it is not a policy, or it reads no text of that length.
+        UserError: a prompt without any token.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        policy, tokenizer = _load(model, Path(scratch) / "model", settings)
+    lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
+    if 0 in lengths:
+        raise UserError(
+            f"prompt {lengths.index(0) + 1} is empty and this model has no token to begin with; "
+            "write at least a word"
+        )
+    longest = max(lengths, default=0)
+    require_context(policy, longest + max_new_tokens, "the longest prompt with --max-new-tokens")
+    generator = torch.Generator(settings.device).manual_seed(seed)
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    texts = [
+        text
+        for start in range(0, len(rows), BATCH_ROWS)
+        for text in _respond(
+            policy,
+            tokenizer,
+            rows[start : start + BATCH_ROWS],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+        )
+    ]
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _load(
+    model: str, scratch: Path, settings: Settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if model.startswith("models:/"):
+        store = MlflowModelStore(connect(settings))
+        source = str(store.fetch(store.resolve(model), scratch))
+    else:
+        source = model
+    if (Path(source) / CARD).is_file() and (kind := read_card(Path(source))["kind"]) != "policy":
+        raise ModelError(f"{model} is a {kind} model and writes no text; name a policy")
+    policy, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
+    return policy.to(settings.device), tokenizer
+
+
+def _respond(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> list[str]:
+    """One response to each of the prompts, as one batch."""
+    whole = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
+    batch = encode_prompts(tokenizer, prompts, whole).to(policy.device)
+    responses = sample(
+        policy,
+        batch,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        generator=generator,
+    )
+    return decode_responses(responses.tokens, responses.mask, tokenizer)
