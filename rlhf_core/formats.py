@@ -123,7 +123,8 @@ def _choose(kind: Kind, here: set[str], names: Mapping[str, str]) -> _Converter 
     if {"chosen", "rejected"} <= here:
         return _pair
     # A field that the user mapped goes before one that happens to be there.
-    ballot = min(here.intersection(_BALLOTS), key=lambda f: (f not in names, f), default=None)
+    ballots = [field for field in _BALLOTS if field in here]
+    ballot = min(ballots, key=lambda field: field not in names, default=None)
     if ballot and {"response_a", "response_b"} <= here:
         return partial(_voted_pair, field=ballot)
     return None
@@ -185,7 +186,7 @@ class _BadRowError(Exception):
 _ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_TYPES = {
+_TYPES: Mapping[type, str] = {
     **{bool: "a truth value", int: "a number", float: "a number"},
     **{str: "text", list: "a list", dict: "an object"},
 }

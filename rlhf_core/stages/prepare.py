@@ -1,0 +1,371 @@
+"""Prepare: bring the user's data, or simulated data, into the three tables of the pipeline.
+
+1. read each source and check every row (`sources`, `formats`)
+2. drop what teaches nothing: pairs of identical answers, duplicates
+3. split by prompt: a row goes where its prompt was put by a source with an evaluation set of its
+   own, and else where a hash of seed and prompt says; so a prompt is on one side in all tables
+4. fill what was not given: demonstrations are the answers that were chosen, prompts are the
+   distinct prompts of the other two tables
+5. measure lengths with the model's tokenizer, and count what the later stages will cut
+6. write the tables and `validation.json`
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+
+from rlhf_core.config import Section
+from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_table
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.formats import FIELDS, Table, parse
+from rlhf_core.metrics import StageLogger
+from rlhf_core.models import ModelConfig, load_tokenizer
+from rlhf_core.simulation import SimulationConfig, simulate
+from rlhf_core.sources import read_rows
+from rlhf_core.tables import Assembled, Tables, assemble, fill, shared_prompts, split_by_prompt
+from rlhf_core.types import Report
+from rlhf_core.validation import (
+    TableSummary,
+    Validation,
+    contradictory_pairs,
+    count_tokens,
+    summarise_lengths,
+)
+
+
+class TableConfig(Section):
+    """Where one table comes from."""
+
+    path: str = Field(
+        "",
+        description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
+        "the hub id of a data set; empty = not given",
+    )
+    split: str = Field("train", description="Split of a Hugging Face data set")
+    subset: str = Field("", description="Subset (configuration) of a hub data set")
+    eval_path: str = Field(
+        "", description="Evaluation data of their own; empty = `path`, split by prompt"
+    )
+    eval_split: str = Field(
+        "", description="Split that holds the evaluation data; empty = split by prompt"
+    )
+    fields: dict[str, str] = Field(
+        {}, description="Field names where they differ: ours -> the source's"
+    )
+    limit: int = Field(
+        0, ge=0, description="Use the first rows of each source alone (rows; 0 = all)"
+    )
+
+    def evaluation(self) -> tuple[str, str] | None:
+        """Path and split of the evaluation data, None where they are split off by prompt."""
+        if not self.eval_path and not self.eval_split:
+            return None
+        return self.eval_path or self.path, self.eval_split or self.split
+
+    @model_validator(mode="after")
+    def _evaluation_apart(self) -> "TableConfig":
+        if self.evaluation() and not self.path:
+            raise ValueError(
+                "evaluation data are named but `path` is empty: name the training data"
+            )
+        if self.evaluation() == (self.path, self.split) and self.path:
+            raise ValueError("the evaluation data are the training data: change one of the two")
+        return self
+
+
+class DataConfig(Section):
+    """The data: simulated, or the user's own files and data sets."""
+
+    source: Literal["simulated", "files"] = Field(
+        "simulated", description="`simulated` draws the data, `files` reads the three tables below"
+    )
+    simulation: SimulationConfig = Field(
+        default_factory=SimulationConfig, description="Used when `source` is `simulated`"
+    )
+    demonstrations: TableConfig = Field(
+        default_factory=TableConfig,
+        description="prompt, response; not given = the answers that were chosen in a preference",
+    )
+    preferences: TableConfig = Field(
+        default_factory=TableConfig,
+        description="prompt, chosen, rejected; or dialogues; or pairs with votes",
+    )
+    prompts: TableConfig = Field(
+        default_factory=TableConfig,
+        description="prompt; not given = the prompts of the other two tables",
+    )
+    eval_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
+    )
+    allow_shared_prompts: bool = Field(
+        False, description="Go on when a prompt is in training and evaluation data alike"
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="Stop at a bad row, or leave it out and count it"
+    )
+
+    def table(self, kind: Kind) -> TableConfig:
+        """The settings of one table."""
+        tables: dict[Kind, TableConfig] = {
+            "demonstrations": self.demonstrations,
+            "preferences": self.preferences,
+            "prompts": self.prompts,
+        }
+        return tables[kind]
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> "DataConfig":
+        for kind in KINDS:
+            for field in self.table(kind).fields:
+                if field not in FIELDS[kind]:
+                    known = ", ".join(FIELDS[kind])
+                    raise ValueError(f"{kind}.fields: '{field}' is none of the fields: {known}")
+        return self
+
+
+class LengthLimits(Section):
+    """Where the later stages cut: what the truncation counts of the report are counted against."""
+
+    prompt: int = Field(ge=1, description="Longest prompt in sampling (tokens)")
+    sft: int = Field(ge=1, description="Longest prompt and response in fine-tuning (tokens)")
+    reward: int = Field(ge=1, description="Longest prompt and answer of the reward model (tokens)")
+    response: int = Field(ge=1, description="Longest response that the policy samples (tokens)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport(Report):
+    """How much data there is, and what is wrong with it; in full in `validation`."""
+
+    validation: Validation
+    demonstrations_train: int
+    demonstrations_eval: int
+    preferences_train: int
+    preferences_eval: int
+    prompts_train: int
+    prompts_eval: int
+    dropped: int
+    ties: int
+    contradictory_pairs: int
+    shared_prompts: int
+    truncated: int
+
+
+def prepare_data(
+    config: DataConfig,
+    *,
+    model: ModelConfig,
+    limits: LengthLimits,
+    output: Path,
+    seed: int,
+    logger: StageLogger,
+) -> DataReport:
+    """Write the prepared tables and the validation report to the folder `output`.
+
+    Raises: ConfigError or DataError, which name file, line and field, before anything is written.
+    """
+    logger.progress(0, 3, "reading the data")
+    tables = _assemble(config, seed)
+    logger.progress(1, 3, "measuring lengths")
+    counts = _count_tokens(tables, model)
+    validation = _validate(tables, counts, limits)
+    logger.progress(2, 3, "writing the tables")
+    output.mkdir(parents=True, exist_ok=True)
+    for kind, table in tables.items():
+        for split in SPLITS:
+            write_table(table.side(split), output, kind, split)
+    text = validation.model_dump_json(indent=2) + "\n"
+    (output / "validation.json").write_text(text, encoding="utf-8")
+    logger.progress(3, 3, "data prepared")
+    return _report(validation, _length_histograms(counts))
+
+
+def inspect(config: DataConfig, model: ModelConfig, limits: LengthLimits, seed: int) -> Validation:
+    """The validation report alone; nothing is written.
+
+    Raises: ConfigError or DataError, as `prepare_data` does.
+    """
+    tables = _assemble(config, seed)
+    return _validate(tables, _count_tokens(tables, model), limits)
+
+
+def _assemble(config: DataConfig, seed: int) -> Tables:
+    given = _simulated(config, seed) if config.source == "simulated" else _from_files(config)
+    tables = fill(split_by_prompt(given, config.eval_fraction, seed))
+    _check_sides(tables, config)
+    _check_shared(tables, config)
+    return tables
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _simulated(config: DataConfig, seed: int) -> Tables:
+    drawn = simulate(config.simulation, seed)
+    frames: dict[Kind, pd.DataFrame] = {
+        "demonstrations": drawn.demonstrations,
+        "preferences": drawn.preferences,
+        "prompts": drawn.prompts,
+    }
+    return {
+        kind: assemble(
+            kind,
+            {"": Table(frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {})},
+        )
+        for kind, frame in frames.items()
+    }
+
+
+def _from_files(config: DataConfig) -> Tables:
+    if not config.preferences.path:
+        raise ConfigError(
+            "data.source is 'files' but no preferences are given; name them in "
+            "data.preferences.path, or set data.source to 'simulated'"
+        )
+    return {kind: _read(config, kind) for kind in KINDS if config.table(kind).path}
+
+
+def _read(config: DataConfig, kind: Kind) -> Assembled:
+    settings = config.table(kind)
+    evaluation = settings.evaluation()
+    train = _parse(config, kind, settings.path, settings.split)
+    if evaluation is None:
+        return assemble(kind, {"": train})
+    return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
+
+
+def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
+    settings = config.table(kind)
+    source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
+    table = parse(source, kind, settings.fields)
+    if table.faults and config.on_bad_row == "error":
+        count = len(table.faults)
+        them = "it" if count == 1 else f"all {count} bad rows of this source"
+        raise DataError(
+            f"{table.faults[0]}; mend the row, or set data.on_bad_row to 'drop' to leave {them} out"
+        )
+    return table
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def _check_sides(tables: Tables, config: DataConfig) -> None:
+    for kind, table in tables.items():
+        for split in SPLITS:
+            if table.side(split).empty:
+                raise DataError(_nothing_left(kind, table, split, config))
+
+
+def _nothing_left(kind: Kind, table: Assembled, split: Split, config: DataConfig) -> str:
+    purpose = {"train": "training", "eval": "evaluation"}[split]
+    start = f"no {kind} are left for {purpose}: of {table.rows} rows ({table.source}) "
+    if table.frame.empty:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in table.dropped.items())
+        return f"{start}all were dropped ({reasons}); check the fields and the data"
+    prompts = table.frame["key"].nunique()
+    return (
+        f"{start}{len(table.frame)} with {prompts} distinct prompts are all on the "
+        f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or give "
+        f"evaluation data of their own (data.{kind}.eval_path or eval_split)"
+    )
+
+
+def _check_shared(tables: Tables, config: DataConfig) -> None:
+    shared = shared_prompts(tables)
+    if shared and not config.allow_shared_prompts:
+        examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in shared[:3])
+        count = "1 prompt is" if len(shared) == 1 else f"{len(shared)} prompts are"
+        raise DataError(
+            f"{count} in the training and in the evaluation data, for example {examples}; take "
+            "them out of one of the two, or set data.allow_shared_prompts to true"
+        )
+
+
+# --- reporting -----------------------------------------------------------------------------------
+
+
+def _count_tokens(tables: Tables, model: ModelConfig) -> dict[Kind, pd.DataFrame]:
+    tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
+    return {kind: count_tokens(table.frame, kind, tokenizer) for kind, table in tables.items()}
+
+
+def _validate(
+    tables: Tables, counts: Mapping[Kind, pd.DataFrame], limits: LengthLimits
+) -> Validation:
+    preferences = tables["preferences"].frame
+    return Validation(
+        tables={kind: _summary(table) for kind, table in tables.items()},
+        bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
+        ties=int(preferences["tie"].sum()),
+        contradictory_pairs=contradictory_pairs(preferences),
+        shared_prompts=len(shared_prompts(tables)),
+        lengths=summarise_lengths(counts),
+        truncated=_truncated(counts, limits),
+    )
+
+
+def _summary(table: Assembled) -> TableSummary:
+    return TableSummary(
+        source=table.source,
+        rows=table.rows,
+        examples=len(table.frame) + table.dropped.total(),
+        train=len(table.side("train")),
+        eval=len(table.side("eval")),
+        dropped=dict(sorted(table.dropped.items())),
+    )
+
+
+def _truncated(counts: Mapping[Kind, pd.DataFrame], limits: LengthLimits) -> dict[str, int]:
+    """How many texts are longer than each limit."""
+    demonstrations, pairs = counts["demonstrations"], counts["preferences"]
+    longer = pairs["prompt"] + pairs[["chosen", "rejected"]].max(axis=1)
+    whole = demonstrations["prompt"] + demonstrations["response"]
+    texts = {
+        f"prompts over {limits.prompt} tokens": counts["prompts"]["prompt"] > limits.prompt,
+        f"demonstrations over {limits.sft} tokens": whole > limits.sft,
+        f"responses over {limits.response} tokens": demonstrations["response"] > limits.response,
+        f"preferences over {limits.reward} tokens": longer > limits.reward,
+    }
+    return {name: int(cut.sum()) for name, cut in texts.items()}
+
+
+def _report(validation: Validation, lengths: Figure) -> DataReport:
+    tables = validation.tables
+    return DataReport(
+        validation=validation,
+        demonstrations_train=tables["demonstrations"].train,
+        demonstrations_eval=tables["demonstrations"].eval,
+        preferences_train=tables["preferences"].train,
+        preferences_eval=tables["preferences"].eval,
+        prompts_train=tables["prompts"].train,
+        prompts_eval=tables["prompts"].eval,
+        dropped=sum(sum(table.dropped.values()) for table in tables.values()),
+        ties=validation.ties,
+        contradictory_pairs=validation.contradictory_pairs,
+        shared_prompts=validation.shared_prompts,
+        truncated=sum(validation.truncated.values()),
+        tables={
+            "data/rows": validation.rows_table(),
+            "data/lengths": validation.lengths_table(),
+            "data/truncated": validation.truncated_table(),
+        },
+        figures={"data/lengths": lengths},
+    )
+
+
+def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> Figure:
+    """How long the texts are, one panel for each table."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(counts))
+    for axes, (kind, lengths) in zip(panels, counts.items(), strict=True):
+        axes.hist(lengths.to_numpy(), bins=30, histtype="step", label=list(lengths.columns))
+        axes.set_title(kind, loc="left", fontsize=11)
+        axes.set_xlabel("length (tokens)")
+        axes.legend(frameon=False)
+    panels[0].set_ylabel("texts")
+    return figure
