@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_core.config import Section
 from rlhf_core.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ConfigError, ModelError
 
 Kind = Literal["policy", "reward", "critic"]
 CARD = "rlhf.json"
@@ -203,6 +203,16 @@ class ScalarModel(nn.Module):
         for name, value in constants.items():
             setattr(self.model.config, name, value)
         save_model(self.model, tokenizer, directory, kind=kind, facts=constants)
+
+
+def require_context(model: PreTrainedModel, tokens: int, setting: str) -> None:
+    """Raise ConfigError naming the setting when texts of this length do not fit into the model."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise ConfigError(
+            f"{setting} asks for texts of {tokens} tokens, but the model reads at most {context}; "
+            f"lower {setting}, or take a model with a longer context"
+        )
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,6 +21,14 @@ class PromptBatch:
     input_ids: Tensor  # (B, P) int64
     mask: Tensor  # (B, P) bool
 
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same batch on another device."""
+        return PromptBatch(self.input_ids.to(device), self.mask.to(device))
+
+    def rows(self, index: Tensor) -> "PromptBatch":
+        """Some rows of the batch."""
+        return PromptBatch(self.input_ids[index], self.mask[index])
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -28,6 +37,10 @@ class Responses:
     tokens: Tensor  # (B, R) int64, pad after the end
     mask: Tensor  # (B, R) bool, True up to and including the end-of-sequence token
     finished: Tensor  # (B,) bool, the end-of-sequence token was reached
+
+    def rows(self, index: Tensor) -> "Responses":
+        """Some rows of the batch."""
+        return Responses(self.tokens[index], self.mask[index], self.finished[index])
 
 
 @dataclass(frozen=True)
@@ -45,14 +58,16 @@ class Rollout:
     # outcome
     scores: Tensor  # (B,) normalised reward-model score of the whole text
 
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its confidence bounds, in the unit of the estimate."""
-
-    value: float
-    low: float
-    high: float
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some rows of the batch."""
+        return Rollout(
+            self.prompts.rows(index),
+            self.responses.rows(index),
+            self.logprobs[index],
+            self.ref_logprobs[index],
+            self.values[index],
+            self.scores[index],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

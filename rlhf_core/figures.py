@@ -1,0 +1,113 @@
+"""The plots of the reports. Each function takes numbers and returns a figure; nobody shows it."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_core.functional.ranking import Interval
+
+Points = Sequence[tuple[float, float]]
+
+BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
+
+
+def loss_curves(train: Points, held_out: Points) -> Figure:
+    """Training loss by step with the held-out loss over it."""
+    figure, axes = _single("Supervised fine-tuning", "optimizer step", "loss (nats a token)")
+    axes.plot(*_columns(train), color=BLUE, alpha=0.5, linewidth=1, label="training")
+    axes.plot(*_columns(held_out), color=ORANGE, marker="o", label="held out")
+    axes.legend(frameon=False)
+    return figure
+
+
+def calibration(
+    predicted: Sequence[float], observed: Sequence[float], counts: Sequence[int]
+) -> Figure:
+    """Reliability diagram: predicted against observed frequency, dots as large as their bins."""
+    figure, axes = _single(
+        "Calibration on held-out votes", "predicted P(first is preferred)", "observed share"
+    )
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    largest = max(counts)
+    sizes = [20 + 180 * count / largest for count in counts]
+    axes.scatter(predicted, observed, s=sizes, color=BLUE, alpha=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    return figure
+
+
+def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
+    """Distribution of the reward of chosen and of rejected texts."""
+    figure, axes = _single("Reward of held-out texts", "reward", "texts")
+    axes.hist([chosen, rejected], bins=30, color=[GREEN, ORANGE], label=["chosen", "rejected"])
+    axes.legend(frameon=False)
+    return figure
+
+
+def ppo_curves(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Six curves over the iterations that show whether PPO is healthy."""
+    panels = {
+        "objective/score": "score (reward model)",
+        "objective/kl": "KL to the reference (nats a sequence)",
+        "objective/kl_coef": "KL coefficient β",
+        "response/length": "response length (tokens)",
+        "policy/entropy": "entropy (nats a token)",
+        "value/explained_variance": "explained variance of the critic",
+    }
+    figure = Figure(figsize=(11.0, 5.6), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        _dress(axes, title, "iteration", "")
+        axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
+    return figure
+
+
+def reward_kl_path(points: Points) -> Figure:
+    """Score against KL, iteration by iteration: what the policy paid for what it got."""
+    figure, axes = _single("Score against KL", "KL (nats a sequence)", "score (reward model)")
+    axes.plot(*_columns(points), color=GREY, linewidth=1, zorder=1)
+    dots = axes.scatter(*_columns(points), c=range(1, len(points) + 1), cmap="viridis", zorder=2)
+    figure.colorbar(dots, ax=axes, label="iteration")
+    return figure
+
+
+def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) -> Figure:
+    """One panel for each measure, one bar with its interval for each arm."""
+    figure = Figure(figsize=(3.6 * len(rows), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(rows), squeeze=False)[0]
+    for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
+        _dress(axes, title, "", "")
+        known = [(name, i) for name, i in zip(names, intervals, strict=True) if i is not None]
+        for name, (value, low, high) in known:
+            axes.bar(name, value, color=BLUE if name == "policy" else GREY, width=0.6)
+            axes.errorbar(name, value, [[value - low], [high - value]], color="black", capsize=4)
+        axes.axhline(0, color="black", linewidth=0.6)
+    return figure
+
+
+def proxy_against_truth(points: Mapping[str, Points]) -> Figure:
+    """Each sample's reward-model score against its true reward: where the proxy is fooled."""
+    figure, axes = _single("Proxy against truth", "reward model", "true reward")
+    for (name, samples), color in zip(points.items(), (GREY, BLUE, GREEN, ORANGE), strict=False):
+        axes.scatter(*_columns(samples), s=9, alpha=0.4, color=color, label=name)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _single(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, title, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

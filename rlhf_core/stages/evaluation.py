@@ -1,0 +1,423 @@
+"""Evaluation: SFT, PPO and best-of-n answer the same held-out prompts, and are compared.
+
+Every arm is judged by the texts it writes, with the same reward model, at the same temperature.
+Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt resemble each
+other. Where a hidden truth is known (`true_reward`), it decides who wins; elsewhere the reward
+model does, and its verdict on a policy trained against it is to be read with that in mind.
+
+Best-of-n is the reference point for over-optimisation: n samples of the SFT policy, the best under
+the reward model kept, at the known price of log n - (n - 1)/n nats.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_core import figures
+from rlhf_core.config import Section
+from rlhf_core.data import read_table
+from rlhf_core.encoding import (
+    Prompt,
+    decode_responses,
+    encode_prompt,
+    encode_response,
+    left_pad,
+    render_prompt,
+    right_pad,
+)
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
+from rlhf_core.metrics import StageLogger
+from rlhf_core.models import ScalarModel, load_policy
+from rlhf_core.rollout import response_logprobs, response_scores
+from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.seeding import generator
+from rlhf_core.types import PromptBatch, Report, Responses
+
+ArmName = Literal["sft", "policy", "best_of_n", "champion"]
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+class EvaluationConfig(Section):
+    """Settings of the evaluation."""
+
+    prompts: int = Field(128, ge=2, description="Held-out prompts to answer, at most")
+    samples_per_prompt: int = Field(2, ge=1, description="Answers of each policy to each prompt")
+    best_of: int = Field(8, ge=1, description="n of best-of-n: SFT samples to choose from")
+    true_reward: str = Field(
+        "",
+        description="Import path module:function of the known truth, called with prompts and "
+        "responses (lists of str), returning one number each; empty = there is none",
+    )
+    sample_rows: int = Field(32, ge=1, description="Prompts shown in the table of samples")
+
+
+class Arm(BaseModel):
+    """What one way of answering achieved on the held-out prompts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: ArmName
+    proxy_reward: Interval  # normalised reward-model score
+    true_reward: Interval | None
+    kl: Interval | None  # nats per sequence to the SFT policy; None where tokenizers differ
+    perplexity: float  # of its texts under the SFT policy: how fluent they still are
+    length: float  # tokens
+    distinct_1: float  # share of word n-grams that are different, over all its answers
+    distinct_2: float
+
+
+class Comparison(BaseModel):
+    """Two arms, answer against answer on the same prompt."""
+
+    model_config = ConfigDict(frozen=True)
+
+    candidate: ArmName
+    opponent: ArmName
+    judge: Literal["true_reward", "reward_model"]
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Interval  # a tie is half a win
+
+
+class Scorecard(BaseModel):
+    """The numbers on which a promotion is decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arms: tuple[Arm, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def arm(self, name: ArmName) -> Arm | None:
+        """The arm of that name, if it took part."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def comparison(self, candidate: ArmName, opponent: ArmName) -> Comparison | None:
+        """The comparison of two arms, if there was one."""
+        found = (c for c in self.comparisons if (c.candidate, c.opponent) == (candidate, opponent))
+        return next(found, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(Report):
+    """The scorecard, with tables and plots."""
+
+    scorecard: Scorecard
+
+    def summary(self) -> dict[str, float]:
+        """Every number of the scorecard as `arm/measure` or `win_rate/candidate_over_opponent`."""
+        numbers: dict[str, float] = {}
+        for arm in self.scorecard.arms:
+            for name, value in arm:
+                if isinstance(value, Interval):
+                    numbers |= _spread(f"{arm.name}/{name}", value)
+                elif isinstance(value, float):
+                    numbers[f"{arm.name}/{name}"] = value
+        for c in self.scorecard.comparisons:
+            numbers |= _spread(f"win_rate/{c.candidate}_over_{c.opponent}", c.win_rate)
+        return numbers
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The answers of an arm: some to each prompt, prompt by prompt."""
+
+    texts: list[str]
+    prompt: Tensor  # (N,) which prompt
+    tokens: Tensor  # (N,) length
+    proxy: Tensor  # (N,) normalised reward-model score
+    true: Tensor | None  # (N,)
+    kl: Tensor | None  # (N,) log π - log π_sft, summed over the response
+    sft_logprob: Tensor  # (N,) log π_sft, summed over the response, at temperature 1
+
+    def pick(self, index: Tensor) -> "_Answers":
+        """Some of the answers."""
+        return _Answers(
+            texts=[self.texts[i] for i in index.tolist()],
+            prompt=self.prompt[index],
+            tokens=self.tokens[index],
+            proxy=self.proxy[index],
+            true=None if self.true is None else self.true[index],
+            kl=None if self.kl is None else self.kl[index],
+            sft_logprob=self.sft_logprob[index],
+        )
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every arm is measured with."""
+
+    prompts: list[Prompt]
+    sft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reward_model: ScalarModel
+    truth: RewardFunction | None
+    sampling: SamplingConfig
+    seed: int
+
+
+def evaluate(
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    *,
+    sft: Path,
+    policy: Path,
+    reward_model: Path,
+    champion: Path | None,
+    data: Path,
+    seed: int,
+    device: str,
+    logger: StageLogger,
+) -> EvaluationReport:
+    """Let every arm answer the held-out prompts, and compare.
+
+    Raises: ModelError, DataError, ConfigError for what a user can mend.
+    """
+    table = read_table(data, "prompts", "eval")
+    if table.empty:
+        raise DataError("there are no held-out prompts; raise data.eval_fraction")
+    sft_model, tokenizer = load_policy(sft, device)
+    bench = _Bench(
+        prompts=list(table["prompt"].iloc[: config.prompts]),
+        sft=sft_model,
+        tokenizer=tokenizer,
+        reward_model=ScalarModel.load(reward_model, device),
+        truth=load_function(config.true_reward) if config.true_reward else None,
+        sampling=sampling,
+        seed=seed,
+    )
+    k, n = config.samples_per_prompt, config.best_of
+    directories: dict[ArmName, Path | None] = {"policy": policy, "champion": champion}
+    answers: dict[ArmName, _Answers] = {}
+    logger.progress(0, 4, "SFT policy")
+    pool = _answer(bench, "sft", sft_model, tokenizer, max(k, n))
+    answers["sft"] = pool.pick(_first_of_each(pool.prompt, k))
+    answers["best_of_n"] = pool.pick(_best_of_each(pool.prompt, pool.proxy, n))
+    for done, (name, directory) in enumerate(directories.items(), start=2):
+        logger.progress(done, 4, name)
+        if directory is not None:
+            answers[name] = _answer(bench, name, *load_policy(directory, device), k)
+    logger.progress(4, 4, "comparisons")
+    return _report(config, bench, answers)
+
+
+def load_function(path: str) -> RewardFunction:
+    """The function that `module:name` stands for.
+
+    Raises: ConfigError when the module cannot be imported or has no such function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"evaluation.true_reward '{path}' is not a function that can be imported ({error}); "
+            "write it as package.module:function"
+        ) from error
+    return function  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _answer(
+    bench: _Bench,
+    name: ArmName,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    k: int,
+) -> _Answers:
+    """k answers of a policy to each prompt, measured."""
+    prompts = [prompt for prompt in bench.prompts for _ in range(k)]
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    comparable = tokenizer.get_vocab() == bench.tokenizer.get_vocab()
+    texts: list[str] = []
+    tokens, proxy, sft_logprob, kl = [], [], [], []
+    draws = generator(bench.seed, f"evaluation/{name}", str(model.device))
+    for batch, responses in respond(model, rows, bench.sampling, generator=draws):
+        said = decode_responses(responses.tokens, responses.mask, tokenizer)
+        if comparable:
+            ours, theirs = (
+                _sequence_logprobs(m, batch, responses, temperature=bench.sampling.temperature)
+                for m in (model, bench.sft)
+            )
+            kl.append(ours - theirs)
+        else:
+            asked = prompts[len(texts) : len(texts) + len(said)]
+            batch, responses = _encode_again(bench, asked, said, responses)
+        texts += said
+        tokens.append(responses.mask.sum(-1).float())
+        proxy.append(response_scores(bench.reward_model, batch, responses))
+        sft_logprob.append(_sequence_logprobs(bench.sft, batch, responses, temperature=1.0))
+    return _Answers(
+        texts=texts,
+        prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
+        tokens=torch.cat(tokens).cpu(),
+        proxy=torch.cat(proxy).cpu(),
+        true=_truth(bench, prompts, texts),
+        kl=torch.cat(kl).cpu() if comparable else None,
+        sft_logprob=torch.cat(sft_logprob).cpu(),
+    )
+
+
+def _sequence_logprobs(
+    model: PreTrainedModel, prompts: PromptBatch, responses: Responses, *, temperature: float
+) -> Tensor:
+    """(B,) log-probability of each whole response in nats."""
+    return response_logprobs(model, prompts, responses, temperature=temperature).sum(-1)
+
+
+def _encode_again(
+    bench: _Bench, prompts: list[Prompt], texts: list[str], said: Responses
+) -> tuple[PromptBatch, Responses]:
+    """Texts of a policy with another tokenizer, in the tokens of the SFT policy."""
+    tokenizer, device = bench.tokenizer, bench.sft.device
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    batch = left_pad(rows, tokenizer.pad_token_id, bench.sampling.max_prompt_length).to(device)
+    encoded = [encode_response(text, tokenizer) for text in texts]
+    ended = said.finished.tolist()
+    kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
+    tokens, mask = right_pad(kept, tokenizer.pad_token_id)
+    return batch, Responses(tokens.to(device), mask.to(device), said.finished)
+
+
+def _truth(bench: _Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | None:
+    """(N,) true reward of each answer, where a truth is known."""
+    if bench.truth is None:
+        return None
+    asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
+    return torch.tensor(list(bench.truth(asked, texts)), dtype=torch.float32)
+
+
+def _first_of_each(prompt: Tensor, k: int) -> Tensor:
+    """Index of the first k answers to each prompt."""
+    per_prompt = int((prompt == prompt[0]).sum())
+    return torch.arange(len(prompt)).view(-1, per_prompt)[:, :k].reshape(-1)
+
+
+def _best_of_each(prompt: Tensor, score: Tensor, n: int) -> Tensor:
+    """Index of the best of the first n answers to each prompt."""
+    index = _first_of_each(prompt, n).view(-1, n)
+    return index.gather(1, score[index].argmax(1, keepdim=True)).squeeze(1)
+
+
+def _report(
+    config: EvaluationConfig, bench: _Bench, answers: dict[ArmName, _Answers]
+) -> EvaluationReport:
+    draws = generator(bench.seed, "evaluation/bootstrap")
+    arms = tuple(_arm(name, found, config, draws) for name, found in answers.items())
+    pairs: list[tuple[ArmName, ArmName]] = [
+        ("policy", "sft"),
+        ("best_of_n", "sft"),
+        ("policy", "best_of_n"),
+        ("policy", "champion"),
+    ]
+    comparisons = tuple(
+        _compare(pair, answers, draws) for pair in pairs if all(name in answers for name in pair)
+    )
+    bars: dict[str, list[Interval | None]] = {
+        "true reward": [arm.true_reward for arm in arms],
+        "reward model": [arm.proxy_reward for arm in arms],
+        "KL to SFT (nats a sequence)": [arm.kl for arm in arms],
+    }
+    if bench.truth is None:
+        del bars["true reward"]
+    plots = {"evaluation_arms": figures.arms([arm.name for arm in arms], bars)}
+    if bench.truth is not None:
+        plots["evaluation_proxy_against_truth"] = figures.proxy_against_truth(
+            {
+                name: list(zip(a.proxy.tolist(), a.true.tolist(), strict=True))
+                for name, a in answers.items()
+                if a.true is not None
+            }
+        )
+    return EvaluationReport(
+        scorecard=Scorecard(arms=arms, comparisons=comparisons),
+        tables={"evaluation_samples": _samples(config, bench, answers)},
+        figures=plots,
+    )
+
+
+def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, draws: torch.Generator) -> Arm:
+    def spread(values: Tensor) -> Interval:
+        return clustered_bootstrap(values, answers.prompt, generator=draws)
+
+    kl = None if answers.kl is None else spread(answers.kl)
+    if name == "best_of_n":
+        kl = Interval(*[best_of_n_kl(config.best_of)] * 3)
+    nats = -answers.sft_logprob.sum() / answers.tokens.sum()
+    return Arm(
+        name=name,
+        proxy_reward=spread(answers.proxy),
+        true_reward=None if answers.true is None else spread(answers.true),
+        kl=kl,
+        perplexity=nats.exp().item(),
+        length=answers.tokens.mean().item(),
+        distinct_1=distinct_n(answers.texts, 1),
+        distinct_2=distinct_n(answers.texts, 2),
+    )
+
+
+def _compare(
+    pair: tuple[ArmName, ArmName], answers: dict[ArmName, _Answers], draws: torch.Generator
+) -> Comparison:
+    """Answer against answer: the i-th of the one to a prompt with the i-th of the other."""
+    ours, theirs = (answers[name] for name in pair)
+    k = min(int((arm.prompt == arm.prompt[0]).sum()) for arm in (ours, theirs))
+    ours, theirs = (arm.pick(_first_of_each(arm.prompt, k)) for arm in (ours, theirs))
+    if ours.true is not None and theirs.true is not None:
+        gap = ours.true - theirs.true
+    else:
+        gap = ours.proxy - theirs.proxy
+    outcome = gap.sign()
+    return Comparison(
+        candidate=pair[0],
+        opponent=pair[1],
+        judge="reward_model" if ours.true is None else "true_reward",
+        wins=int((outcome > 0).sum()),
+        ties=int((outcome == 0).sum()),
+        losses=int((outcome < 0).sum()),
+        win_rate=clustered_bootstrap((outcome + 1) / 2, ours.prompt, generator=draws),
+    )
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different word n-grams over all word n-grams of the texts together; 0 when there is none.
+
+    Source: Li et al. 2016, https://arxiv.org/abs/1510.03055.
+    """
+    words = (text.split() for text in texts)
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _samples(
+    config: EvaluationConfig, bench: _Bench, answers: dict[ArmName, _Answers]
+) -> pd.DataFrame:
+    """The first answer of every arm to some prompts, side by side."""
+    rows = []
+    for p, prompt in enumerate(bench.prompts[: config.sample_rows]):
+        for name, arm in answers.items():
+            i = int((arm.prompt == p).nonzero()[0])
+            rows.append(
+                {
+                    "prompt": render_prompt(prompt, bench.tokenizer),
+                    "arm": name,
+                    "response": arm.texts[i],
+                    "reward_model": round(arm.proxy[i].item(), 3),
+                    "true_reward": None if arm.true is None else round(arm.true[i].item(), 3),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _spread(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as three numbers."""
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
