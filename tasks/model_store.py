@@ -6,6 +6,7 @@ tests and for work without a server. Both copy bytes and load nothing; files tha
 pickle are refused.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_core.data import digest
+from rlhf_core import data
 from rlhf_core.errors import DataError, ModelError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -194,12 +195,12 @@ class MlflowModelStore(ModelStore):
             self._client.log_model_artifacts(model.model_id, str(directory))
             with tempfile.TemporaryDirectory() as scratch:
                 stored = self._download(model.artifact_location, Path(scratch) / "model")
-                expected = _check_copy(stored, digest(directory), f"the upload of {directory}")
+                found = _check_copy(stored, model_digest(directory), f"the copy of {directory}")
         except BaseException:
             self._client.finalize_logged_model(model.model_id, "FAILED")
             raise
         self._client.finalize_logged_model(model.model_id, "READY")
-        return Upload(id=model.model_id, name=name, run_id=run_id, digest=expected)
+        return Upload(id=model.model_id, name=name, run_id=run_id, digest=found)
 
     def register(self, upload: Upload, *, tags: Mapping[str, str]) -> ModelRef:
         """Create the version with its tags in one call, and name it on the LoggedModel."""
@@ -314,8 +315,8 @@ class DirectoryModelStore(ModelStore):
         identifier = uuid.uuid4().hex
         with _staged(self._uploads / identifier) as part:
             shutil.copytree(directory, part)
-            expected = _check_copy(part, digest(directory), f"the upload of {directory}")
-        return Upload(id=identifier, name=name, run_id=run_id, digest=expected)
+            found = _check_copy(part, model_digest(directory), f"the copy of {directory}")
+        return Upload(id=identifier, name=name, run_id=run_id, digest=found)
 
     def register(self, upload: Upload, *, tags: Mapping[str, str]) -> ModelRef:
         """Claim the next number, move the bytes there, write `version.json`."""
@@ -400,7 +401,7 @@ class DirectoryModelStore(ModelStore):
 def store_dataset(client: MlflowClient, run_id: str, directory: Path) -> DatasetRef:
     """Store prepared data with a run, and compare what was stored with it."""
     client.log_artifacts(run_id, str(directory), DATA_FOLDER)
-    ref = DatasetRef(run_id=run_id, digest=digest(directory))
+    ref = DatasetRef(run_id=run_id, digest=data.digest(directory))
     with tempfile.TemporaryDirectory() as scratch:
         fetch_dataset(client, ref, Path(scratch) / DATA_FOLDER)
     return ref
@@ -418,12 +419,23 @@ def fetch_dataset(client: MlflowClient, ref: DatasetRef, to: Path) -> Path:
             raise DataError(
                 f"there is no prepared data at {ref.uri} ({error}); run the prepare stage again"
             ) from error
-        if digest(part) != ref.digest:
+        if (found := data.digest(part)) != ref.digest:
             raise DataError(
-                f"the data at {ref.uri} is not what was stored: its digest is {digest(part)} and "
-                f"should be {ref.digest}; run the prepare stage again"
+                f"the data at {ref.uri} is not what was stored: its digest is {found} and should "
+                f"be {ref.digest}; run the prepare stage again"
             )
     return to
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 of all files under a directory: their names, sizes and bytes."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        sha.update(f"{path.relative_to(directory).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def check_files(directory: Path) -> None:
@@ -439,7 +451,7 @@ def check_files(directory: Path) -> None:
 
 def _check_copy(copy: Path, expected: str | None, what: str) -> str:
     """The digest of `copy`; raises ModelError when another one is expected."""
-    found = digest(copy)
+    found = model_digest(copy)
     if expected not in (None, found):
         raise ModelError(
             f"{what} is damaged: the digest of what the store gives back is {found} and should be "

@@ -3,12 +3,14 @@
 Knows MLflow and the terminal; knows nothing of stages, models or Prefect.
 """
 
+import fcntl
 import logging
 import math
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -39,16 +41,30 @@ def connect(settings: Settings) -> MlflowClient:
     uri = settings.mlflow_uri
     if urlsplit(uri).scheme in ("http", "https"):
         _probe(uri)
-    elif settings.artifact_root is not None and not settings.tracking_uri:
-        settings.artifact_root.mkdir(parents=True, exist_ok=True)
     try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError) as error:
+        with _one_at_a_time(settings):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(
             f"MLflow at {uri} cannot be used ({_first_line(error)}); check MLFLOW_TRACKING_URI"
         ) from error
     return client
+
+
+@contextmanager
+def _one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Keep other processes from a local database while this one may be making its tables.
+
+    MLflow does not, and two that start together on a new database break it.
+    """
+    if settings.artifact_root is None:
+        yield
+        return
+    settings.artifact_root.mkdir(parents=True, exist_ok=True)
+    with (settings.artifact_root.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _probe(uri: str) -> None:

@@ -1,0 +1,52 @@
+"""What the tests of tasks and flows share: an MLflow store for each test, one Prefect server."""
+
+import os
+import shutil
+
+# Read by the libraries at import, so before anything else: no telemetry, no device but the CPU.
+from tasks.settings import QUIET, Settings
+
+os.environ.update(QUIET)
+os.environ["RLHF_DEVICE"] = "cpu"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory):
+    """An empty MLflow database with all its tables: making one takes seconds, copying it none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path, migrated_database) -> Settings:
+    """A fresh home with a fresh MLflow on SQLite."""
+    made = Settings.model_validate({"RLHF_HOME": tmp_path / "home"})
+    (made.home / "mlflow").mkdir(parents=True)
+    shutil.copy(migrated_database, made.home / "mlflow" / "mlflow.db")
+    return made
+
+
+@pytest.fixture
+def home(settings, monkeypatch):
+    """The same, for code that reads its settings from the environment."""
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    return settings.home
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    """One Prefect server for the session; flows do not wait for their heartbeats."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield

@@ -1,0 +1,263 @@
+"""Metrics reach MLflow in order and complete, whatever happens in between."""
+
+import io
+import math
+import multiprocessing
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from mlflow.exceptions import MlflowException
+from rich.console import Console
+
+from rlhf_core.errors import UserError
+from tasks.settings import Settings
+from tasks.stage import ensure_experiment
+from tasks.tracking import MlflowLogger, TerminalDisplay, connect
+
+
+@pytest.fixture
+def client(settings):
+    return connect(settings)
+
+
+@pytest.fixture
+def run_id(client, settings):
+    return client.create_run(ensure_experiment(client, "demo", settings)).info.run_id
+
+
+class Flaky:
+    """A real client that refuses its first `refusals` batches, as a server that restarts does."""
+
+    def __init__(self, client, refusals):
+        self.client, self.refusals, self.batches = client, refusals, []
+
+    def log_batch(self, run_id, metrics):
+        self.batches.append(len(metrics))
+        if self.refusals:
+            self.refusals -= 1
+            raise MlflowException("the server restarts")
+        self.client.log_batch(run_id, metrics=metrics)
+
+
+def steps_of(client, run_id, name):
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+
+
+def test_every_value_arrives_in_order(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_steps=7)
+    for step in range(50):
+        logger.metrics({"loss": step / 2, "objective/kl": -step}, step)
+    logger.close()
+    assert steps_of(client, run_id, "loss") == [(step, step / 2) for step in range(50)]
+    assert steps_of(client, run_id, "objective/kl") == [(step, -step) for step in range(50)]
+
+
+def test_values_are_visible_while_the_stage_runs(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_steps=1000, flush_seconds=0.1)
+    logger.metrics({"loss": 1.0}, step=0)
+    deadline = time.monotonic() + 30
+    while not steps_of(client, run_id, "loss") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert steps_of(client, run_id, "loss") == [(0, 1.0)]
+    logger.close()
+
+
+def test_a_full_buffer_does_not_wait(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_steps=10, flush_seconds=1000)
+    for step in range(10):
+        logger.metrics({"loss": 1.0}, step)
+    deadline = time.monotonic() + 30
+    while not steps_of(client, run_id, "loss") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(steps_of(client, run_id, "loss")) == 10
+    logger.close()
+
+
+def test_more_than_a_batch_of_mlflow_is_split(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_steps=10**6, flush_seconds=1000)
+    for step in range(300):
+        logger.metrics({f"metric_{i}": step for i in range(8)}, step)  # 2,400 values, limit 1,000
+    logger.close()
+    for i in range(8):
+        assert steps_of(client, run_id, f"metric_{i}") == [(step, step) for step in range(300)]
+
+
+def test_a_refused_batch_is_written_later_and_in_order(client, run_id):
+    flaky = Flaky(client, refusals=2)
+    logger = MlflowLogger(flaky, run_id, flush_steps=5, flush_seconds=0.05)
+    for step in range(40):
+        logger.metrics({"loss": step}, step)
+        time.sleep(0.005)
+    logger.close()
+    assert flaky.refusals == 0
+    assert steps_of(client, run_id, "loss") == [(step, step) for step in range(40)]
+
+
+def test_what_cannot_be_written_raises_at_the_end(client, run_id):
+    logger = MlflowLogger(Flaky(client, refusals=10**6), run_id, flush_seconds=0.01)
+    logger.metrics({"loss": 1.0, "accuracy": 0.5}, step=0)
+    with pytest.raises(UserError, match=r"2 metric values .* could not be written .*restarts"):
+        logger.close()
+
+
+def test_flush_returns_when_all_is_written(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_seconds=1000)
+    logger.metrics({"loss": 2.0}, step=3)
+    logger.flush()
+    assert steps_of(client, run_id, "loss") == [(3, 2.0)]
+    logger.close()
+
+
+def test_a_closed_logger_takes_nothing_and_closes_twice(client, run_id):
+    logger = MlflowLogger(client, run_id)
+    logger.close()
+    logger.close()
+    with pytest.raises(ValueError, match="closed"):
+        logger.metrics({"loss": 1.0}, step=0)
+
+
+def test_two_threads_may_log(client, run_id):
+    logger = MlflowLogger(client, run_id, flush_steps=3)
+    threads = [
+        threading.Thread(target=lambda n=n: [logger.metrics({n: s}, s) for s in range(30)])
+        for n in ("a", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    logger.close()
+    for name in ("a", "b"):
+        assert steps_of(client, run_id, name) == [(s, s) for s in range(30)]
+
+
+def test_values_that_are_not_finite_are_nan(client, run_id, caplog):
+    logger = MlflowLogger(client, run_id)
+    for step, value in enumerate([math.nan, math.inf, -math.inf, 1.0]):
+        logger.metrics({"loss": value}, step)
+    logger.close()
+    values = [value for _, value in steps_of(client, run_id, "loss")]
+    assert [math.isnan(value) for value in values] == [True, True, True, False]
+    assert [r.message for r in caplog.records] == ["loss is infinite at step 1; logged as NaN"]
+
+
+@pytest.mark.parametrize("name", ["", "loss (nats)", "kl%", "a" * 251])
+def test_a_name_that_mlflow_refuses_is_refused_at_once(client, run_id, name):
+    logger = MlflowLogger(client, run_id)
+    with pytest.raises(ValueError, match="no name of a metric"):
+        logger.metrics({name: 1.0}, step=0)
+    logger.close()
+
+
+def test_a_call_costs_the_training_thread_little(client, run_id):
+    """1000 steps of 10 metrics. One `log_metrics` call a step takes about 16 ms, so 16 s."""
+    logger = MlflowLogger(client, run_id)
+    values = {f"metric_{i}": 1.0 for i in range(10)}
+    start = time.thread_time()
+    for step in range(1000):
+        logger.metrics(values, step)
+    own = time.thread_time() - start
+    start = time.monotonic()
+    logger.close()
+    print(f"1000 steps: {own * 1000:.0f} ms in the caller, {time.monotonic() - start:.2f} s to end")
+    assert own < 1.0
+    assert len(steps_of(client, run_id, "metric_9")) == 1000
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then():
+    out = io.StringIO()
+    display = TerminalDisplay("sft", Console(file=out), line_seconds=1000)
+    for done in range(1, 101):
+        display.show(done, 100, f"[loss] {done}")
+    display.close()
+    assert out.getvalue().splitlines() == ["sft: 1/100 [loss] 1", "sft: 100/100 [loss] 100"]
+
+
+def test_on_a_terminal_progress_is_one_bar():
+    out = io.StringIO()
+    display = TerminalDisplay("ppo", Console(file=out, force_terminal=True, width=100))
+    for done in range(1, 4):
+        display.show(done, 3, f"kl {done}")
+    display.close()
+    last = out.getvalue().rsplit("\r", 1)[-1]
+    assert "ppo" in last
+    assert "3/3" in last
+    assert "kl 3" in last
+
+
+def test_the_logger_shows_the_last_state(client, run_id):
+    out = io.StringIO()
+    display = TerminalDisplay("sft", Console(file=out), line_seconds=1000)
+    logger = MlflowLogger(client, run_id, [display])
+    for done in range(1, 21):
+        logger.progress(done, 20, "working")
+    logger.close()
+    assert out.getvalue().splitlines()[-1] == "sft: 20/20 working"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_does_not_answer_is_said_within_seconds():
+    settings = Settings.model_validate({"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}"})
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"does not answer .*rlhf up.*MLFLOW_TRACKING_URI"):
+        connect(settings)
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_refuses_its_name_is_said_with_the_way_out():
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(403)
+            self.end_headers()
+            self.wfile.write(b"Invalid Host header - possible DNS rebinding attack detected")
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Refusal)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with pytest.raises(UserError, match="MLFLOW_SERVER_ALLOWED_HOSTS='127.0.0.1:"):
+            connect(Settings.model_validate({"MLFLOW_TRACKING_URI": uri}))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/mlflow.db", "ftp://example.org"])
+def test_a_place_that_is_no_database_is_an_error(uri):
+    with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI"):
+        connect(Settings.model_validate({"MLFLOW_TRACKING_URI": uri}))
+
+
+def first_steps(settings, start, answers):
+    start.wait()
+    try:
+        answers.put(ensure_experiment(connect(settings), "demo", settings))
+    except Exception as error:
+        answers.put(repr(error))
+
+
+def test_two_processes_may_make_the_database_and_the_experiment_at_once(tmp_path):
+    settings = Settings.model_validate({"RLHF_HOME": tmp_path / "new"})
+    fork = multiprocessing.get_context("fork")  # keeps the imports, which take longer than the test
+    start, answers = fork.Barrier(2), fork.Queue()
+    processes = [fork.Process(target=first_steps, args=(settings, start, answers)) for _ in "ab"]
+    for process in processes:
+        process.start()
+    got = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert got == ["1", "1"]
+    assert (tmp_path / "new" / "mlflow" / "mlflow.db").exists()
