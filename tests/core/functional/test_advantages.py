@@ -103,6 +103,8 @@ def test_padding_is_stepped_over_wherever_it_lies():
         result = gae(*spread, mask)
         assert torch.equal(result.advantages[mask].view(4, 7), plain.advantages)
         assert torch.equal(result.returns[mask].view(4, 7), plain.returns)
+        assert (result.advantages[~mask] == 0).all()
+        assert (result.returns[~mask] == 0).all()
 
 
 def test_a_single_token_and_no_token():

@@ -259,13 +259,13 @@ def test_the_policy_gradient_is_zero_exactly_where_a_step_further_is_not_wanted(
 
 
 def test_value_loss_and_gradient_by_hand():
-    # ε = 0.2, V_old = 0, R = 1
-    #  V      (V - 1)²   V̂      (V̂ - 1)²   max     d loss / d V = (V - 1) / 3, or 0 if clipped
-    #  0.5    0.25       0.2    0.64       0.64    0
-    #  0.1    0.81       0.1    0.81       0.81   -0.3
-    # -0.5    2.25      -0.2    1.44       2.25   -0.5
-    values = torch.tensor([[0.5, 0.1, -0.5]], requires_grad=True)
-    old, returns, mask = torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3)
+    # ε = 0.2, V_old = 2, R = 3
+    #  V      (V - 3)²   V̂      (V̂ - 3)²   max     d loss / d V = (V - 3) / 3, or 0 if clipped
+    #  2.5    0.25       2.2    0.64       0.64    0
+    #  2.1    0.81       2.1    0.81       0.81   -0.3
+    #  1.5    2.25       1.8    1.44       2.25   -0.5
+    values = torch.tensor([[2.5, 2.1, 1.5]], requires_grad=True)
+    old, returns, mask = torch.full((1, 3), 2.0), torch.full((1, 3), 3.0), torch.ones(1, 3)
     loss, clip_fraction = clipped_value(values, old, returns, mask)
     loss.backward()
     assert_close(loss.detach(), torch.tensor(0.5 * 3.7 / 3))
