@@ -10,24 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from flows import services
 from flows.failures import explain
+from flows.printing import err, line, show_comparison, show_services, show_validation
 from flows.supervisor import ServiceError
 from rlhf_core.errors import UserError
 from tasks.settings import read_settings
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
-    from tasks.comparison import RunComparison
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-out = Console()
-err = Console(stderr=True)
 
 
 class Commands(TyperGroup):
@@ -90,7 +86,7 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     shorten_user_errors()
     quiet_terminal()
     result = rlhf(pipeline)
-    out.print(result.report, markup=False, highlight=False, soft_wrap=True)
+    line(result.report)
 
 
 @app.command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
@@ -114,7 +110,7 @@ def up(
             prefect_port=prefect_port,
             mlflow_port=mlflow_port,
             configs=configs,
-            on_ready=_show_services,
+            on_ready=show_services,
         )
     except KeyboardInterrupt:
         err.print("All services have been stopped.", highlight=False)
@@ -138,7 +134,7 @@ def deploy(
     from flows.deployments import deploy as register
 
     for name in register(configs, working_dir=working_dir):
-        out.print(name, highlight=False)
+        line(name)
 
 
 @app.command(epilog="Example: rlhf validate my.yaml --set data.preferences=pairs.jsonl")
@@ -152,8 +148,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     pipeline = _load(config, overrides)
     from rlhf_core.stages.prepare import inspect
 
-    report = inspect(pipeline.data, pipeline.model, pipeline.length_limits, pipeline.seed)
-    out.print(report, markup=False, highlight=False, soft_wrap=True)
+    show_validation(inspect(pipeline.data, pipeline.model, pipeline.length_limits, pipeline.seed))
 
 
 @app.command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
@@ -219,7 +214,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=2))
     else:
-        _show_comparison(comparison)
+        show_comparison(comparison)
 
 
 @app.command(epilog="Example: rlhf export models:/demo-policy@champion servable")
@@ -254,32 +249,6 @@ def _lines() -> list[str]:
     if not texts:
         raise UserError("There is no prompt: give one as an argument, or one a line on the input.")
     return texts
-
-
-def _show_services(running: services.Services, logs: Path) -> None:
-    table = Table("Service", "Address", "Log")
-    table.add_row("Prefect", running.prefect, str(logs / "prefect.log"))
-    table.add_row("MLflow", running.mlflow, str(logs / "mlflow.log"))
-    table.add_row("Worker", f"work pool {services.POOL}", str(logs / "worker.log"))
-    out.print(table)
-    out.print("Ctrl-C stops them.", highlight=False)
-
-
-def _show_comparison(comparison: "RunComparison") -> None:
-    left, right = (run.name for run in comparison.runs)
-    settings = Table("Stage", "Setting", left, right, title="Settings that differ")
-    for row in comparison.params:
-        settings.add_row(row.stage, row.name, row.first, row.second)
-    metrics = Table("Stage", "Metric", left, right, "Difference", title="Metrics")
-    for metric in comparison.metrics:
-        values = (metric.first, metric.second, metric.difference)
-        shown = ("–" if value is None else f"{value:.4g}" for value in values)
-        metrics.add_row(metric.stage, metric.name, *shown)
-    out.print(settings if comparison.params else "No setting differs.")
-    out.print(metrics)
-    for run in comparison.runs:
-        out.print(f"{run.name} ({run.status}): {run.url}", soft_wrap=True, highlight=False)
-    out.print(f"Side by side: {comparison.url}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

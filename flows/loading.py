@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf_core.config import Section
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, UserError
 
 Config = TypeVar("Config", bound=Section)
 Location = tuple[str | int, ...]
@@ -48,6 +48,8 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
             for item in error.errors(include_url=False)
         ]
         raise ConfigError("\n".join(sentences)) from None
+    except UserError as error:  # a check between settings, which names them itself
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def describe(path: Path) -> str:

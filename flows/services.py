@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from flows.supervisor import Service, Supervisor, unhealthy
+from flows.supervisor import Service, Supervisor, ask, unreachable
 from rlhf_core.errors import UserError
 from tasks.settings import Settings, apply_environment, read_settings
 
@@ -118,7 +119,7 @@ def _state_file(settings: Settings) -> Path:
 
 
 def _expect(address: str, path: str, name: str, variable: str) -> None:
-    if problem := unhealthy(address.rstrip("/") + path):
+    if problem := unreachable(address.rstrip("/") + path):
         raise UserError(
             f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
             f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
@@ -162,10 +163,12 @@ def up(
             servers = _servers(settings, services, prefect_port, mlflow_port)
             for server in servers:
                 group.start(server)
-            group.until_healthy(servers)
+            group.until_ready(*servers)
             clients = _client_environment(settings, services)
             group.run(_deploy(configs, clients))
-            group.start(_worker(clients))
+            worker = _worker(services, clients)
+            group.start(worker)
+            group.until_ready(worker)
             json.dump(services._asdict(), state)
             state.flush()
             on_ready(services, settings.home / "logs")
@@ -230,7 +233,7 @@ def _servers(
         _python("prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
         # Without it, the pages of a server on another port ask port 4200 for their data.
         {**environment, "PREFECT_SERVER_UI_API_URL": f"{services.prefect}/api"},
-        f"{services.prefect}/api/health",
+        partial(unreachable, f"{services.prefect}/api/health"),
     )
     mlflow = Service(
         "mlflow",
@@ -241,7 +244,7 @@ def _servers(
             *("--default-artifact-root", str(local.artifact_root)),
         ),
         {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        f"{services.mlflow}/health",
+        partial(unreachable, f"{services.mlflow}/health"),
     )
     return prefect, mlflow
 
@@ -263,9 +266,21 @@ def _deploy(configs: Path, environment: Mapping[str, str]) -> Service:
     return Service("deploy", command, environment)
 
 
-def _worker(environment: Mapping[str, str]) -> Service:
-    command = _python("prefect", "worker", "start", "--pool", POOL, "--type", "process")
-    return Service("worker", command, environment)
+def _worker(services: Services, environment: Mapping[str, str]) -> Service:
+    name = f"{POOL}-{services.pid}"
+    pool = ("--pool", POOL, "--type", "process", "--name", name)
+    command = _python("prefect", "worker", "start", *pool)
+    return Service("worker", command, environment, partial(_absent, services, name))
+
+
+def _absent(services: Services, worker: str) -> str:
+    """Empty once Prefect has heard from the worker."""
+    try:
+        answer = ask(f"{services.prefect}/api/work_pools/{POOL}/workers/filter", {})
+    except OSError as error:
+        return str(error)
+    names = [known["name"] for known in json.loads(answer)]
+    return "" if worker in names else "Prefect has not heard from it"
 
 
 def _python(module: str, *arguments: str) -> list[str]:

@@ -1,17 +1,18 @@
 """Runs several programs together: all live, or all are ended. Knows nothing about what they do."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 from uuid import uuid4
 
 from flows import guard
@@ -27,25 +28,36 @@ class ServiceError(UserError):
 
 
 class Service(NamedTuple):
-    """A program to run: its name, its command line, and what it adds to the environment."""
+    """A program to run: name, command line, what it adds to the environment, and when it is ready.
+
+    `problem` says what is still missing, and nothing once the service does its work.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    health: str = ""
+    problem: Callable[[], str] = str
 
 
-def unhealthy(url: str) -> str:
+def unreachable(url: str) -> str:
     """Why `url` does not answer with success; empty when it does."""
-    local = "//127.0.0.1" in url or "//localhost" in url
-    opener = build_opener(ProxyHandler({}) if local else ProxyHandler())
     try:
-        with opener.open(url, timeout=PROBE_SECONDS):
-            return ""
+        ask(url)
     except HTTPError as error:
         return f"it answers {error.code} {error.reason}"
     except (OSError, ValueError, HTTPException) as error:
         return str(getattr(error, "reason", error))
+    return ""
+
+
+def ask(url: str, question: object = None) -> bytes:
+    """What `url` answers to a GET, or to a POST of a question as JSON."""
+    local = "//127.0.0.1" in url or "//localhost" in url
+    opener = build_opener(ProxyHandler({}) if local else ProxyHandler())
+    body = None if question is None else json.dumps(question).encode()
+    request = Request(url, data=body, headers={"Content-Type": "application/json"})
+    with opener.open(request, timeout=PROBE_SECONDS) as answer:
+        return bytes(answer.read())
 
 
 class Supervisor:
@@ -111,16 +123,16 @@ class Supervisor:
         if process.returncode:
             raise self._death(service.name, process.returncode)
 
-    def until_healthy(self, services: Sequence[Service]) -> None:
-        """Wait until each address answers."""
+    def until_ready(self, *services: Service) -> None:
+        """Wait until each service has no problem any more."""
         deadline = time.monotonic() + START_SECONDS
         for service in services:
-            while problem := unhealthy(service.health):
+            while problem := service.problem():
                 self.check()
                 if time.monotonic() > deadline:
                     raise ServiceError(
-                        f"{service.name} did not answer at {service.health} within "
-                        f"{START_SECONDS:.0f} s ({problem}). {self._tail(service.name)}"
+                        f"{service.name} was not ready within {START_SECONDS:.0f} s ({problem}). "
+                        f"{self._tail(service.name)}"
                     )
                 time.sleep(0.2)
 

@@ -34,6 +34,8 @@ class Pipeline(Section):
     def _differ(self) -> "Pipeline":
         if self.project == "forbidden":
             raise ValueError("project must not be 'forbidden': choose another name.")
+        if self.seed == 13:
+            raise ConfigError("seed is 13: choose a luckier one.")
         return self
 
 
@@ -149,6 +151,7 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
             "run.yaml:4: 'kl_coef' stands here for the second time (first in line 2):"
             " keep one of them.",
         ),
+        ("seed: 13\n", "run.yaml: seed is 13: choose a luckier one."),
         ("project: forbidden\n", "run.yaml: project must not be 'forbidden': choose another name."),
     ],
 )

@@ -1,0 +1,90 @@
+"""Texts on demand: from a registered version, a folder, or not at all with a reason."""
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from rlhf_core.encoding import decode_responses, encode_prompts
+from rlhf_core.errors import ConfigError, ModelError, UserError
+from rlhf_core.models import load_policy
+from rlhf_core.sampling import sample
+from tasks.generation import generate
+from tasks.model_store import MlflowModelStore
+
+PROMPTS = ["a fine", "the film was long and", "it"]
+
+
+def ask(model, prompts=PROMPTS, *, settings, **changes):
+    options = {"max_new_tokens": 6, "temperature": 0.0, **changes}
+    return generate(str(model), prompts, settings=settings, **options)
+
+
+def test_a_folder_gives_what_sampling_gives(policy_dir, settings):
+    model, tokenizer = load_policy(policy_dir)
+    batch = encode_prompts(tokenizer, PROMPTS, 40)
+    responses = sample(
+        model,
+        batch,
+        max_new_tokens=6,
+        temperature=0.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        generator=torch.Generator(),
+    )
+    expected = decode_responses(responses.tokens, responses.mask, tokenizer)
+    assert ask(policy_dir, settings=settings) == [[text] for text in expected]
+
+
+def test_greedy_texts_do_not_depend_on_their_neighbours(policy_dir, settings):
+    together = ask(policy_dir, settings=settings)
+    assert together == [ask(policy_dir, [prompt], settings=settings)[0] for prompt in PROMPTS]
+
+
+def test_samples_are_grouped_by_prompt_and_repeatable(policy_dir, settings):
+    def draw(seed):
+        return ask(policy_dir, settings=settings, temperature=1.0, samples=30, seed=seed)
+
+    first = draw(1)
+    assert [len(group) for group in first] == [30, 30, 30]  # 90 rows: more than one batch
+    assert all(len(set(group)) > 1 for group in first)
+    assert draw(1) == first
+    assert draw(2) != first
+
+
+def test_a_registered_version_and_its_alias_are_the_folder(policy_dir, settings):
+    client = MlflowClient(tracking_uri=settings.mlflow_uri)
+    store = MlflowModelStore(client)
+    experiment = client.create_experiment("e", artifact_location=settings.artifact_root.as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    ref = store.publish(policy_dir, "demo-policy", run_id=run_id, tags={})
+    store.set_alias(ref, "champion")
+    expected = ask(policy_dir, settings=settings)
+    assert ask("models:/demo-policy/1", settings=settings) == expected
+    assert ask("models:/demo-policy@champion", settings=settings) == expected
+    with pytest.raises(ModelError, match=r"there is no models:/demo-policy/2; .* versions 1"):
+        ask("models:/demo-policy/2", settings=settings)
+
+
+def test_a_reward_model_is_refused(reward_dir, settings):
+    with pytest.raises(ModelError, match="is a reward model and writes no text; name a policy"):
+        ask(reward_dir, settings=settings)
+
+
+def test_a_missing_folder_is_named(tmp_path, settings):
+    with pytest.raises(ModelError, match=str(tmp_path / "nowhere")):
+        ask(tmp_path / "nowhere", settings=settings)
+
+
+def test_an_empty_prompt_is_counted(policy_dir, settings):
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        ask(policy_dir, ["a", ""], settings=settings)
+
+
+def test_what_the_model_cannot_read_is_refused_before_sampling(policy_dir, settings):
+    with pytest.raises(ConfigError, match=r"--max-new-tokens.* at most 48"):
+        ask(policy_dir, settings=settings, max_new_tokens=48)
+
+
+def test_messages_go_through_the_chat_template(policy_dir, settings):
+    chat = ask(policy_dir, [[{"role": "user", "content": "a fine"}]], settings=settings)
+    assert chat == ask(policy_dir, ["\n\nHuman: a fine\n\nAssistant:"], settings=settings)
