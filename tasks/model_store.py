@@ -36,11 +36,20 @@ LOGGED_MODEL_TAG = "logged_model_id"
 DATA_FOLDER = "data"
 
 
-class _Ref(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelRef(_Ref):
+class Ref(_Frozen):
+    """What travels between stages: a pointer to something that MLflow keeps."""
+
+    @property
+    @abstractmethod
+    def uri(self) -> str:
+        """The address in MLflow's own notation."""
+
+
+class ModelRef(Ref):
     """One version of a registered model."""
 
     name: str = Field(pattern=rf"^{NAME}$")
@@ -63,7 +72,7 @@ class ModelRef(_Ref):
         return cls(name=match[1], version=int(match[2]))
 
 
-class DatasetRef(_Ref):
+class DatasetRef(Ref):
     """The prepared data that a run has stored."""
 
     run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -75,7 +84,7 @@ class DatasetRef(_Ref):
         return f"runs:/{self.run_id}/{DATA_FOLDER}"
 
 
-class PipelineRun(_Ref):
+class PipelineRun(_Frozen):
     """The MLflow run of a whole pipeline, parent of its stages' runs."""
 
     project: str = Field(pattern=rf"^{NAME}$")
@@ -84,7 +93,7 @@ class PipelineRun(_Ref):
     seed: int
 
 
-class Upload(_Ref):
+class Upload(_Frozen):
     """A model whose bytes are stored and checked, and which has no version yet."""
 
     id: str
@@ -229,18 +238,12 @@ class MlflowModelStore(ModelStore):
         return to
 
     def versions(self, name: str) -> list[int]:
-        """Ask the registry, page by page."""
-        found, token = list[int](), None
-        while True:
-            page = self._client.search_model_versions(f"name='{name}'", page_token=token)
-            found += [int(version.version) for version in page]
-            token = page.token
-            if not token:
-                return sorted(found)
+        """Ask the registry."""
+        return sorted(int(version.version) for version in self._search(f"name='{name}'"))
 
     def names(self) -> list[str]:
-        """Ask the registry for all models."""
-        return sorted(model.name for model in self._client.search_registered_models())
+        """Ask the registry for all versions: a model may be left without one."""
+        return sorted({version.name for version in self._search("")})
 
     def set_alias(self, ref: ModelRef, alias: str) -> None:
         """Set the alias in the registry."""
@@ -270,8 +273,17 @@ class MlflowModelStore(ModelStore):
 
     def delete_of_run(self, run_id: str) -> None:
         """Ask the registry which versions the run has made, and delete them."""
-        for made in self._client.search_model_versions(f"run_id='{run_id}'"):
+        for made in self._search(f"run_id='{run_id}'"):
             self.delete(ModelRef(name=made.name, version=int(made.version)))
+
+    def _search(self, condition: str) -> list[ModelVersion]:
+        found, token = list[ModelVersion](), None
+        while True:
+            page = self._client.search_model_versions(condition, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
 
     def _ensure_model(self, name: str) -> None:
         try:

@@ -2,16 +2,19 @@
 
     mlflow models serve -m DIRECTORY --env-manager local
 
+(in an activated environment: MLflow starts `uvicorn` by name.)
 Policy: column `prompt` -> texts. Reward model: columns `prompt` and `response` -> rewards, the
 normalised reward and not its sigmoid. The directory stands alone: this package is not needed there.
 """
 
 import json
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -37,6 +40,10 @@ SIGNATURES = {
         outputs=Schema([ColSpec(DataType.double)]),
     ),
 }
+EXAMPLES = {
+    "policy": pd.DataFrame({"prompt": ["The film"]}),
+    "reward": pd.DataFrame({"prompt": ["The film"], "response": [" was long."]}),
+}
 
 
 def export_servable(store: ModelStore, ref: ModelRef, to: Path) -> Path:
@@ -52,12 +59,16 @@ def export_servable(store: ModelStore, ref: ModelRef, to: Path) -> Path:
         kind = json.loads((model / "rlhf.json").read_text(encoding="utf-8"))["kind"]
         if kind not in SIGNATURES:
             raise ModelError(f"{ref.uri} is a {kind}; only {' and '.join(SIGNATURES)} are served")
-        mlflow.pyfunc.save_model(
-            str(to),
-            python_model=str(SERVED / f"{kind}.py"),
-            artifacts={"model": str(model)},
-            signature=SIGNATURES[kind],
-            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
-            metadata={"source": ref.uri},
-        )
+        with warnings.catch_warnings():
+            # MLflow warns of its own type hints while its `pyfunc` is imported.
+            warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
+            mlflow.pyfunc.save_model(
+                str(to),
+                python_model=str(SERVED / f"{kind}.py"),
+                artifacts={"model": str(model)},
+                signature=SIGNATURES[kind],
+                input_example=EXAMPLES[kind],
+                pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+                metadata={"source": ref.uri},
+            )
     return to

@@ -47,6 +47,7 @@ from tasks.model_store import (
     MlflowModelStore,
     ModelRef,
     PipelineRun,
+    Ref,
     fetch_dataset,
     store_dataset,
 )
@@ -56,7 +57,6 @@ from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect
 
 log = logging.getLogger(__name__)
 
-Ref = ModelRef | DatasetRef
 PARAM_LENGTH = 500  # the whole value is in config.yaml
 ERROR_LENGTH = 5000
 
@@ -75,7 +75,7 @@ class Stage:
     _version_tags: Mapping[str, str]
     _in_prefect: bool
 
-    def fetch(self, ref: Ref) -> Path:
+    def fetch(self, ref: ModelRef | DatasetRef) -> Path:
         """The files that a reference means, in the working folder."""
         if isinstance(ref, DatasetRef):
             to = self.work / "inputs" / f"data-{ref.digest}"

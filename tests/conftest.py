@@ -9,7 +9,7 @@ from tasks.settings import QUIET, Settings
 os.environ.update(QUIET)
 os.environ["RLHF_DEVICE"] = "cpu"
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

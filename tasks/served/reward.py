@@ -32,6 +32,7 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
             directory, dtype=torch.float32, use_safetensors=True
         )
         self.model = model.to(self.device).eval()
+        self.room = model.config.max_position_embeddings
 
     def predict(
         self,
@@ -71,10 +72,9 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
             head = [bos, *head]
         tail = self.tokenizer(response, add_special_tokens=False).input_ids
         tail = [*tail, self.tokenizer.eos_token_id]
-        room = self.model.config.max_position_embeddings
-        if len(head) + len(tail) > room:
-            tail = tail[: max(room - len(head), room // 2, 1)]
-            head = head[max(len(head) + len(tail) - room, 0) :]
+        if len(head) + len(tail) > self.room:
+            tail = tail[: max(self.room - len(head), self.room // 2, 1)]
+            head = head[max(len(head) + len(tail) - self.room, 0) :]
         return [*head, *tail]
 
 

@@ -227,7 +227,7 @@ def test_a_server_that_refuses_its_name_is_said_with_the_way_out():
     thread.start()
     uri = f"http://127.0.0.1:{server.server_port}"
     try:
-        with pytest.raises(UserError, match="MLFLOW_SERVER_ALLOWED_HOSTS='127.0.0.1:"):
+        with pytest.raises(UserError, match="MLFLOW_SERVER_ALLOWED_HOSTS"):
             connect(Settings.model_validate({"MLFLOW_TRACKING_URI": uri}))
     finally:
         server.shutdown()

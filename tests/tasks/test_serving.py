@@ -1,0 +1,240 @@
+"""An exported version answers as the model does, where this package is not installed."""
+
+import ast
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_core.encoding import encode_pair, encode_prompt, right_pad
+from rlhf_core.errors import ModelError
+from rlhf_core.models import ModelConfig, ScalarModel, load_policy, load_tokenizer
+from tasks.model_store import DirectoryModelStore
+from tasks.served.policy import ServedPolicy
+from tasks.served.reward import ServedReward
+from tasks.serving import SERVED, export_servable
+
+PROMPTS = ["a fine room", "the film was", "it works " * 40]
+RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DirectoryModelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def exported(store, tmp_path, policy_dir, reward_dir):
+    """A function that publishes and exports a tiny model of a kind."""
+
+    def _export(kind):
+        source = {"policy": policy_dir, "reward": reward_dir}[kind]
+        ref = store.publish(source, f"demo-{kind}", run_id="r", tags={})
+        return export_servable(store, ref, tmp_path / f"servable-{kind}")
+
+    return _export
+
+
+def expected_rewards(directory):
+    scalar = ScalarModel.load(directory)
+    tokenizer = load_tokenizer(ModelConfig(source=str(directory)), ())
+    room = scalar.model.config.max_position_embeddings
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    rows = [encode_pair(p, r, tokenizer, max_length=room)[0] for p, r in pairs]
+    with torch.inference_mode():
+        return scalar.scores(*right_pad(rows, tokenizer.pad_token_id)).tolist()
+
+
+def expected_texts(directory, new_tokens):
+    """One prompt at a time, so without padding."""
+    model, tokenizer = load_policy(directory)
+    room = model.config.max_position_embeddings - new_tokens
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)[-room:]])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def frame():
+    return pd.DataFrame({"prompt": PROMPTS, "response": RESPONSES})
+
+
+def test_a_served_reward_is_the_normalised_score(exported, reward_dir):
+    served = mlflow.pyfunc.load_model(str(exported("reward")))
+    rewards = served.predict(frame())
+    assert rewards == pytest.approx(expected_rewards(reward_dir), abs=1e-5)
+    assert max(map(abs, rewards)) > 1  # so it is no sigmoid
+
+
+def test_a_served_policy_says_what_the_policy_says(exported, policy_dir):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+    texts = served.predict(frame()[["prompt"]], params={"max_new_tokens": 8})
+    assert texts == expected_texts(policy_dir, new_tokens=8)
+    assert all(texts)
+
+
+def test_sampling_follows_its_seed(exported):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+
+    def say(seed):
+        params = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
+        return served.predict(frame()[["prompt"]], params=params)
+
+    assert say(1) == say(1)
+    assert say(1) != say(2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "message"), [("", 8, "is empty"), ("a", 48, "no room for a prompt")]
+)
+def test_what_cannot_be_continued_is_said(exported, prompt, new_tokens, message):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+    with pytest.raises(ValueError, match=message):
+        served.predict(pd.DataFrame({"prompt": [prompt]}), params={"max_new_tokens": new_tokens})
+
+
+def test_the_served_files_encode_as_training_does(policy_dir):
+    tokenizer = load_tokenizer(ModelConfig(source=str(policy_dir)), ())
+    for with_bos in (False, True):
+        if with_bos:
+            tokenizer = with_bos_token(tokenizer)
+        policy, reward = ServedPolicy(), ServedReward()
+        policy.tokenizer = reward.tokenizer = tokenizer
+        for room in (3, 6, 20, 400):
+            reward.room = room
+            for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+                assert policy.encode(prompt) == encode_prompt(prompt, tokenizer)
+                assert (
+                    reward.encode(prompt, response)
+                    == encode_pair(prompt, response, tokenizer, max_length=room)[0]
+                )
+
+
+def with_bos_token(tokenizer):
+    """The same tokenizer, starting every text with a begin-of-sequence token, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id]
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", sorted(SERVED.glob("*.py")), ids=lambda path: path.name)
+def test_the_served_files_stand_alone(file):
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    allowed = {"mlflow", "pandas", "torch", "transformers", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in plain | named} <= allowed
+
+
+def test_a_critic_is_not_served(store, tmp_path, reward_dir):
+    critic = tmp_path / "critic"
+    scalar = ScalarModel.load(reward_dir)
+    scalar.save(load_tokenizer(ModelConfig(source=str(reward_dir)), ()), critic, kind="critic")
+    ref = store.publish(critic, "demo-critic", run_id="r", tags={})
+    with pytest.raises(ModelError, match="is a critic; only policy and reward are served"):
+        export_servable(store, ref, tmp_path / "servable")
+
+
+def test_nothing_is_overwritten(exported, store, tmp_path):
+    exported("reward")
+    with pytest.raises(ModelError, match="is not empty"):
+        export_servable(store, store.resolve("models:/demo-reward/1"), tmp_path / "servable-reward")
+
+
+def test_the_weights_are_safetensors_and_nothing_is_pickled(exported):
+    files = [path for path in exported("policy").rglob("*") if path.is_file()]
+    assert [p.name for p in files if p.suffix == ".safetensors"] == ["model.safetensors"]
+    assert not [p for p in files if p.suffix in {".pkl", ".bin", ".pt"}]
+
+
+def post(port, body):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["predictions"]
+
+
+@pytest.fixture
+def served(exported, tmp_path):
+    """A function that serves a kind with MLflow's own command and gives the port."""
+    processes = []
+
+    def _serve(kind):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(exported(kind))]
+        # MLflow starts uvicorn by name, as it is found in an activated environment.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with (tmp_path / "served.log").open("w") as log:
+            process = subprocess.Popen(
+                [*command, "--env-manager", "local", "--port", str(port), "--workers", "1"],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": path},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        processes.append(process)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "served.log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                return port
+            except urllib.error.URLError:
+                time.sleep(0.3)
+        raise TimeoutError((tmp_path / "served.log").read_text())
+
+    yield _serve
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+@pytest.mark.integration
+def test_mlflow_serves_the_reward(served, reward_dir):
+    port = served("reward")
+    rows = frame().to_dict(orient="records")
+    assert post(port, {"dataframe_records": rows}) == pytest.approx(
+        expected_rewards(reward_dir), abs=1e-5
+    )
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(port, {"dataframe_records": [{"prompt": "no response"}]})
+
+
+@pytest.mark.integration
+def test_mlflow_serves_the_policy(served, policy_dir):
+    port = served("policy")
+    body = {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in PROMPTS]}}
+    answers = post(port, {**body, "params": {"max_new_tokens": 8}})
+    assert answers == expected_texts(policy_dir, new_tokens=8)
