@@ -61,6 +61,8 @@ def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
     Raises: DataError when the source is empty or lacks a field altogether. Single bad rows are
     returned as `faults`.
     """
+    if not source.rows and not source.unreadable:
+        raise DataError(f"{source.source} has no rows; check that it is the right file")
     columns = source.columns()
     convert = _converter(source.source, columns, kind, names)
     with_prompt = names.get("prompt", "prompt") in columns
@@ -96,7 +98,9 @@ _NEEDED: Mapping[Kind, str] = {
 def _converter(
     source: str, columns: Sequence[str], kind: Kind, names: Mapping[str, str]
 ) -> _Converter:
-    listed = ", ".join(columns) or "none that could be read"
+    if not columns:
+        return lambda row: []  # not one row could be read: the faults will tell
+    listed = ", ".join(columns)
     for field, name in names.items():
         if name not in columns:
             raise DataError(

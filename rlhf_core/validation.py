@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import Kind, identity
-from rlhf_core.encoding import encode_prompt, render_prompt
+from rlhf_core.encoding import Prompt, encode_prompt, render_prompt
 
 ANSWERS: Mapping[Kind, tuple[str, ...]] = {
     "demonstrations": ("response",),
@@ -122,29 +122,35 @@ def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def count_tokens(
-    frame: pd.DataFrame, kind: Kind, tokenizer: PreTrainedTokenizerBase
-) -> pd.DataFrame:
+    tables: Mapping[Kind, pd.DataFrame], tokenizer: PreTrainedTokenizerBase
+) -> dict[Kind, pd.DataFrame]:
     """Token counts of `prompt` and of the answers, by row, exactly as the stages encode them:
     a rendered prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
     """
-    counts = pd.DataFrame({"prompt": _prompt_lengths(frame["prompt"], tokenizer)})
-    for name in ANSWERS[kind]:
-        distinct = list(dict.fromkeys(frame[name]))
-        lengths = [len(ids) + 1 for ids in _tokenise(distinct, tokenizer)]
-        counts[name] = frame[name].map(dict(zip(distinct, lengths, strict=True)))
-    return counts.astype(int)
+    distinct = {identity(p): p for frame in tables.values() for p in frame["prompt"]}
+    prompts = _prompt_lengths(distinct, tokenizer)
+    columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
+    texts = list(dict.fromkeys(text for column in columns for text in column))
+    answers = {t: len(ids) + 1 for t, ids in zip(texts, _tokenise(texts, tokenizer), strict=True)}
+    return {
+        kind: pd.DataFrame(
+            {"prompt": [prompts[identity(prompt)] for prompt in frame["prompt"]]}
+            | {name: [answers[text] for text in frame[name]] for name in ANSWERS[kind]},
+            index=frame.index,
+        )
+        for kind, frame in tables.items()
+    }
 
 
-def _prompt_lengths(prompts: pd.Series, tokenizer: PreTrainedTokenizerBase) -> pd.Series:
-    names = prompts.map(identity)
-    distinct = dict(zip(names, prompts, strict=True))
-    rendered = [render_prompt(prompt, tokenizer) for prompt in distinct.values()]
+def _prompt_lengths(
+    prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int]:
+    rendered = [render_prompt(prompt, tokenizer) for prompt in prompts.values()]
     begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, where one is used
-    lengths = [
-        len(ids) + len(begin) * (ids[: len(begin)] != begin)
-        for ids in _tokenise(rendered, tokenizer)
-    ]
-    return names.map(dict(zip(distinct, lengths, strict=True)))
+    return {
+        name: len(ids) + len(begin) * (ids[: len(begin)] != begin)
+        for name, ids in zip(prompts, _tokenise(rendered, tokenizer), strict=True)
+    }
 
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:

@@ -291,7 +291,7 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 
 def _count_tokens(tables: Tables, model: ModelConfig) -> dict[Kind, pd.DataFrame]:
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
-    return {kind: count_tokens(table.frame, kind, tokenizer) for kind, table in tables.items()}
+    return count_tokens({kind: table.frame for kind, table in tables.items()}, tokenizer)
 
 
 def _validate(
@@ -350,11 +350,11 @@ def _report(validation: Validation, lengths: Figure) -> DataReport:
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),
         tables={
-            "data/rows": validation.rows_table(),
-            "data/lengths": validation.lengths_table(),
-            "data/truncated": validation.truncated_table(),
+            "data_rows": validation.rows_table(),
+            "data_lengths": validation.lengths_table(),
+            "data_truncated": validation.truncated_table(),
         },
-        figures={"data/lengths": lengths},
+        figures={"data_lengths": lengths},
     )
 
 
@@ -366,6 +366,7 @@ def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> Figure:
         axes.hist(lengths.to_numpy(), bins=30, histtype="step", label=list(lengths.columns))
         axes.set_title(kind, loc="left", fontsize=11)
         axes.set_xlabel("length (tokens)")
+        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     panels[0].set_ylabel("texts")
     return figure
