@@ -7,7 +7,7 @@
 
 The reward model sees the votes alone; `true_reward` is for evaluation. Where the two part (length,
 repetition, features of the wrong kind) a policy can over-optimise, as it can against real people.
-Every draw comes from `random.Random(f"{seed}/{purpose}")`, which does not depend on the process.
+Every draw comes from a `random.Random` seeded by the run's seed and a purpose.
 """
 
 from rlhf_core.simulation.annotators import (

@@ -6,7 +6,8 @@ An annotator's utility of a text, in units of sentiment:
     v       = Σ over clauses of taste(feature of the clause) · valence(clause)
 
 where valence is VADER's sum of word valences; with taste 1 throughout, the first term is VADER's
-own compound score. Shown `a` first and `b` second, the annotator
+compound score, but for intensifiers that reach across the end of a clause. Shown `a` first and
+`b` second, the annotator
 
     votes by the toss of a coin                 with probability 1 - reliability, and otherwise by
     d = u(a) - u(b) + side_bias + noise · z     with z from the standard logistic distribution:
@@ -41,7 +42,7 @@ Preference = Literal["a", "b", "tie"]
 class AnnotatorsConfig(Section):
     """How many simulated annotators there are, and how much they differ from perfect judges."""
 
-    count: int = Field(8, ge=1, description="Simulated annotators (persons)")
+    count: int = Field(12, ge=1, description="Simulated annotators (persons)")
     lowest_reliability: float = Field(
         0.8, ge=0, le=1, description="Reliability of the least careful annotator (share of votes)"
     )
@@ -55,10 +56,10 @@ class AnnotatorsConfig(Section):
         0.1, ge=0, description="Mean liking for length; each gets 0 to 2 x it (sentiment/10 words)"
     )
     taste_spread: float = Field(
-        0.4, ge=0, description="Standard deviation of the log weight that each gives to a feature"
+        0.3, ge=0, description="Standard deviation of the log weight that each gives to a feature"
     )
     care: float = Field(
-        0.3, ge=0, le=1, description="Share of the repetition penalty that annotators notice"
+        0.5, ge=0, le=1, description="Share of the repetition penalty that annotators notice"
     )
     noise: float = Field(0.15, ge=0, description="Scale of the logistic noise (sentiment)")
     tie_margin: float = Field(

@@ -24,19 +24,9 @@ FEATURES = {
 KIND_OF_FEATURE = {feature: kind for kind in FEATURES for feature in FEATURES[kind]}
 _HOW_MET = {"hotel": ("in", "visited"), "film": ("from", "seen"), "phone": ("from", "bought")}
 _PLACES = (
-    *(
-        "Athens",
-        "Berlin",
-        "Boston",
-        "Cairo",
-        "Delhi",
-        "Dublin",
-        "Geneva",
-        "Lima",
-        "Lisbon",
-        "London",
-    ),
-    *("Madrid", "Naples", "Oslo", "Paris", "Prague", "Rome", "Seoul", "Sydney", "Tokyo", "Vienna"),
+    *("Athens", "Berlin", "Boston", "Cairo", "Delhi", "Dublin", "Geneva", "Lima", "Lisbon"),
+    *("London", "Madrid", "Naples", "Oslo", "Paris", "Prague", "Rome", "Seoul", "Sydney"),
+    *("Tokyo", "Vienna"),
 )
 _OCCASIONS = (
     *("in winter", "in spring", "in summer", "in autumn"),
@@ -66,7 +56,7 @@ _SPECIFIER_WEIGHTS = (6, 1, 1)
 _JOINED_SHARE = 0.3  # of the clauses are joined to the one before
 _STRAY_SHARE = 0.04  # of the clauses speak of another kind of thing
 _CLOSING_SHARE = 0.6  # of the reviews
-_MOOD_SHAPE = 0.7  # Beta(0.7, 0.7): moods near the two ends are more common than mixed ones
+_MOOD_SHAPE = (0.7, 0.8)  # of a Beta: moods near the two ends are more common than mixed ones
 
 
 def all_prompts() -> list[str]:
@@ -104,10 +94,10 @@ def vocabulary() -> set[str]:
 def write_review(prompt: str, rng: Random) -> str:
     """A review that answers one of `all_prompts()`; it begins with a space.
 
-    The mood m is drawn from Beta(0.7, 0.7). A clause, or the closing sentence, is neutral with
+    The mood m is drawn from Beta(0.7, 0.8). A clause, or the closing sentence, is neutral with
     probability 0.2, else positive with probability m and negative with probability 1 - m.
     """
-    mood = rng.betavariate(_MOOD_SHAPE, _MOOD_SHAPE)
+    mood = rng.betavariate(*_MOOD_SHAPE)
     count = rng.choices(_CLAUSE_COUNTS, _CLAUSE_WEIGHTS)[0]
     sentences = _sentences(kind_of(prompt), count, mood, rng)
     if rng.random() < _CLOSING_SHARE:

@@ -8,6 +8,7 @@ import pandas as pd
 from pydantic import Field
 
 from rlhf_core.config import Section
+from rlhf_core.seeding import stream_seed
 from rlhf_core.simulation.annotators import Annotator, AnnotatorsConfig, draw_annotators, vote
 from rlhf_core.simulation.grammar import all_prompts, write_review
 
@@ -21,7 +22,8 @@ class SimulationConfig(Section):
     demonstrations: int = Field(8000, ge=1, description="Reviews to imitate (rows)")
     preference_pairs: int = Field(4000, ge=1, description="Compared pairs, one vote each (rows)")
     annotators: AnnotatorsConfig = Field(
-        AnnotatorsConfig(), description="The simulated people who compare the pairs"
+        default_factory=AnnotatorsConfig,
+        description="The simulated people who compare the pairs",
     )
 
 
@@ -37,22 +39,26 @@ class SimulatedTables:
 def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
     """The simulated data of a seed: the same in every process, whatever else has been drawn.
 
-    Each table draws from a generator of its own, `Random(f"{seed}/{purpose}")`, so that asking for
-    more demonstrations leaves the preferences as they are.
+    Each table draws from a stream of its own, so that asking for more demonstrations leaves the
+    preferences as they are.
     """
-    prompts = Random(f"{seed}/prompts").sample(all_prompts(), config.prompts)
-    annotators = draw_annotators(config.annotators, Random(f"{seed}/annotators"))
+    prompts = _stream(seed, "prompts").sample(all_prompts(), config.prompts)
+    annotators = draw_annotators(config.annotators, _stream(seed, "annotators"))
     return SimulatedTables(
         demonstrations=_demonstrations(
-            config.demonstrations, prompts, Random(f"{seed}/demonstrations")
+            config.demonstrations, prompts, _stream(seed, "demonstrations")
         ),
         preferences=_preferences(
-            config.preference_pairs, prompts, annotators, Random(f"{seed}/preferences")
+            config.preference_pairs, prompts, annotators, _stream(seed, "preferences")
         ),
         prompts=pd.DataFrame(
             {"id": [f"prompt-{n:05d}" for n in range(len(prompts))], "prompt": prompts}
         ),
     )
+
+
+def _stream(seed: int, purpose: str) -> Random:
+    return Random(stream_seed(seed, f"simulation/{purpose}"))
 
 
 def _demonstrations(rows: int, prompts: Sequence[str], rng: Random) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from rlhf_core.simulation.grammar import KIND_OF_FEATURE, kind_of, words_of
 
 COMFORTABLE_LENGTH = 24  # words
 RAMBLING_RATE = 0.03  # per word beyond the comfortable length
+NATURAL_REPETITION = 0.1  # share of the content words
 STRAY_WEIGHT = 0.5
 UNFINISHED_PENALTY = 0.25
 _FUNCTION_WORDS = frozenset(
@@ -22,7 +23,7 @@ def true_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
         reward  = sentiment - min(1, repetition + rambling + straying + unfinished)
 
         sentiment   VADER compound of the response, s / √(s² + 15) with s the sum of the valences
-        repetition  share of the content words that occurred before in the response, in [0, 1)
+        repetition  share of the content words that occurred before in the response, beyond 0.1
         rambling    0.03 for each word beyond 24
         straying    0.5 times the share of the named features that belong to another kind of thing
                     than the prompt's (a hotel's battery); 0 where the prompt names no known kind
@@ -46,9 +47,10 @@ def sentiment(text: str) -> float:
 
 
 def repetition(text: str) -> float:
-    """Share of the content words of a text that occurred before in it, in [0, 1)."""
+    """Penalty in [0, 0.9) for content words that occurred before: their share beyond a tenth."""
     content = [word for word in words_of(text) if word not in _FUNCTION_WORDS]
-    return 1 - len(set(content)) / len(content) if content else 0.0
+    share = 1 - len(set(content)) / len(content) if content else 0.0
+    return max(0.0, share - NATURAL_REPETITION)
 
 
 def rambling(text: str) -> float:
