@@ -176,3 +176,19 @@ def summarise_lengths(counts: Mapping[Kind, pd.DataFrame]) -> list[LengthSummary
         for kind, frame in counts.items()
         for text, lengths in frame.items()
     ]
+
+
+def count_truncated(
+    counts: Mapping[Kind, pd.DataFrame], *, prompt: int, sft: int, reward: int, response: int
+) -> dict[str, int]:
+    """How many texts are longer than each limit of the later stages (tokens)."""
+    demonstrations, pairs = counts["demonstrations"], counts["preferences"]
+    imitated = demonstrations["prompt"] + demonstrations["response"]
+    compared = pairs["prompt"] + pairs[["chosen", "rejected"]].max(axis=1)
+    texts = {
+        f"prompts over {prompt} tokens": counts["prompts"]["prompt"] > prompt,
+        f"demonstrations over {sft} tokens": imitated > sft,
+        f"responses over {response} tokens": demonstrations["response"] > response,
+        f"preferences over {reward} tokens": compared > reward,
+    }
+    return {name: int(cut.sum()) for name, cut in texts.items()}

@@ -34,6 +34,7 @@ from rlhf_core.validation import (
     Validation,
     contradictory_pairs,
     count_tokens,
+    count_truncated,
     summarise_lengths,
 )
 
@@ -305,7 +306,7 @@ def _validate(
         contradictory_pairs=contradictory_pairs(preferences),
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
-        truncated=_truncated(counts, limits),
+        truncated=count_truncated(counts, **limits.model_dump()),
     )
 
 
@@ -318,20 +319,6 @@ def _summary(table: Assembled) -> TableSummary:
         eval=len(table.side("eval")),
         dropped=dict(sorted(table.dropped.items())),
     )
-
-
-def _truncated(counts: Mapping[Kind, pd.DataFrame], limits: LengthLimits) -> dict[str, int]:
-    """How many texts are longer than each limit."""
-    demonstrations, pairs = counts["demonstrations"], counts["preferences"]
-    longer = pairs["prompt"] + pairs[["chosen", "rejected"]].max(axis=1)
-    whole = demonstrations["prompt"] + demonstrations["response"]
-    texts = {
-        f"prompts over {limits.prompt} tokens": counts["prompts"]["prompt"] > limits.prompt,
-        f"demonstrations over {limits.sft} tokens": whole > limits.sft,
-        f"responses over {limits.response} tokens": demonstrations["response"] > limits.response,
-        f"preferences over {limits.reward} tokens": longer > limits.reward,
-    }
-    return {name: int(cut.sum()) for name, cut in texts.items()}
 
 
 def _report(validation: Validation, lengths: Figure) -> DataReport:

@@ -10,6 +10,7 @@ from rlhf_core.validation import (
     Validation,
     contradictory_pairs,
     count_tokens,
+    count_truncated,
     drop_useless,
     summarise_lengths,
 )
@@ -147,6 +148,22 @@ def test_lengths_are_summarised():
     assert found.model_dump() == {
         **{"table": "prompts", "text": "prompt", "count": 101},
         **{"mean": 50.0, "p50": 50.0, "p95": 95.0, "max": 100},
+    }
+
+
+def test_a_text_is_cut_when_it_is_longer_than_its_limit():
+    counts = {
+        "demonstrations": pd.DataFrame({"prompt": [4, 4, 4], "response": [5, 6, 7]}),  # 9, 10, 11
+        "preferences": pd.DataFrame(
+            {"prompt": [2, 2, 2], "chosen": [6, 7, 1], "rejected": [1, 6, 7]}  # 8, 9, 9 at most
+        ),
+        "prompts": pd.DataFrame({"prompt": [3, 4, 5, 6]}),
+    }
+    assert count_truncated(counts, prompt=4, sft=10, response=5, reward=8) == {
+        "prompts over 4 tokens": 2,
+        "demonstrations over 10 tokens": 1,
+        "responses over 5 tokens": 2,
+        "preferences over 8 tokens": 2,
     }
 
 

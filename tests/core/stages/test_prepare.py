@@ -1,0 +1,371 @@
+"""From a user's files to prepared tables and a report; bad input ends in one sentence."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from rlhf_core.data import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.models import FreshModelConfig, ModelConfig
+from rlhf_core.simulation import SimulationConfig
+from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, inspect, prepare_data
+from rlhf_core.validation import Validation
+
+LIMITS = LengthLimits(prompt=64, sft=128, reward=128, response=48)
+MODEL = ModelConfig(fresh=FreshModelConfig(vocab_size=300))
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pairs(count, first=0):
+    """Distinct pairs, each about a prompt of its own."""
+    numbers = range(first, first + count)
+    return [{"prompt": f"Q{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in numbers]
+
+
+def files(**tables):
+    options = {name: tables.pop(name) for name in list(tables) if name not in KINDS}
+    sources = {
+        name: table if isinstance(table, TableConfig) else TableConfig(path=table)
+        for name, table in tables.items()
+    }
+    return DataConfig(source="files", **sources, **options)
+
+
+def prepare(config, output, seed=0):
+    logger = MemoryLogger()
+    report = prepare_data(
+        config, model=MODEL, limits=LIMITS, output=output, seed=seed, logger=logger
+    )
+    return report, logger
+
+
+def error(config, kind=DataError):
+    with pytest.raises(kind) as caught:
+        inspect(config, MODEL, LIMITS, seed=0)
+    return str(caught.value)
+
+
+def both(output, kind):
+    return pd.concat([read_table(output, kind, split) for split in SPLITS])
+
+
+# --- what is written
+
+
+def test_simulated_data_are_prepared(tmp_path):
+    config = DataConfig(
+        simulation=SimulationConfig(prompts=60, demonstrations=300, preference_pairs=200)
+    )
+    report, logger = prepare(config, tmp_path)
+    assert logger.notes[0][:2] == (0, 3)
+    assert logger.notes[-1][:2] == (3, 3)
+    seen = {}
+    for kind in KINDS:
+        for split in SPLITS:
+            table = read_table(tmp_path, kind, split)
+            assert list(table.columns) == list(COLUMNS[kind])
+            assert len(table) == getattr(report, f"{kind}_{split}") > 0
+            for prompt in table["prompt"]:
+                assert seen.setdefault(prompt_key(prompt), split) == split
+    assert report.prompts_train + report.prompts_eval == 60
+    assert report.ties == both(tmp_path, "preferences")["tie"].sum()
+
+
+def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
+    config = files(preferences=write(tmp_path / "p.jsonl", pairs(40)), eval_fraction=0.3)
+    report, _ = prepare(config, tmp_path / "out")
+    text = (tmp_path / "out" / "validation.json").read_text(encoding="utf-8")
+    assert Validation.model_validate_json(text) == report.validation
+    assert inspect(config, MODEL, LIMITS, seed=0) == report.validation
+    assert set(report.summary()) == {
+        *(f"{kind}_{split}" for kind in KINDS for split in SPLITS),
+        *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
+    }
+    assert list(report.tables) == ["data_rows", "data_lengths", "data_truncated"]
+    [figure] = report.figures.values()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(KINDS)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(tmp_path):
+    config = files(preferences=write(tmp_path / "p.jsonl", pairs(40)), eval_fraction=0.3)
+    digests = []
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        prepare(config, tmp_path / name, seed)
+        digests.append(digest(tmp_path / name))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_every_example_is_kept_or_counted_as_dropped(tmp_path):
+    rows = [
+        *pairs(30),
+        pairs(1)[0],  # duplicate
+        {"prompt": "same", "chosen": "x", "rejected": "x "},
+        {"prompt": "", "chosen": "x", "rejected": "y"},
+        {"prompt": "p", "chosen": 3, "rejected": "y"},
+        {"prompt": "Q1?", "chosen": "no 1", "rejected": "yes 1"},  # contradicts, and stays
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    Path(path).open("a", encoding="utf-8").close()
+    report, _ = prepare(files(preferences=path, eval_fraction=0.3, on_bad_row="drop"), tmp_path)
+    table = report.validation.tables["preferences"]
+    assert table.model_dump() == {
+        **{"source": path, "rows": 35, "examples": 35},
+        **{"train": report.preferences_train, "eval": report.preferences_eval},
+        "dropped": {"duplicate": 1, "empty text": 1, "identical answers": 1, "wrong type": 1},
+    }
+    assert table.train + table.eval == 31
+    assert report.dropped == 4
+    assert report.contradictory_pairs == 1
+    assert list(report.validation.bad_rows) == [
+        f"{path}, line 33, field 'prompt': is empty",
+        f"{path}, line 34, field 'chosen': is a number, not text",
+    ]
+
+
+def test_the_limits_decide_what_counts_as_truncated(tmp_path):
+    config = files(preferences=write(tmp_path / "p.jsonl", pairs(40)))
+    tight = LengthLimits(prompt=1, sft=1, reward=1, response=1)
+    assert inspect(config, MODEL, tight, seed=0).truncated == {
+        "prompts over 1 tokens": 40,
+        "demonstrations over 1 tokens": 40,
+        "responses over 1 tokens": 40,
+        "preferences over 1 tokens": 40,
+    }
+    report, _ = prepare(config, tmp_path)
+    assert report.truncated == sum(report.validation.truncated.values()) == 0
+
+
+def test_chat_messages_are_kept_and_measured_through_the_template(tmp_path):
+    question = lambda n: [{"role": "user", "content": f"Q{n}?"}]  # noqa: E731
+    rows = [row | {"prompt": question(n)} for n, row in enumerate(pairs(30))]
+    report, _ = prepare(
+        files(preferences=write(tmp_path / "p.jsonl", rows), eval_fraction=0.3), tmp_path
+    )
+    prompts = both(tmp_path, "prompts")["prompt"].tolist()
+    assert sorted(prompt[0]["content"] for prompt in prompts) == sorted(f"Q{n}?" for n in range(30))
+    lengths = report.validation.lengths_table().set_index(["table", "text"])
+    # "\n\nHuman: Q1?\n\nAssistant:" against "Q1?"
+    assert lengths.loc[("prompts", "prompt"), "p50"] > 5
+
+
+def test_a_saved_data_set_with_its_own_splits(tmp_path):
+    datasets.disable_progress_bars()
+    parts = {"train": pairs(5), "test": pairs(3, first=5)}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    table = TableConfig(path=str(tmp_path / "saved"), eval_split="test")
+    report, _ = prepare(files(preferences=table), tmp_path / "out")
+    assert (report.preferences_train, report.preferences_eval) == (5, 3)
+    assert (report.demonstrations_train, report.prompts_eval) == (5, 3)
+    assert report.validation.tables["preferences"].source == (
+        f"{tmp_path / 'saved'} (train) and {tmp_path / 'saved'} (test)"
+    )
+
+
+def test_all_three_tables_from_files_of_different_formats(tmp_path):
+    demonstrations = pd.DataFrame({"q": [f"Q{n}?" for n in range(50)], "a": "yes"})
+    demonstrations.to_csv(tmp_path / "d.csv", index=False)
+    pd.DataFrame({"prompt": [f"Q{n}?" for n in range(20, 80)]}).to_parquet(tmp_path / "q.parquet")
+    config = files(
+        demonstrations=TableConfig(
+            path=str(tmp_path / "d.csv"), fields={"prompt": "q", "response": "a"}, limit=30
+        ),
+        preferences=write(tmp_path / "p.jsonl", pairs(40)),
+        prompts=str(tmp_path / "q.parquet"),
+        eval_fraction=0.3,
+    )
+    report, _ = prepare(config, tmp_path / "out")
+    assert report.demonstrations_train + report.demonstrations_eval == 30
+    assert report.preferences_train + report.preferences_eval == 40
+    assert report.prompts_train + report.prompts_eval == 60
+    assert report.shared_prompts == 0
+
+
+# --- what is refused
+
+
+def test_prompts_in_training_and_evaluation_are_an_error_unless_waved_through(tmp_path):
+    train = write(tmp_path / "train.jsonl", pairs(10))
+    held_out = write(tmp_path / "eval.jsonl", pairs(5, first=8))  # Q8? and Q9? in both
+    table = TableConfig(path=train, eval_path=held_out)
+    assert error(files(preferences=table)) == (
+        "2 prompts are in the training and in the evaluation data, for example 'Q8?', 'Q9?'; take "
+        "them out of one of the two, or set data.allow_shared_prompts to true"
+    )
+    report, _ = prepare(files(preferences=table, allow_shared_prompts=True), tmp_path / "out")
+    assert report.shared_prompts == 2
+    assert (report.preferences_train, report.preferences_eval) == (10, 5)
+
+
+def test_prompts_are_shared_across_tables_too(tmp_path):
+    long = "Why " + "so " * 30
+    train = write(tmp_path / "train.jsonl", [*pairs(3), {**pairs(1)[0], "prompt": long}])
+    config = files(
+        preferences=TableConfig(path=train, eval_path=write(tmp_path / "eval.jsonl", pairs(2, 5))),
+        prompts=TableConfig(
+            path=write(tmp_path / "q.jsonl", [{"prompt": "new"}]),
+            eval_path=write(
+                tmp_path / "e.jsonl", [{"prompt": [{"role": "user", "content": f" {long}"}]}]
+            ),
+        ),
+    )
+    assert error(config).startswith(
+        f"1 prompt is in the training and in the evaluation data, for example '{long[:59]}…'; take"
+    )
+
+
+def test_a_bad_row_stops_everything_before_a_file_is_written(tmp_path):
+    rows = pairs(5)
+    rows[2]["chosen"] = " "
+    path = write(tmp_path / "p.jsonl", rows)
+    assert error(files(preferences=path)) == (
+        f"{path}, line 3, field 'chosen': is empty; mend the row, or set data.on_bad_row to 'drop' "
+        "to leave it out"
+    )
+    rows[4]["prompt"] = None
+    write(tmp_path / "p.jsonl", rows)
+    assert error(files(preferences=path)) == (
+        f"{path}, line 3, field 'chosen': is empty; mend the row, or set data.on_bad_row to 'drop' "
+        "to leave all 2 bad rows of this source out"
+    )
+    with pytest.raises(DataError):
+        prepare(files(preferences=path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_side_without_rows_says_what_to_change(tmp_path):
+    path = write(tmp_path / "p.jsonl", pairs(3))
+    rest = (
+        "change data.eval_fraction ({}) or the seed, or give evaluation data of their own "
+        "(data.demonstrations.eval_path or eval_split)"
+    )
+    assert error(files(preferences=path, eval_fraction=0.001)) == (
+        "no demonstrations are left for evaluation: of 3 rows (answers chosen in the preferences) "
+        "3 with 3 distinct prompts are all on the other side; " + rest.format(0.001)
+    )
+    assert error(files(preferences=path, eval_fraction=0.999)).startswith(
+        "no demonstrations are left for training"
+    )
+
+
+def test_a_table_of_which_nothing_is_left_says_why(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": "x", "rejected": "x"},
+        {"prompt": "", "chosen": "", "rejected": ""},
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    demonstrations = write(
+        tmp_path / "d.jsonl", [{"prompt": f"{n}", "response": "r"} for n in range(9)]
+    )
+    config = files(
+        preferences=path, demonstrations=demonstrations, on_bad_row="drop", eval_fraction=0.5
+    )
+    assert error(config) == (
+        f"no preferences are left for training: of 2 rows ({path}) all were dropped "
+        "(identical answers 1, empty text 1); check the fields and the data"
+    )
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    assert error(DataConfig(source="files"), ConfigError) == (
+        "data.source is 'files' but no preferences are given; name them in data.preferences.path, "
+        "or set data.source to 'simulated'"
+    )
+    for settings, message in (
+        ({"eval_path": "x.csv"}, "evaluation data are named but `path` is empty"),
+        ({"path": "d", "eval_split": "train"}, "the evaluation data are the training data"),
+        ({"path": "x.csv", "eval_path": "x.csv"}, "the evaluation data are the training data"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            TableConfig(**settings)
+    with pytest.raises(
+        ValidationError,
+        match=r"prompts\.fields: 'promt' is none of the fields: id, prompt",
+    ):
+        files(prompts=TableConfig(fields={"promt": "q"}))
+
+
+# --- real data
+
+
+def shared(name):
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside the repository (../shared/data)")
+    return str(path)
+
+
+def loads(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_argument_pairs_keep_every_vote(tmp_path):
+    path = shared("argument-pairs-5annotators-dev.jsonl")
+    report, _ = prepare(files(preferences=path, eval_fraction=0.2), tmp_path, seed=1)
+    table = report.validation.tables["preferences"]
+    assert (table.rows, table.examples) == (6447, 32169)  # as its README says
+    # Counted apart: 11 pairs of identical texts, and votes that one worker cast twice on a pair.
+    votes = [
+        (row["prompt"], row["response_a"], row["response_b"], *vote[:2])
+        for row in loads(path)
+        for vote in row["votes"]
+    ]
+    sound = [vote for vote in votes if vote[1].strip() != vote[2].strip()]
+    kept = {
+        (prompt, frozenset((a, b)), worker, {"a": a, "b": b, "tie": None}[vote])
+        for prompt, a, b, worker, vote in sound
+    }
+    assert table.dropped == {
+        "identical answers": len(votes) - len(sound),
+        "duplicate": len(sound) - len(kept),
+    }
+    assert table.train + table.eval == len(kept)
+    frame = both(tmp_path, "preferences")
+    assert set(frame["annotator"].str[0]) == {"w"}
+    assert report.ties == sum(winner is None for *_, winner in kept)
+    assert report.prompts_train + report.prompts_eval == 12  # six debates, two sides
+
+
+def test_pandalm_with_dolly_demonstrations(tmp_path):
+    path = shared("pandalm-pairs-3annotators.jsonl")
+    config = files(
+        preferences=path,
+        demonstrations=shared("dolly-demonstrations-cleaned.jsonl"),
+        on_bad_row="drop",
+    )
+    report, _ = prepare(config, tmp_path)
+    tables = report.validation.tables
+    assert tables["preferences"].rows == 999
+    # A bad row counts once, with all its votes: some of these models answered nothing.
+    empty = sum(
+        not (row["response_a"].strip() and row["response_b"].strip()) for row in loads(path)
+    )
+    assert tables["preferences"].dropped["empty text"] == empty > 0
+    assert tables["preferences"].examples == 2997 - 3 * empty + empty
+    assert tables["demonstrations"].rows == 3859
+    assert report.shared_prompts == 0
+    assert report.contradictory_pairs > 0
+
+
+def test_the_majority_label_of_pandalm_by_mapping(tmp_path):
+    table = TableConfig(
+        path=shared("pandalm-pairs-3annotators.jsonl"), fields={"vote": "majority"}, limit=200
+    )
+    report, _ = prepare(files(preferences=table, on_bad_row="drop", eval_fraction=0.3), tmp_path)
+    summary = report.validation.tables["preferences"]
+    assert summary.rows == summary.examples == 200
+    winners = {row["id"]: row for row in loads(table.path)[:200]}
+    for row in both(tmp_path, "preferences").to_dict("records"):
+        source = winners[row["id"]]
+        assert row["tie"] == (source["majority"] == "tie")
+        assert row["chosen"] == source["response_b" if source["majority"] == "b" else "response_a"]
