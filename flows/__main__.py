@@ -15,7 +15,15 @@ from typer.core import TyperGroup
 
 from flows import services
 from flows.failures import explain
-from flows.printing import err, line, show_comparison, show_services, show_validation
+from flows.printing import (
+    err,
+    line,
+    show_comparison,
+    show_report,
+    show_services,
+    show_start,
+    show_validation,
+)
 from flows.supervisor import ServiceError
 from rlhf_core.errors import UserError
 from tasks.settings import read_settings
@@ -78,7 +86,8 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` shows later. A
     policy that is not promoted is a result and not a failure: the exit status is 0.
     """
-    services.join(read_settings(), prefect=True)
+    settings = services.join(read_settings(), prefect=True)
+    show_start(settings)
     pipeline = _load(config, overrides)
     from flows.logs import quiet_terminal, shorten_user_errors
     from flows.rlhf import rlhf
@@ -86,7 +95,7 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     shorten_user_errors()
     quiet_terminal()
     result = rlhf(pipeline)
-    line(result.report)
+    show_report(result.report)
 
 
 @app.command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")

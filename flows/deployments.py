@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
@@ -34,7 +33,7 @@ def deploy(folder: Path, *, working_dir: str = "") -> list[str]:
         raise ConfigError(f"{folder} has no .yaml file: name the folder of the configs.")
     configs = [(file, load_config(file, (), PipelineConfig)) for file in files]
     _make_pool()
-    return [_register(rlhf, file, config, working_dir) for file, config in configs]
+    return [_register(file, config, working_dir) for file, config in configs]
 
 
 def _make_pool() -> None:
@@ -50,9 +49,9 @@ def _make_pool() -> None:
             return
 
 
-def _register(flow: Flow[..., object], file: Path, config: PipelineConfig, working_dir: str) -> str:
+def _register(file: Path, config: PipelineConfig, working_dir: str) -> str:
     deployment = RunnerDeployment.from_flow(
-        flow,
+        rlhf,
         name=file.stem,
         parameters={"config": config.model_dump(mode="json")},
         description=describe(file),

@@ -7,7 +7,7 @@ their names, so that nothing heavy is imported to say that a disk is full.
 import errno
 from collections.abc import Iterator
 
-NETWORK = frozenset({"requests", "urllib3", "httpx", "httpcore", "huggingface_hub"})
+NETWORK = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "huggingface_hub"})
 UNREACHABLE = ("Connect", "Timeout", "Unreachable", "Offline", "MaxRetry", "Resolution")
 READ_ONLY = ("readonly database", "unable to open database file")
 

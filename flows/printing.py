@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from flows.services import Services
     from rlhf_core.validation import Validation
     from tasks.comparison import RunComparison
+    from tasks.settings import Settings
 
 out = Console()
 err = Console(stderr=True)
@@ -20,6 +22,22 @@ err = Console(stderr=True)
 def line(text: str) -> None:
     """A line as it is: no markup, no colours, no breaks that would cut an address."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_start(settings: "Settings") -> None:
+    """What a run uses: said before the seconds in which nothing else is to be seen."""
+    prefect = settings.prefect_api_url or "started for this run"
+    err.print(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}", markup=False, soft_wrap=True)
+
+
+def show_report(report: str) -> None:
+    """Markdown; on a terminal its tables are drawn."""
+    for block in report.strip().split("\n\n"):
+        if block.startswith("|") and out.is_terminal:
+            out.print(Markdown(block))
+        else:
+            line(block)
+        line("")
 
 
 def show_services(services: "Services", logs: Path) -> None:

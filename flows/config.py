@@ -1,0 +1,95 @@
+"""The config of a pipeline: the sections of its stages side by side, and what must fit between."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from rlhf_core.config import Section
+from rlhf_core.gates import PromotionConfig
+from rlhf_core.models import ModelConfig
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.stages.ppo import PPOConfig
+from rlhf_core.stages.prepare import DataConfig, LengthLimits
+from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.stages.sft import SFTConfig
+
+
+class SFTSection(SFTConfig):
+    """Supervised fine-tuning, or a policy that is there already."""
+
+    reuse: str = Field(
+        "", description="models:/NAME/VERSION or models:/NAME@ALIAS to take; empty = train"
+    )
+
+
+class RewardModelSection(RewardModelConfig):
+    """Reward-model training, or a reward model that is there already."""
+
+    reuse: str = Field(
+        "", description="models:/NAME/VERSION or models:/NAME@ALIAS to take; empty = train"
+    )
+
+
+class PipelineConfig(Section):
+    """Everything that a run of the pipeline can be told."""
+
+    project: str = Field(
+        "demo",
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        description="Names the MLflow experiment and the registered models <project>-policy, ... "
+        "(small letters, digits, dashes)",
+    )
+    seed: int = Field(0, ge=0, description="Same seed, same machine: same result")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The base model")
+    data: DataConfig = Field(default_factory=DataConfig, description="What to learn from")
+    sampling: SamplingConfig = Field(
+        default_factory=SamplingConfig, description="How responses are drawn, in every stage"
+    )
+    sft: SFTSection = Field(default_factory=SFTSection, description="Supervised fine-tuning")
+    reward_model: RewardModelSection = Field(
+        default_factory=RewardModelSection, description="Learning a reward from preferences"
+    )
+    ppo: PPOConfig = Field(default_factory=PPOConfig, description="Optimising the policy")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Comparing on held-out prompts"
+    )
+    promotion: PromotionConfig = Field(
+        default_factory=PromotionConfig, description="When the policy becomes the champion"
+    )
+
+    @property
+    def length_limits(self) -> LengthLimits:
+        """Where the stages cut texts, for the validation report of the data."""
+        return LengthLimits(
+            prompt=self.sampling.max_prompt_length,
+            response=self.sampling.max_new_tokens,
+            sft=self.sft.max_length,
+            reward=self.reward_model.max_length,
+        )
+
+    @model_validator(mode="after")
+    def _texts_fit_into_a_fresh_model(self) -> Self:
+        if self.model.source or self.sft.reuse:
+            return self  # the stages ask the model itself
+        needed = {
+            "sft.max_length": self.sft.max_length,
+            "reward_model.max_length": self.reward_model.max_length,
+            "sampling.max_prompt_length + max_new_tokens": self.sampling.max_length,
+        }
+        for name, tokens in needed.items():
+            if tokens > self.model.fresh.context:
+                raise ValueError(
+                    f"{name} is {tokens}, but model.fresh.context is {self.model.fresh.context}; "
+                    "lower the one or raise the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _minibatch_within_rollout(self) -> Self:
+        if self.ppo.batch_size > self.ppo.rollout_size:
+            raise ValueError(
+                f"ppo.batch_size {self.ppo.batch_size} is larger than ppo.rollout_size "
+                f"{self.ppo.rollout_size}; lower the one or raise the other"
+            )
+        return self
