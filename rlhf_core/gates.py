@@ -35,6 +35,10 @@ class Verdict(BaseModel):
     promote: bool
     reasons: tuple[str, ...]
 
+    def refuse(self, reason: str) -> "Verdict":
+        """The verdict of one more rule, which failed."""
+        return Verdict(promote=False, reasons=(*self.reasons, f"FAIL: {reason}"))
+
 
 def judge(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
     """Hold the policy of a scorecard against every rule; all have to pass.

@@ -1,0 +1,23 @@
+"""The data stage as a Prefect task."""
+
+from prefect import task
+
+from rlhf_core.models import ModelConfig
+from rlhf_core.stages import prepare
+from rlhf_core.stages.prepare import DataConfig, LengthLimits
+from tasks.model_store import DatasetRef, PipelineRun
+from tasks.stage import open_stage
+
+
+@task(name="prepare-data", task_run_name="prepare data")
+def prepare_data(
+    config: DataConfig, model: ModelConfig, limits: LengthLimits, run: PipelineRun
+) -> DatasetRef:
+    """Check and split the data, and store them with the run."""
+    with open_stage("prepare", config=config, run=run, inputs={}) as stage:
+        output = stage.work / "data"
+        report = prepare.prepare_data(
+            config, model=model, limits=limits, output=output, seed=run.seed, logger=stage.logger
+        )
+        stage.record(report)
+        return stage.publish_data(output)

@@ -1,0 +1,44 @@
+"""Evaluation as a Prefect task."""
+
+from prefect import task
+
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.stages import evaluation
+from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
+from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.settings import read_settings
+from tasks.stage import open_stage
+
+
+@task(name="evaluate", task_run_name="evaluation")
+def evaluate(
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    sft: ModelRef,
+    policy: ModelRef,
+    reward_model: ModelRef,
+    champion: ModelRef | None,
+    data: DatasetRef,
+    run: PipelineRun,
+) -> Scorecard:
+    """Compare the policy with SFT, best-of-n and the present champion on held-out prompts."""
+    inputs: dict[str, Ref] = {"sft": sft, "policy": policy, "reward": reward_model, "data": data}
+    if champion is not None:
+        inputs["champion"] = champion
+    with open_stage(
+        "evaluation", config=config, run=run, inputs=inputs, context="evaluation"
+    ) as stage:
+        report = evaluation.evaluate(
+            config,
+            sampling,
+            sft=stage.fetch(sft),
+            policy=stage.fetch(policy),
+            reward_model=stage.fetch(reward_model),
+            champion=None if champion is None else stage.fetch(champion),
+            data=stage.fetch(data),
+            seed=run.seed,
+            device=read_settings().device,
+            logger=stage.logger,
+        )
+        stage.record(report)
+        return report.scorecard

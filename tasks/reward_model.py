@@ -1,0 +1,36 @@
+"""Reward-model training as a Prefect task."""
+
+from prefect import task
+
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.stages import reward_model
+from rlhf_core.stages.reward_model import RewardModelConfig
+from tasks.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.settings import read_settings
+from tasks.stage import Ref, open_stage
+
+
+@task(name="reward-model", task_run_name="reward model")
+def train_reward_model(
+    config: RewardModelConfig,
+    sampling: SamplingConfig,
+    sft: ModelRef,
+    data: DatasetRef,
+    run: PipelineRun,
+) -> ModelRef:
+    """Learn a reward from the preferences; register `<project>-reward`."""
+    inputs: dict[str, Ref] = {"sft": sft, "data": data}
+    with open_stage("reward_model", config=config, run=run, inputs=inputs) as stage:
+        output = stage.work / "reward"
+        report = reward_model.train_reward_model(
+            config,
+            sampling,
+            sft=stage.fetch(sft),
+            data=stage.fetch(data),
+            output=output,
+            seed=run.seed,
+            device=read_settings().device,
+            logger=stage.logger,
+        )
+        stage.record(report)
+        return stage.publish({"reward": output})["reward"]

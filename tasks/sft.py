@@ -1,0 +1,30 @@
+"""Supervised fine-tuning as a Prefect task."""
+
+from prefect import task
+
+from rlhf_core.models import ModelConfig
+from rlhf_core.stages import sft
+from rlhf_core.stages.sft import SFTConfig
+from tasks.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.settings import read_settings
+from tasks.stage import open_stage
+
+
+@task(name="sft", task_run_name="SFT")
+def train_sft(
+    config: SFTConfig, model: ModelConfig, data: DatasetRef, run: PipelineRun
+) -> ModelRef:
+    """Fine-tune the base model on the demonstrations; register `<project>-sft`."""
+    with open_stage("sft", config=config, run=run, inputs={"data": data}) as stage:
+        output = stage.work / "sft"
+        report = sft.train_sft(
+            config,
+            model=model,
+            data=stage.fetch(data),
+            output=output,
+            seed=run.seed,
+            device=read_settings().device,
+            logger=stage.logger,
+        )
+        stage.record(report)
+        return stage.publish({"sft": output})["sft"]
