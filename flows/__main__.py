@@ -89,12 +89,17 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings = services.join(read_settings(), prefect=True)
     show_start(settings)
     pipeline = _load(config, overrides)
-    from flows.logs import quiet_terminal, shorten_user_errors
-    from flows.rlhf import rlhf
+    with services.prefect_server(settings) as prefect_ready:
+        from flows import logs
+        from flows.rlhf import rlhf
 
-    shorten_user_errors()
-    quiet_terminal()
-    result = rlhf(pipeline)
+        logs.shorten_user_errors()
+        logs.quiet_terminal()
+        prefect_ready()
+        try:
+            result = rlhf(pipeline)
+        finally:
+            logs.deliver()
     show_report(result.report)
 
 

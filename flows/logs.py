@@ -5,6 +5,7 @@ import logging
 from rlhf_core.errors import UserError
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+DELIVERY_SECONDS = 10.0
 
 
 class WithoutTraceback(logging.Filter):
@@ -40,3 +41,12 @@ def quiet_terminal() -> None:
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
         handler.addFilter(WithoutRuns())
+
+
+def deliver() -> None:
+    """Wait until Prefect has what runs logged and reported: they are sent in the background."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=DELIVERY_SECONDS)

@@ -160,7 +160,7 @@ def up(
     with _claim(settings) as state:
         _check_ports(prefect_port, mlflow_port)
         with Supervisor(settings.home / "logs", ("worker", "deploy", "mlflow", "prefect")) as group:
-            servers = _servers(settings, services, prefect_port, mlflow_port)
+            servers = _prefect(settings, services.prefect), _mlflow(settings, services.mlflow)
             for server in servers:
                 group.start(server)
             group.until_ready(*servers)
@@ -175,6 +175,29 @@ def up(
             while True:
                 group.check()
                 time.sleep(0.5)
+
+
+@contextmanager
+def prefect_server(settings: Settings) -> Iterator[Callable[[], None]]:
+    """Prefect for the length of the block; nothing is started where a server is in use already.
+
+    Unlike the server that Prefect itself starts on demand, this one is out of reach of Ctrl-C in
+    the terminal, so that an interrupted run can still report its end; and it ends with this process
+    however that ends.
+
+    Yields: what waits until the server is ready, to be called before the first flow starts.
+    """
+    if settings.prefect_api_url:
+        yield lambda: None
+        return
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        address = f"http://{HOST}:{probe.getsockname()[1]}"
+    os.environ["PREFECT_API_URL"] = f"{address}/api"
+    server = _prefect(settings, address, name="prefect-of-run")
+    with Supervisor(settings.home / "logs", (server.name,)) as group:
+        group.start(server)
+        yield partial(group.until_ready, server)
 
 
 @contextmanager
@@ -223,30 +246,27 @@ def _check_ports(prefect_port: int, mlflow_port: int) -> None:
                 ) from None
 
 
-def _servers(
-    settings: Settings, services: Services, prefect_port: int, mlflow_port: int
-) -> tuple[Service, Service]:
-    local = settings.model_copy(update={"tracking_uri": "", "prefect_api_url": ""})
-    environment = local.environment()
-    prefect = Service(
-        "prefect",
-        _python("prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)),
+def _prefect(settings: Settings, address: str, name: str = "prefect") -> Service:
+    port = address.rpartition(":")[2]
+    return Service(
+        name,
+        _python("prefect", "server", "start", "--host", HOST, "--port", port),
         # Without it, the pages of a server on another port ask port 4200 for their data.
-        {**environment, "PREFECT_SERVER_UI_API_URL": f"{services.prefect}/api"},
-        partial(unreachable, f"{services.prefect}/api/health"),
+        {**settings.environment(), "PREFECT_SERVER_UI_API_URL": f"{address}/api"},
+        partial(unreachable, f"{address}/api/health"),
     )
-    mlflow = Service(
-        "mlflow",
-        _python(
-            *("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "-w", "1"),
-            *("--backend-store-uri", local.mlflow_uri, "--serve-artifacts"),
-            # Experiments keep their plain path, so that they can be read without a server too.
-            *("--default-artifact-root", str(local.artifact_root)),
-        ),
-        {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        partial(unreachable, f"{services.mlflow}/health"),
+
+
+def _mlflow(settings: Settings, address: str) -> Service:
+    local = settings.model_copy(update={"tracking_uri": ""})
+    command = _python(
+        *("mlflow", "server", "--host", HOST, "--port", address.rpartition(":")[2], "-w", "1"),
+        *("--backend-store-uri", local.mlflow_uri, "--serve-artifacts"),
+        # Experiments keep their plain path, so that they can be read without a server too.
+        *("--default-artifact-root", str(local.artifact_root)),
     )
-    return prefect, mlflow
+    environment = {**local.environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return Service("mlflow", command, environment, partial(unreachable, f"{address}/health"))
 
 
 def _client_environment(settings: Settings, services: Services) -> dict[str, str]:
