@@ -221,6 +221,7 @@ class MlflowModelStore(ModelStore):
             location,
             run_id=upload.run_id,
             model_id=upload.id,
+            await_creation_for=0,
             tags={**tags, DIGEST_TAG: upload.digest, LOGGED_MODEL_TAG: upload.id},
         )
         link = [{"name": made.name, "version": str(made.version)}]

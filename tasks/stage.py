@@ -57,7 +57,7 @@ from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect
 
 log = logging.getLogger(__name__)
 
-PARAM_LENGTH = 500  # the whole value is in config.yaml
+PARAM_LENGTH = 6000  # what MLflow takes; the whole value is in config.yaml
 ERROR_LENGTH = 5000
 
 
@@ -162,8 +162,7 @@ def open_run(
     """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does."""
     settings = settings or read_settings()
     client = connect(settings)
-    prefect = PrefectRun.current()
-    tags = {"seed": str(seed), "stage": "pipeline", **_origin(prefect, settings)}
+    tags = {"seed": str(seed), "stage": "pipeline", **_origin(settings)}
     experiment = ensure_experiment(client, project, settings)
     made = client.create_run(experiment, tags=tags, run_name=f"{project}-seed-{seed}")
     run = PipelineRun(project=project, run_id=made.info.run_id, experiment_id=experiment, seed=seed)
@@ -190,27 +189,20 @@ def open_stage(
     settings = settings or read_settings()
     client = connect(settings)
     store = MlflowModelStore(client)
-    prefect = PrefectRun.current()
-    origin = {"seed": str(run.seed), **_origin(prefect, settings), **_data_digest(inputs)}
-    input_tags = {f"input.{role}": ref.uri for role, ref in inputs.items()}
-    made = client.create_run(
-        run.experiment_id,
-        tags={"mlflow.parentRunId": run.run_id, "stage": name, **origin, **input_tags},
-        run_name=name,
-    )
-    run_id = made.info.run_id
+    in_prefect = PrefectRun.current() is not None
+    origin = {"seed": str(run.seed), **_origin(settings), **_data_digest(inputs)}
+    run_id = _child_run(client, name, run, inputs, origin)
     with ExitStack() as stack:
-        stack.enter_context(_closing_run(client, run_id, lambda: store.delete_of_run(run_id)))
+        stack.enter_context(_closing_run(client, run_id, lambda: _unpublish(client, store, run_id)))
         work = stack.enter_context(_work_folder(settings.home / "work" / run_id))
-        if prefect:
+        if in_prefect:
             stack.enter_context(prefect_run.forwarded_logs())
-        displays = _displays(name, run, run_id, settings, in_prefect=prefect is not None)
+        displays = _displays(name, run, run_id, settings, in_prefect=in_prefect)
         logger = stack.enter_context(_logger(client, run_id, displays))
         _log_config(client, run_id, config, f"{name}.", run.seed)
         _log_inputs(client, store, run_id, inputs, context)
-        parents = {f"parent.{r}": ref.uri for r, ref in inputs.items() if isinstance(ref, ModelRef)}
-        tags = {**origin, **parents, "run_id": run_id, "pipeline_run_id": run.run_id}
-        yield Stage(name, run, run_id, work, logger, client, store, tags, prefect is not None)
+        tags = {**origin, **_parents(inputs), "run_id": run_id, "pipeline_run_id": run.run_id}
+        yield Stage(name, run, run_id, work, logger, client, store, tags, in_prefect)
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
@@ -271,9 +263,27 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _origin(prefect: PrefectRun | None, settings: Settings) -> dict[str, str]:
+def _origin(settings: Settings) -> dict[str, str]:
+    prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
     return {**code_identity(), **links}
+
+
+def _child_run(
+    client: MlflowClient,
+    name: str,
+    run: PipelineRun,
+    inputs: Mapping[str, Ref],
+    origin: Mapping[str, str],
+) -> str:
+    sources = {f"input.{role}": ref.uri for role, ref in inputs.items()}
+    tags = {"mlflow.parentRunId": run.run_id, "stage": name, **origin, **sources}
+    return str(client.create_run(run.experiment_id, tags=tags, run_name=name).info.run_id)
+
+
+def _parents(inputs: Mapping[str, Ref]) -> dict[str, str]:
+    models = {role: ref for role, ref in inputs.items() if isinstance(ref, ModelRef)}
+    return {f"parent.{role}": ref.uri for role, ref in models.items()}
 
 
 def _data_digest(inputs: Mapping[str, Ref]) -> dict[str, str]:
@@ -301,6 +311,13 @@ def _closing_run(
             except Exception as trouble:
                 error.add_note(f"while the run {run_id} was closed as {status}: {trouble}")
         raise
+
+
+def _unpublish(client: MlflowClient, store: MlflowModelStore, run_id: str) -> None:
+    store.delete_of_run(run_id)
+    for name, value in client.get_run(run_id).data.tags.items():
+        if name.startswith("output.") and value.startswith("models:/"):
+            client.delete_tag(run_id, name)
 
 
 @contextmanager

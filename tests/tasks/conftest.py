@@ -1,5 +1,13 @@
 """Tiny models with random weights, saved as model directories."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -52,3 +60,44 @@ def data_dir(tmp_path):
     (directory / "prompts.train.jsonl").write_text('{"id":"a","prompt":"the film"}\n')
     (directory / "validation.json").write_text("{}")
     return directory
+
+
+@pytest.fixture
+def start_server(tmp_path):
+    """A function that runs `mlflow ARGUMENTS`, waits until a page answers and gives the URL."""
+    started = []
+
+    def _start(*arguments, page):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlflow", *arguments, "--port", str(port)]
+        # MLflow starts uvicorn by name, as it is found in an activated environment.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        output = tmp_path / "server.log"
+        with output.open("w") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env={**os.environ, "PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        started.append(process)
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert process.poll() is None, output.read_text()
+            try:
+                urllib.request.urlopen(url + page, timeout=5).close()
+                return url
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(0.2)
+        raise TimeoutError(output.read_text())
+
+    yield _start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)

@@ -2,15 +2,9 @@
 
 import ast
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -27,7 +21,6 @@ from tasks.serving import SERVED, export_servable
 
 PROMPTS = ["a fine room", "the film was", "it works " * 40]
 RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -172,9 +165,9 @@ def test_the_weights_are_safetensors_and_nothing_is_pickled(exported):
     assert not [p for p in files if p.suffix in {".pkl", ".bin", ".pt"}]
 
 
-def post(port, body):
+def post(url, body):
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations",
+        f"{url}/invocations",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
@@ -183,58 +176,30 @@ def post(port, body):
 
 
 @pytest.fixture
-def served(exported, tmp_path):
-    """A function that serves a kind with MLflow's own command and gives the port."""
-    processes = []
+def served(exported, start_server):
+    """A function that serves a kind with MLflow's own command and gives the URL."""
 
     def _serve(kind):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(exported(kind))]
-        # MLflow starts uvicorn by name, as it is found in an activated environment.
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with (tmp_path / "served.log").open("w") as log:
-            process = subprocess.Popen(
-                [*command, "--env-manager", "local", "--port", str(port), "--workers", "1"],
-                cwd=tmp_path,
-                env={**os.environ, "PATH": path},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        processes.append(process)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "served.log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                return port
-            except urllib.error.URLError:
-                time.sleep(0.3)
-        raise TimeoutError((tmp_path / "served.log").read_text())
+        options = ("-m", str(exported(kind)), "--env-manager", "local", "--workers", "1")
+        return start_server("models", "serve", *options, page="/ping")
 
-    yield _serve
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+    return _serve
 
 
 @pytest.mark.integration
 def test_mlflow_serves_the_reward(served, reward_dir):
-    port = served("reward")
+    url = served("reward")
     rows = frame().to_dict(orient="records")
-    assert post(port, {"dataframe_records": rows}) == pytest.approx(
-        expected_rewards(reward_dir), abs=1e-5
-    )
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        post(port, {"dataframe_records": [{"prompt": "no response"}]})
+    expected = pytest.approx(expected_rewards(reward_dir), abs=1e-5)
+    assert post(url, {"dataframe_records": rows}) == expected
+    with pytest.raises(urllib.error.HTTPError, match="400") as raised:
+        post(url, {"dataframe_records": [{"prompt": "no response"}]})
+    raised.value.close()
 
 
 @pytest.mark.integration
 def test_mlflow_serves_the_policy(served, policy_dir):
-    port = served("policy")
+    url = served("policy")
     body = {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in PROMPTS]}}
-    answers = post(port, {**body, "params": {"max_new_tokens": 8}})
+    answers = post(url, {**body, "params": {"max_new_tokens": 8}})
     assert answers == expected_texts(policy_dir, new_tokens=8)

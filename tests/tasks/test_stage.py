@@ -110,7 +110,7 @@ def test_a_stage_is_a_child_run_with_its_settings(client, run, stage):
     assert child.data.params == {
         "sft.learning_rate": "0.001",
         "sft.betas": "[0.9, 0.95]",
-        "sft.note": "x" * 499 + "…",
+        "sft.note": "x" * 5999 + "…",
         "sft.adapter.rank": "8",
         "seed": "7",
     }
@@ -234,6 +234,7 @@ def test_a_stage_that_breaks_says_so_and_leaves_no_version(
     child = client.get_run(opened.run_id)
     assert child.info.status == status
     assert child.data.tags["error"] == f"{type(error).__name__}: {error}"
+    assert not [name for name in child.data.tags if name.startswith("output.")]
     assert child.data.metrics["loss"] == 4.0
     assert store.names() == ["demo-sft"]
     assert store.versions("demo-sft") == [kept.version]
