@@ -74,7 +74,8 @@ def make_home(settings: Settings) -> None:
 
 def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
     """The variables that say where the servers are, once each has answered."""
-    services = running(settings)
+    given = settings.tracking_uri and (settings.prefect_api_url or not with_prefect)
+    services = None if given else running(settings)
     mlflow = settings.tracking_uri or (services.mlflow if services else "")
     prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
     found: dict[str, str] = {}

@@ -86,6 +86,7 @@ class Supervisor:
     ) -> None:
         guard.end([self._mark(name) for name in self._stop_order])
         for process in self._processes.values():
+            process.kill()  # one that was too young to show its mark
             process.wait()
         assert self._guard.stdin is not None
         self._guard.stdin.close()
