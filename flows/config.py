@@ -84,12 +84,3 @@ class PipelineConfig(Section):
                     "lower the one or raise the other"
                 )
         return self
-
-    @model_validator(mode="after")
-    def _minibatch_within_rollout(self) -> Self:
-        if self.ppo.batch_size > self.ppo.rollout_size:
-            raise ValueError(
-                f"ppo.batch_size {self.ppo.batch_size} is larger than ppo.rollout_size "
-                f"{self.ppo.rollout_size}; lower the one or raise the other"
-            )
-        return self

@@ -95,6 +95,12 @@ def right_pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+    """Whether a token id means the same to both."""
+    special = [(t.eos_token_id, t.pad_token_id) for t in (ours, theirs)]
+    return special[0] == special[1] and ours.get_vocab() == theirs.get_vocab()
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
 ) -> PromptBatch:

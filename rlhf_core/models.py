@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_core.config import Section
-from rlhf_core.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE
+from rlhf_core.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE, same_tokens
 from rlhf_core.errors import ConfigError, ModelError
 
 Kind = Literal["policy", "reward", "critic"]
@@ -71,13 +71,15 @@ def load_base(
     """
     tokenizer = load_tokenizer(config, corpus)
     if not config.source:
-        torch.manual_seed(seed)
-        return _fresh_model(config.fresh, tokenizer), tokenizer
-    model = _from_source(AutoModelForCausalLM, config, dtype=torch.float32, use_safetensors=True)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(seed)
+            return _fresh_model(config.fresh, tokenizer), tokenizer
+    model = _weights_from_source(AutoModelForCausalLM, config)
     _make_room(model, len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    return model.eval(), tokenizer
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -89,6 +91,11 @@ def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedToke
         tokenizer = _from_source(AutoTokenizer, config)
     else:
         tokenizer = _train_tokenizer(config.fresh, corpus)
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise ModelError(
+            f"the tokenizer of '{config.source}' has no vocabulary; its tokenizer.json is missing "
+            "or empty, so get it from where the model came from"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of '{config.source}' has no end-of-sequence token, so no "
@@ -104,10 +111,14 @@ def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedToke
 def load_policy(
     directory: Path, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A saved policy and its tokenizer, dropout off."""
+    """A saved policy and its tokenizer, dropout off.
+
+    Raises: ModelError when the directory holds no policy.
+    """
+    _require_kind(directory, "policy")
     config = ModelConfig(source=str(directory))
-    model = _from_source(AutoModelForCausalLM, config, dtype=torch.float32, use_safetensors=True)
-    return model.to(device).eval(), load_tokenizer(config, ())
+    model = _weights_from_source(AutoModelForCausalLM, config).to(device)
+    return model, load_tokenizer(config, ())
 
 
 def save_model(
@@ -127,8 +138,17 @@ def save_model(
 
 
 def read_card(directory: Path) -> dict[str, Any]:
-    """What `rlhf.json` says of a model directory."""
-    return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
+    """What `rlhf.json` says of a model directory.
+
+    Raises: ModelError when it cannot be read.
+    """
+    try:
+        return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory} is no model directory of this pipeline: {CARD} cannot be read ({error}); "
+            "give a folder that a stage has written"
+        ) from error
 
 
 class ScalarModel(nn.Module):
@@ -170,11 +190,14 @@ class ScalarModel(nn.Module):
         """The trunk of a policy with a new head: weights N(0, 1/(d+1)), no bias.
 
         Source: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix B.1.
+
+        Raises: ModelError when the directory holds no policy, or one without such a head.
         """
-        with _quiet():  # the head is missing from the file, as it should be
-            model = AutoModelForSequenceClassification.from_pretrained(
-                directory, num_labels=1, dtype=torch.float32, use_safetensors=True
-            ).eval()
+        _require_kind(directory, "policy")
+        source = ModelConfig(source=str(directory))
+        model = _weights_from_source(
+            AutoModelForSequenceClassification, source, new=("score.weight",), num_labels=1
+        )
         scalar = cls(model)
         weight = cast(Tensor, model.score.weight)
         std = (weight.shape[-1] + 1) ** -0.5
@@ -188,14 +211,10 @@ class ScalarModel(nn.Module):
 
         Raises: ModelError when the directory holds no scalar model.
         """
-        card = read_card(directory)
-        if card["kind"] == "policy":
-            raise ModelError(f"{directory} holds a policy; a reward model or critic is needed here")
-        with _quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                directory, dtype=torch.float32, use_safetensors=True
-            ).eval()
-        return cls(model.to(device), card["reward_mean"], card["reward_std"])
+        card = _require_kind(directory, "reward", "critic")
+        source = ModelConfig(source=str(directory))
+        model = _weights_from_source(AutoModelForSequenceClassification, source).to(device)
+        return cls(model, card["reward_mean"], card["reward_std"])
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, *, kind: Kind) -> None:
         """Write a model directory, normaliser included."""
@@ -205,13 +224,27 @@ class ScalarModel(nn.Module):
         save_model(self.model, tokenizer, directory, kind=kind, facts=constants)
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Longest text that the model reads (tokens); None where there is no such limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def require_context(model: PreTrainedModel, tokens: int, setting: str) -> None:
     """Raise ConfigError naming the setting when texts of this length do not fit into the model."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and tokens > context:
         raise ConfigError(
             f"{setting} asks for texts of {tokens} tokens, but the model reads at most {context}; "
             f"lower {setting}, or take a model with a longer context"
+        )
+
+
+def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, role: str) -> None:
+    """Raise ConfigError when the model in a directory was trained on other tokens than these."""
+    if not same_tokens(tokenizer, load_tokenizer(ModelConfig(source=str(directory)), ())):
+        raise ConfigError(
+            f"the {role} has another tokenizer than the SFT policy, so it would read noise; take a "
+            f"{role} that was trained from this SFT policy, or train one"
         )
 
 
@@ -259,6 +292,17 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
+    """The card of a model directory, after checking what the directory holds."""
+    card = read_card(directory)
+    if card.get("kind") not in kinds:
+        raise ModelError(
+            f"{directory} holds a model of kind '{card.get('kind')}'; {' or '.join(kinds)} is "
+            "needed here"
+        )
+    return card
 
 
 def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -315,6 +359,22 @@ def _make_room(model: PreTrainedModel, vocab_size: int) -> None:
             layer.weight[old:] = layer.weight[:old].mean(0)
 
 
+def _weights_from_source(
+    factory: Any, config: ModelConfig, *, new: tuple[str, ...] = (), **options: Any
+) -> PreTrainedModel:
+    """A model in float32, dropout off. Its file has to hold every weight but the `new` ones, which
+    transformers would otherwise draw at random without a word."""
+    options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    model, found = _from_source(factory, config, **options)
+    missing = sorted(set(found["missing_keys"]) - set(new))
+    if missing:
+        raise ModelError(
+            f"the weights of '{config.source}' are not complete: {missing[0]} is missing, one of "
+            f"{len(missing)}; get the whole model, or one with a language-model head"
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
 def _from_source(factory: Any, config: ModelConfig, **options: Any) -> Any:
     """`factory.from_pretrained` on a hub id, folder, GGUF file or packaged file."""
     location, gguf = _locate(config.source)
@@ -326,7 +386,7 @@ def _from_source(factory: Any, config: ModelConfig, **options: Any) -> Any:
             return factory.from_pretrained(
                 location, revision=config.revision, trust_remote_code=False, **options
             )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # what the readers of a bad file raise has no other common class
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"the model '{config.source}' could not be loaded ({first_line}); give a folder with "
@@ -339,7 +399,10 @@ def _locate(source: str) -> tuple[str, str]:
     """Where `from_pretrained` finds a source, and the name of the GGUF file if it is one."""
     if source.startswith("package:"):
         package, _, name = source.removeprefix("package:").partition("/")
-        spec = find_spec(package)
+        try:
+            spec = find_spec(package)
+        except (ImportError, ValueError):  # a parent that is missing, or no name at all
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"the model '{source}' needs the Python package '{package.replace('_', '-')}': "

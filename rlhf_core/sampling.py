@@ -16,6 +16,8 @@ from rlhf_core.encoding import left_pad
 from rlhf_core.models import position_ids
 from rlhf_core.types import PromptBatch, Responses
 
+SAMPLING_LENGTH = "sampling.max_prompt_length + max_new_tokens"  # the settings of `max_length`
+
 
 class SamplingConfig(Section):
     """How responses are drawn, alike in the reward model's normalisation, PPO and evaluation."""

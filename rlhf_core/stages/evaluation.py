@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import pandas as pd
 import torch
@@ -32,13 +32,20 @@ from rlhf_core.encoding import (
     left_pad,
     render_prompt,
     right_pad,
+    same_tokens,
 )
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
 from rlhf_core.metrics import StageLogger
-from rlhf_core.models import ScalarModel, load_policy
+from rlhf_core.models import (
+    ScalarModel,
+    context_of,
+    load_policy,
+    require_context,
+    require_same_tokenizer,
+)
 from rlhf_core.rollout import response_logprobs, response_scores
-from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Report, Responses
 
@@ -186,6 +193,7 @@ def evaluate(
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
     sft_model, tokenizer = load_policy(sft, device)
+    require_same_tokenizer(tokenizer, reward_model, "reward model")
     bench = _Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
         sft=sft_model,
@@ -213,7 +221,7 @@ def evaluate(
 def load_function(path: str) -> RewardFunction:
     """The function that `module:name` stands for.
 
-    Raises: ConfigError when the module cannot be imported or has no such function.
+    Raises: ConfigError when the module cannot be imported or has no such function in it.
     """
     module, _, name = path.partition(":")
     try:
@@ -223,7 +231,12 @@ def load_function(path: str) -> RewardFunction:
             f"evaluation.true_reward '{path}' is not a function that can be imported ({error}); "
             "write it as package.module:function"
         ) from error
-    return function  # type: ignore[no-any-return]
+    if not callable(function):
+        raise ConfigError(
+            f"evaluation.true_reward '{path}' is no function but a {type(function).__name__}; "
+            "write it as package.module:function"
+        )
+    return cast(RewardFunction, function)
 
 
 @torch.no_grad()
@@ -235,9 +248,10 @@ def _answer(
     k: int,
 ) -> _Answers:
     """k answers of a policy to each prompt, measured."""
+    require_context(model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
     rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    comparable = tokenizer.get_vocab() == bench.tokenizer.get_vocab()
+    comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
     tokens, proxy, sft_logprob, kl = [], [], [], []
     draws = generator(bench.seed, f"evaluation/{name}", str(model.device))
@@ -284,6 +298,9 @@ def _encode_again(
     encoded = [encode_response(text, tokenizer) for text in texts]
     ended = said.finished.tolist()
     kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
+    context = context_of(bench.sft)
+    if context is not None:  # the same text may be longer in these tokens
+        kept = [ids[: context - batch.input_ids.shape[-1]] for ids in kept]
     tokens, mask = right_pad(kept, tokenizer.pad_token_id)
     return batch, Responses(tokens.to(device), mask.to(device), said.finished)
 
@@ -293,7 +310,13 @@ def _truth(bench: _Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | N
     if bench.truth is None:
         return None
     asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
-    return torch.tensor(list(bench.truth(asked, texts)), dtype=torch.float32)
+    rewards = torch.tensor(list(bench.truth(asked, texts)), dtype=torch.float32)
+    if rewards.shape != (len(texts),) or not rewards.isfinite().all():
+        raise ConfigError(
+            f"evaluation.true_reward has to return one finite number for each of the {len(texts)} "
+            f"responses; it gave {len(rewards)}, {int((~rewards.isfinite()).sum())} not finite"
+        )
+    return rewards
 
 
 def _first_of_each(prompt: Tensor, k: int) -> Tensor:

@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +37,7 @@ from rlhf_core.functional.logprobs import KLKind, entropy, kl_estimate, token_lo
 from rlhf_core.functional.losses import clipped_policy, clipped_value
 from rlhf_core.functional.masking import masked_mean, masked_whiten
 from rlhf_core.functional.rewards import (
+    MAX_ERROR,
     AdaptiveKL,
     FixedKL,
     KLController,
@@ -49,12 +50,13 @@ from rlhf_core.models import (
     ScalarModel,
     load_policy,
     require_context,
+    require_same_tokenizer,
     response_logits,
     save_model,
 )
 from rlhf_core.optim import Optimizer, TrainingSection, chunks, require_finite, shuffled_batches
 from rlhf_core.rollout import collect, response_values, sequences
-from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.seeding import generator
 from rlhf_core.types import Report, Rollout
 
@@ -103,6 +105,39 @@ class PPOConfig(TrainingSection):
     missing_eos_value: float = Field(
         1.0, description="The penalty to subtract, or the score to put instead (reward units)"
     )
+
+    @model_validator(mode="after")
+    def _minibatch_within_rollout(self) -> Self:
+        if self.batch_size > self.rollout_size:
+            raise ValueError(
+                f"ppo.batch_size {self.batch_size} is larger than ppo.rollout_size "
+                f"{self.rollout_size}; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dual_clip_off_or_above_one(self) -> Self:
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(
+                f"ppo.dual_clip {self.dual_clip:g} has to be above 1, or 0 for no dual clip"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_control_can_move(self) -> Self:
+        if self.kl_control == "fixed":
+            return self
+        if self.kl_coef == 0:
+            raise ValueError(
+                "ppo.kl_coef 0 stays 0 however it is scaled; raise it, or set ppo.kl_control to "
+                "fixed"
+            )
+        if MAX_ERROR * self.rollout_size >= self.kl_horizon:
+            raise ValueError(
+                f"ppo.kl_horizon {self.kl_horizon:g} is too short for ppo.rollout_size "
+                f"{self.rollout_size}: raise it above {MAX_ERROR * self.rollout_size:g}"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +207,9 @@ def train_ppo(
         reference=load_policy(sft, device)[0],
         reward_model=ScalarModel.load(reward_model, device),
     )
-    require_context(policy, sampling.max_length, "sampling.max_prompt_length + max_new_tokens")
+    require_same_tokenizer(tokenizer, reward_model, "reward model")
+    for network in (policy, models.reward_model.model):
+        require_context(network, sampling.max_length, SAMPLING_LENGTH)
     prompts = _encode_prompts(read_table(data, "prompts", "train"), tokenizer)
     steps = config.iterations * config.epochs * math.ceil(config.rollout_size / config.batch_size)
     optimizers = _Optimizers(
@@ -243,6 +280,8 @@ def _roll_out(
     )
     require_finite("the reward-model score", rollout.scores)
     require_finite("the log-probability of a sampled token", rollout.logprobs)
+    require_finite("its log-probability under the reference", rollout.ref_logprobs)
+    require_finite("the critic's value", rollout.values)
     return rollout
 
 
@@ -313,25 +352,29 @@ def _accumulate(
     sums: dict[str, float] = {}
     for micro in chunks(picked, config.micro_batch_size):
         rows = torch.tensor(micro, device=tokens.device)
-        part = _backward(rollout.rows(rows), targets.rows(rows), tokens, models, config, sampling)
+        experience, goal = rollout.rows(rows), targets.rows(rows)
+        # One after the other: the graph of the policy is gone before that of the critic is built.
+        part = _policy_backward(models.policy, experience, goal, tokens, config, sampling)
+        part |= _critic_backward(models.critic, experience, goal, tokens, config)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     return sums
 
 
-def _backward(
+def _policy_backward(
+    policy: PreTrainedModel,
     rollout: Rollout,
     targets: _Targets,
     tokens: Tensor,
-    models: _Models,
     config: PPOConfig,
     sampling: SamplingConfig,
 ) -> dict[str, float]:
     """Gradient of a micro-batch, and its share of the means over the minibatch's `tokens`."""
     mask = rollout.responses.mask
     ids, whole_mask = sequences(rollout.prompts, rollout.responses)
-    logits = response_logits(models.policy, ids, whole_mask, mask.shape[-1])
+    logits = response_logits(policy, ids, whole_mask, mask.shape[-1])
     logprobs = token_logprobs(logits, rollout.responses.tokens, temperature=sampling.temperature)
-    policy_loss, policy_clipped = clipped_policy(
+    logprobs = logprobs.masked_fill(~mask, 0.0)
+    loss, clipped = clipped_policy(
         logprobs,
         rollout.logprobs,
         targets.advantages,
@@ -340,31 +383,34 @@ def _backward(
         dual_clip=config.dual_clip or None,
         normalizer=tokens,
     )
-    require_finite("the policy loss", policy_loss)
-    policy_loss.backward()
-    value_loss, value_clipped = clipped_value(
-        response_values(models.critic, rollout.prompts, rollout.responses),
+    require_finite("the policy loss", loss)
+    loss.backward()
+    with torch.no_grad():
+        moved = kl_estimate(rollout.logprobs, logprobs, kind="k3")
+        spread = entropy(logits, temperature=sampling.temperature)
+    return {
+        "policy/loss": loss.item(),
+        "policy/clip_fraction": clipped.item(),
+        "policy/approx_kl": (moved[mask].sum() / tokens).item(),
+        "policy/entropy": (spread[mask].sum() / tokens).item(),
+    }
+
+
+def _critic_backward(
+    critic: ScalarModel, rollout: Rollout, targets: _Targets, tokens: Tensor, config: PPOConfig
+) -> dict[str, float]:
+    """The same for the critic."""
+    loss, clipped = clipped_value(
+        response_values(critic, rollout.prompts, rollout.responses),
         rollout.values,
         targets.returns,
-        mask,
+        rollout.responses.mask,
         clip_range=config.value_clip_range,
         normalizer=tokens,
     )
-    require_finite("the value loss", value_loss)
-    value_loss.backward()
-    with torch.no_grad():
-        moved = kl_estimate(rollout.logprobs, logprobs, kind="k3")
-        share = mask / tokens
-        return {
-            "policy/loss": policy_loss.item(),
-            "policy/clip_fraction": policy_clipped.item(),
-            "policy/approx_kl": (moved * share).sum().item(),
-            "policy/entropy": (entropy(logits, temperature=sampling.temperature) * share)
-            .sum()
-            .item(),
-            "value/loss": value_loss.item(),
-            "value/clip_fraction": value_clipped.item(),
-        }
+    require_finite("the value loss", loss)
+    loss.backward()
+    return {"value/loss": loss.item(), "value/clip_fraction": clipped.item()}
 
 
 def _kl_controller(config: PPOConfig) -> KLController:

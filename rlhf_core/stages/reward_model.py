@@ -13,6 +13,7 @@ Deviations from the literature, each on purpose:
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,10 +33,16 @@ from rlhf_core.errors import DataError
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger
-from rlhf_core.models import ScalarModel, load_policy, require_context
+from rlhf_core.models import (
+    ModelConfig,
+    ScalarModel,
+    load_policy,
+    load_tokenizer,
+    require_context,
+)
 from rlhf_core.optim import Optimizer, TrainingSection, chunks, require_finite, shuffled_batches
-from rlhf_core.rollout import in_pieces, response_scores
-from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.rollout import response_scores
+from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.seeding import generator
 from rlhf_core.types import Report
 
@@ -104,9 +111,10 @@ def train_reward_model(
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
     or gradient is no longer finite.
     """
-    policy, tokenizer = load_policy(sft, device)
     reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(device)
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
+    require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
+    tokenizer = load_tokenizer(ModelConfig(source=str(sft)), ())
     train_table = read_table(data, "preferences", "train")
     train = _encode(train_table, tokenizer, config.max_length)
     held_out_table = read_table(data, "preferences", "eval")
@@ -129,20 +137,34 @@ def train_reward_model(
         )
         logger.progress(step, steps, f"loss {loss:.3f}")
 
-    distinct = [encode_prompt(prompt, tokenizer) for prompt in train_table["prompt"]]
-    rows = list(islice(cycle(distinct), config.normalization_samples))
-    draws = generator(seed, "reward/normalization", device)
-    samples = torch.cat(
-        [
-            in_pieces(lambda p, r: response_scores(reward_model, p, r), *batch, sampling.batch_size)
-            for batch in respond(policy, rows, sampling, generator=draws)
-        ]
-    )
+    samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed)
     chosen, rejected = _scores(reward_model, held_out, config, tokenizer.pad_token_id)
     mean, std = samples.mean().item(), max(samples.std().item(), 1e-6)
     reward_model.mean, reward_model.std = mean, std
     reward_model.save(tokenizer, output, kind="reward")
     return _report(held_out_table, train, held_out, chosen, rejected, mean, std, seed)
+
+
+@torch.no_grad()
+def _sft_scores(
+    reward_model: ScalarModel,
+    sft: Path,
+    prompts: Iterable[Prompt],
+    config: RewardModelConfig,
+    sampling: SamplingConfig,
+    seed: int,
+) -> Tensor:
+    """(normalization_samples,) raw scores of what the SFT policy says to the prompts, each of them
+    once before any comes again."""
+    device = str(reward_model.model.device)
+    policy, tokenizer = load_policy(sft, device)
+    # A dict, as a pair with several votes names its prompt several times.
+    distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer)) for p in prompts))
+    order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
+    rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
+    draws = generator(seed, "reward/normalization", device)
+    answers = respond(policy, rows, sampling, generator=draws)
+    return torch.cat([response_scores(reward_model, *batch) for batch in answers])
 
 
 def _report(
@@ -234,7 +256,9 @@ def _encode(
     for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
         chosen, _, cut = encode_pair(prompt, winner, tokenizer, max_length)
         rejected, _, also_cut = encode_pair(prompt, loser, tokenizer, max_length)
-        pairs.append(_Pair(chosen, rejected, bool(tie), float(margin), cut or also_cut))
+        # Nobody won a tie by a margin, whatever the row says of the votes beside it.
+        lead = 0.0 if tie else float(margin)
+        pairs.append(_Pair(chosen, rejected, bool(tie), lead, cut or also_cut))
     return pairs
 
 
