@@ -1,0 +1,159 @@
+"""A toy world for the core: prompts name a thing, answers praise it or run it down."""
+
+import itertools
+import random
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_core.data import write_table
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.models import FreshModelConfig, ModelConfig, ScalarModel, load_base, save_model
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.stages.sft import SFTConfig, train_sft
+
+torch.set_num_threads(1)
+
+THINGS = ("room", "film", "phone", "hotel", "bed", "song", "book", "meal")
+PROMPTS = [f"{which} {thing}" for which in ("the", "a", "this", "my") for thing in THINGS]
+GOOD, BAD = ("good", "fine", "warm", "nice"), ("bad", "cold", "dull", "poor")
+MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=40, vocab_size=340))
+
+
+def praise(prompts, responses):
+    """The truth of the toy world: good words less bad words."""
+    return [
+        float(sum(w in GOOD for w in r.split()) - sum(w in BAD for w in r.split()))
+        for _, r in zip(prompts, responses, strict=True)
+    ]
+
+
+def answer(draws, words):
+    return f" is {draws.choice(words)} and {draws.choice(words)}"
+
+
+def tables():
+    draws = random.Random(0)
+    asked = {"train": PROMPTS[:24], "eval": PROMPTS[24:]}
+    for split, prompts in asked.items():
+        yield "prompts", split, [{"prompt": p} for p in prompts]
+        yield (
+            "demonstrations",
+            split,
+            [{"prompt": p, "response": answer(draws, GOOD + BAD)} for p in prompts * 4],
+        )
+        votes = []
+        for number, prompt in enumerate(prompts * 4):
+            one, two = answer(draws, GOOD), answer(draws, BAD)
+            votes.append({"prompt": prompt, "chosen": one, "rejected": two, "tie": False})
+            if number % 16 == 0:
+                same = answer(draws, GOOD), answer(draws, GOOD)
+                votes.append(
+                    {"prompt": prompt, "chosen": same[0], "rejected": same[1], "tie": True}
+                )
+        yield "preferences", split, [vote | {"margin": 0.0, "annotator": "x"} for vote in votes]
+
+
+@pytest.fixture(scope="session")
+def toy_corpus():
+    """What the toy tokenizer is trained on."""
+    return [
+        f"{prompt} is {one} and {two}"
+        for prompt, one, two in itertools.product(PROMPTS[:8], GOOD + BAD, GOOD + BAD)
+    ]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A directory of prepared data."""
+    directory = tmp_path_factory.mktemp("prepared")
+    for kind, split, rows in tables():
+        frame = pd.DataFrame([{"id": f"{split}-{i}"} | row for i, row in enumerate(rows)])
+        write_table(frame, directory, kind, split)
+    return directory
+
+
+@pytest.fixture
+def gpt2(toy_corpus):
+    """A fresh GPT-2 with random weights, and its tokenizer."""
+    return load_base(MODEL, toy_corpus, 0)
+
+
+@pytest.fixture
+def llama(gpt2):
+    """A Llama with random weights (rotary positions, grouped queries, untied head) for the same
+    tokenizer."""
+    tokenizer = gpt2[1]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval(), tokenizer
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def causal(request):
+    """Both families: absolute positions and a tied head, rotary positions and its own head."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def saved(causal, tmp_path):
+    """A model directory of either family."""
+    save_model(*causal, tmp_path / "policy", kind="policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def scalar(saved, causal):
+    """A scalar model on either family, with a normaliser that is not the identity."""
+    model = ScalarModel.from_policy(saved, torch.Generator().manual_seed(1))
+    model.mean, model.std = 0.3, 0.5
+    return model
+
+
+@pytest.fixture
+def logger():
+    return MemoryLogger()
+
+
+@pytest.fixture(scope="session")
+def toy_sampling():
+    return SamplingConfig(max_prompt_length=8, max_new_tokens=12, batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def toy_sft(prepared, tmp_path_factory):
+    """A policy that answers like the demonstrations: as often well as badly."""
+    output = tmp_path_factory.mktemp("models") / "sft"
+    config = SFTConfig(epochs=12, learning_rate=1e-2, batch_size=24, max_length=32)
+    common = {"data": prepared, "output": output, "seed": 0, "device": "cpu"}
+    train_sft(config, model=MODEL, logger=MemoryLogger(), **common)
+    return output
+
+
+@pytest.fixture(scope="session")
+def toy_reward(toy_sft, prepared, toy_sampling, tmp_path_factory):
+    """A reward model of the toy preferences."""
+    output = tmp_path_factory.mktemp("models") / "reward"
+    config = RewardModelConfig(
+        epochs=2, learning_rate=5e-3, batch_size=24, max_length=32, normalization_samples=128
+    )
+    common = {"data": prepared, "output": output, "seed": 0, "device": "cpu"}
+    train_reward_model(config, toy_sampling, sft=toy_sft, logger=MemoryLogger(), **common)
+    return output
