@@ -29,11 +29,12 @@ class SimulationConfig(Section):
 
 @dataclass(frozen=True)
 class SimulatedTables:
-    """The raw data of a pipeline, as a user would bring it."""
+    """The raw data of a pipeline, as a user would bring it, and who voted on it."""
 
     demonstrations: pd.DataFrame  # id, prompt, response
     preferences: pd.DataFrame  # id, prompt, chosen, rejected, tie, margin, annotator
     prompts: pd.DataFrame  # id, prompt
+    annotators: tuple[Annotator, ...]  # in the order of their names
 
 
 def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
@@ -54,6 +55,7 @@ def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
         prompts=pd.DataFrame(
             {"id": [f"prompt-{n:05d}" for n in range(len(prompts))], "prompt": prompts}
         ),
+        annotators=tuple(annotators),
     )
 
 

@@ -25,7 +25,7 @@ from rlhf_core.simulation import (
 from rlhf_core.simulation.grammar import FEATURES, words_of
 from rlhf_core.simulation.truth import rambling, repetition, sentiment, straying
 
-SMALL = SimulationConfig(prompts=40, demonstrations=200, preference_pairs=200)
+SMALL = SimulationConfig(prompts=40, demonstrations=200, preference_pairs=600)
 HOTEL = "Review of the hotel in Rome, visited in winter:"
 SIGMAS = 4  # a binomial share leaves this many standard deviations with probability 6e-5
 
@@ -64,7 +64,7 @@ def test_a_seed_gives_the_same_tables_in_every_process():
     program = (
         "import hashlib\n"
         "from rlhf_core.simulation import SimulationConfig, simulate\n"
-        "t = simulate(SimulationConfig(prompts=40, demonstrations=200, preference_pairs=200), 7)\n"
+        "t = simulate(SimulationConfig(prompts=40, demonstrations=200, preference_pairs=600), 7)\n"
         "frames = (t.demonstrations, t.preferences, t.prompts)\n"
         "text = ''.join(f.to_json(orient='records', lines=True) for f in frames)\n"
         "print(hashlib.sha256(text.encode()).hexdigest())"
@@ -79,8 +79,24 @@ def test_a_seed_gives_the_same_tables_in_every_process():
     assert result.stdout.strip() == digest(simulate(SMALL, 7))
 
 
-def test_other_seeds_give_other_tables():
-    assert len({digest(simulate(SMALL, seed)) for seed in range(5)}) == 5
+def test_other_seeds_give_other_tables_and_annotators():
+    drawn = [simulate(SMALL, seed) for seed in range(5)]
+    assert len({tuple(d.prompts.prompt) for d in drawn}) == 5
+    assert len({d.annotators[0].reliability for d in drawn}) == 5
+    # The first draw of a table is the place of its first prompt.
+    for name in ("demonstrations", "preferences"):
+        firsts = [getattr(d, name).prompt[0] for d in drawn]
+        places = {d.prompts.prompt.tolist().index(p) for d, p in zip(drawn, firsts, strict=True)}
+        assert len(places) > 1, name
+
+
+def test_the_votes_are_those_of_the_annotators_named():
+    calm = AnnotatorsConfig(count=3, lowest_reliability=1.0, side_bias=0, noise=0, tie_margin=0)
+    drawn = simulate(SMALL.model_copy(update={"annotators": calm}), 7)
+    people = {person.name: person for person in drawn.annotators}
+    for row in drawn.preferences.itertuples():
+        person = people[row.annotator]
+        assert person.utility(row.chosen) > person.utility(row.rejected)
 
 
 def test_tables_have_the_columns_and_rows_of_the_contract(tables):
@@ -296,7 +312,7 @@ def test_utility_by_hand():
 
 
 def test_without_taste_the_perceived_sentiment_is_vaders():
-    # Equal, but where "very" or "really" stands three words before a closing's sentiment word: VADER
+    # Equal, but where an intensifier stands three words before a closing's sentiment word: VADER
     # lets it reach across the full stop (very dull. I regret it.) and adds 0.9 x 0.293 = 0.264 to
     # the sum. The slope of s / sqrt(s² + 15) is at most 1 / sqrt(15): no more than 0.068.
     judge = Annotator("judge")
