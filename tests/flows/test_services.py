@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -407,7 +408,7 @@ def test_what_the_server_stores_is_readable_without_it(up):
     code = f"""
 from mlflow import MlflowClient
 client = MlflowClient("http://127.0.0.1:{up.mlflow}")
-run = client.create_run(client.create_experiment("shared"))
+run = client.create_run(client.create_experiment("shared"), run_name="bare")
 client.log_text(run.info.run_id, "hello", "note.txt")
 print(run.info.run_id)
 """
@@ -420,6 +421,29 @@ print(run.info.run_id)
     database = MlflowClient(f"sqlite:///{up.home / 'mlflow' / 'mlflow.db'}")
     location = database.get_run(run_id).info.artifact_uri
     assert (Path(location.removeprefix("file://")) / "note.txt").read_text() == "hello"
+
+
+@pytest.mark.integration
+def test_the_worker_runs_a_deployment_into_the_same_mlflow_and_home(up):
+    (deployment,) = up.ask("/deployments/filter", {})
+    run = up.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
+
+    def state():
+        (found,) = up.ask("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        return found["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING") and found["state"]
+
+    final = wait_until(state, 240)
+    assert final["type"] == "COMPLETED", final["message"]
+    with sqlite3.connect(up.home / "mlflow" / "mlflow.db") as database:
+        query = "select name, status from runs where name <> 'bare'"
+        statuses = dict(database.execute(query))
+        tagged = database.execute(
+            "select count(*) from tags where key = 'prefect.flow_run_id' and value = ?", [run["id"]]
+        ).fetchone()
+    assert {"prepare", "sft", "reward_model", "ppo", "evaluation"} < set(statuses)
+    assert set(statuses.values()) == {"FINISHED"}
+    assert tagged[0] >= 6
+    assert list((up.home / "work").iterdir()) == []  # every stage has cleared its folder
 
 
 FAILING_FLOW = """

@@ -1,0 +1,350 @@
+"""The command as a user meets it: exit status, one sentence for each mistake, no traceback.
+
+What starts no run is called in this process; runs are real processes.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.__main__ import app
+
+TINY = Path(__file__).parent / "tiny.yaml"
+SERVERS = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RLHF_MLFLOW_URL", "RLHF_PREFECT_URL")
+
+
+@pytest.fixture
+def rlhf(tmp_path, monkeypatch):
+    """Calls the command in this process, in a folder and with a home of its own."""
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    for name in SERVERS:
+        os.environ.pop(name, None)
+    os.environ.update({"RLHF_HOME": str(tmp_path / "home"), "COLUMNS": "200"})
+    (tmp_path / "tiny.yaml").write_text(TINY.read_text())
+
+    def call(*arguments, stdin="", **variables):
+        os.environ.update(variables)
+        return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
+
+    yield call
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def sentence(result) -> str:
+    """What was said about a mistake; one sentence, status 2, nothing on standard output."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+# ---- help ----
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    code = (
+        "import sys; import flows.__main__;"
+        "heavy = {'torch', 'transformers', 'mlflow', 'prefect', 'pandas', 'matplotlib'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - started < 4  # 0.4 s of work; the rest is for a busy machine
+    for command in ("run", "up", "deploy", "generate", "compare", "validate", "export", "config"):
+        assert re.search(rf"│ {command} ", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "up", "deploy", "generate", "compare", "validate", "export", "config"]
+)
+def test_every_command_explains_itself_with_an_example(rlhf, command):
+    result = rlhf(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"rlhf {command}" in result.stdout.rpartition("Example")[2]
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", (), "my.yaml is empty: write settings"),
+        ("a: [", (), "my.yaml:1: this is not valid YAML"),
+        ("seed: 1\nseed: 2\n", (), "my.yaml:2: 'seed' stands here for the second time"),
+        ("ppo:\n  kl_coeff: 1\n", (), "my.yaml:2: there is no setting 'ppo.kl_coeff'. Did you"),
+        ("ppo:\n  kl_coef: high\n", (), "my.yaml:2: ppo.kl_coef must be a valid number"),
+        ("ppo:\n  kl_coef: -1\n", (), "my.yaml:2: ppo.kl_coef must be greater than or equal to 0"),
+        ("seed: 1", ("ppo.klcoef=1",), "--set ppo.klcoef=1: there is no setting 'ppo.klcoef'"),
+        ("seed: 1", ("ppo",), "--set ppo: write it as section.key=value"),
+        ("seed: 1", ("ppo.epochs=0",), "--set ppo.epochs=0: ppo.epochs must be greater"),
+        ("sft: {max_length: 99}\nmodel: {fresh: {context: 64}}", (), "sft.max_length is 99, but"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "validate", "config"])
+def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
+    Path("my.yaml").write_text(text)
+    options = [part for override in overrides for part in ("--set", override)]
+    assert expected in sentence(rlhf(command, "my.yaml", *options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("run", "tinny.yaml"), "tinny.yaml: there is no such file. Did you mean tiny.yaml?"),
+        (("run", "."), "is a folder: name a YAML file in it."),
+        (("run",), "Missing argument"),
+        (("runn", "tiny.yaml"), "No such command 'runn'"),
+        (("up", "--prefect-port", "0"), "Invalid value for '--prefect-port'"),
+        (("deploy",), "No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL."),
+        (("generate", "--model", "models:/x/1", "a"), "there is no model 'x'"),
+        (("generate", "--model", "models:/x@champion", "a"), "no model is registered yet"),
+        (("generate", "--model", "models:/x", "a"), "write models:/name/3 or models:/name@ch"),
+        (("generate", "--model", "./nowhere", "a"), "there is no model folder nowhere"),
+        (("generate", "--model", "./nowhere"), "There is no prompt: give one as an argument"),
+        (("generate", "--samples", "0", "a"), "Invalid value for '--samples'"),
+        (("compare", "a", "b"), "no pipeline run answers to 'a'"),
+        (("export", "models:/x/1", "there"), "there is no model 'x'"),
+        (("validate", "tiny.yaml", "--set", "data.source=files"), "data."),
+    ],
+)
+def test_a_mistake_in_the_call(rlhf, arguments, expected):
+    assert expected in sentence(rlhf(*arguments))
+
+
+@pytest.mark.parametrize("command", [("run", "tiny.yaml"), ("compare", "a", "b")])
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MLFLOW_TRACKING_URI", "http://127.0.0.1:1", "The MLflow server at http://127.0.0.1:1"),
+        ("RLHF_HOME", "/dev/null/home", "/dev/null/home cannot be used to keep things in"),
+        ("RLHF_DEVICE", "tpu", "the environment variable RLHF_DEVICE is 'tpu'"),
+    ],
+)
+def test_a_mistake_in_the_environment(rlhf, command, variable, value, expected):
+    assert expected in sentence(rlhf(*command, **{variable: value}))
+
+
+def test_a_prefect_server_that_does_not_answer(rlhf):
+    said = sentence(rlhf("run", "tiny.yaml", PREFECT_API_URL="http://127.0.0.1:1/api"))
+    assert "The Prefect server at http://127.0.0.1:1/api does not answer" in said
+    assert "set PREFECT_API_URL to where it runs" in said
+
+
+def test_something_else_that_answers_is_not_taken_for_a_server(rlhf):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"http://127.0.0.1:{other.getsockname()[1]}"
+        code = "import socket, sys; s = socket.socket(fileno=0); c, _ = s.accept(); c.sendall(b'?')"
+        answering = subprocess.Popen([sys.executable, "-c", code], stdin=other.fileno())
+        said = sentence(rlhf("compare", "a", "b", MLFLOW_TRACKING_URI=address))
+        answering.kill()
+        answering.wait()
+    assert f"The MLflow server at {address} does not answer as one" in said
+
+
+def test_deploying_a_folder_without_configs_names_it(rlhf, up_address):
+    Path("empty").mkdir()
+    assert "empty has no .yaml file" in sentence(rlhf("deploy", "empty", **up_address))
+
+
+@pytest.fixture
+def up_address(prefect_server):
+    from prefect.settings import PREFECT_API_URL
+
+    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
+
+
+def test_output_to_a_full_disk():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", "config", str(TINY)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert "rlhf: The disk is full (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted_while_reading_prompts():
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from flows.__main__ import app; "
+            "print('ready', flush=True); sys.argv = ['rlhf', 'generate']; app()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (130, "", "rlhf: Interrupted.\n")
+
+
+# ---- what works ----
+
+
+def test_config_prints_a_config_that_means_the_same(rlhf):
+    first = rlhf("config", "tiny.yaml", "--set", "ppo.kl_coef=1e-3")
+    assert first.exit_code == 0
+    assert yaml.safe_load(first.stdout)["ppo"]["kl_coef"] == 0.001
+    Path("whole.yaml").write_text(first.stdout)
+    assert rlhf("config", "whole.yaml").stdout == first.stdout
+
+
+def test_validate_prints_the_report_and_trains_nothing(rlhf, tmp_path):
+    result = rlhf("validate", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"demonstrations │ simulated\s+│\s+200 │", result.stdout)
+    assert "0 prompts shared by training and evaluation" in result.stdout
+    assert not (tmp_path / "home" / "mlflow" / "mlflow.db").exists()
+
+
+# ---- runs ----
+
+
+def start(*arguments: str, home: Path) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in SERVERS}
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows", *arguments],
+        env={**environment, "RLHF_HOME": str(home), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The home, the output and the errors of a run that went well."""
+    home = tmp_path_factory.mktemp("finished") / "home"
+    process = start("run", str(TINY), "--set", "seed=3", home=home)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return home, output, errors
+
+
+def rows(home: Path, database: str, query: str) -> list[tuple]:
+    with sqlite3.connect(home / database) as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.mark.integration
+def test_a_run_ends_with_its_table_and_says_little_else(finished):
+    _, output, errors = finished
+    assert output.startswith("# tiny, seed 3: models:/tiny-policy/1 ")
+    for line in ("| true reward |", "| KL to SFT", "| win rate over SFT", "Registered: `models:/"):
+        assert line in output
+    steps = [line for line in errors.splitlines() if re.match(r"\w+: \d+/\d+ ", line)]
+    assert {line.partition(":")[0] for line in steps} >= {"prepare", "sft", "ppo", "evaluation"}
+    assert "prefect" not in errors.replace("Prefect: started for this run", "")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.integration
+def test_both_histories_stay_under_the_home(finished):
+    home, _, _ = finished
+    assert rows(home, "prefect/prefect.db", "select name, state_name from flow_run") == [
+        ("tiny-seed-3", "Completed")
+    ]
+    statuses = rows(home, "mlflow/mlflow.db", "select distinct status from runs")
+    assert statuses == [("FINISHED",)]
+
+
+@pytest.mark.integration
+def test_what_was_registered_generates(rlhf, finished):
+    def generate(*options, stdin=""):
+        model = ("--model", "models:/tiny-policy/1", "--max-new-tokens", 5)
+        result = rlhf("generate", *model, *options, stdin=stdin, RLHF_HOME=str(finished[0]))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    greedy = generate("--temperature", 0, "the hotel", "the film")
+    assert generate("--temperature", 0, stdin="the hotel\n\nthe film\n") == greedy
+    drawn = generate("--samples", 3, "--seed", 1, "the hotel")
+    assert drawn == generate("--samples", 3, "--seed", 1, "the hotel")
+    assert drawn != generate("--samples", 3, "--seed", 2, "the hotel")
+    assert generate("--chat", "--temperature", 0, "the hotel")
+
+
+@pytest.mark.integration
+def test_a_run_compares_with_itself(rlhf, finished):
+    name = "tiny-seed-3"
+    shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
+    assert shown.exit_code == 0, shown.output
+    assert "compare-runs?runs=" in shown.stdout
+    data = json.loads(rlhf("compare", name, name, "--json").stdout)
+    assert data["params"] == []
+    assert {row["stage"] for row in data["metrics"]} >= {"sft", "reward_model", "ppo"}
+
+
+@pytest.mark.integration
+def test_a_model_is_exported_for_mlflow(rlhf, finished, tmp_path):
+    result = rlhf("export", "models:/tiny-policy/1", "servable", RLHF_HOME=str(finished[0]))
+    assert result.exit_code == 0, result.output
+    assert "mlflow models serve -m servable" in result.stdout
+    assert (tmp_path / "servable" / "MLmodel").is_file()
+    assert "not empty" in sentence(rlhf("export", "models:/tiny-policy/1", "servable"))
+
+
+@pytest.mark.integration
+def test_a_run_that_fails_says_one_sentence(finished):
+    home, _, _ = finished
+    missing = ("data.source=files", "data.preferences.path=nowhere.jsonl")
+    options = [part for setting in missing for part in ("--set", setting)]
+    output, errors = (process := start("run", str(TINY), *options, home=home)).communicate(
+        timeout=300
+    )
+    assert process.returncode == 2
+    assert output == ""
+    lines = [line for line in errors.splitlines() if "prepare: " not in line]
+    assert [line.partition(":")[0] for line in lines] == ["MLflow", "Prefect", "rlhf"]
+    assert "nowhere.jsonl" in lines[-1]
+
+
+@pytest.mark.integration
+def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(finished):
+    home, _, _ = finished
+    process = start("run", str(TINY), "--set", "ppo.iterations=1000", home=home)
+    said = []
+    while not any("ppo: " in line for line in said):
+        said.append(process.stderr.readline())
+        assert said[-1], said
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "rlhf: Interrupted."
+    assert "Traceback" not in errors
+    newest = "select state_name from flow_run order by created desc limit 1"
+    assert rows(home, "prefect/prefect.db", newest) == [("Crashed",)]
+    killed = "select name from runs where status = 'KILLED'"
+    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {"ppo", "tiny-seed-0"}
+    mark = f"RLHF_HOME={home}".encode()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            assert mark not in entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
