@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.errors import DataError
 from rlhf_core.types import PromptBatch
 
 Message: TypeAlias = dict[str, str]
@@ -30,13 +32,23 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that a policy continues: a string as it is, messages through the chat template."""
+    """The text that a policy continues: a string as it is, messages through the chat template.
+
+    Raises: DataError when the template refuses the messages.
+    """
     if isinstance(prompt, str):
         return prompt
     template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-    rendered = tokenizer.apply_chat_template(
-        prompt, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            prompt, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in prompt[:3])
+        raise DataError(
+            f"the model's chat template refuses the messages ({start} ...): {error}; mend these "
+            "rows, or leave them out"
+        ) from error
     return str(rendered)
 
 
@@ -64,6 +76,8 @@ def encode_pair(
 
     Returns: tokens, how many of them belong to the prompt, and whether anything was cut.
     """
+    if not isinstance(prompt, str) and tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE):
+        response = " " + response.lstrip()  # the plain template writes "Assistant: " and the text
     head, tail = encode_prompt(prompt, tokenizer), encode_response(response, tokenizer)
     if len(head) + len(tail) <= max_length:
         return head + tail, len(head), False

@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages import ppo
 from rlhf_core.stages.ppo import PPOConfig
-from tasks.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
 from tasks.settings import read_settings
-from tasks.stage import Ref, open_stage
+from tasks.stage import open_stage
 
 
 class TrainedPolicy(BaseModel):

@@ -5,9 +5,9 @@ from prefect import task
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages import reward_model
 from rlhf_core.stages.reward_model import RewardModelConfig
-from tasks.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
 from tasks.settings import read_settings
-from tasks.stage import Ref, open_stage
+from tasks.stage import open_stage
 
 
 @task(name="reward-model", task_run_name="reward model")

@@ -11,7 +11,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from rlhf_core.config import Section
 from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_table
+from rlhf_core.encoding import Prompt
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.formats import FIELDS, Table, parse
 from rlhf_core.metrics import StageLogger
@@ -100,6 +101,14 @@ class DataConfig(Section):
         default_factory=TableConfig,
         description="prompt; not given = the prompts of the other two tables",
     )
+    prompt_style: Literal["text", "chat"] = Field(
+        "text",
+        description="What becomes of a prompt that is a text: `text` continues it as it is, `chat` "
+        "asks it as a user's message, by the model's chat template",
+    )
+    prompt_template: str = Field(
+        "{prompt}", description="How a text prompt is worded; {prompt} stands for the text"
+    )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
     )
@@ -118,6 +127,22 @@ class DataConfig(Section):
             "prompts": self.prompts,
         }
         return tables[kind]
+
+    def worded(self, prompt: Prompt) -> Prompt:
+        """A prompt as the model is asked; messages stay as they are."""
+        if not isinstance(prompt, str):
+            return prompt
+        text = self.prompt_template.replace("{prompt}", prompt)
+        return text if self.prompt_style == "text" else [{"role": "user", "content": text}]
+
+    @model_validator(mode="after")
+    def _template_takes_the_prompt(self) -> "DataConfig":
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} has no place for the text: write "
+                "{prompt} where it belongs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_fields(self) -> "DataConfig":
@@ -249,7 +274,7 @@ def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
         raise DataError(
             f"{table.faults[0]}; mend the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return table
+    return replace(table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.worded)))
 
 
 # --- checking ------------------------------------------------------------------------------------
