@@ -1,0 +1,286 @@
+"""The documentation says what the code does: settings, metrics, links, examples, commands."""
+
+import ast
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.main import get_command
+
+from flows.__main__ import app
+from flows.config import PipelineConfig
+from rlhf_core.data import KINDS
+from rlhf_core.formats import parse
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.sources import read_rows
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.ppo import train_ppo
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.sft import train_sft
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+
+TINY = """
+model:
+  fresh: {layers: 1, width: 16, heads: 2, context: 48, vocab_size: 300}
+data:
+  simulation: {prompts: 20, demonstrations: 40, preference_pairs: 40}
+  eval_fraction: 0.3
+sampling: {max_prompt_length: 40, max_new_tokens: 8}
+sft: {max_length: 48, evaluations: 1}
+reward_model: {max_length: 48, normalization_samples: 4}
+ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1}
+evaluation: {prompts: 2, best_of: 2, true_reward: "rlhf_core.simulation:true_reward"}
+"""
+
+
+def ids(page):
+    return str(page.relative_to(ROOT))
+
+
+def fenced(text, language):
+    """Info string and content of the fenced blocks of a language."""
+    return re.findall(rf"^```({language}[^\n]*)\n(.*?)^```", text, re.M | re.S)
+
+
+# ---- settings ----
+
+
+def test_the_configuration_page_is_what_the_schema_gives():
+    spec = importlib.util.spec_from_file_location("page", DOCS / "generate_configuration.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.render(), (
+        "run .venv/bin/python docs/generate_configuration.py"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_yaml_example_is_a_config(page):
+    for _, text in fenced(page.read_text(encoding="utf-8"), "yaml"):
+        # A part of a config stands for a model that reads long texts, as the fresh one does not.
+        PipelineConfig.model_validate({"model": {"source": "gpt2"}, **yaml.safe_load(text)})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_setting_that_is_named_exists(page):
+    sections = "|".join(PipelineConfig.model_fields)
+    named = re.findall(
+        rf"(?:--set |`)((?:{sections})\.[a-z_.]+)\b", page.read_text(encoding="utf-8")
+    )
+    for name in named:
+        schema = PipelineConfig
+        for part in name.split("."):
+            assert part in getattr(schema, "model_fields", {}), f"there is no setting {name}"
+            schema = schema.model_fields[part].annotation
+
+
+# ---- metrics ----
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """The names of all metrics of each stage, as a run of them on the smallest data logs them."""
+    root = tmp_path_factory.mktemp("stages")
+    config = PipelineConfig.model_validate(yaml.safe_load(TINY))
+    data, sft, reward = root / "data", root / "sft", root / "reward"
+    policy, critic = root / "policy", root / "critic"
+    loggers = {
+        name: MemoryLogger() for name in ("prepare", "sft", "reward_model", "ppo", "evaluation")
+    }
+    common = {"seed": 0, "device": "cpu"}
+    reports = {
+        "prepare": prepare_data(
+            config.data,
+            model=config.model,
+            limits=config.length_limits,
+            output=data,
+            seed=0,
+            logger=loggers["prepare"],
+        ),
+        "sft": train_sft(
+            config.sft,
+            model=config.model,
+            data=data,
+            output=sft,
+            logger=loggers["sft"],
+            **common,
+        ),
+        "reward_model": train_reward_model(
+            config.reward_model,
+            config.sampling,
+            sft=sft,
+            data=data,
+            output=reward,
+            logger=loggers["reward_model"],
+            **common,
+        ),
+        "ppo": train_ppo(
+            config.ppo,
+            config.sampling,
+            sft=sft,
+            reward_model=reward,
+            data=data,
+            policy_output=policy,
+            critic_output=critic,
+            logger=loggers["ppo"],
+            **common,
+        ),
+        "evaluation": evaluate(
+            config.evaluation,
+            config.sampling,
+            sft=sft,
+            policy=policy,
+            reward_model=reward,
+            champion=sft,
+            data=data,
+            logger=loggers["evaluation"],
+            **common,
+        ),
+    }
+    return {
+        name: {key for _, values in loggers[name].history for key in values}
+        | {f"summary/{key}" for key in report.summary()}
+        for name, report in reports.items()
+    }
+
+
+def general(name):
+    """The name of an evaluation metric, as the pages write it: without arms and bounds."""
+    name = re.sub(r"_(low|high)$", "", name)
+    name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
+    return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
+
+
+def documented(page, heading):
+    """The names in the first column of the tables below a heading."""
+    section = re.split(rf"^## {heading}$", page.read_text(encoding="utf-8"), flags=re.M)[1]
+    section = re.split(r"^## ", section, flags=re.M)[0]
+    cells = re.findall(r"^\| (`.+?`) \|", section, re.M)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.mark.parametrize("stage", ["prepare", "sft", "reward_model", "ppo", "evaluation"])
+def test_every_metric_is_defined_and_every_definition_is_logged(logged, stage):
+    names = {general(name) for name in logged[stage]} if stage == "evaluation" else logged[stage]
+    assert documented(DOCS / "metrics.md", stage) == names
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "evaluation"])
+def test_the_page_of_an_algorithm_explains_each_of_its_metrics(logged, stage):
+    names = {general(name) for name in logged[stage]} if stage == "evaluation" else logged[stage]
+    assert documented(DOCS / "algorithms" / f"{stage}.md", "Logged metrics") == names
+
+
+# ---- links and names ----
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_relative_link_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for label, target in re.findall(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: nothing at {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: no heading {target}"
+        if file.suffix == ".py" and re.fullmatch(r"`\w+`", label):
+            assert label.strip("`") in names_in(file), f"{page.name}: no {label} in {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_picture_is_there(page):
+    for path in re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / path).is_file(), f"{page.name}: no picture {path}"
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def names_in(file):
+    """Functions, classes, methods and variables that a file defines."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_the_map_of_the_repository_is_true():
+    [(_, tree)] = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "text map")
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = "" if not line.startswith(" ") else folder
+        assert (ROOT / folder / name).exists(), f"the map lists {folder}{name}"
+        folder = name if not line.startswith(" ") else folder
+
+
+# ---- commands ----
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_command_and_option_exists(page):
+    commands = get_command(app).commands
+    for command, rest in re.findall(
+        r"(?:^|`|\n *)rlhf ([a-z]+)\b([^`\n]*)", page.read_text(encoding="utf-8")
+    ):
+        assert command in commands, f"there is no command rlhf {command}"
+        options = {option for parameter in commands[command].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, f"rlhf {command}{rest}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_make_target_exists(page):
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    named = re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(encoding="utf-8"), re.M)
+    assert set(named) <= set(targets)
+
+
+# ---- data and dependencies ----
+
+
+def test_every_example_of_a_data_format_is_read(tmp_path):
+    examples = fenced((DOCS / "data.md").read_text(encoding="utf-8"), "(?:jsonl|csv)")
+    assert len(examples) >= 8
+    for info, text in examples:
+        suffix, kind = info.split()
+        assert kind in KINDS
+        file = tmp_path / f"example.{suffix}"
+        file.write_text(text, encoding="utf-8")
+        table = parse(read_rows(str(file), split="train", subset="", limit=0), kind, {})
+        assert not table.faults
+        assert not table.skipped
+        assert len(table.frame)
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    dev = project["project"]["optional-dependencies"]["dev"]
+    wanted = [*project["project"]["dependencies"], *dev, *project["build-system"]["requires"]]
+    names = {re.split(r"[<>=]", requirement)[0] for requirement in wanted}
+    page = DOCS / "decisions" / "0001-dependencies.md"
+    rows = re.findall(r"^\| `([\w-]+)` \| .+ \| .+ \|$", page.read_text(encoding="utf-8"), re.M)
+    assert sorted(rows) == sorted(names)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
