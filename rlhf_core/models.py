@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -76,6 +77,8 @@ def load_base(
             return _fresh_model(config.fresh, tokenizer), tokenizer
     model = _weights_from_source(AutoModelForCausalLM, config)
     _make_room(model, len(tokenizer))
+    # Where a model came with pad = EOS, the end of sequence would have no gradient as an input.
+    model.get_input_embeddings().padding_idx = None
     for settings in (model.config, model.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
         settings.eos_token_id = tokenizer.eos_token_id
@@ -365,6 +368,8 @@ def _weights_from_source(
     """A model in float32, dropout off. Its file has to hold every weight but the `new` ones, which
     transformers would otherwise draw at random without a word."""
     options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    if config.source.endswith(".gguf"):  # weights that stay packed can neither learn nor be saved
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
     model, found = _from_source(factory, config, **options)
     missing = sorted(set(found["missing_keys"]) - set(new))
     if missing:

@@ -1,10 +1,16 @@
 """From text to tokens: concatenation, special tokens, truncation, padding."""
 
+from string import ascii_lowercase
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.encoding import (
     PLAIN_CHAT_TEMPLATE,
@@ -25,21 +31,19 @@ CHAT = [
 ]
 
 
-class Letters:
-    """A tokenizer by which truncation can be followed by eye: one token for each letter."""
+def one_token_a_letter():
+    """A tokenizer by which truncation can be followed by eye."""
+    backend = Tokenizer(WordLevel({letter: i for i, letter in enumerate("$" + ascii_lowercase)}))
+    backend.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="$")
 
-    eos_token_id, bos_token_id = 0, None
 
-    def __call__(self, text, add_special_tokens=True):
-        class Encoded:
-            input_ids = [ord(letter) for letter in text]
-
-        return Encoded
+LETTERS = one_token_a_letter()
 
 
 def letters(prompt, response, length):
-    ids, in_prompt, cut = encode_pair(prompt, response, Letters(), length)
-    text = "".join(chr(i) if i else "$" for i in ids)
+    ids, in_prompt, cut = encode_pair(prompt, response, LETTERS, length)
+    text = "".join(LETTERS.convert_ids_to_tokens(ids))
     return text[:in_prompt], text[in_prompt:], cut
 
 
@@ -72,10 +76,11 @@ def test_prompt_and_response_are_tokenised_apart_and_put_side_by_side(tokenizer)
 
 
 def test_no_merge_reaches_across_the_seam(tokenizer):
-    # "room" is one token, but the policy is asked "ro" and has to answer "om".
-    assert len(tokenizer("room", add_special_tokens=False).input_ids) == 1
-    ids, in_prompt, _ = encode_pair("ro", "om", tokenizer, 40)
-    assert tokenizer.decode(ids[:in_prompt]) == "ro"
+    # " good" is one token, but the policy is asked " go" and has to answer "od".
+    assert len(tokenizer(" good", add_special_tokens=False).input_ids) == 1
+    ids, in_prompt, _ = encode_pair(" go", "od", tokenizer, 40)
+    assert tokenizer.decode(ids[:in_prompt]) == " go"
+    assert tokenizer.decode(ids[in_prompt:-1]) == "od"
 
 
 def test_begin_of_sequence_stands_once_at_the_start_of_a_text(with_bos):
@@ -189,13 +194,10 @@ def test_prompts_as_a_batch(tokenizer):
 def test_pad_ids_within_a_text_are_kept_by_the_mask(tokenizer):
     # The mask says what counts, so a pad id that a policy really sampled is no padding.
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    room = encode_prompt("room", tokenizer)
-    tokens = torch.tensor([[*room, pad, *room, eos], [*room, eos, pad, pad]])
+    (a,), (b,) = encode_prompt("q", tokenizer), encode_prompt("z", tokenizer)
+    tokens = torch.tensor([[a, pad, b, eos], [a, eos, b, pad]])
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
-    assert decode_responses(tokens, mask, tokenizer) == ["roomroom", "room"]
-    assert decode_responses(tokens, torch.ones_like(mask), tokenizer)[1] == "room"
-    mask[0, 2:] = False
-    assert decode_responses(tokens, mask, tokenizer)[0] == "room"
+    assert decode_responses(tokens, mask, tokenizer) == ["qz", "q"]
 
 
 # --- when two tokenizers are the same ---
