@@ -51,6 +51,13 @@ def sentence(result) -> str:
     return result.stderr
 
 
+@pytest.fixture
+def prefect_address(prefect_server):
+    from prefect.settings import PREFECT_API_URL
+
+    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
+
+
 # ---- help ----
 
 
@@ -159,16 +166,9 @@ def test_something_else_that_answers_is_not_taken_for_a_server(rlhf):
     assert f"The MLflow server at {address} does not answer as one" in said
 
 
-def test_deploying_a_folder_without_configs_names_it(rlhf, up_address):
+def test_deploying_a_folder_without_configs_names_it(rlhf, prefect_address):
     Path("empty").mkdir()
-    assert "empty has no .yaml file" in sentence(rlhf("deploy", "empty", **up_address))
-
-
-@pytest.fixture
-def up_address(prefect_server):
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    assert "empty has no .yaml file" in sentence(rlhf("deploy", "empty", **prefect_address))
 
 
 def test_output_to_a_full_disk():
@@ -226,11 +226,11 @@ def test_validate_prints_the_report_and_trains_nothing(rlhf, tmp_path):
 # ---- runs ----
 
 
-def start(*arguments: str, home: Path) -> subprocess.Popen:
+def start(*arguments: str, home: Path, **variables: str) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key not in SERVERS}
     return subprocess.Popen(
         [sys.executable, "-m", "flows", *arguments],
-        env={**environment, "RLHF_HOME": str(home), "COLUMNS": "200"},
+        env={**environment, "RLHF_HOME": str(home), "COLUMNS": "200", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -284,10 +284,7 @@ def test_what_was_registered_generates(rlhf, finished):
 
     greedy = generate("--temperature", 0, "the hotel", "the film")
     assert generate("--temperature", 0, stdin="the hotel\n\nthe film\n") == greedy
-    drawn = generate("--samples", 3, "--seed", 1, "the hotel")
-    assert drawn == generate("--samples", 3, "--seed", 1, "the hotel")
-    assert drawn != generate("--samples", 3, "--seed", 2, "the hotel")
-    assert generate("--chat", "--temperature", 0, "the hotel")
+    assert generate("--chat", "--temperature", 0, "--samples", 2, "the hotel") != greedy
 
 
 @pytest.mark.integration
@@ -311,13 +308,12 @@ def test_a_model_is_exported_for_mlflow(rlhf, finished, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_run_that_fails_says_one_sentence(finished):
+def test_a_run_that_fails_says_one_sentence(finished, prefect_address):
     home, _, _ = finished
     missing = ("data.source=files", "data.preferences.path=nowhere.jsonl")
     options = [part for setting in missing for part in ("--set", setting)]
-    output, errors = (process := start("run", str(TINY), *options, home=home)).communicate(
-        timeout=300
-    )
+    process = start("run", str(TINY), *options, home=home, **prefect_address)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert output == ""
     lines = [line for line in errors.splitlines() if "prepare: " not in line]
@@ -328,9 +324,9 @@ def test_a_run_that_fails_says_one_sentence(finished):
 @pytest.mark.integration
 def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(finished):
     home, _, _ = finished
-    process = start("run", str(TINY), "--set", "ppo.iterations=1000", home=home)
+    process = start("run", str(TINY), "--set", "sft.epochs=1000", home=home)
     said = []
-    while not any("ppo: " in line for line in said):
+    while not any("sft: " in line for line in said):
         said.append(process.stderr.readline())
         assert said[-1], said
     process.send_signal(signal.SIGINT)
@@ -341,7 +337,7 @@ def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(f
     newest = "select state_name from flow_run order by created desc limit 1"
     assert rows(home, "prefect/prefect.db", newest) == [("Crashed",)]
     killed = "select name from runs where status = 'KILLED'"
-    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {"ppo", "tiny-seed-0"}
+    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {"sft", "tiny-seed-0"}
     mark = f"RLHF_HOME={home}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
