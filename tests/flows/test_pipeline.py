@@ -1,0 +1,219 @@
+"""The whole flow on a problem of seconds: what it registers, tags, reuses, refuses and leaves."""
+
+import json
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+from prefect import flow
+
+from flows.config import PipelineConfig
+from flows.rlhf import rlhf
+from rlhf_core.errors import ConfigError
+from rlhf_core.gates import PromotionConfig
+from tasks.model_store import MlflowModelStore, ModelRef
+from tasks.policy import train_ppo
+from tasks.promotion import promote
+from tasks.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+TINY = {
+    "project": "tiny",
+    "data": {
+        "simulation": {"prompts": 60, "demonstrations": 160, "preference_pairs": 120},
+        "eval_fraction": 0.2,
+    },
+    "model": {"fresh": {"layers": 1, "width": 32, "heads": 2, "context": 64}},
+    "sampling": {"max_prompt_length": 24, "max_new_tokens": 12},
+    "sft": {"max_length": 64, "learning_rate": 3e-3},
+    "reward_model": {"max_length": 64, "normalization_samples": 16},
+    "ppo": {"iterations": 2, "rollout_size": 8, "batch_size": 4, "epochs": 1},
+    "evaluation": {
+        "prompts": 6,
+        "best_of": 2,
+        "true_reward": "rlhf_core.simulation:true_reward",
+    },
+    # Nothing this small is better than SFT; what is asked of it here is that it is not worse.
+    "promotion": {"min_win_rate": 0.0, "max_kl": 1e6, "max_length_ratio": 1e3},
+}
+STAGES = ["prepare", "sft", "reward_model", "ppo", "evaluation", "promotion"]
+
+
+def config(**sections):
+    content = {**TINY}
+    for name, changes in sections.items():
+        content[name] = {**content.get(name, {}), **changes}
+    return PipelineConfig.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, migrated_database, prefect_server):
+    """One home for the module: later runs meet what earlier ones registered."""
+    made = Settings.model_validate({"RLHF_HOME": tmp_path_factory.mktemp("pipeline") / "home"})
+    (made.home / "mlflow").mkdir(parents=True)
+    shutil.copy(migrated_database, made.home / "mlflow" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment().items():
+            if not name.startswith("PREFECT_"):  # the session's server stays in use
+                patch.setenv(name, value)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(settings):
+    return MlflowClient(tracking_uri=settings.mlflow_uri)
+
+
+@pytest.fixture(scope="module")
+def store(client):
+    return MlflowModelStore(client)
+
+
+@pytest.fixture(scope="module")
+def first(settings):
+    return rlhf(config())
+
+
+def children(client, result):
+    runs = client.search_runs(
+        [result.run.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run.run_id}'"
+    )
+    return {run.data.tags["stage"]: run for run in runs}
+
+
+def test_every_stage_is_a_finished_child_of_one_finished_run(client, first):
+    stages = children(client, first)
+    assert sorted(stages) == sorted(STAGES)
+    assert {run.info.status for run in stages.values()} == {"FINISHED"}
+    assert client.get_run(first.run.run_id).info.status == "FINISHED"
+
+
+def test_the_key_numbers_and_the_report_are_on_the_parent_run(client, first):
+    parent = client.get_run(first.run.run_id)
+    policy = first.scorecard.arm("policy")
+    assert parent.data.metrics["policy/true_reward"] == pytest.approx(policy.true_reward.value)
+    assert parent.data.metrics["win_rate/policy_over_sft"] == pytest.approx(
+        first.scorecard.comparison("policy", "sft").win_rate.value
+    )
+    assert parent.data.params["ppo.rollout_size"] == "8"
+    assert "report.md" in [file.path for file in client.list_artifacts(first.run.run_id)]
+    for words in ("true reward", "| PPO |", first.policy.uri, "rlhf up"):
+        assert words in first.report
+
+
+def test_every_version_names_its_parents_data_code_and_seed(store, first):
+    expected = {
+        first.sft: {},
+        first.reward_model: {"sft": first.sft},
+        first.policy: {"sft": first.sft, "reward": first.reward_model},
+        first.critic: {"sft": first.sft, "reward": first.reward_model},
+    }
+    for ref, parents in expected.items():
+        tags = store.tags(ref)
+        assert {k: v for k, v in tags.items() if k.startswith("parent.")} == {
+            f"parent.{role}": parent.uri for role, parent in parents.items()
+        }
+        assert tags["data_digest"] == first.data.digest
+        assert tags["seed"] == "0"
+        assert tags["pipeline_run_id"] == first.run.run_id
+        assert tags["git_commit"]
+        assert tags["prefect.flow_run_id"]
+
+
+def test_the_lineage_reads_from_the_run_too(client, first):
+    ppo = children(client, first)["ppo"].data.tags
+    assert ppo["output.policy"] == first.policy.uri
+    assert ppo["output.critic"] == first.critic.uri
+    assert ppo["input.reward"] == first.reward_model.uri
+
+
+def test_figures_and_tables_lie_with_their_stage(client, first):
+    stages = children(client, first)
+    for stage, folder, file in [
+        ("prepare", "figures", "figures/data_lengths.png"),
+        ("sft", "figures", "figures/sft_loss.png"),
+        ("reward_model", "figures", "figures/reward_calibration.png"),
+        ("ppo", "tables", "tables/ppo_samples.json"),
+        ("evaluation", "tables", "tables/evaluation_samples.json"),
+    ]:
+        found = client.list_artifacts(stages[stage].info.run_id, folder)
+        assert file in [artifact.path for artifact in found]
+    history = client.get_metric_history(stages["ppo"].info.run_id, "objective/kl")
+    assert [(point.step, point.value == 0) for point in history] == [(1, True), (2, False)]
+
+
+def test_the_champion_moves_only_by_the_verdict(client, store, first):
+    assert first.verdict.promote, first.verdict
+    assert store.get_alias("tiny-policy", "champion") == first.policy
+    tags = children(client, first)["promotion"].data.tags
+    assert tags["promoted"] == "true"
+    assert tags["reasons"].splitlines() == list(first.verdict.reasons)
+
+
+def test_a_stage_needs_nothing_but_the_registry(settings, first):
+    assert list((settings.home / "work").iterdir()) == []
+    shutil.rmtree(settings.home / "work")
+
+    @flow
+    def only_ppo():
+        small = config()
+        return train_ppo(
+            small.ppo, small.sampling, first.sft, first.reward_model, first.data, first.run
+        )
+
+    again = only_ppo()
+    assert again.policy == ModelRef(name="tiny-policy", version=first.policy.version + 1)
+    assert list((settings.home / "work").iterdir()) == []
+
+
+def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, store, first):
+    before = store.versions("tiny-sft"), store.versions("tiny-reward")
+    second = rlhf(
+        config(
+            sft={"reuse": "models:/tiny-sft/1"},
+            reward_model={"reuse": "models:/tiny-reward/1"},
+            promotion={"min_win_rate_over_champion": 1.0},
+        )
+    )
+    assert (store.versions("tiny-sft"), store.versions("tiny-reward")) == before
+    assert (second.sft, second.reward_model) == (first.sft, first.reward_model)
+    assert second.scorecard.comparison("policy", "champion") is not None
+    assert not second.verdict.promote
+    assert "not promoted" in second.report
+    assert store.get_alias("tiny-policy", "champion") == first.policy
+    assert sorted(children(client, second)) == ["evaluation", "ppo", "prepare", "promotion"]
+
+
+def test_a_champion_that_moved_meanwhile_is_not_overruled(store, first):
+    @flow
+    def late_promotion():
+        stranger = ModelRef(name="tiny-policy", version=first.policy.version + 1)
+        rules = PromotionConfig(**TINY["promotion"])
+        return promote(rules, first.scorecard, stranger, None, first.run)
+
+    verdict = late_promotion()
+    assert not verdict.promote
+    assert f"the champion is now {first.policy.uri}" in verdict.reasons[-1]
+    assert store.get_alias("tiny-policy", "champion") == first.policy
+
+
+def test_a_stage_that_fails_fails_the_run_and_leaves_the_champion(client, store, first):
+    with pytest.raises(ConfigError, match="no_such_module"):
+        rlhf(config(evaluation={"true_reward": "no_such_module:f"}))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    stages = client.search_runs(
+        [first.run.experiment_id], f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    )
+    status = {run.data.tags["stage"]: run.info.status for run in stages}
+    assert newest.info.status == "FAILED"
+    assert status == {
+        **dict.fromkeys(["prepare", "sft", "reward_model", "ppo"], "FINISHED"),
+        "evaluation": "FAILED",
+    }
+    assert store.get_alias("tiny-policy", "champion") == first.policy
+
+
+def test_the_result_survives_json(first):
+    copy = type(first).model_validate(json.loads(first.model_dump_json()))
+    assert copy == first
