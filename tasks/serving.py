@@ -3,8 +3,10 @@
     mlflow models serve -m DIRECTORY --env-manager local
 
 (in an activated environment: MLflow starts `uvicorn` by name.)
+
 Policy: column `prompt` -> texts. Reward model: columns `prompt` and `response` -> rewards, the
-normalised reward and not its sigmoid. The directory stands alone: this package is not needed there.
+normalised reward and not its sigmoid. A prompt is the text that the model reads: no chat template
+is applied to it. The directory stands alone: this package is not needed there.
 """
 
 import json

@@ -261,8 +261,8 @@ class MlflowLogger:
     def _try_to_write(self) -> None:
         try:
             self._write()
-        except Exception:
-            log.warning("metrics of run %s wait for MLflow", self._run_id, exc_info=True)
+        except Exception as error:
+            log.warning("metrics of run %s wait for MLflow: %s", self._run_id, _first_line(error))
 
     def _write(self) -> None:
         with self._writing:

@@ -1,6 +1,7 @@
 """Metrics reach MLflow in order and complete, whatever happens in between."""
 
 import io
+import itertools
 import math
 import multiprocessing
 import socket
@@ -32,13 +33,15 @@ class Flaky:
     """A real client that refuses its first `refusals` batches, as a server that restarts does."""
 
     def __init__(self, client, refusals):
-        self.client, self.refusals, self.batches = client, refusals, []
+        self.client, self.refusals, self.taken = client, refusals, []
+        self.on_refusal = lambda: None
 
     def log_batch(self, run_id, metrics):
-        self.batches.append(len(metrics))
         if self.refusals:
             self.refusals -= 1
+            self.on_refusal()
             raise MlflowException("the server restarts")
+        self.taken += [metric.step for metric in metrics]
         self.client.log_batch(run_id, metrics=metrics)
 
 
@@ -87,13 +90,22 @@ def test_more_than_a_batch_of_mlflow_is_split(client, run_id):
 
 def test_a_refused_batch_is_written_later_and_in_order(client, run_id):
     flaky = Flaky(client, refusals=2)
-    logger = MlflowLogger(flaky, run_id, flush_steps=5, flush_seconds=0.05)
-    for step in range(40):
-        logger.metrics({"loss": step}, step)
-        time.sleep(0.005)
+    logger = MlflowLogger(flaky, run_id, flush_steps=5, flush_seconds=1000)
+    steps = iter(range(1000))
+
+    def train(updates):
+        for step in itertools.islice(steps, updates):
+            logger.metrics({"loss": step}, step)
+
+    flaky.on_refusal = lambda: train(5)  # training goes on while the server refuses
+    train(5)
+    deadline = time.monotonic() + 30
+    while not flaky.taken and time.monotonic() < deadline:
+        time.sleep(0.02)
+    train(3)
     logger.close()
-    assert flaky.refusals == 0
-    assert steps_of(client, run_id, "loss") == [(step, step) for step in range(40)]
+    assert flaky.taken == list(range(18))
+    assert steps_of(client, run_id, "loss") == [(step, step) for step in range(18)]
 
 
 def test_what_cannot_be_written_raises_at_the_end(client, run_id):
