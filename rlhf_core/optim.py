@@ -72,16 +72,18 @@ class Optimizer:
         Raises: NumericsError naming the first tensor whose gradient is not finite.
         """
         parameters = [p for _, p in self._named]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-        if not math.isfinite(norm):
+        # Measured before it is clipped: scaling by a norm of NaN would leave NaN in every tensor.
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(norm.isfinite()):
             raise NumericsError(
                 f"the gradient of {self._first_bad()} is not finite; training has stopped before "
                 "the update. Lower learning_rate, or look at the batch that was logged last"
             )
+        nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
         self._adamw.step()
         self._schedule.step()
         self.drop_gradient()
-        return norm
+        return norm.item()
 
     def drop_gradient(self) -> None:
         """Forget what has been accumulated since the last step."""
