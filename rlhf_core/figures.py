@@ -10,6 +10,7 @@ from rlhf_core.functional.ranking import Interval
 Points = Sequence[tuple[float, float]]
 
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
+ARM_COLORS = {"sft": GREY, "policy": BLUE, "best_of_n": GREEN, "champion": ORANGE}
 
 
 def loss_curves(train: Points, held_out: Points) -> Figure:
@@ -79,7 +80,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
         _dress(axes, title, "", "")
         known = [(name, i) for name, i in zip(names, intervals, strict=True) if i is not None]
         for name, (value, low, high) in known:
-            axes.bar(name, value, color=BLUE if name == "policy" else GREY, width=0.6)
+            axes.bar(name, value, color=ARM_COLORS[name], width=0.6)
             axes.errorbar(name, value, [[value - low], [high - value]], color="black", capsize=4)
         axes.axhline(0, color="black", linewidth=0.6)
     return figure
@@ -88,8 +89,8 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
 def proxy_against_truth(points: Mapping[str, Points]) -> Figure:
     """Each sample's reward-model score against its true reward: where the proxy is fooled."""
     figure, axes = _single("Proxy against truth", "reward model", "true reward")
-    for (name, samples), color in zip(points.items(), (GREY, BLUE, GREEN, ORANGE), strict=False):
-        axes.scatter(*_columns(samples), s=9, alpha=0.4, color=color, label=name)
+    for name, samples in points.items():
+        axes.scatter(*_columns(samples), s=9, alpha=0.4, color=ARM_COLORS[name], label=name)
     axes.legend(frameon=False)
     return figure
 

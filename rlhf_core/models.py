@@ -43,7 +43,7 @@ class FreshModelConfig(Section):
     layers: int = Field(2, ge=1, description="Transformer blocks")
     width: int = Field(128, ge=8, description="Hidden size; a multiple of `heads`")
     heads: int = Field(4, ge=1, description="Attention heads")
-    context: int = Field(128, ge=8, description="Longest text (tokens)")
+    context: int = Field(512, ge=8, description="Longest text (tokens)")
     vocab_size: int = Field(1024, ge=260, description="Tokens in the vocabulary, at most")
 
 

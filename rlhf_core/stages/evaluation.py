@@ -78,7 +78,7 @@ class Arm(BaseModel):
     kl: Interval | None  # nats per sequence to the SFT policy; None where tokenizers differ
     perplexity: float  # of its texts under the SFT policy: how fluent they still are
     length: float  # tokens
-    distinct_1: float  # share of word n-grams that are different, over all its answers
+    distinct_1: float  # share of word n-grams that are different, over one answer to each prompt
     distinct_2: float
 
 
@@ -375,6 +375,7 @@ def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, draws: torc
     kl = None if answers.kl is None else spread(answers.kl)
     if name == "best_of_n":
         kl = Interval(*[best_of_n_kl(config.best_of)] * 3)
+    one_each = answers.pick(_first_of_each(answers.prompt, 1)).texts
     nats = -answers.sft_logprob.sum() / answers.tokens.sum()
     return Arm(
         name=name,
@@ -383,8 +384,8 @@ def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, draws: torc
         kl=kl,
         perplexity=nats.exp().item(),
         length=answers.tokens.mean().item(),
-        distinct_1=distinct_n(answers.texts, 1),
-        distinct_2=distinct_n(answers.texts, 2),
+        distinct_1=distinct_n(one_each, 1),
+        distinct_2=distinct_n(one_each, 2),
     )
 
 
