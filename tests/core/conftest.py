@@ -23,14 +23,6 @@ GOOD, BAD = ("good", "fine", "warm", "nice"), ("bad", "cold", "dull", "poor")
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=40, vocab_size=340))
 
 
-def praise(prompts, responses):
-    """The truth of the toy world: good words less bad words."""
-    return [
-        float(sum(w in GOOD for w in r.split()) - sum(w in BAD for w in r.split()))
-        for _, r in zip(prompts, responses, strict=True)
-    ]
-
-
 def answer(draws, words):
     return f" is {draws.choice(words)} and {draws.choice(words)}"
 
@@ -130,6 +122,31 @@ def scalar(saved, causal):
 @pytest.fixture
 def logger():
     return MemoryLogger()
+
+
+@pytest.fixture(scope="session")
+def recording():
+    """Wraps a config so that the names read from it are remembered."""
+
+    def record(config):
+        seen = set()
+
+        class Recording(type(config)):
+            def __getattribute__(self, name):
+                seen.add(name)
+                return super().__getattribute__(name)
+
+        wrapped = Recording(**dict(config))
+        seen.clear()  # its own checks do not count
+        return wrapped, seen
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    """The base model of the toy world."""
+    return MODEL
 
 
 @pytest.fixture(scope="session")
