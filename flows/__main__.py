@@ -25,7 +25,7 @@ from flows.printing import (
     show_validation,
 )
 from flows.supervisor import ServiceError
-from rlhf_core.errors import UserError
+from rlhf_core.errors import NumericsError, UserError
 from tasks.settings import read_settings
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise _end("Interrupted.", INTERRUPTED) from None
-        except ServiceError as error:
+        except (ServiceError, NumericsError) as error:
             raise _end(str(error), FAILED) from None
         except UserError as error:
             raise _end(str(error), MISTAKE) from None

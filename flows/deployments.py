@@ -10,10 +10,9 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from flows.config import PipelineConfig
-from flows.loading import describe, load_config
+from flows.loading import config_files, describe, load_config
 from flows.rlhf import rlhf
 from flows.services import POOL
-from rlhf_core.errors import ConfigError
 
 
 def deploy(folder: Path, *, working_dir: str = "") -> list[str]:
@@ -28,10 +27,7 @@ def deploy(folder: Path, *, working_dir: str = "") -> list[str]:
     Raises:
         ConfigError: the folder has no config, or one of them has a mistake.
     """
-    files = sorted(folder.glob("*.yaml"))
-    if not files:
-        raise ConfigError(f"{folder} has no .yaml file: name the folder of the configs.")
-    configs = [(file, load_config(file, (), PipelineConfig)) for file in files]
+    configs = [(file, load_config(file, (), PipelineConfig)) for file in config_files(folder)]
     _make_pool()
     return [_register(file, config, working_dir) for file, config in configs]
 

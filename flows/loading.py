@@ -52,6 +52,18 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
         raise ConfigError(f"{path}: {error}") from None
 
 
+def config_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ConfigError(f"{folder} has no .yaml file: name the folder of the configs.")
+    return files
+
+
 def describe(path: Path) -> str:
     """The comment at the top of a YAML file, as text: what the file is for."""
     lines = []

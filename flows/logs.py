@@ -38,6 +38,7 @@ def quiet_terminal() -> None:
     """Leave the terminal to the progress bars: warnings of libraries are all that comes through."""
     import prefect.main  # noqa: F401  (it sets up the handlers that are changed here)
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
         handler.addFilter(WithoutRuns())

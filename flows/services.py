@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from flows.loading import config_files
 from flows.supervisor import Service, Supervisor, ask, unreachable
 from rlhf_core.errors import UserError
 from tasks.settings import Settings, apply_environment, read_settings
@@ -144,7 +145,7 @@ def up(
     ends, no process that it started is left.
 
     Raises:
-        UserError: a port is taken, or the services of this home run already.
+        UserError: a port is taken, there is no config, or the services of this home run already.
         ServiceError: one of the services ended; the others have been stopped.
         KeyboardInterrupt: Ctrl-C or SIGTERM; all have been stopped.
     """
@@ -159,6 +160,7 @@ def up(
         f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}", os.getpid()
     )
     with _claim(settings) as state:
+        config_files(configs)
         _check_ports(prefect_port, mlflow_port)
         with Supervisor(settings.home / "logs", ("worker", "deploy", "mlflow", "prefect")) as group:
             servers = _prefect(settings, services.prefect), _mlflow(settings, services.mlflow)

@@ -234,6 +234,7 @@ def start(*arguments: str, home: Path, **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -329,7 +330,7 @@ def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(f
     while not any("sft: " in line for line in said):
         said.append(process.stderr.readline())
         assert said[-1], said
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: to the whole group
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "")
     assert errors.splitlines()[-1] == "rlhf: Interrupted."

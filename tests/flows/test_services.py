@@ -403,6 +403,13 @@ def test_both_ports_the_same(tmp_path):
 
 
 @pytest.mark.integration
+def test_a_folder_without_configs_is_named_at_once(tmp_path):
+    code, _, errors = captured("up", "--configs", str(tmp_path), home=tmp_path / "home")
+    assert code == 2
+    assert f"{tmp_path} has no .yaml file: name the folder of the configs." in errors
+
+
+@pytest.mark.integration
 def test_what_the_server_stores_is_readable_without_it(up):
     """Artifacts have plain paths, so `rlhf run` can go on in the same files when `up` is gone."""
     code = f"""
