@@ -4,7 +4,6 @@ Exit status: 0 done, 1 the run or a service failed, 2 a mistake of the user, 130
 What is slow to import is imported by the command that needs it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -226,7 +225,7 @@ def compare(
 
     comparison = hold(first, second, settings=settings)
     if as_json:
-        typer.echo(json.dumps(comparison.model_dump(mode="json"), indent=2))
+        typer.echo(comparison.model_dump_json(indent=2))
     else:
         show_comparison(comparison)
 

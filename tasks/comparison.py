@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from rlhf_core.errors import UserError
 from tasks.settings import Settings
@@ -50,6 +50,7 @@ class MetricRow(_Record):
     first: float | None
     second: float | None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def difference(self) -> float | None:
         """Second minus first."""

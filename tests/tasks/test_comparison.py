@@ -47,6 +47,8 @@ def test_what_differs_is_told(runs, settings):
         MetricRow(stage="evaluation", name="loss", first=0.5, second=None),
     )
     assert [row.difference for row in found.metrics] == [0.5, None]
+    dumped = json.loads(found.model_dump_json())
+    assert [row["difference"] for row in dumped["metrics"]] == [0.5, None]
     assert [run.status for run in found.runs] == ["FINISHED", "FINISHED"]
     assert [run.run_id for run in found.runs] == list(runs)
 
