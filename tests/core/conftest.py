@@ -24,7 +24,7 @@ MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=
 
 
 def answer(draws, words):
-    return f" is {draws.choice(words)} and {draws.choice(words)}"
+    return f" is{draws.choice(('', ' very'))} {draws.choice(words)} and {draws.choice(words)}"
 
 
 def tables():
@@ -53,7 +53,7 @@ def tables():
 def toy_corpus():
     """What the toy tokenizer is trained on."""
     return [
-        f"{prompt} is {one} and {two}"
+        f"{prompt} is very {one} and {two}"
         for prompt, one, two in itertools.product(PROMPTS[:8], GOOD + BAD, GOOD + BAD)
     ]
 
