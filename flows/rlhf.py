@@ -4,6 +4,7 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import PipelineConfig
+from flows.logs import shorten_user_errors
 from rlhf_core.gates import Verdict
 from rlhf_core.stages.evaluation import Scorecard
 from tasks.data import prepare_data
@@ -36,6 +37,7 @@ class PipelineResult(BaseModel):
 @flow(name="rlhf", flow_run_name="{config.project}-seed-{config.seed}")
 def rlhf(config: PipelineConfig) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better."""
+    shorten_user_errors()
     with open_run(config.project, config, config.seed) as run:
         data = prepare_data(config.data, config.model, config.length_limits, run)
 

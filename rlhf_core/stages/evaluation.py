@@ -50,6 +50,7 @@ from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Report, Responses
 
 ArmName = Literal["sft", "policy", "best_of_n", "champion"]
+ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
@@ -215,7 +216,7 @@ def evaluate(
         if directory is not None:
             answers[name] = _answer(bench, name, *load_policy(directory, device), k)
     logger.progress(4, 4, "comparisons")
-    return _report(config, bench, answers)
+    return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})
 
 
 def load_function(path: str) -> RewardFunction:
