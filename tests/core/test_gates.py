@@ -129,6 +129,12 @@ def test_scorecard_and_verdict_survive_json():
     assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
 
+def test_every_setting_is_read(recording):
+    config, seen = recording(CONFIG)
+    judge(config, scorecard(champion=0.56))
+    assert set(PromotionConfig.model_fields) <= seen
+
+
 def test_config_refuses_what_makes_no_sense():
     for bad in ({"min_win_rate": 1.1}, {"max_kl": 0}, {"max_length_ratio": -1}, {"max_kI": 3}):
         with pytest.raises(ValidationError):

@@ -1,0 +1,367 @@
+"""Evaluation on the toy world: every number of the scorecard by another way."""
+
+import importlib
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+
+from rlhf_core.data import read_table
+from rlhf_core.encoding import encode_prompt
+from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.models import (
+    FreshModelConfig,
+    ModelConfig,
+    ScalarModel,
+    load_base,
+    load_policy,
+    save_model,
+)
+from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.seeding import generator
+from rlhf_core.stages.evaluation import (
+    Arm,
+    EvaluationConfig,
+    _Answers,
+    _best_of_each,
+    _compare,
+    _first_of_each,
+    distinct_n,
+    evaluate,
+    load_function,
+)
+
+CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)
+
+TRUTH = """
+GOOD, BAD = {"good", "fine", "warm", "nice"}, {"bad", "cold", "dull", "poor"}
+
+
+def praise(prompts, responses):
+    assert all(isinstance(text, str) for text in [*prompts, *responses])
+    return [sum((w in GOOD) - (w in BAD) for w in r.split()) for r in responses]
+
+
+def too_few(prompts, responses):
+    return [0.0]
+
+
+def not_a_number(prompts, responses):
+    return [float("nan")] * len(responses)
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def truth(tmp_path, monkeypatch):
+    """An importable module with the truth of the toy world."""
+    (tmp_path / "toy_truth.py").write_text(TRUTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_truth", raising=False)
+    return "toy_truth:praise"
+
+
+@pytest.fixture(scope="session")
+def toy_policy(toy_sft, tmp_path_factory):
+    """The SFT policy with another head: it says other things."""
+    model, tokenizer = load_policy(toy_sft)
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        weight = model.transformer.ln_f.weight
+        weight.add_(0.3 * torch.randn(weight.shape, generator=draws))
+    directory = tmp_path_factory.mktemp("models") / "policy"
+    save_model(model, tokenizer, directory, kind="policy")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def foreign_policy(toy_corpus, tmp_path_factory):
+    """A policy with a smaller vocabulary, so the same text is longer in its tokens."""
+    fresh = FreshModelConfig(layers=1, width=16, heads=2, context=40, vocab_size=264)
+    directory = tmp_path_factory.mktemp("models") / "foreign"
+    save_model(*load_base(ModelConfig(fresh=fresh), toy_corpus, 5), directory, kind="policy")
+    return directory
+
+
+@pytest.fixture
+def run(toy_sft, toy_policy, toy_reward, prepared, toy_sampling, logger):
+    def run(config=CONFIG, *, sampling=toy_sampling, **settings):
+        given = {"sft": toy_sft, "policy": toy_policy, "reward_model": toy_reward}
+        given |= {"champion": None, "data": prepared, "seed": 0, "device": "cpu"}
+        return evaluate(config, sampling, **given | {"logger": logger} | settings)
+
+    return run
+
+
+def change(**settings):
+    return EvaluationConfig(**dict(CONFIG) | settings)
+
+
+# --- measures by hand ---
+
+
+def test_distinct_n_by_hand():
+    # 5 words of which 3 differ; pairs within a text: (a b) (b a) | (a b), 2 of 3 differ.
+    assert distinct_n(["a b a", "a c"], 1) == 3 / 5
+    assert distinct_n(["a b a", "a b"], 2) == 2 / 3
+    assert distinct_n(["a a a a"], 2) == 1 / 3
+    assert distinct_n(["a", ""], 2) == 0
+    assert distinct_n([], 1) == 0
+
+
+def answers(prompt, *, proxy, true=None):
+    n = len(prompt)
+    return _Answers(
+        texts=[""] * n,
+        prompt=torch.tensor(prompt),
+        tokens=torch.ones(n),
+        proxy=torch.tensor(proxy),
+        true=None if true is None else torch.tensor(true),
+        kl=None,
+        sft_logprob=torch.zeros(n),
+    )
+
+
+@pytest.mark.parametrize("with_truth", [True, False])
+def test_win_rate_by_hand(with_truth):
+    # Answer against answer: 3 > 1, 2 = 2, 0 < 5, 4 > 1: (2 + 1/2) / 4.
+    ours, theirs = [3.0, 2.0, 0.0, 4.0], [1.0, 2.0, 5.0, 1.0]
+    prompt, noise = [0, 0, 1, 1], [0.0] * 4
+    pair = {
+        "policy": answers(prompt, proxy=noise if with_truth else ours, true=ours),
+        "sft": answers(prompt, proxy=[-x for x in ours] if with_truth else theirs, true=theirs),
+    }
+    if not with_truth:
+        pair = {name: answers(prompt, proxy=a.proxy.tolist()) for name, a in pair.items()}
+    found = _compare(("policy", "sft"), pair, torch.Generator().manual_seed(0))
+    assert (found.wins, found.ties, found.losses) == (2, 1, 1)
+    assert found.win_rate.value == 2.5 / 4
+    # The prompts are drawn whole: their rates are 3/4 and 1/2, so no draw lies outside.
+    assert (found.win_rate.low, found.win_rate.high) == (0.5, 0.75)
+    assert found.judge == ("true_reward" if with_truth else "reward_model")
+
+
+def test_comparison_takes_as_many_answers_as_both_have():
+    pair = {
+        "policy": answers([0, 0, 0, 1, 1, 1], proxy=[1.0, 9.0, 9.0, 1.0, 9.0, 9.0]),
+        "best_of_n": answers([0, 1], proxy=[2.0, 0.0]),
+    }
+    found = _compare(("policy", "best_of_n"), pair, torch.Generator().manual_seed(0))
+    assert (found.wins, found.ties, found.losses) == (1, 0, 1)
+
+
+def test_first_and_best_of_each_prompt():
+    prompt = torch.tensor([0, 0, 0, 1, 1, 1])
+    score = torch.tensor([1.0, 5.0, 9.0, 4.0, 4.0, 7.0])
+    assert _first_of_each(prompt, 2).tolist() == [0, 1, 3, 4]
+    assert _best_of_each(prompt, score, 2).tolist() == [1, 3]
+    assert _best_of_each(prompt, score, 3).tolist() == [2, 5]
+
+
+# --- the whole stage ---
+
+
+def test_every_number_of_an_arm_by_another_way(
+    run, truth, toy_sft, toy_policy, toy_reward, prepared
+):
+    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=5, temperature=0.8, batch_size=7)
+    report = run(change(true_reward=truth), sampling=sampling)
+    arm = report.scorecard.arm("policy")
+
+    policy, tokenizer = load_policy(toy_policy)
+    sft, scalar = load_policy(toy_sft)[0], ScalarModel.load(toy_reward)
+    prompts = read_table(prepared, "prompts", "eval")["prompt"].iloc[:8]
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(3)]
+    drawn = respond(policy, rows, sampling, generator=generator(0, "evaluation/policy"))
+    said = [t[m].tolist() for _, r in drawn for t, m in zip(r.tokens, r.mask, strict=True)]
+    assert {row[-1] == tokenizer.eos_token_id for row in said} == {True, False}
+
+    @torch.no_grad()
+    def logprob(model, prompt, tokens, temperature):
+        logits = model(torch.tensor([prompt + tokens])).logits[0] / temperature
+        at = logits.log_softmax(-1)
+        return sum(at[len(prompt) + t - 1, token].item() for t, token in enumerate(tokens))
+
+    pairs = list(zip(rows, said, strict=True))
+    kl = [logprob(policy, *pair, 0.8) - logprob(sft, *pair, 0.8) for pair in pairs]
+    nats = -sum(logprob(sft, *pair, 1.0) for pair in pairs)
+    whole = [torch.tensor([prompt + tokens]) for prompt, tokens in pairs]
+    with torch.no_grad():
+        scores = [
+            scalar.scores(ids, torch.ones_like(ids, dtype=torch.bool)).item() for ids in whole
+        ]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    rewards = importlib.import_module("toy_truth").praise(list(prompts), texts)
+    count = sum(map(len, said))
+    close = {"rel": 1e-4, "abs": 1e-4}
+    assert arm.kl.value == pytest.approx(sum(kl) / 24, **close)
+    assert arm.proxy_reward.value == pytest.approx(sum(scores) / 24, **close)
+    assert arm.true_reward.value == pytest.approx(sum(rewards) / 24)
+    assert arm.perplexity == pytest.approx(math.exp(nats / count), **close)
+    assert arm.length == pytest.approx(count / 24)
+    # Of one answer to each prompt, so that arms with fewer answers compare.
+    assert arm.distinct_1 == distinct_n(texts[::3], 1)
+    assert arm.distinct_2 == distinct_n(texts[::3], 2)
+    for interval in (arm.kl, arm.proxy_reward, arm.true_reward):
+        assert interval.low < interval.value < interval.high
+    shown = report.tables["evaluation_samples"]
+    first = shown[shown["arm"] == "policy"].iloc[1]
+    assert first["response"] == texts[3]  # the first of three answers to the second prompt
+    assert first["prompt"] == prompts.iloc[1]
+    assert first["reward_model"] == pytest.approx(scores[3], abs=1e-3)
+    assert first["true_reward"] == rewards[3]
+
+
+def test_arms_comparisons_tables_and_figures(run, truth):
+    report = run(change(true_reward=truth))
+    names = [arm.name for arm in report.scorecard.arms]
+    assert names == ["sft", "policy", "best_of_n"]
+    pairs = [(c.candidate, c.opponent, c.judge) for c in report.scorecard.comparisons]
+    assert pairs == [
+        ("policy", "sft", "true_reward"),
+        ("best_of_n", "sft", "true_reward"),
+        ("policy", "best_of_n", "true_reward"),
+    ]
+    played = [c.wins + c.ties + c.losses for c in report.scorecard.comparisons]
+    assert played == [8 * 3, 8, 8]
+    assert len(report.tables["evaluation_samples"]) == 4 * 3
+    assert set(report.figures) == {"evaluation_arms", "evaluation_proxy_against_truth"}
+    summary = report.summary()
+    assert all(isinstance(value, float) for value in summary.values())
+    arm = report.scorecard.arm("policy")
+    assert summary["policy/kl_low"] == arm.kl.low
+    assert summary["policy/distinct_2"] == arm.distinct_2
+    assert summary["win_rate/policy_over_sft"] == report.scorecard.comparisons[0].win_rate.value
+
+
+def test_without_a_truth_the_reward_model_judges(run):
+    report = run()
+    assert all(arm.true_reward is None for arm in report.scorecard.arms)
+    assert {c.judge for c in report.scorecard.comparisons} == {"reward_model"}
+    assert set(report.figures) == {"evaluation_arms"}
+    assert not any("true_reward" in name for name in report.summary())
+
+
+def test_best_of_n_is_at_least_as_good_as_sft_and_costs_what_the_formula_says(run):
+    # Of one pool: the best of 5 is at least the first of them, answer by answer.
+    report = run(change(samples_per_prompt=1))
+    sft, best = report.scorecard.arm("sft"), report.scorecard.arm("best_of_n")
+    assert best.proxy_reward.value > sft.proxy_reward.value
+    assert report.scorecard.comparison("best_of_n", "sft").losses == 0
+    assert best.kl == pytest.approx([math.log(5) - 4 / 5] * 3)
+
+
+def test_best_of_one_is_sft(run):
+    report = run(change(samples_per_prompt=1, best_of=1))
+    sft, best = report.scorecard.arm("sft"), report.scorecard.arm("best_of_n")
+    assert best.model_dump(exclude={"name", "proxy_reward"}) == sft.model_dump(
+        exclude={"name", "proxy_reward"}
+    )
+    assert best.proxy_reward.value == sft.proxy_reward.value
+
+
+def test_best_of_may_be_smaller_than_the_samples(run):
+    report = run(change(samples_per_prompt=4, best_of=2))
+    assert [c.wins + c.ties + c.losses for c in report.scorecard.comparisons] == [32, 8, 8]
+
+
+def test_policy_with_the_weights_of_sft_is_no_better_at_no_kl(run, toy_sft):
+    report = run(policy=toy_sft, champion=toy_sft)
+    for name in ("sft", "policy", "champion"):
+        assert report.scorecard.arm(name).kl == (0.0, 0.0, 0.0)
+    rate = report.scorecard.comparison("policy", "sft").win_rate
+    assert rate.low < 0.5 < rate.high
+    # Each arm has draws of its own, so the same weights do not say the same.
+    assert report.scorecard.comparison("policy", "champion").ties < 24
+
+
+def test_champion_with_another_tokenizer_is_measured_by_its_texts(run, truth, foreign_policy):
+    report = run(change(true_reward=truth), champion=foreign_policy)
+    champion = report.scorecard.arm("champion")
+    assert champion.kl is None
+    assert not any(name.startswith("champion/kl") for name in report.summary())
+    measured = (champion.proxy_reward.value, champion.perplexity, champion.length)
+    assert all(math.isfinite(value) for value in measured)
+    played = report.scorecard.comparison("policy", "champion")
+    assert played.wins + played.ties + played.losses == 24
+    assert Arm.model_validate_json(champion.model_dump_json()) == champion
+
+
+def test_texts_of_another_tokenizer_are_cut_to_what_sft_can_read(run, toy_corpus, tmp_path):
+    # 60 tokens of the champion's may be more than the 40 that SFT and reward model can read.
+    fresh = FreshModelConfig(layers=1, width=16, heads=2, context=80, vocab_size=262)
+    other = load_base(ModelConfig(fresh=fresh), toy_corpus, 5)
+    save_model(*other, tmp_path / "long", kind="policy")
+    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=32)
+    report = run(sampling=sampling, champion=tmp_path / "long")
+    assert report.scorecard.arm("champion").length <= 40
+
+
+def test_same_seed_same_scorecard(run):
+    assert run(seed=1).scorecard == run(seed=1).scorecard != run(seed=2).scorecard
+
+
+def test_settings_bound_the_work(run):
+    report = run(change(prompts=3, sample_rows=2))
+    assert report.scorecard.comparison("policy", "best_of_n").wins <= 3
+    assert len(report.tables["evaluation_samples"]) == 2 * 3
+
+
+def test_every_setting_is_read(run, recording, truth, toy_sampling):
+    config, seen = recording(change(true_reward=truth))
+    sampling, seen_of_sampling = recording(toy_sampling)
+    run(config, sampling=sampling)
+    assert set(EvaluationConfig.model_fields) <= seen
+    assert set(SamplingConfig.model_fields) <= seen_of_sampling
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("no_such_module:f", "not a function that can be imported"),
+        ("toy_truth:missing", "not a function that can be imported"),
+        ("toy_truth", "not a function that can be imported"),
+        (":f", "not a function that can be imported"),
+        ("toy_truth:number", "is no function but a int"),
+    ],
+)
+def test_truth_that_cannot_be_imported(truth, path, said):
+    with pytest.raises(ConfigError, match=rf"evaluation\.true_reward '{path}' .*{said}|{said}"):
+        load_function(path)
+
+
+@pytest.mark.parametrize("name", ["too_few", "not_a_number"])
+def test_truth_that_does_not_answer(run, truth, name):
+    with pytest.raises(ConfigError, match="one finite number for each of the 40 responses"):
+        run(change(true_reward=f"toy_truth:{name}"))
+
+
+def test_no_held_out_prompts(run, prepared, tmp_path):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    (data / "prompts.eval.jsonl").write_text("")
+    with pytest.raises(DataError, match="no held-out prompts"):
+        run(data=data)
+
+
+def test_reward_model_with_another_tokenizer(run, foreign_policy, tmp_path):
+    scalar = ScalarModel.from_policy(foreign_policy, torch.Generator())
+    scalar.save(load_policy(foreign_policy)[1], tmp_path / "other", kind="reward")
+    with pytest.raises(ConfigError, match="the reward model has another tokenizer"):
+        run(reward_model=tmp_path / "other")
+
+
+def test_policy_in_place_of_the_reward_model(run, toy_sft):
+    with pytest.raises(ModelError, match="kind 'policy'"):
+        run(reward_model=toy_sft)
+
+
+def test_texts_longer_than_the_model(run):
+    with pytest.raises(ConfigError, match=r"sampling\.max_prompt_length \+ max_new_tokens asks"):
+        run(sampling=SamplingConfig(max_prompt_length=30, max_new_tokens=11))

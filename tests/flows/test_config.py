@@ -1,0 +1,139 @@
+"""The config of a pipeline: what must fit between its sections, in YAML and in a form."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from flows.config import PipelineConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_defaults_fit_together_with_a_hub_model():
+    config = PipelineConfig(model={"source": "gpt2"})
+    assert config.project == "demo"
+    assert config.sft.reuse == config.reward_model.reuse == ""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_configs_are_valid(path):
+    config = PipelineConfig.model_validate(yaml.safe_load(path.read_text()))
+    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_configs_are_found():
+    assert "demo" in [path.stem for path in CONFIGS]
+
+
+FRESH = {"model": {"fresh": {"context": 64}}}
+SHORT = {
+    "sft": {"max_length": 64},
+    "reward_model": {"max_length": 64},
+    "sampling": {"max_prompt_length": 32, "max_new_tokens": 32},
+}
+
+
+def test_texts_may_fill_the_context_of_a_fresh_model():
+    PipelineConfig.model_validate(FRESH | SHORT)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"sft": {"max_length": 65}}, r"sft\.max_length is 65, .*context is 64"),
+        ({"reward_model": {"max_length": 65}}, r"reward_model\.max_length is 65, .* 64"),
+        (
+            {"sampling": {"max_prompt_length": 33, "max_new_tokens": 32}},
+            r"sampling\.max_prompt_length \+ max_new_tokens is 65, .* 64",
+        ),
+    ],
+)
+def test_texts_longer_than_a_fresh_model(section, said):
+    with pytest.raises(ValidationError, match=said):
+        PipelineConfig.model_validate(FRESH | SHORT | section)
+    # With a model that is there already, the stage asks the model.
+    for other in ({"model": {"source": "gpt2"}}, {"sft": {"reuse": "models:/demo-sft/1"}}):
+        merged = FRESH | SHORT | section
+        for name, values in other.items():
+            merged[name] = merged.get(name, {}) | values
+        PipelineConfig.model_validate(merged)
+
+
+def test_minibatch_larger_than_the_roll_out():
+    settings = {"model": {"source": "gpt2"}, "ppo": {"batch_size": 64, "rollout_size": 32}}
+    with pytest.raises(ValidationError, match=r"ppo\.batch_size 64 is larger than .* 32") as error:
+        PipelineConfig.model_validate(settings)
+    assert [problem["loc"] for problem in error.value.errors()] == [("ppo",)]
+
+
+@pytest.mark.parametrize("project", ["demo", "a", "7", "my-team-2"])
+def test_project_names(project):
+    assert PipelineConfig(project=project, model={"source": "gpt2"}).project == project
+
+
+@pytest.mark.parametrize("project", ["", "Demo", "-demo", "demo-", "my_team", "a b", "a/b", "a\n"])
+def test_names_that_a_registry_could_not_use(project):
+    with pytest.raises(ValidationError, match="project"):
+        PipelineConfig(project=project, model={"source": "gpt2"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sede": 1},
+        {"ppo": {"kl_coeff": 0.1}},
+        {"model": {"fresh": {"depth": 2}}},
+        {"sft": {"re_use": ""}},
+    ],
+)
+def test_misspelt_settings_are_refused_at_every_level(settings):
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        PipelineConfig.model_validate({"model": {"source": "gpt2"}} | settings)
+
+
+def test_a_config_never_changes():
+    config = PipelineConfig(model={"source": "gpt2"})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.ppo.kl_coef = 1.0
+
+
+def test_length_limits_are_those_of_the_stages():
+    limits = PipelineConfig.model_validate(
+        {
+            "model": {"source": "gpt2"},
+            "sft": {"max_length": 11},
+            "reward_model": {"max_length": 12},
+            "sampling": {"max_prompt_length": 13, "max_new_tokens": 14},
+        }
+    ).length_limits
+    assert (limits.sft, limits.reward, limits.prompt, limits.response) == (11, 12, 13, 14)
+
+
+def fields(schema):
+    """Every field of every section: its name and its part of the schema."""
+    for section in [schema, *schema["$defs"].values()]:
+        for name, field in section.get("properties", {}).items():
+            yield f"{section['title']}.{name}", field
+
+
+def test_every_field_says_what_it_is_and_a_form_can_ask_for_it():
+    # Prefect's form cannot submit a union, and shows a field by its description.
+    found = dict(fields(PipelineConfig.model_json_schema()))
+    assert len(found) > 80
+    for name, field in found.items():
+        assert field.get("description"), name
+        assert not {"anyOf", "oneOf", "allOf"} & set(field), name
+        assert "default" in field or "$ref" in field, name
+
+
+def test_numbers_have_bounds():
+    unbounded = [
+        name
+        for name, field in fields(PipelineConfig.model_json_schema())
+        if field.get("type") in ("integer", "number")
+        and not {"minimum", "exclusiveMinimum"} & set(field)
+    ]
+    # A stand-in for a score may have either sign.
+    assert unbounded == ["PPOConfig.missing_eos_value"]
