@@ -21,6 +21,8 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages make the browser ask amplitude.com
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "TOKENIZERS_PARALLELISM": "false",
@@ -36,8 +38,8 @@ QUIET: Mapping[str, str] = MappingProxyType(
 class Settings(BaseSettings):
     """Where this installation keeps things. Each field is read from the variable in its alias.
 
-    `read_settings()` reads the environment; `Settings.model_validate({"RLHF_HOME": path})` takes
-    what it is given and nothing else.
+    What is given by hand, as in `Settings.model_validate({"RLHF_HOME": path})`, comes before the
+    environment.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)

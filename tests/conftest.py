@@ -3,13 +3,15 @@
 import os
 import shutil
 
-# Read by the libraries at import, so before anything else: no telemetry, no device but the CPU.
+import pytest
+
 from tasks.settings import QUIET, Settings
 
-os.environ.update(QUIET)
-os.environ["RLHF_DEVICE"] = "cpu"
-
-import pytest
+# Read by the libraries at import, so before anything else: no telemetry, no device but the CPU, and
+# none of the servers that whoever runs the tests may use otherwise.
+for _field in Settings.model_fields.values():
+    os.environ.pop(str(_field.validation_alias), None)
+os.environ.update(QUIET, RLHF_DEVICE="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -53,9 +53,15 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
 
 
 def test_a_variable_of_a_similar_name_is_not_read(monkeypatch, tmp_path):
-    for name in ("HOME", "home", "TRACKING_URI", "rlhf_home", "DEVICE_NAME"):
+    expected = read_settings()
+    for name in ("HOME", "home", "TRACKING_URI", "rlhf_home", "RLHF_TRACKING_URI", "DEVICE_NAME"):
         monkeypatch.setenv(name, str(tmp_path / "wrong"))
-    assert read_settings() == Settings.model_validate({})
+    assert read_settings() == expected
+
+
+def test_what_is_given_by_hand_comes_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "environment"))
+    assert Settings.model_validate({"RLHF_HOME": tmp_path / "hand"}).home == tmp_path / "hand"
 
 
 def test_a_bad_device_names_its_variable(monkeypatch):
