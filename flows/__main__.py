@@ -192,7 +192,11 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same texts.")] = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask as a user's message, by the chat template.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Ask as a user's message; a policy trained on messages is asked so anyway.",
+        ),
     ] = False,
 ) -> None:
     """Let a policy continue prompts, and print its texts, one after the other."""
@@ -202,12 +206,13 @@ def generate(
 
     answers = ask(
         model,
-        [[{"role": "user", "content": text}] for text in texts] if chat else texts,
+        texts,
         settings=settings,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         samples=samples,
         seed=seed,
+        chat=chat,
     )
     for answer in (text for group in answers for text in group):
         typer.echo(answer)

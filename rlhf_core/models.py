@@ -132,7 +132,10 @@ def save_model(
     kind: Kind,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model directory; `facts` go into `rlhf.json` beside the kind."""
+    """Write a model directory; `facts` go into `rlhf.json` beside the kind.
+
+    A policy says `chat`: whether it was trained to answer messages or to continue texts.
+    """
     with _quiet():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -27,10 +27,12 @@ def generate(
     temperature: float,
     samples: int = 1,
     seed: int = 0,
+    chat: bool = False,
 ) -> list[list[str]]:
     """`samples` responses to each prompt, in the order of the prompts.
 
-    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id;
+    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id. A policy
+    that was trained on messages is asked a text as a user's message, and so is any with `chat`;
     temperature 0 takes the likeliest token each time. The same call gives the same texts.
 
     Raises:
@@ -38,7 +40,9 @@ def generate(
         UserError: a prompt without any token.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        policy, tokenizer = _load(model, Path(scratch) / "model", settings)
+        policy, tokenizer, trained_on_chat = _load(model, Path(scratch) / "model", settings)
+    if chat or trained_on_chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
     if 0 in lengths:
         raise UserError(
@@ -66,16 +70,18 @@ def generate(
 
 def _load(
     model: str, scratch: Path, settings: Settings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Policy, tokenizer, and whether it was trained on messages."""
     if model.startswith("models:/"):
         store = MlflowModelStore(connect(settings))
         source = str(store.fetch(store.resolve(model), scratch))
     else:
         source = model
-    if (Path(source) / CARD).is_file() and (kind := read_card(Path(source))["kind"]) != "policy":
-        raise ModelError(f"{model} is a {kind} model and writes no text; name a policy")
+    card = read_card(Path(source)) if (Path(source) / CARD).is_file() else {"kind": "policy"}
+    if card["kind"] != "policy":
+        raise ModelError(f"{model} is a {card['kind']} model and writes no text; name a policy")
     policy, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
-    return policy.to(settings.device), tokenizer
+    return policy.to(settings.device), tokenizer, bool(card.get("chat"))
 
 
 def _respond(

@@ -49,6 +49,7 @@ from rlhf_core.metrics import StageLogger
 from rlhf_core.models import (
     ScalarModel,
     load_policy,
+    read_card,
     require_context,
     require_same_tokenizer,
     response_logits,
@@ -238,7 +239,8 @@ def train_ppo(
         if last:
             break
 
-    save_model(policy, tokenizer, policy_output, kind="policy", facts={"iterations": iteration})
+    facts = {"iterations": iteration, "chat": read_card(sft).get("chat", False)}
+    save_model(policy, tokenizer, policy_output, kind="policy", facts=facts)
     models.critic.save(tokenizer, critic_output, kind="critic")
     return PPOReport(
         score=stats["objective/score"],

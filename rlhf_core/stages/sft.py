@@ -75,6 +75,8 @@ def train_sft(
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
 
+    chat = any(not isinstance(prompt, str) for prompt in train_table["prompt"])
+
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     optimizer = Optimizer(policy, config, steps)
     order = generator(seed, "sft/order")
@@ -93,7 +95,9 @@ def train_sft(
         if step in measure_at:
             measured = _mean_nll(policy, held_out, config, tokenizer.pad_token_id)
             if all(measured < earlier for _, earlier in held_out_losses):
-                save_model(policy, tokenizer, output, kind="policy", facts={"step": step})
+                save_model(
+                    policy, tokenizer, output, kind="policy", facts={"step": step, "chat": chat}
+                )
             held_out_losses.append((step, measured))
             logger.metrics(
                 {"held_out/loss": measured, "held_out/perplexity": math.exp(measured)}, step

@@ -5,6 +5,8 @@ on torch and transformers alone. How a prompt becomes tokens is `rlhf_core.encod
 said again; a test holds the two together.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -22,6 +24,8 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def load_context(self, context: PythonModelContext) -> None:
         """Load weights and tokenizer; the device is the accelerator if there is one."""
         directory = context.artifacts["model"]
+        card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
+        self.chat = card.get("chat", False)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +79,15 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
         return texts
 
     def encode(self, prompt: str) -> list[int]:
-        """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one."""
+        """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one.
+
+        A policy that was trained on messages is asked as a user would ask it.
+        """
+        if self.chat:
+            message = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         bos = self.tokenizer.bos_token_id
         uses_bos = bos is not None and self.tokenizer("").input_ids[:1] == [bos]

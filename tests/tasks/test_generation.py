@@ -1,5 +1,8 @@
 """Texts on demand: from a registered version, a folder, or not at all with a reason."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -88,3 +91,12 @@ def test_what_the_model_cannot_read_is_refused_before_sampling(policy_dir, setti
 def test_messages_go_through_the_chat_template(policy_dir, settings):
     chat = ask(policy_dir, [[{"role": "user", "content": "a fine"}]], settings=settings)
     assert chat == ask(policy_dir, ["\n\nHuman: a fine\n\nAssistant:"], settings=settings)
+
+
+def test_a_policy_trained_on_messages_is_asked_so(policy_dir, settings, tmp_path):
+    trained = shutil.copytree(policy_dir, tmp_path / "chat")
+    card = json.loads((trained / "rlhf.json").read_text())
+    (trained / "rlhf.json").write_text(json.dumps({**card, "chat": True}))
+    expected = ask(policy_dir, ["a fine"], settings=settings, chat=True)
+    assert ask(trained, ["a fine"], settings=settings) == expected
+    assert ask(policy_dir, ["a fine"], settings=settings) != expected

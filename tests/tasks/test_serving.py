@@ -113,6 +113,10 @@ def test_the_served_files_encode_as_training_does(policy_dir):
             tokenizer = with_bos_token(tokenizer)
         policy, reward = ServedPolicy(), ServedReward()
         policy.tokenizer = reward.tokenizer = tokenizer
+        policy.chat = True
+        message = [{"role": "user", "content": "a fine"}]
+        assert policy.encode("a fine") == encode_prompt(message, tokenizer)
+        policy.chat = False
         for room in (3, 6, 20, 400):
             reward.room = room
             for prompt, response in zip(PROMPTS, RESPONSES, strict=True):

@@ -295,6 +295,7 @@ def test_policy_and_critic_are_written_and_the_reference_is_left_alone(
         "kind": "policy",
         "dtype": "float32",
         "iterations": 2,
+        "chat": False,
     }
     card, reward_card = read_card(tmp_path / "critic"), read_card(toy_reward)
     assert card == reward_card | {"kind": "critic"}

@@ -67,7 +67,12 @@ def test_held_out_loss_falls_and_the_report_says_what_was_kept(train, prepared, 
     assert report.held_out_loss == pytest.approx(recomputed, rel=1e-5)
     assert report.held_out_perplexity == pytest.approx(math.exp(recomputed), rel=1e-5)
     assert (report.steps, report.train_examples, report.truncated) == (8, 96, 0)
-    assert read_card(tmp_path / "out") == {"kind": "policy", "dtype": "float32", "step": 8}
+    assert read_card(tmp_path / "out") == {
+        "kind": "policy",
+        "dtype": "float32",
+        "step": 8,
+        "chat": False,
+    }
     assert report.summary() == {
         name: getattr(report, name)
         for name in (
