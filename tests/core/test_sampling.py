@@ -135,7 +135,7 @@ def test_logits_of_sampling_are_those_of_the_forward_pass_of_the_update(chatty):
     sampled = step.gather(-1, found.tokens.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         full = response_logprobs(chatty, batch, found, temperature=1.0)
-    assert_close(full, sampled.masked_fill(~found.mask, 0), rtol=1e-5, atol=2e-5)
+    assert_close(full, sampled.masked_fill(~found.mask, 0), rtol=1e-5, atol=1e-4)
 
 
 def test_padding_of_the_prompt_changes_nothing(sharp):
@@ -155,8 +155,8 @@ def test_padding_of_the_prompt_changes_nothing(sharp):
                 (alone, torch.tensor([1])),
             )
         ]
-    assert_close(logprobs[0], logprobs[1], rtol=1e-5, atol=1e-5)
-    assert_close(logprobs[0][1:2], logprobs[2], rtol=1e-5, atol=1e-5)
+    assert_close(logprobs[0], logprobs[1], rtol=1e-5, atol=1e-4)
+    assert_close(logprobs[0][1:2], logprobs[2], rtol=1e-5, atol=1e-4)
     greedy = [draw(sharp, rows, temperature=0.0)[1].tokens for rows in (PROMPTS, [PROMPTS[1]])]
     assert torch.equal(greedy[0][1], greedy[1][0])
 
