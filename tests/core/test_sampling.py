@@ -157,8 +157,11 @@ def test_padding_of_the_prompt_changes_nothing(sharp):
         ]
     assert_close(logprobs[0], logprobs[1], rtol=1e-5, atol=1e-4)
     assert_close(logprobs[0][1:2], logprobs[2], rtol=1e-5, atol=1e-4)
-    greedy = [draw(sharp, rows, temperature=0.0)[1].tokens for rows in (PROMPTS, [PROMPTS[1]])]
-    assert torch.equal(greedy[0][1], greedy[1][0])
+    greedy = [draw(sharp, rows, temperature=0.0)[1] for rows in (PROMPTS, [PROMPTS[1]])]
+    together, by_itself = (
+        found.tokens[i][found.mask[i]] for found, i in zip(greedy, (1, 0), strict=True)
+    )
+    assert torch.equal(together, by_itself)
 
 
 def test_same_generator_gives_the_same_samples(sharp):
@@ -199,7 +202,7 @@ def test_temperature_of_the_config_is_used(sharp):
         ((_, found),) = respond(sharp, [PROMPTS[0]] * 500, config, generator=draws)
         return len(set(found.tokens.flatten().tolist()))
 
-    assert first(0.01) == 1
+    assert first(1e-4) == 1
     assert first(0.5) < first(3.0)
 
 

@@ -91,10 +91,11 @@ def test_reward_model_learns_and_reports_what_plain_transformers_finds(train, pr
 
 
 def test_longer_accuracy_by_hand(train, toy_sft, tmp_path, prepared):
-    # Longer, shorter, as long, and a tie that does not count: (1 + 0 + 1/2) / 3.
+    # Longer twice, shorter, as long, and a tie that does not count: (1 + 1 + 0 + 1/2) / 4.
     data = tmp_path / "data"
     shutil.copytree(prepared, data)
-    rows = [(" is good and fine", " is", False), (" is", " is bad", False)]
+    rows = [(" is good and fine", " is", False), (" is good", " is", False)]
+    rows += [(" is", " is bad", False)]
     rows += [(" is good", " is fine", False), (" is good", " is good and fine", True)]
     keys = ("chosen", "rejected", "tie")
     votes = [dict(zip(keys, row, strict=True)) | {"prompt": "the room"} for row in rows]
@@ -102,7 +103,7 @@ def test_longer_accuracy_by_hand(train, toy_sft, tmp_path, prepared):
     write_table(frame, data, "preferences", "eval")
     _, tokenizer = load_policy(toy_sft)
     assert len(tokenizer(" is good").input_ids) == len(tokenizer(" is fine").input_ids)
-    assert train(data=data).longer_accuracy == pytest.approx(0.5)
+    assert train(data=data).longer_accuracy == pytest.approx(2.5 / 4)
 
 
 def test_samples_of_the_sft_policy_have_mean_0_and_standard_deviation_1(
