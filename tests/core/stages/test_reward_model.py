@@ -106,6 +106,19 @@ def test_longer_accuracy_by_hand(train, toy_sft, tmp_path, prepared):
     assert train(data=data).longer_accuracy == pytest.approx(2.5 / 4)
 
 
+def test_interval_draws_whole_prompts(train, prepared, tmp_path):
+    # Twelve votes on one prompt that the model gets right, and the same twelve the wrong way round
+    # on another: a draw of two prompts has accuracy 0, 1/2 or 1. Single votes would stay near 1/2.
+    data = shutil.copytree(prepared, tmp_path / "data")
+    vote = {"chosen": " is good and fine", "rejected": " is bad and dull"}
+    against = {"chosen": vote["rejected"], "rejected": vote["chosen"]}
+    rows = [{"prompt": "the room"} | vote, {"prompt": "the film"} | against] * 12
+    frame = pd.DataFrame(rows).assign(id="x", tie=False, margin=0.0, annotator="")
+    write_table(frame, data, "preferences", "eval")
+    report = train(change(epochs=4), data=data)
+    assert (report.accuracy_low, report.accuracy, report.accuracy_high) == (0, 0.5, 1)
+
+
 def test_samples_of_the_sft_policy_have_mean_0_and_standard_deviation_1(
     train, toy_sft, toy_sampling, prepared, tmp_path
 ):
