@@ -9,11 +9,13 @@ DELIVERY_SECONDS = 10.0
 
 
 class WithoutTraceback(logging.Filter):
-    """Takes the traceback from records about a UserError; what a defect left behind stays."""
+    """Takes the traceback from records about a user's mistake; what a defect left behind stays."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record through, changed if need be."""
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
+        from prefect.exceptions import ParameterTypeError
+
+        if record.exc_info and isinstance(record.exc_info[1], (UserError, ParameterTypeError)):
             record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
         return True
 
@@ -39,6 +41,7 @@ def quiet_terminal() -> None:
     import prefect.main  # noqa: F401  (it sets up the handlers that are changed here)
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry is a warning there
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
         handler.addFilter(WithoutRuns())

@@ -17,6 +17,9 @@ from tasks.reward_model import train_reward_model
 from tasks.sft import train_sft
 from tasks.stage import open_run
 
+# At import, as Prefect refuses bad parameters before the flow's first line.
+shorten_user_errors()
+
 
 class PipelineResult(BaseModel):
     """What a pipeline made, by explicit version, and what it found out."""
@@ -37,7 +40,6 @@ class PipelineResult(BaseModel):
 @flow(name="rlhf", flow_run_name="{config.project}-seed-{config.seed}")
 def rlhf(config: PipelineConfig) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better."""
-    shorten_user_errors()
     with open_run(config.project, config, config.seed) as run:
         data = prepare_data(config.data, config.model, config.length_limits, run)
 

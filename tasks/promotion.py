@@ -1,5 +1,7 @@
 """The champion: which version it is, and whether a new policy takes its place."""
 
+import logging
+
 import pandas as pd
 from mlflow.entities import RunTag
 from prefect import task
@@ -14,6 +16,7 @@ from tasks.stage import open_stage
 from tasks.tracking import connect
 
 CHAMPION = "champion"
+log = logging.getLogger(__name__)
 
 
 @task(name="find-model", task_run_name="find {uri}")
@@ -59,6 +62,8 @@ def promote(
         tags = {"promoted": str(verdict.promote).lower(), "reasons": "\n".join(verdict.reasons)}
         for run_id in (stage.run_id, run.run_id):
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        for reason in verdict.reasons:
+            log.info(reason)
         if verdict.promote:
             store.set_alias(candidate, CHAMPION)
         return verdict

@@ -31,6 +31,9 @@ def write_report(
     client = connect(settings)
     text = render(scorecard, verdict, models, run, settings)
     client.log_text(run.run_id, text, "report.md")
+    client.set_tag(run.run_id, "mlflow.note.content", text)  # shown as the run's description
+    for kind, ref in models.items():
+        client.set_tag(run.run_id, f"output.{kind}", ref.uri)
     now = int(time.time() * 1000)
     numbers = EvaluationReport(scorecard=scorecard).summary()
     client.log_batch(run.run_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])

@@ -112,6 +112,7 @@ class Stage:
             for kind, upload in uploads.items()
         }
         self._tag({f"output.{kind}": ref.uri for kind, ref in refs.items()})
+        log.info("registered %s", ", ".join(ref.uri for ref in refs.values()))
         return refs
 
     def publish_data(self, directory: Path) -> DatasetRef:
@@ -146,8 +147,11 @@ class Stage:
         images: Mapping[str, bytes],
     ) -> None:
         title = f"{self.run.project} {self.name}"
-        rows = pd.DataFrame({"metric": list(summary), "value": list(summary.values())})
+        numbers = [round(value, 4) for value in summary.values()]
+        rows = pd.DataFrame({"metric": list(summary), "value": numbers})
         for name, table in {"summary": rows, **tables}.items():
+            if table.empty:
+                continue
             key = artifact_key(self.run.project, self.name, name)
             prefect_run.show_table(key, table, f"{title}: {name}")
         if images:
@@ -278,7 +282,11 @@ def _child_run(
 ) -> str:
     sources = {f"input.{role}": ref.uri for role, ref in inputs.items()}
     tags = {"mlflow.parentRunId": run.run_id, "stage": name, **origin, **sources}
-    return str(client.create_run(run.experiment_id, tags=tags, run_name=name).info.run_id)
+    return str(
+        client.create_run(
+            run.experiment_id, tags=tags, run_name=f"{name}-seed-{run.seed}"
+        ).info.run_id
+    )
 
 
 def _parents(inputs: Mapping[str, Ref]) -> dict[str, str]:

@@ -335,8 +335,7 @@ def _best_of_each(prompt: Tensor, score: Tensor, n: int) -> Tensor:
 def _report(
     config: EvaluationConfig, bench: _Bench, answers: dict[ArmName, _Answers]
 ) -> EvaluationReport:
-    draws = generator(bench.seed, "evaluation/bootstrap")
-    arms = tuple(_arm(name, found, config, draws) for name, found in answers.items())
+    arms = tuple(_arm(name, found, config, bench.seed) for name, found in answers.items())
     pairs: list[tuple[ArmName, ArmName]] = [
         ("policy", "sft"),
         ("best_of_n", "sft"),
@@ -344,7 +343,9 @@ def _report(
         ("policy", "champion"),
     ]
     comparisons = tuple(
-        _compare(pair, answers, draws) for pair in pairs if all(name in answers for name in pair)
+        _compare(pair, answers, bench.seed)
+        for pair in pairs
+        if all(name in answers for name in pair)
     )
     bars: dict[str, list[Interval | None]] = {
         "true reward": [arm.true_reward for arm in arms],
@@ -369,7 +370,10 @@ def _report(
     )
 
 
-def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, draws: torch.Generator) -> Arm:
+def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, seed: int) -> Arm:
+    # A stream of its own: whether a champion takes part must not move another arm's bounds.
+    draws = generator(seed, f"evaluation/bootstrap/{name}")
+
     def spread(values: Tensor) -> Interval:
         return clustered_bootstrap(values, answers.prompt, generator=draws)
 
@@ -391,7 +395,7 @@ def _arm(name: ArmName, answers: _Answers, config: EvaluationConfig, draws: torc
 
 
 def _compare(
-    pair: tuple[ArmName, ArmName], answers: dict[ArmName, _Answers], draws: torch.Generator
+    pair: tuple[ArmName, ArmName], answers: dict[ArmName, _Answers], seed: int
 ) -> Comparison:
     """Answer against answer: the i-th of the one to a prompt with the i-th of the other."""
     ours, theirs = (answers[name] for name in pair)
@@ -402,6 +406,7 @@ def _compare(
     else:
         gap = ours.proxy - theirs.proxy
     outcome = gap.sign()
+    draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
     return Comparison(
         candidate=pair[0],
         opponent=pair[1],

@@ -105,7 +105,7 @@ def test_a_stage_is_a_child_run_with_its_settings(client, run, stage):
         assert list(work.iterdir()) == []
     child = client.get_run(opened.run_id)
     assert child.info.status == "FINISHED"
-    assert child.info.run_name == "sft"
+    assert child.info.run_name == "sft-seed-7"
     assert child.info.experiment_id == run.experiment_id
     assert child.data.params == {
         "sft.learning_rate": "0.001",
