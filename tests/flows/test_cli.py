@@ -338,7 +338,10 @@ def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(f
     newest = "select state_name from flow_run order by created desc limit 1"
     assert rows(home, "prefect/prefect.db", newest) == [("Crashed",)]
     killed = "select name from runs where status = 'KILLED'"
-    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {"sft-seed-0", "tiny-seed-0"}
+    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {
+        "sft-seed-0",
+        "tiny-seed-0",
+    }
     mark = f"RLHF_HOME={home}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
