@@ -4,7 +4,8 @@
     ├── ConfigError      a setting that contradicts another or the data
     ├── DataError        a file, row or field
     ├── ModelError       a model or tokenizer that cannot be found or used
-    └── NumericsError    a loss, gradient or reward that is no longer finite
+    ├── NumericsError    a loss, gradient or reward that is no longer finite
+    └── CheckpointError  a saved state that is damaged or belongs to another run
 
 The command prints their message alone; anything else is a defect and keeps its traceback.
 """
@@ -28,3 +29,7 @@ class ModelError(UserError):
 
 class NumericsError(UserError):
     """A tensor that must be finite and is not."""
+
+
+class CheckpointError(UserError):
+    """A saved state of a training run that is damaged or belongs to another run."""

@@ -1,8 +1,14 @@
 """Random numbers: one seed for a run, an independent stream for each purpose."""
 
 import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+
+from rlhf_core.errors import CheckpointError
 
 
 def stream_seed(seed: int, purpose: str) -> int:
@@ -17,3 +23,35 @@ def stream_seed(seed: int, purpose: str) -> int:
 def generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
     """A generator for one purpose of a run, on the device where it is used."""
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose))
+
+
+def rng_state() -> dict[str, Any]:
+    """Where the global generators of python, numpy, torch and CUDA are, as plain types and tensors.
+
+    CUDA is left out where it is not in use: asking would start it.
+    """
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return {
+        "python": random.getstate(),
+        "numpy": numpy,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Continue where `rng_state` was taken.
+
+    Raises: CheckpointError when it was taken with more GPUs than there are.
+    """
+    used, found = len(state["cuda"]), torch.cuda.device_count()
+    if used > found:
+        raise CheckpointError(
+            f"the checkpoint was saved with {used} GPUs in use and this process sees {found}; "
+            "continue it where they are"
+        )
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
