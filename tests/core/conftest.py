@@ -10,8 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_core.data import write_table
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import FreshModelConfig, ModelConfig, ScalarModel, load_base, save_model
+from rlhf_core.models import FreshModelConfig, ModelConfig, load_base, save_model
+from rlhf_core.networks import ScalarModel
+from rlhf_core.onpolicy import Given
+from rlhf_core.packing import ATTENTION
 from rlhf_core.sampling import SamplingConfig
+from rlhf_core.scoring import PIPELINE_REWARD
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.sft import SFTConfig, train_sft
 
@@ -92,6 +96,7 @@ def llama(gpt2):
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
         initializer_range=0.2,
+        attn_implementation=ATTENTION,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -174,3 +179,14 @@ def toy_reward(toy_sft, prepared, toy_sampling, tmp_path_factory):
     common = {"data": prepared, "output": output, "seed": 0, "device": "cpu"}
     train_reward_model(config, toy_sampling, sft=toy_sft, logger=MemoryLogger(), **common)
     return output
+
+
+@pytest.fixture
+def toy_given(toy_sft, toy_reward, prepared, logger):
+    """What an on-policy stage starts from in the toy world; any part of it can be another."""
+
+    def give(**parts):
+        given = {"sft": toy_sft, "reward_models": {PIPELINE_REWARD: toy_reward}, "data": prepared}
+        return Given(**given | {"seed": 0, "device": "cpu", "logger": logger} | parts)
+
+    return give
