@@ -46,20 +46,38 @@ def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> Figur
     return figure
 
 
-def ppo_curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Six curves over the iterations that show whether PPO is healthy."""
+def policy_curves(history: Sequence[Mapping[str, float]]) -> Figure:
+    """The curves over the iterations that show whether training a policy is healthy."""
     panels = {
-        "objective/score": "score (reward model)",
+        "objective/score": "score",
         "objective/kl": "KL to the reference (nats a sequence)",
         "objective/kl_coef": "KL coefficient β",
         "response/length": "response length (tokens)",
         "policy/entropy": "entropy (nats a token)",
         "value/explained_variance": "explained variance of the critic",
+        "group/spread": "spread of the scores within a group",
     }
+    shown = {name: title for name, title in panels.items() if name in history[0]}
     figure = Figure(figsize=(11.0, 5.6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, shown.items(), strict=False):
         _dress(axes, title, "iteration", "")
         axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
+    return figure
+
+
+def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
+    """The curves over the steps that show what DPO learns."""
+    panels = {
+        "loss": "loss (nats a pair)",
+        "accuracy": "accuracy of the implicit reward",
+        "margin": "chosen less rejected (implicit reward)",
+        "chosen_reward": "implicit reward of the chosen",
+    }
+    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    steps = [step for step, _ in history]
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        _dress(axes, title, "optimizer step", "")
+        axes.plot(steps, [values[name] for _, values in history], color=BLUE)
     return figure
 
 

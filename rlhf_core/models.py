@@ -5,6 +5,7 @@ loads it without this package, plus `rlhf.json`: kind, normaliser, and what it w
 Weights are read from safetensors or GGUF alone, and code that comes with a model never runs.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +16,9 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     GPT2Config,
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_core.config import Section
 from rlhf_core.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE, same_tokens
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.packing import ATTENTION
 
 Kind = Literal["policy", "reward", "critic"]
 CARD = "rlhf.json"
@@ -75,7 +76,7 @@ def load_base(
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(seed)
             return _fresh_model(config.fresh, tokenizer), tokenizer
-    model = _weights_from_source(AutoModelForCausalLM, config)
+    model = weights_from_source(AutoModelForCausalLM, config)
     _make_room(model, len(tokenizer))
     # Where a model came with pad = EOS, the end of sequence would have no gradient as an input.
     model.get_input_embeddings().padding_idx = None
@@ -118,9 +119,9 @@ def load_policy(
 
     Raises: ModelError when the directory holds no policy.
     """
-    _require_kind(directory, "policy")
+    require_kind(directory, "policy")
     config = ModelConfig(source=str(directory))
-    model = _weights_from_source(AutoModelForCausalLM, config).to(device)
+    model = weights_from_source(AutoModelForCausalLM, config).to(device)
     return model, load_tokenizer(config, ())
 
 
@@ -139,8 +140,23 @@ def save_model(
     with _quiet():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    card = {"kind": kind, "dtype": str(model.dtype).removeprefix("torch."), **(facts or {})}
-    (directory / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    _write_card(directory, {"kind": kind, "dtype": str(model.dtype).removeprefix("torch.")})
+    add_facts(directory, facts or {})
+
+
+def add_facts(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Say more in the card of a model directory."""
+    _write_card(directory, {**read_card(directory), **facts})
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of the weights in a model directory: what an adapter names its base by."""
+    sha = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def read_card(directory: Path) -> dict[str, Any]:
@@ -155,79 +171,6 @@ def read_card(directory: Path) -> dict[str, Any]:
             f"{directory} is no model directory of this pipeline: {CARD} cannot be read ({error}); "
             "give a folder that a stage has written"
         ) from error
-
-
-class ScalarModel(nn.Module):
-    """One number for every position: V(s) for a critic; the last token's for a reward model.
-
-    reward = (head(hidden) - mean) / std, so that samples of the reference policy have mean 0 and
-    standard deviation 1. The constants are kept in the model directory.
-    """
-
-    def __init__(self, model: PreTrainedModel, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__()
-        if not hasattr(model, "score"):
-            raise ModelError(
-                f"{type(model).__name__} has no scalar head named 'score'; use a decoder-only "
-                "model (GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma, ...)"
-            )
-        self.model = model
-        self.mean = mean
-        self.std = std
-
-    def values(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) tokens and mask -> (B, T) values; what stands under the mask is meaningless."""
-        hidden = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            use_cache=False,
-        ).last_hidden_state
-        raw = cast(Tensor, self.model.score(hidden)).squeeze(-1)
-        return (raw - self.mean) / self.std
-
-    def scores(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) tokens and mask -> (B,) the value at the last token that counts."""
-        last = last_position(mask).unsqueeze(-1)
-        return self.values(input_ids, mask).gather(-1, last).squeeze(-1)
-
-    @classmethod
-    def from_policy(cls, directory: Path, generator: torch.Generator) -> "ScalarModel":
-        """The trunk of a policy with a new head: weights N(0, 1/(d+1)), no bias.
-
-        Source: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, appendix B.1.
-
-        Raises: ModelError when the directory holds no policy, or one without such a head.
-        """
-        _require_kind(directory, "policy")
-        source = ModelConfig(source=str(directory))
-        model = _weights_from_source(
-            AutoModelForSequenceClassification, source, new=("score.weight",), num_labels=1
-        )
-        scalar = cls(model)
-        weight = cast(Tensor, model.score.weight)
-        std = (weight.shape[-1] + 1) ** -0.5
-        with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-        return scalar
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> "ScalarModel":
-        """A saved reward model or critic, dropout off.
-
-        Raises: ModelError when the directory holds no scalar model.
-        """
-        card = _require_kind(directory, "reward", "critic")
-        source = ModelConfig(source=str(directory))
-        model = _weights_from_source(AutoModelForSequenceClassification, source).to(device)
-        return cls(model, card["reward_mean"], card["reward_std"])
-
-    def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, *, kind: Kind) -> None:
-        """Write a model directory, normaliser included."""
-        constants = {"reward_mean": self.mean, "reward_std": self.std}
-        for name, value in constants.items():
-            setattr(self.model.config, name, value)
-        save_model(self.model, tokenizer, directory, kind=kind, facts=constants)
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -259,30 +202,6 @@ def position_ids(mask: Tensor) -> Tensor:
     return mask.long().cumsum(-1).sub(1).clamp(min=0)
 
 
-def last_position(mask: Tensor) -> Tensor:
-    """(B, T) mask -> (B,) index of the last True; 0 for a row without one."""
-    steps = torch.arange(mask.shape[-1], device=mask.device)
-    return (steps * mask.long()).argmax(-1)
-
-
-def response_logits(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, response_length: int
-) -> Tensor:
-    """(B, P + R) tokens and mask -> (B, R, V) logits that predict the last R tokens.
-
-    The head runs on the response alone: for small models with large vocabularies it is most of
-    the work.
-    """
-    logits: Tensor = model(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-    ).logits
-    return logits[:, :-1]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and load reports of transformers; errors still come through."""
@@ -300,7 +219,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
+def require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
     """The card of a model directory, after checking what the directory holds."""
     card = read_card(directory)
     if card.get("kind") not in kinds:
@@ -309,6 +228,10 @@ def _require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
             "needed here"
         )
     return card
+
+
+def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
+    (directory / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -330,6 +253,7 @@ def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            attn_implementation=ATTENTION,
         )
     ).eval()
 
@@ -365,12 +289,13 @@ def _make_room(model: PreTrainedModel, vocab_size: int) -> None:
             layer.weight[old:] = layer.weight[:old].mean(0)
 
 
-def _weights_from_source(
+def weights_from_source(
     factory: Any, config: ModelConfig, *, new: tuple[str, ...] = (), **options: Any
 ) -> PreTrainedModel:
     """A model in float32, dropout off. Its file has to hold every weight but the `new` ones, which
     transformers would otherwise draw at random without a word."""
     options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options |= {"attn_implementation": ATTENTION}
     if config.source.endswith(".gguf"):  # weights that stay packed can neither learn nor be saved
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     model, found = _from_source(factory, config, **options)

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NoReturn, Protocol, Self, TypeAlias
 
 import torch
 
@@ -54,8 +54,59 @@ class Interrupted(BaseException):
     """A signal asked the training to stop, and it has. No Exception, like KeyboardInterrupt."""
 
 
+class StopRequest:
+    """Holds SIGTERM and SIGINT back until it suits, if this is the main thread.
+
+    Args:
+        heard: called at once when one comes.
+    """
+
+    def __init__(self, heard: Callable[[signal.Signals], None] = lambda number: None) -> None:
+        self.number: signal.Signals | None = None  # which one has come
+        self._heard = heard
+        self._previous: dict[int, _Handler] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous = signal.getsignal(number)
+                # Ignored stays ignored; None was installed from outside of Python.
+                if previous is not None and previous is not signal.SIG_IGN:
+                    self._previous[number] = previous
+                    signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._request:
+                signal.signal(number, previous)
+
+    def stop(self, message: str) -> NoReturn:
+        """Stop as whoever asked would have it.
+
+        Raises: what the handler of the signal before this one raises, else Interrupted.
+        """
+        self._stop(self.number or signal.SIGTERM, None, message)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        again = self.number is not None and number == signal.SIGINT
+        self.number = signal.Signals(number)
+        self._heard(self.number)
+        if again:  # at once, whatever is under way
+            self._stop(self.number, frame, "interrupted twice; what was under way is lost")
+
+    def _stop(self, number: signal.Signals, frame: FrameType | None, message: str) -> NoReturn:
+        self.__exit__()
+        previous = self._previous.get(number)
+        if callable(previous):
+            previous(number, frame)
+        raise Interrupted(message)
+
+
 class Session:
     """One training run that can be stopped at any moment and continued to the bit.
+
+    Several ranks save and stop together: at safe points, when any of them was asked to. One writes.
 
     Args:
         logger: where metrics and progress go.
@@ -65,6 +116,7 @@ class Session:
         positions: change all the time; copied at each safe point.
         every_seconds: least time between two saves, which also take 5 % of the time at most;
             0 saves at every safe point, whatever it takes.
+        ranks: who else is in the run.
     """
 
     def __init__(
@@ -92,18 +144,11 @@ class Session:
         self._saved = 0  # step of the newest checkpoint
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
-        self._requested: signal.Signals | None = None
-        self._previous: dict[int, _Handler] = {}
+        self._request = StopRequest()
 
     def __enter__(self) -> Self:
         """From here on SIGTERM and SIGINT wait for a `check`, if this is the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous = signal.getsignal(number)
-                # Ignored stays ignored; None was installed from outside of Python.
-                if previous is not None and previous is not signal.SIG_IGN:
-                    self._previous[number] = previous
-                    signal.signal(number, self._request)
+        self._request.__enter__()
         return self
 
     def __exit__(
@@ -113,9 +158,9 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         """Give the signals back; a request that came after the last `check` is not forgotten."""
-        self._restore_handlers()
-        if error is None:
-            self.check()
+        self._request.__exit__()
+        if error is None and self._any(self._request.number is not None):
+            self._end()
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if there is one; say whether there was.
@@ -124,7 +169,11 @@ class Session:
 
         Raises: CheckpointError when the checkpoint is of another run, or does not fit.
         """
-        if self._checkpoints is None or (state := self._checkpoints.latest(self._identity)) is None:
+        if self._checkpoints is None:
+            return False
+        state = self._checkpoints.latest(self._identity)
+        self._require_same(0 if state is None else state.get("step", 0))
+        if state is None:
             return False
         try:
             _require_names(state, ("step", "history", "learners", "positions", "rng"))
@@ -138,7 +187,8 @@ class Session:
         self.step = self._saved = state["step"]
         self.history = state["history"]
         for step, values in self.history:
-            self._logger.metrics(values, step)
+            if self._ranks.main:
+                self._logger.metrics(values, step)
         set_rng_state(state["rng"])  # last, as whatever comes before may draw
         return True
 
@@ -147,35 +197,64 @@ class Session:
         # numpy's float64 is a float as well, but a checkpoint takes plain ones.
         plain = {name: float(value) for name, value in values.items()}
         self.history.append((step, plain))
-        self._logger.metrics(plain, step)
+        if self._ranks.main:
+            self._logger.metrics(plain, step)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say that `done` of `total` units of work are finished."""
-        self._logger.progress(done, total, note)
+        if self._ranks.main:
+            self._logger.progress(done, total, note)
 
     def safe_point(self) -> None:
         """After an optimizer step, when all is consistent: save if it is time, stop if asked to."""
         self.step += 1
         if self._checkpoints is not None:
-            self._snapshot = {
-                "step": self.step,
-                "rng": rng_state(),
-                "positions": {name: _copy(p) for name, p in self._positions.items()},
-            }
-            self._logged = len(self.history)
-            if self._due():
+            if self._ranks.main:
+                self._snapshot = self._take()
+                self._logged = len(self.history)
+            if self._any(self._ranks.main and self._due()):
                 self._save(self._checkpoints)
-        self.check()
+        if self._any(self._request.number is not None):
+            self._end()
 
     def check(self) -> None:
         """Within an optimizer step: stop when asked to, with the last safe point saved.
 
+        Does nothing with several ranks: one that stopped here would leave the others waiting.
+
         Raises: what the handler of the signal before this session raises, else Interrupted.
         """
-        if self._requested is not None:
-            if self._checkpoints is not None and self._saved < self.step:
-                self._save(self._checkpoints)
-            self._stop(self._requested)
+        if self._ranks.world == 1 and self._request.number is not None:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        if self._checkpoints is not None and self._saved < self.step:
+            self._save(self._checkpoints)
+        way_on = "continue" if self._saved else "start over, as nothing was saved"
+        name = (self._request.number or signal.SIGTERM).name
+        self._request.stop(
+            f"training was stopped by {name} at step {self.step}; run again to {way_on}"
+        )
+
+    def _any(self, said: bool) -> bool:
+        """Whether any rank says so; all ask together."""
+        return self._ranks.sum({"said": float(said)})["said"] > 0
+
+    def _take(self) -> dict[str, Any]:
+        rng = rng_state()
+        if self._ranks.world > 1:  # of devices that the next run may not have; nothing draws there
+            rng["cuda"] = []
+        positions = {name: _copy(p) for name, p in self._positions.items()}
+        return {"step": self.step, "rng": rng, "positions": positions}
+
+    def _require_same(self, step: int) -> None:
+        """Raise CheckpointError unless every rank has found the same."""
+        if self._ranks.sum({"step": step})["step"] != step * self._ranks.world:
+            assert self._checkpoints is not None
+            raise CheckpointError(
+                f"the ranks do not find the same checkpoints in {self._checkpoints.directory}; "
+                "it has to be a folder that all machines share"
+            )
 
     def _due(self) -> bool:
         waited = time.monotonic() - self._last_save
@@ -184,37 +263,21 @@ class Session:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         start = time.monotonic()
-        state = self._snapshot | {
-            "history": self.history[: self._logged],
-            "learners": {name: learner.state_dict() for name, learner in self._learners.items()},
-        }
-        try:
-            checkpoints.save(self.step, state, self._identity)
+        # Asked on every rank, as each may have but a part of it.
+        learners = {name: learner.state_dict() for name, learner in self._learners.items()}
+        saved = self._ranks.main
+        if self._ranks.main:
+            history = self.history[: self._logged]
+            state = self._snapshot | {"history": history, "learners": learners}
+            try:
+                checkpoints.save(self.step, state, self._identity)
+            except OSError as error:
+                log.warning("the checkpoint of step %d could not be saved: %s", self.step, error)
+                saved = False
+        if self._any(saved):
             self._saved = self.step
-        except OSError as error:
-            log.warning("the checkpoint of step %d could not be saved: %s", self.step, error)
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - start
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._requested is not None and number == signal.SIGINT:
-            self._stop(signal.SIGINT, frame)  # asked again: at once, whatever is under way
-        self._requested = signal.Signals(number)
-
-    def _stop(self, number: signal.Signals, frame: FrameType | None = None) -> None:
-        self._restore_handlers()
-        previous = self._previous[number]
-        if callable(previous):
-            previous(number, frame)
-        way_on = "continue" if self._saved else "start over, as nothing was saved"
-        raise Interrupted(
-            f"training was stopped by {number.name} at step {self.step}; run again to {way_on}"
-        )
-
-    def _restore_handlers(self) -> None:
-        for number, previous in self._previous.items():
-            if signal.getsignal(number) == self._request:
-                signal.signal(number, previous)
 
 
 def _copy(position: Stateful | torch.Generator) -> Any:

@@ -5,13 +5,14 @@ Every `mask` is True where a token counts; it is carried from sampling on and ne
 token ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,50 @@ class Rollout:
     logprobs: Tensor  # (B, R) log π_old(a|s), masked places 0
     ref_logprobs: Tensor  # (B, R) log π_ref(a|s), masked places 0
     # value
-    values: Tensor  # (B, R) V_old(s), masked places 0
+    values: Tensor  # (B, R) V_old(s), masked places 0; all 0 without a critic
     # outcome
-    scores: Tensor  # (B,) normalised reward-model score of the whole text
+    scores: Tensor  # (B,) what the whole text is worth
+    parts: Mapping[str, Tensor]  # (B,) each: what the score is made of, by name
+
+    @classmethod
+    def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
+        """Responses of which nothing is known yet."""
+        nothing = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
+        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {})
+
+    @classmethod
+    def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
+        """The rows of several roll-outs behind one another."""
+        prompts = [part.prompts for part in parts]
+        responses = [part.responses for part in parts]
+        return cls(
+            PromptBatch(
+                _stack([p.input_ids for p in prompts], left=True),
+                _stack([p.mask for p in prompts], left=True),
+            ),
+            Responses(
+                _stack([r.tokens for r in responses]),
+                _stack([r.mask for r in responses]),
+                torch.cat([r.finished for r in responses]),
+            ),
+            _stack([part.logprobs for part in parts]),
+            _stack([part.ref_logprobs for part in parts]),
+            _stack([part.values for part in parts]),
+            torch.cat([part.scores for part in parts]),
+            {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        )
+
+    def to(self, device: str) -> "Rollout":
+        """The same on another device."""
+        return Rollout(
+            self.prompts.to(torch.device(device)),
+            Responses(*(t.to(device) for t in vars(self.responses).values())),
+            self.logprobs.to(device),
+            self.ref_logprobs.to(device),
+            self.values.to(device),
+            self.scores.to(device),
+            {name: part.to(device) for name, part in self.parts.items()},
+        )
 
     def rows(self, index: Tensor) -> "Rollout":
         """Some rows of the batch."""
@@ -67,7 +109,15 @@ class Rollout:
             self.ref_logprobs[index],
             self.values[index],
             self.scores[index],
+            {name: part[index] for name, part in self.parts.items()},
         )
+
+
+def _stack(rows: Sequence[Tensor], *, left: bool = False) -> Tensor:
+    """(b, w) tensors of unequal width under one another; what is added is 0, or masked."""
+    width = max(part.shape[1] for part in rows)
+    gaps = (width - part.shape[1] for part in rows)
+    return torch.cat([pad(r, (g, 0) if left else (0, g)) for r, g in zip(rows, gaps, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

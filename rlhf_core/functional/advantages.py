@@ -52,3 +52,17 @@ def gae(
         next_advantage = torch.where(keep[:, t], advantages[:, t], next_advantage)
     advantages = torch.where(keep, advantages, 0)
     return Advantages(advantages, advantages + values)
+
+
+def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
+    """PROVISIONAL (being replaced)."""
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
+
+
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """PROVISIONAL (being replaced)."""
+    groups = scores.view(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()

@@ -4,7 +4,8 @@ Half-precision logits are raised to float32 first: bfloat16 keeps 8 bits, and a 
 probabilities needs more.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from torch import Tensor
 from rlhf_core.functional._contracts import check_shapes
 
 KLKind = Literal["k1", "k2", "k3"]
+TokenLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
+
+
+class ChunkedLoss(NamedTuple):
+    """A sum of losses over tokens, and what it was made of."""
+
+    loss: Tensor  # ()
+    logprobs: Tensor  # (N,) nats
+    entropy: Tensor | None  # (N,) nats
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -32,6 +42,39 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
     """
     check_shapes(logits=(logits, "BRV"), tokens=(tokens, "BR"))
     return _log_softmax(logits, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def chunked_token_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 256,
+) -> Tensor:
+    """PROVISIONAL (being replaced): plain autograd."""
+    logits = torch.nn.functional.linear(hidden, lm_head_weight.to(hidden.dtype), bias)
+    flat = token_logprobs(logits.flatten(0, -2)[None], tokens.flatten()[None], temperature=temperature)
+    return flat.view(tokens.shape)
+
+
+def chunked_token_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    tokens: Tensor,
+    token_loss: TokenLoss,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 256,
+    with_entropy: bool = False,
+) -> ChunkedLoss:
+    """PROVISIONAL (being replaced): plain autograd."""
+    logits = torch.nn.functional.linear(hidden, lm_head_weight.to(hidden.dtype), bias)[None]
+    logprobs = token_logprobs(logits, tokens[None], temperature=temperature)[0]
+    spread = entropy(logits, temperature=temperature)[0].detach() if with_entropy else None
+    return ChunkedLoss(token_loss(logprobs, slice(0, len(tokens))), logprobs.detach(), spread)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

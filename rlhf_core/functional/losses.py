@@ -101,6 +101,30 @@ def bradley_terry(
     return nll.mean() + center_coef * (chosen + rejected).square().mean()
 
 
+class DPOLoss(NamedTuple):
+    """PROVISIONAL (being replaced)."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float | Tensor = 0.0,
+) -> DPOLoss:
+    """PROVISIONAL (being replaced)."""
+    chosen = beta * (policy_chosen - ref_chosen)
+    rejected = beta * (policy_rejected - ref_rejected)
+    loss = bradley_terry(chosen, rejected, label_smoothing=label_smoothing)
+    return DPOLoss(loss, chosen.detach(), rejected.detach())
+
+
 def pointwise_mse(scores: Tensor, targets: Tensor) -> Tensor:
     """Squared error of scores against ratings: a demonstration, not a way to learn preferences.
 

@@ -9,17 +9,16 @@ Best-of-n is the reference point for over-optimisation: n samples of the SFT pol
 the reward model kept, at the known price of log n - (n - 1)/n nats.
 """
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.config import Section
@@ -34,24 +33,26 @@ from rlhf_core.encoding import (
     right_pad,
     same_tokens,
 )
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.errors import DataError
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
 from rlhf_core.metrics import StageLogger
-from rlhf_core.models import (
-    ScalarModel,
-    context_of,
-    load_policy,
-    require_context,
-    require_same_tokenizer,
-)
-from rlhf_core.rollout import response_logprobs, response_scores
+from rlhf_core.models import ModelConfig, context_of, load_tokenizer, require_context
+from rlhf_core.networks import Policy, ScalarModel
+from rlhf_core.rollout import Written, lay_out, response_logprobs
 from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.scoring import (
+    PIPELINE_REWARD,
+    Reward,
+    RewardFunction,
+    RewardTerm,
+    call_function,
+    load_function,
+)
 from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Report, Responses
 
 ArmName = Literal["sft", "policy", "best_of_n", "champion"]
 ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 class EvaluationConfig(Section):
@@ -165,9 +166,10 @@ class _Bench:
     """What every arm is measured with."""
 
     prompts: list[Prompt]
-    sft: PreTrainedModel
+    sft: Policy
     tokenizer: PreTrainedTokenizerBase
     reward_model: ScalarModel
+    reward_tokenizer: PreTrainedTokenizerBase
     truth: RewardFunction | None
     sampling: SamplingConfig
     seed: int
@@ -193,14 +195,14 @@ def evaluate(
     table = read_table(data, "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
-    sft_model, tokenizer = load_policy(sft, device)
-    require_same_tokenizer(tokenizer, reward_model, "reward model")
+    sft_policy, tokenizer = Policy.load(sft, device)
     bench = _Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
-        sft=sft_model,
+        sft=sft_policy,
         tokenizer=tokenizer,
         reward_model=ScalarModel.load(reward_model, device),
-        truth=load_function(config.true_reward) if config.true_reward else None,
+        reward_tokenizer=load_tokenizer(ModelConfig(source=str(reward_model)), ()),
+        truth=_known_truth(config),
         sampling=sampling,
         seed=seed,
     )
@@ -208,69 +210,60 @@ def evaluate(
     directories: dict[ArmName, Path | None] = {"policy": policy, "champion": champion}
     answers: dict[ArmName, _Answers] = {}
     logger.progress(0, 4, "SFT policy")
-    pool = _answer(bench, "sft", sft_model, tokenizer, max(k, n))
+    pool = _answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(_first_of_each(pool.prompt, k))
     answers["best_of_n"] = pool.pick(_best_of_each(pool.prompt, pool.proxy, n))
     for done, (name, directory) in enumerate(directories.items(), start=2):
         logger.progress(done, 4, name)
         if directory is not None:
-            answers[name] = _answer(bench, name, *load_policy(directory, device), k)
+            answers[name] = _answer(bench, name, *Policy.load(directory, device), k)
     logger.progress(4, 4, "comparisons")
     return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})
 
 
-def load_function(path: str) -> RewardFunction:
-    """The function that `module:name` stands for.
-
-    Raises: ConfigError when the module cannot be imported or has no such function in it.
-    """
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"evaluation.true_reward '{path}' is not a function that can be imported ({error}); "
-            "write it as package.module:function"
-        ) from error
-    if not callable(function):
-        raise ConfigError(
-            f"evaluation.true_reward '{path}' is no function but a {type(function).__name__}; "
-            "write it as package.module:function"
-        )
-    return cast(RewardFunction, function)
+def _known_truth(config: EvaluationConfig) -> RewardFunction | None:
+    if not config.true_reward:
+        return None
+    return load_function(config.true_reward, setting="evaluation.true_reward")
 
 
 @torch.no_grad()
 def _answer(
     bench: _Bench,
     name: ArmName,
-    model: PreTrainedModel,
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     k: int,
 ) -> _Answers:
     """k answers of a policy to each prompt, measured."""
-    require_context(model, bench.sampling.max_length, SAMPLING_LENGTH)
+    require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
     rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
     tokens, proxy, sft_logprob, kl = [], [], [], []
-    draws = generator(bench.seed, f"evaluation/{name}", str(model.device))
-    for batch, responses in respond(model, rows, bench.sampling, generator=draws):
+    reward = Reward(
+        [RewardTerm()],
+        {PIPELINE_REWARD: bench.reward_model},
+        {PIPELINE_REWARD: bench.reward_tokenizer},
+        tokenizer,
+        max_length=bench.sampling.max_length,
+    )
+    draws = generator(bench.seed, f"evaluation/{name}")
+    for batch, responses in respond(policy, rows, bench.sampling, generator=draws):
         said = decode_responses(responses.tokens, responses.mask, tokenizer)
+        asked = prompts[len(texts) : len(texts) + len(said)]
+        written = lay_out(batch, responses)
+        proxy.append(reward(asked, written, responses).total)
         if comparable:
-            ours, theirs = (
-                _sequence_logprobs(m, batch, responses, temperature=bench.sampling.temperature)
-                for m in (model, bench.sft)
-            )
-            kl.append(ours - theirs)
+            at = bench.sampling.temperature
+            kl.append(_sums(policy, written, at) - _sums(bench.sft, written, at))
         else:
-            asked = prompts[len(texts) : len(texts) + len(said)]
             batch, responses = _encode_again(bench, asked, said, responses)
+            written = lay_out(batch, responses)
         texts += said
         tokens.append(responses.mask.sum(-1).float())
-        proxy.append(response_scores(bench.reward_model, batch, responses))
-        sft_logprob.append(_sequence_logprobs(bench.sft, batch, responses, temperature=1.0))
+        sft_logprob.append(_sums(bench.sft, written, 1.0))
     return _Answers(
         texts=texts,
         prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
@@ -282,24 +275,22 @@ def _answer(
     )
 
 
-def _sequence_logprobs(
-    model: PreTrainedModel, prompts: PromptBatch, responses: Responses, *, temperature: float
-) -> Tensor:
+def _sums(policy: Policy, written: Written, temperature: float) -> Tensor:
     """(B,) log-probability of each whole response in nats."""
-    return response_logprobs(model, prompts, responses, temperature=temperature).sum(-1)
+    return response_logprobs(policy, written, temperature=temperature).sum(-1)
 
 
 def _encode_again(
     bench: _Bench, prompts: list[Prompt], texts: list[str], said: Responses
 ) -> tuple[PromptBatch, Responses]:
     """Texts of a policy with another tokenizer, in the tokens of the SFT policy."""
-    tokenizer, device = bench.tokenizer, bench.sft.device
+    tokenizer, device = bench.tokenizer, bench.sft.model.device
     rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     batch = left_pad(rows, tokenizer.pad_token_id, bench.sampling.max_prompt_length).to(device)
     encoded = [encode_response(text, tokenizer) for text in texts]
     ended = said.finished.tolist()
     kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
-    context = context_of(bench.sft)
+    context = context_of(bench.sft.model)
     if context is not None:  # the same text may be longer in these tokens
         kept = [ids[: context - batch.input_ids.shape[-1]] for ids in kept]
     tokens, mask = right_pad(kept, tokenizer.pad_token_id)
@@ -311,13 +302,7 @@ def _truth(bench: _Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | N
     if bench.truth is None:
         return None
     asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
-    rewards = torch.tensor(list(bench.truth(asked, texts)), dtype=torch.float32)
-    if rewards.shape != (len(texts),) or not rewards.isfinite().all():
-        raise ConfigError(
-            f"evaluation.true_reward has to return one finite number for each of the {len(texts)} "
-            f"responses; it gave {len(rewards)}, {int((~rewards.isfinite()).sum())} not finite"
-        )
-    return rewards
+    return call_function(bench.truth, "evaluation.true_reward", asked, texts)
 
 
 def _first_of_each(prompt: Tensor, k: int) -> Tensor:

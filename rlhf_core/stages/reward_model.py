@@ -13,37 +13,40 @@ Deviations from the literature, each on purpose:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.data import read_table
-from rlhf_core.encoding import Prompt, encode_pair, encode_prompt, right_pad
-from rlhf_core.errors import DataError
+from rlhf_core.encoding import Prompt, encode_prompt
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger
-from rlhf_core.models import (
-    ModelConfig,
-    ScalarModel,
-    load_policy,
-    load_tokenizer,
-    require_context,
+from rlhf_core.models import ModelConfig, load_tokenizer, require_context
+from rlhf_core.networks import Policy, ScalarModel, start_adapter
+from rlhf_core.optim import Batches, Learner, TrainingSection
+from rlhf_core.pairs import (
+    Pair,
+    encode_pairs,
+    half_for_ties,
+    pack_pairs,
+    prompt_numbers,
+    require_decided,
+    smoothing,
 )
-from rlhf_core.optim import Optimizer, TrainingSection, chunks, require_finite, shuffled_batches
-from rlhf_core.rollout import response_scores
+from rlhf_core.ranks import Ranks
+from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.rollout import lay_out, response_scores
 from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
-from rlhf_core.seeding import generator
+from rlhf_core.seeding import generator, stream_seed
 from rlhf_core.types import Report
 
 
@@ -85,16 +88,6 @@ class RewardModelReport(Report):
     truncated: int  # pairs with a text cut to max_length
 
 
-class _Pair(NamedTuple):
-    """One vote, encoded."""
-
-    chosen: list[int]
-    rejected: list[int]
-    tie: bool
-    margin: float
-    truncated: bool
-
-
 def train_reward_model(
     config: RewardModelConfig,
     sampling: SamplingConfig,
@@ -105,43 +98,67 @@ def train_reward_model(
     seed: int,
     device: str,
     logger: StageLogger,
+    recovery: Recovery = NO_RECOVERY,
+    ranks: Ranks | None = None,
 ) -> RewardModelReport:
     """Train a reward model on the prepared preferences, normalise it, and write it to `output`.
 
+    With a recovery, a run that was killed continues to the same bits.
+
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
-    or gradient is no longer finite.
+    or gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
+    ranks = ranks or Ranks()
     reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(device)
+    reward_model.precision = config.precision
+    if config.lora_rank:
+        start_adapter(
+            reward_model,
+            "reward",
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            seed=stream_seed(seed, "reward/adapter"),
+        )
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
     tokenizer = load_tokenizer(ModelConfig(source=str(sft)), ())
     train_table = read_table(data, "preferences", "train")
-    train = _encode(train_table, tokenizer, config.max_length)
+    train = encode_pairs(train_table, tokenizer, config.max_length)
     held_out_table = read_table(data, "preferences", "eval")
-    held_out = _encode(held_out_table, tokenizer, config.max_length)
+    held_out = encode_pairs(held_out_table, tokenizer, config.max_length)
 
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    optimizer = Optimizer(reward_model, config, steps)
-    order = generator(seed, "reward/order")
-    for step, picked in enumerate(
-        shuffled_batches(len(train), config.batch_size, config.epochs, order), start=1
-    ):
-        rate = optimizer.learning_rate
-        loss, accuracy = _accumulate(
-            reward_model, [train[i] for i in picked], config, tokenizer.pad_token_id
-        )
-        grad_norm = optimizer.step()
-        logger.metrics(
-            {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "learning_rate": rate},
-            step,
-        )
-        logger.progress(step, steps, f"loss {loss:.3f}")
+    learner = Learner(reward_model, config, steps, ranks=ranks)
+    batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
+    with recovery.open(
+        logger,
+        identity=identity(
+            "reward_model",
+            seed,
+            {"reward_model": config, "sampling": sampling},
+            {"sft": sft, "data": data},
+        ),
+        learners={"reward_model": learner},
+        positions={"batches": batches},
+        ranks=ranks,
+    ) as session:
+        session.resume()
+        for picked in batches:
+            step = session.step + 1
+            rate = learner.learning_rate
+            values = accumulate(learner, [train[i] for i in picked], config, ranks, session.check)
+            values |= {"grad_norm": learner.step(), "learning_rate": rate}
+            session.metrics(values, step)
+            session.progress(step, steps, f"loss {values['loss']:.3f}")
+            session.safe_point()
 
     samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed)
-    chosen, rejected = _scores(reward_model, held_out, config, tokenizer.pad_token_id)
+    chosen, rejected = _scores(reward_model, held_out, config, ranks)
     mean, std = samples.mean().item(), max(samples.std().item(), 1e-6)
     reward_model.mean, reward_model.std = mean, std
-    reward_model.save(tokenizer, output, kind="reward")
+    with ranks.whole(reward_model):
+        if ranks.main:
+            reward_model.save(tokenizer, output, kind="reward", base=sft)
     return _report(held_out_table, train, held_out, chosen, rejected, mean, std, seed)
 
 
@@ -157,20 +174,20 @@ def _sft_scores(
     """(normalization_samples,) raw scores of what the SFT policy says to the prompts, each of them
     once before any comes again."""
     device = str(reward_model.model.device)
-    policy, tokenizer = load_policy(sft, device)
+    policy, tokenizer = Policy.load(sft, device, config.precision)
     # A dict, as a pair with several votes names its prompt several times.
     distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer)) for p in prompts))
     order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
     rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
-    draws = generator(seed, "reward/normalization", device)
+    draws = generator(seed, "reward/normalization")
     answers = respond(policy, rows, sampling, generator=draws)
-    return torch.cat([response_scores(reward_model, *batch) for batch in answers])
+    return torch.cat([response_scores(reward_model, lay_out(*batch)) for batch in answers])
 
 
 def _report(
     table: pd.DataFrame,
-    train: list[_Pair],
-    held_out: list[_Pair],
+    train: list[Pair],
+    held_out: list[Pair],
     chosen: Tensor,
     rejected: Tensor,
     mean: float,
@@ -179,15 +196,11 @@ def _report(
 ) -> RewardModelReport:
     """Accuracy, its baseline and calibration on the held-out votes; scores are raw logits."""
     decided = torch.tensor([not pair.tie for pair in held_out])
-    if not decided.any():
-        raise DataError(
-            "the held-out preferences are all ties, so no accuracy can be measured; raise "
-            "data.eval_fraction or bring evaluation pairs with a winner"
-        )
-    prompts = torch.from_numpy(pd.factorize(table["prompt"].map(str))[0].astype(np.int64))
+    require_decided(decided)
+    prompts = prompt_numbers(table)
     gap = (chosen - rejected)[decided]
-    correct = _half_for_ties(gap)
-    longer = _half_for_ties(
+    correct = half_for_ties(gap)
+    longer = half_for_ties(
         torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in held_out])[decided]
     )
     accuracy = ranking.clustered_bootstrap(
@@ -234,88 +247,56 @@ def _report(
     )
 
 
-def _half_for_ties(gap: Tensor) -> Tensor:
-    """1 where the gap is positive, 1/2 where it is 0, 0 elsewhere."""
-    return (gap.sign().float() + 1) / 2
-
-
 def _as_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
 
-def _encode(
-    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[_Pair]:
-    if table.empty:
-        raise DataError(
-            "the preferences have no rows for training or for evaluation; add rows, or change "
-            "data.eval_fraction"
-        )
-    pairs = []
-    columns = (table[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
-    for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
-        chosen, _, cut = encode_pair(prompt, winner, tokenizer, max_length)
-        rejected, _, also_cut = encode_pair(prompt, loser, tokenizer, max_length)
-        # Nobody won a tie by a margin, whatever the row says of the votes beside it.
-        lead = 0.0 if tie else float(margin)
-        pairs.append(_Pair(chosen, rejected, bool(tie), lead, cut or also_cut))
-    return pairs
-
-
-def _forward(
-    reward_model: ScalarModel, pairs: list[_Pair], pad_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """(B,) raw scores of the chosen and of the rejected texts, in one pass."""
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    ids, mask = right_pad(texts, pad_token_id)
-    device = reward_model.model.device
-    chosen, rejected = reward_model.scores(ids.to(device), mask.to(device)).split(len(pairs))
-    return chosen, rejected
-
-
-def _accumulate(
-    reward_model: ScalarModel, pairs: list[_Pair], config: RewardModelConfig, pad_token_id: int
-) -> tuple[float, float]:
+def accumulate(
+    learner: Learner,
+    pairs: list[Pair],
+    config: RewardModelConfig,
+    ranks: Ranks,
+    check: Callable[[], None],
+) -> dict[str, float]:
     """Add the gradient of one optimizer step; return its mean loss and its accuracy."""
-    total = correct = 0.0
-    for picked in chunks(list(range(len(pairs))), config.micro_batch_size):
-        micro = [pairs[i] for i in picked]
-        chosen, rejected = _forward(reward_model, micro, pad_token_id)
-        loss = _loss(chosen, rejected, micro, config) * (len(micro) / len(pairs))
-        require_finite("the reward-model loss", loss)
-        loss.backward()
-        total += loss.item()
-        correct += _half_for_ties(chosen - rejected).sum().item()
-    return total, correct / len(pairs)
+    sums = {"loss": 0.0, "accuracy": 0.0}
+    for picked in ranks.micro_batches(range(len(pairs)), config.micro_batch_size):
+        check()
+        micro = [pairs[i] for i in picked.rows]
+        share = picked.weight / len(pairs)
+        with learner.accumulate(last=picked.last):
+            packed = pack_pairs(micro, learner.network.model.device)
+            chosen, rejected = learner(packed, packed.last()).view(-1, 2).unbind(1)
+            loss = _loss(chosen, rejected, micro, config) * (len(micro) * share)
+            learner.backward(loss, "the reward-model loss")
+        sums["loss"] += loss.item()
+        sums["accuracy"] += half_for_ties(chosen - rejected).sum().item() * share
+    return ranks.sum(sums)
 
 
-def _loss(
-    chosen: Tensor, rejected: Tensor, pairs: list[_Pair], config: RewardModelConfig
-) -> Tensor:
+def _loss(chosen: Tensor, rejected: Tensor, pairs: list[Pair], config: RewardModelConfig) -> Tensor:
     """Mean loss over the pairs of a micro-batch."""
-    tie = torch.tensor([pair.tie for pair in pairs], device=chosen.device)
     if config.loss == "pointwise_mse":
-        half = 0.5 * tie
+        half = 0.5 * torch.tensor([pair.tie for pair in pairs], device=chosen.device)
         return pointwise_mse(torch.cat([chosen, rejected]), torch.cat([1 - half, half]))
     return bradley_terry(
         chosen,
         rejected,
         margin=torch.tensor([pair.margin for pair in pairs], device=chosen.device),
-        label_smoothing=torch.where(tie, 0.5, config.label_smoothing),
+        label_smoothing=smoothing(pairs, config.label_smoothing, chosen.device),
         center_coef=config.center_coef,
     )
 
 
 @torch.no_grad()
 def _scores(
-    reward_model: ScalarModel, pairs: list[_Pair], config: RewardModelConfig, pad_token_id: int
+    reward_model: ScalarModel, pairs: list[Pair], config: RewardModelConfig, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """(N,) raw scores of all chosen and all rejected texts, on the CPU."""
-    parts = [
-        _forward(reward_model, [pairs[i] for i in picked], pad_token_id)
-        for picked in chunks(list(range(len(pairs))), config.micro_batch_size)
-    ]
-    return (
-        torch.cat([chosen for chosen, _ in parts]).cpu(),
-        torch.cat([rejected for _, rejected in parts]).cpu(),
-    )
+    device = reward_model.model.device
+
+    def ask(rows: list[int]) -> Tensor:
+        return reward_model.scores(pack_pairs([pairs[i] for i in rows], device)).view(-1, 2)
+
+    chosen, rejected = ranks.collect(len(pairs), config.micro_batch_size, ask).unbind(1)
+    return chosen, rejected

@@ -3,29 +3,36 @@
     L(θ) = -Σₜ log π_θ(yₜ | x, y₍<ₜ₎) / number of response tokens
 
 over the responses y and not the prompts x. Deviations from common trainers, each on purpose:
-1. The mean runs over all response tokens of an optimizer step, whatever the micro-batches.
-2. Packing puts the examples of one step into fewer rows; the update stays the same.
+1. The mean runs over all response tokens of an optimizer step, whatever micro-batches and ranks.
+2. Texts lie behind one another without padding; the update is that of each text alone.
 3. Dropout is off, so the policy that is trained is the policy that later samples.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.batching import Example, packed_rows, padded_rows, text_batches, text_nll
 from rlhf_core.data import read_table, training_texts
 from rlhf_core.encoding import encode_pair
-from rlhf_core.errors import DataError
+from rlhf_core.errors import CheckpointError, DataError
 from rlhf_core.metrics import StageLogger
-from rlhf_core.models import ModelConfig, load_base, require_context, save_model
-from rlhf_core.optim import Optimizer, TrainingSection, shuffled_batches
-from rlhf_core.seeding import generator
+from rlhf_core.models import CARD, ModelConfig, load_base, require_context
+from rlhf_core.networks import Policy, start_adapter
+from rlhf_core.optim import Batches, Learner, TrainingSection
+from rlhf_core.packing import Packed, pack
+from rlhf_core.ranks import Ranks
+from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.seeding import generator, stream_seed
 from rlhf_core.types import Report
 
 
@@ -34,7 +41,6 @@ class SFTConfig(TrainingSection):
 
     epochs: int = Field(1, ge=1, description="Passes over the demonstrations")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
-    packing: bool = Field(True, description="Several examples in a row: faster, same result")
     train_on_prompt: bool = Field(False, description="Also learn to predict the prompt")
     evaluations: int = Field(
         5, ge=1, description="How often the held-out loss is measured; the best weights are kept"
@@ -53,6 +59,33 @@ class SFTReport(Report):
     truncated: int  # training texts cut to max_length
 
 
+class Example(NamedTuple):
+    """One training text: its tokens, and how many at the start are not trained on, at least 1."""
+
+    ids: list[int]
+    untrained: int
+
+    @property
+    def targets(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.ids) - self.untrained
+
+
+@dataclass
+class _Best:
+    """The lowest held-out loss so far; its weights lie in the output folder."""
+
+    step: int = 0
+    loss: float = math.inf
+    measured: list[tuple[int, float]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
 def train_sft(
     config: SFTConfig,
     *,
@@ -62,56 +95,80 @@ def train_sft(
     seed: int,
     device: str,
     logger: StageLogger,
+    recovery: Recovery = NO_RECOVERY,
+    ranks: Ranks | None = None,
 ) -> SFTReport:
     """Fine-tune `model` on the prepared demonstrations and write the best policy to `output`.
 
+    With a recovery, a run that was killed continues to the same bits, given the same `output`.
+
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a
-    gradient is no longer finite.
+    gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
+    ranks = ranks or Ranks()
     train_table = read_table(data, "demonstrations", "train")
-    policy, tokenizer = load_base(model, training_texts(train_table), seed)
-    require_context(policy, config.max_length, "sft.max_length")
-    policy.to(device)
+    base, tokenizer = load_base(model, training_texts(train_table), seed)
+    require_context(base, config.max_length, "sft.max_length")
+    policy = Policy(base.to(device), precision=config.precision)
+    if config.lora_rank:
+        start_adapter(
+            policy,
+            "sft",
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            seed=stream_seed(seed, "sft/adapter"),
+        )
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
-
-    chat = any(not isinstance(prompt, str) for prompt in train_table["prompt"])
+    facts = {"chat": any(not isinstance(prompt, str) for prompt in train_table["prompt"])}
 
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    optimizer = Optimizer(policy, config, steps)
-    order = generator(seed, "sft/order")
+    learner = Learner(policy, config, steps, ranks=ranks)
+    batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "sft/order"))
     measure_at = {round(steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
-    losses: list[tuple[int, float]] = []
-    held_out_losses: list[tuple[int, float]] = []
-    for step, picked in enumerate(
-        shuffled_batches(len(train), config.batch_size, config.epochs, order), start=1
-    ):
-        rate = optimizer.learning_rate
-        loss = _accumulate(policy, [train[i] for i in picked], config, tokenizer.pad_token_id)
-        grad_norm = optimizer.step()
-        losses.append((step, loss))
-        logger.metrics({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}, step)
-        logger.progress(step, steps, f"loss {loss:.3f}")
-        if step in measure_at:
-            measured = _mean_nll(policy, held_out, config, tokenizer.pad_token_id)
-            if all(measured < earlier for _, earlier in held_out_losses):
-                save_model(
-                    policy, tokenizer, output, kind="policy", facts={"step": step, "chat": chat}
-                )
-            held_out_losses.append((step, measured))
-            logger.metrics(
-                {"held_out/loss": measured, "held_out/perplexity": math.exp(measured)}, step
+    best = _Best()
+    with recovery.open(
+        logger,
+        identity=identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
+        learners={"policy": learner},
+        positions={"batches": batches, "best": best},
+        ranks=ranks,
+    ) as session:
+        if session.resume() and best.step and not (output / CARD).is_file():
+            raise CheckpointError(
+                f"the best weights, of step {best.step}, are not in {output} any more; put them "
+                "back, or delete the checkpoints to start from the beginning"
             )
+        for picked in batches:
+            step = session.step + 1
+            rate = learner.learning_rate
+            loss = accumulate(learner, [train[i] for i in picked], config, ranks, session.check)
+            grad_norm = learner.step()
+            values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+            session.metrics(values, step)
+            session.progress(step, steps, f"loss {loss:.3f}")
+            if step in measure_at:
+                measured = _mean_nll(policy, held_out, config, ranks)
+                best.measured.append((step, measured))
+                if measured < best.loss:
+                    best.step, best.loss = step, measured
+                    with ranks.whole(policy):
+                        if ranks.main:
+                            policy.save(tokenizer, output, {"step": step, **facts})
+                session.metrics(
+                    {"held_out/loss": measured, "held_out/perplexity": math.exp(measured)}, step
+                )
+            session.safe_point()
+        losses = [(step, values["loss"]) for step, values in session.history if "loss" in values]
 
-    best_step, best = min(held_out_losses, key=lambda point: point[1])
     return SFTReport(
-        held_out_loss=best,
-        held_out_perplexity=math.exp(best),
-        best_step=best_step,
+        held_out_loss=best.loss,
+        held_out_perplexity=math.exp(best.loss),
+        best_step=best.step,
         steps=steps,
         train_examples=len(train),
         truncated=truncated,
-        figures={"sft_loss": figures.loss_curves(losses, held_out_losses)},
+        figures={"sft_loss": figures.loss_curves(losses, best.measured)},
     )
 
 
@@ -129,33 +186,56 @@ def _encode(
         for prompt, response in zip(table["prompt"], table["response"], strict=True)
     ]
     examples = [
-        Example(ids, 0 if config.train_on_prompt else in_prompt) for ids, in_prompt, _ in encoded
+        # The first token of a text is predicted from nothing, so it is never trained on.
+        Example(ids, 1 if config.train_on_prompt else max(in_prompt, 1))
+        for ids, in_prompt, _ in encoded
     ]
     return examples, sum(cut for *_, cut in encoded)
 
 
-def _accumulate(
-    policy: PreTrainedModel, examples: list[Example], config: SFTConfig, pad_token_id: int
+def accumulate(
+    learner: Learner,
+    examples: list[Example],
+    config: SFTConfig,
+    ranks: Ranks,
+    check: Callable[[], None],
 ) -> float:
     """Add the gradient of one optimizer step, micro-batch by micro-batch; return its mean loss."""
-    tokens = sum(example.targets for example in examples)
-    total = 0.0
-    rows = packed_rows(examples, config.max_length) if config.packing else padded_rows(examples)
-    for batch in text_batches(rows, config.micro_batch_size, pad_token_id, str(policy.device)):
-        loss = text_nll(policy, batch).total / tokens
-        loss.backward()
-        total += loss.item()
-    return total
+    targets = sum(example.targets for example in examples)
+    loss = 0.0
+    for micro in ranks.micro_batches(range(len(examples)), config.micro_batch_size):
+        check()
+        rows = [examples[i] for i in micro.rows]
+        with learner.accumulate(last=micro.last):
+            out = learner(
+                *_predictions(rows, learner.network.model.device),
+                token_loss=partial(_mean_share, weight=micro.weight / targets),
+            )
+            learner.backward(out.loss, "the SFT loss")
+        loss += out.loss.item()
+    return ranks.sum({"loss": loss})["loss"]
+
+
+def _mean_share(logprobs: Tensor, _: slice, *, weight: float) -> Tensor:
+    """What some tokens add to the mean negative log-likelihood."""
+    return -weight * logprobs.sum()
 
 
 @torch.no_grad()
-def _mean_nll(
-    policy: PreTrainedModel, examples: list[Example], config: SFTConfig, pad_token_id: int
-) -> float:
+def _mean_nll(policy: Policy, examples: list[Example], config: SFTConfig, ranks: Ranks) -> float:
     """Nats a token over held-out examples."""
-    rows = packed_rows(examples, config.max_length) if config.packing else padded_rows(examples)
-    parts = [
-        text_nll(policy, batch)
-        for batch in text_batches(rows, config.micro_batch_size, pad_token_id, str(policy.device))
-    ]
-    return float(sum(part.total for part in parts)) / float(sum(part.tokens for part in parts))
+    nll = 0.0
+    for micro in ranks.micro_batches(range(len(examples)), config.micro_batch_size):
+        rows = [examples[i] for i in micro.rows]
+        out = policy(*_predictions(rows, policy.model.device))
+        nll -= micro.weight * out.logprobs.double().sum().item()
+    return ranks.sum({"nll": nll})["nll"] / sum(example.targets for example in examples)
+
+
+def _predictions(
+    examples: Sequence[Example], device: torch.device
+) -> tuple[Packed, Tensor, Tensor]:
+    """The texts packed, where their trained tokens are predicted, and which those are."""
+    packed = pack([example.ids for example in examples], device)
+    starts = torch.tensor([example.untrained for example in examples], device=device)
+    return packed, *packed.predictions(starts)

@@ -1,0 +1,148 @@
+"""LoRA: what is learnt is a small matrix product beside each frozen linear layer.
+
+    y = W·x + (alpha / rank)·B·A·x,   A ~ Kaiming uniform, B = 0
+
+so a fresh adapter changes nothing, and a model with its adapters off is the model it was. Several
+adapters live in one body and are switched: policy, critic and reward model on one trunk, with the
+reference as the trunk itself. The matrices are those of peft; this module names, switches, merges
+and stores them.
+
+Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_core.errors import ModelError
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what peft puts before the names in its files
+
+
+def add_adapter(model: PreTrainedModel, name: str, *, rank: int, alpha: int, seed: int = 0) -> None:
+    """Put an adapter beside every linear layer of the body, and freeze all other weights."""
+    body = model.base_model
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=_linear_layers(body),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in body.modules()),  # GPT-2 stores W as Wᵀ
+    )
+    device = model.device
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, body, adapter_name=name)
+    del body.peft_config  # what is there is read from the layers; peft warns of a second adapter
+    model.to(device).requires_grad_(False)
+    use_adapter(model, name)
+
+
+def use_adapter(model: nn.Module, name: str | None) -> None:
+    """Switch one adapter on and the others off; all off with None. No effect without adapters."""
+    for layer in _layers(model):
+        layer.enable_adapters(name is not None)
+        if name is not None:
+            layer.set_adapter(name)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by their name in the model."""
+    found = {n: p for n, p in model.named_parameters() if f".{name}." in n and ".lora_" in n}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
+    """The weights of the plain model that computes what `model` does with the adapter on.
+
+    The model itself stays as it is. Shared tensors stay shared.
+    """
+    layers = dict(_named_layers(model))
+    state: dict[str, Tensor] = {}
+    for key, tensor in _weights(model):
+        if ".lora_" in key:
+            continue
+        owner, _, last = key.rpartition(".base_layer.")
+        if owner and last == "weight" and name is not None:
+            tensor = tensor + layers[owner].get_delta_weight(name).to(tensor.dtype)
+        state[f"{owner}.{last}" if owner else key] = tensor
+    return state
+
+
+def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) -> None:
+    """Write an adapter as peft does, so that `PeftModel.from_pretrained(base, directory)` reads it.
+
+    `base` says which model it belongs to.
+    """
+    first = next(iter(_layers(model)))
+    config = LoraConfig(
+        r=first.r[name],
+        lora_alpha=first.lora_alpha[name],
+        target_modules=sorted({key.rpartition(".")[2] for key, _ in _named_layers(model)}),
+        lora_dropout=0.0,
+        fan_in_fan_out=bool(first.fan_in_fan_out),
+        base_model_name_or_path=base,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    weights = {
+        PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous().cpu()
+        for key, parameter in adapter_parameters(model, name).items()
+    }
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
+    """Put a stored adapter into a model under a name.
+
+    Raises: ModelError when it cannot be read, or belongs to another architecture.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(directory))
+        weights = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{directory} holds no adapter that can be read ({error})") from error
+    add_adapter(model, name, rank=config.r, alpha=config.lora_alpha)
+    parameters = adapter_parameters(model, name)
+    stored = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
+    wanted = {key: key.replace(f".{name}.", ".") for key in parameters}
+    if set(wanted.values()) != set(stored):
+        odd = sorted(set(wanted.values()) ^ set(stored))[0]
+        raise ModelError(f"the adapter in {directory} is for another model: {odd} does not fit")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(stored[wanted[key]])
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What its `state_dict` has; asked for that, a model that FSDP spreads would give shards."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for owner, module in model.named_modules():
+        for name, buffer in module.named_buffers(owner, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _linear_layers(body: nn.Module) -> list[str]:
+    """Where adapters go: beside each linear layer, or where they are already."""
+    there = [name for name, _ in _named_layers(body)]
+    return there or [n for n, m in body.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+
+def _layers(model: nn.Module) -> Iterator[Linear]:
+    return (layer for _, layer in _named_layers(model))
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, Linear))

@@ -1,0 +1,246 @@
+"""DPO: the policy learns from preferences directly, without a reward model and without sampling.
+
+    d = β·(log π(y_w|x) - log π_ref(y_w|x)) - β·(log π(y_l|x) - log π_ref(y_l|x))
+    L(θ) = mean(-(1 - ε)·log σ(d) - ε·log σ(-d))
+
+y_w is the chosen and y_l the rejected response, β the price of moving away from the reference. What
+β multiplies is an implicit reward. Papers: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290;
+ε (votes that are wrong): Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
+
+Deviations from those, each on purpose (the long version is docs/algorithms/dpo.md):
+1. A tie is a pair with ε = 0.5: it pulls the two implicit rewards together.
+2. The reference is the policy before its first update, so its log-probabilities are taken from it
+   then, once, and no second network is kept.
+3. Prompt tokens that a pair has in common are computed once; the update is that of each text alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf_core import figures
+from rlhf_core.data import read_table
+from rlhf_core.errors import NumericsError
+from rlhf_core.functional import losses, ranking
+from rlhf_core.functional.logprobs import ChunkedLoss
+from rlhf_core.metrics import StageLogger
+from rlhf_core.models import read_card, require_context
+from rlhf_core.networks import Policy, start_adapter
+from rlhf_core.optim import Batches, Learner, TrainingSection
+from rlhf_core.pairs import (
+    Pair,
+    encode_pairs,
+    half_for_ties,
+    pack_pairs,
+    prompt_numbers,
+    require_decided,
+    smoothing,
+)
+from rlhf_core.ranks import Ranks
+from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.seeding import generator, stream_seed
+from rlhf_core.types import Report
+
+
+class DPOConfig(TrainingSection):
+    """Settings of DPO."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of the policy")
+    epochs: int = Field(1, ge=1, description="Passes over the preferences")
+    max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
+    beta: float = Field(
+        0.1, gt=0, description="β: price of moving away from the reference (reward per nat)"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="ε: share of the votes that are taken to be wrong"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOReport(Report):
+    """How well the implicit reward predicts held-out votes; ties are left out of the accuracy."""
+
+    accuracy: float
+    accuracy_low: float  # 95 % bounds, bootstrapped over prompts
+    accuracy_high: float
+    held_out_loss: float  # nats a pair
+    margin: float  # implicit reward of the chosen less that of the rejected, held out
+    chosen_reward: float  # implicit, held out; below 0 the chosen text became less likely
+    train_pairs: int
+    held_out_pairs: int
+    truncated: int  # pairs with a text cut to max_length
+
+
+def train_dpo(
+    config: DPOConfig,
+    *,
+    sft: Path,
+    data: Path,
+    policy_output: Path,
+    seed: int,
+    device: str,
+    logger: StageLogger,
+    recovery: Recovery = NO_RECOVERY,
+    ranks: Ranks | None = None,
+) -> DPOReport:
+    """Optimise the SFT policy on the prepared preferences; write the policy.
+
+    With a recovery, a run that was killed continues to the same bits.
+
+    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
+    or gradient is no longer finite, or an invariant is broken; CheckpointError when the checkpoints
+    are of another run.
+    """
+    ranks = ranks or Ranks()
+    policy, tokenizer = Policy.load(sft, device, config.precision)
+    require_context(policy.model, config.max_length, "dpo.max_length")
+    if config.lora_rank:
+        start_adapter(
+            policy,
+            "policy",
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            seed=stream_seed(seed, "policy/adapter"),
+        )
+    train_table = read_table(data, "preferences", "train")
+    train = encode_pairs(train_table, tokenizer, config.max_length)
+    held_out_table = read_table(data, "preferences", "eval")
+    held_out = encode_pairs(held_out_table, tokenizer, config.max_length)
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    learner = Learner(policy, config, steps, ranks=ranks)
+    batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "dpo/order"))
+    reference = _sums_of_all(policy, train, config, ranks)
+    held_out_reference = _sums_of_all(policy, held_out, config, ranks)
+    with recovery.open(
+        logger,
+        identity=identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
+        learners={"policy": learner},
+        positions={"batches": batches},
+        ranks=ranks,
+    ) as session:
+        session.resume()
+        for picked in batches:
+            step, rate = session.step + 1, learner.learning_rate
+            pairs = [train[i] for i in picked]
+            values = _accumulate(learner, pairs, reference[picked], config, ranks, session.check)
+            if step == 1:
+                _require_log_two(values["loss"])
+            values |= {"grad_norm": learner.step(), "learning_rate": rate}
+            session.metrics(values, step)
+            session.progress(step, steps, f"loss {values['loss']:.3f}")
+            session.safe_point()
+        history = session.history
+
+    facts = {"steps": steps, "chat": read_card(sft).get("chat", False)}
+    with ranks.whole(policy):
+        if ranks.main:
+            policy.save(tokenizer, policy_output, facts, base=sft)
+    sums = _sums_of_all(policy, held_out, config, ranks)
+    return _report(held_out_table, train, held_out, sums, held_out_reference, config, history, seed)
+
+
+def _accumulate(
+    learner: Learner,
+    pairs: list[Pair],
+    reference: Tensor,
+    config: DPOConfig,
+    ranks: Ranks,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """Add the gradient of one optimizer step; return its means over the pairs."""
+    sums: dict[str, float] = dict.fromkeys(("loss", "accuracy", "margin", "chosen_reward"), 0.0)
+    for micro in ranks.micro_batches(range(len(pairs)), config.micro_batch_size):
+        check()
+        rows = [pairs[i] for i in micro.rows]
+        share = len(rows) * micro.weight / len(pairs)
+        with learner.accumulate(last=micro.last):
+            said = _sums(learner, rows, learner.network.model.device)
+            out = _loss(said, reference[micro.rows].to(said.device), rows, config)
+            learner.backward(out.loss * share, "the DPO loss")
+        gap = out.chosen_rewards - out.rejected_rewards
+        sums["loss"] += out.loss.item() * share
+        sums["accuracy"] += half_for_ties(gap).mean().item() * share
+        sums["margin"] += gap.mean().item() * share
+        sums["chosen_reward"] += out.chosen_rewards.mean().item() * share
+    return ranks.sum(sums)
+
+
+def _sums(policy: Callable[..., ChunkedLoss], pairs: list[Pair], device: torch.device) -> Tensor:
+    """(B, 2) log-probability of each chosen and each rejected response, in nats."""
+    packed = pack_pairs(pairs, device)
+    starts = torch.tensor([start for pair in pairs for start in pair.starts], device=device)
+    logprobs = policy(packed, *packed.predictions(starts)).logprobs
+    owner = torch.arange(len(starts), device=device).repeat_interleave(packed.lengths - starts)
+    return logprobs.new_zeros(len(starts)).index_add(0, owner, logprobs).view(-1, 2)
+
+
+@torch.no_grad()
+def _sums_of_all(policy: Policy, pairs: list[Pair], config: DPOConfig, ranks: Ranks) -> Tensor:
+    """(N, 2) the same of many pairs, on the CPU."""
+    return ranks.collect(
+        len(pairs),
+        config.micro_batch_size,
+        lambda rows: _sums(policy, [pairs[i] for i in rows], policy.model.device),
+    )
+
+
+def _loss(said: Tensor, reference: Tensor, pairs: list[Pair], config: DPOConfig) -> losses.DPOLoss:
+    return losses.dpo(
+        *said.unbind(1),
+        *reference.unbind(1),
+        beta=config.beta,
+        label_smoothing=smoothing(pairs, config.label_smoothing, said.device),
+    )
+
+
+def _require_log_two(loss: float) -> None:
+    """Invariant: before the first update every implicit reward is 0, so the loss is log 2."""
+    if abs(loss - math.log(2)) > 0.02:
+        raise NumericsError(
+            f"a broken invariant: the first DPO loss is {loss:.4f} and not log 2, though the "
+            "policy is its own reference. This is a defect: please report it with the config"
+        )
+
+
+def _report(
+    table: pd.DataFrame,
+    train: list[Pair],
+    held_out: list[Pair],
+    said: Tensor,
+    reference: Tensor,
+    config: DPOConfig,
+    history: list[tuple[int, dict[str, float]]],
+    seed: int,
+) -> DPOReport:
+    out = _loss(said, reference, held_out, config)
+    gap = out.chosen_rewards - out.rejected_rewards
+    decided = torch.tensor([not pair.tie for pair in held_out])
+    require_decided(decided)
+    accuracy = ranking.clustered_bootstrap(
+        half_for_ties(gap[decided]),
+        prompt_numbers(table)[decided],
+        generator=generator(seed, "dpo/bootstrap"),
+    )
+    return DPOReport(
+        accuracy=accuracy.value,
+        accuracy_low=accuracy.low,
+        accuracy_high=accuracy.high,
+        held_out_loss=out.loss.item(),
+        margin=gap.mean().item(),
+        chosen_reward=out.chosen_rewards.mean().item(),
+        train_pairs=len(train),
+        held_out_pairs=len(held_out),
+        truncated=sum(pair.truncated for pair in [*train, *held_out]),
+        figures={
+            "dpo_training": figures.preference_curves(history),
+            "dpo_rewards": figures.score_histogram(
+                out.chosen_rewards.tolist(), out.rejected_rewards.tolist()
+            ),
+        },
+    )
