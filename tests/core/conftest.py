@@ -1,12 +1,13 @@
 """A toy world for the core: prompts name a thing, answers praise it or run it down."""
 
+import copy
 import itertools
 import random
 
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from rlhf_core.data import write_table
 from rlhf_core.metrics import MemoryLogger
@@ -78,12 +79,9 @@ def gpt2(toy_corpus):
     return load_base(MODEL, toy_corpus, 0)
 
 
-@pytest.fixture
-def llama(gpt2):
-    """A Llama with random weights (rotary positions, grouped queries, untied head) for the same
-    tokenizer."""
-    tokenizer = gpt2[1]
-    config = LlamaConfig(
+def drawn(model_class, config_class, tokenizer, **settings):
+    """A decoder with rotary positions, grouped queries, an untied head and random weights."""
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
@@ -97,10 +95,35 @@ def llama(gpt2):
         tie_word_embeddings=False,
         initializer_range=0.2,
         attn_implementation=ATTENTION,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval(), tokenizer
+        return model_class(config).eval(), tokenizer
+
+
+@pytest.fixture
+def llama(gpt2):
+    """A Llama with random weights for the same tokenizer."""
+    return drawn(LlamaForCausalLM, LlamaConfig, gpt2[1])
+
+
+@pytest.fixture
+def mistral(gpt2):
+    """A Mistral that looks back five tokens."""
+    return drawn(MistralForCausalLM, MistralConfig, gpt2[1], sliding_window=5)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """The same weights with transformers' own eager attention: the oracle for a text alone."""
+
+    def twin(model):
+        copied = copy.deepcopy(model)
+        copied.set_attn_implementation("eager")
+        return copied
+
+    return twin
 
 
 @pytest.fixture(params=["gpt2", "llama"])
