@@ -126,7 +126,7 @@ def uninterrupted(tmp_path_factory):
 # --- killed ---
 
 
-def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninterrupted):
+def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninterrupted, caplog):
     chance = random.Random(0)
     kills = torn = 0
     while kills < 25:
@@ -135,6 +135,8 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninte
         while run(folder, stop_after=chance.uniform(0, 0.4), every_seconds=0) != 0:
             kills += 1
             torn += any((folder / "checkpoints").glob("*.new"))
+            Checkpoints(folder / "checkpoints").latest(RUN)
+            assert not caplog.records  # what has its own name is whole
         assert same(torch.load(folder / "result.pt"), uninterrupted)
     assert torn > 0  # some were killed while they saved
 
