@@ -114,15 +114,16 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory} holds no adapter that can be read ({error})") from error
     add_adapter(model, name, rank=config.r, alpha=config.lora_alpha)
-    parameters = adapter_parameters(model, name)
-    stored = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
-    wanted = {key: key.replace(f".{name}.", ".") for key in parameters}
-    if set(wanted.values()) != set(stored):
-        odd = sorted(set(wanted.values()) ^ set(stored))[0]
-        raise ModelError(f"the adapter in {directory} is for another model: {odd} does not fit")
+    wanted = {
+        PREFIX + key.replace(f".{name}.", "."): parameter
+        for key, parameter in adapter_parameters(model, name).items()
+    }
+    for key in sorted({*wanted} | {*weights}):
+        if key not in wanted or key not in weights or wanted[key].shape != weights[key].shape:
+            raise ModelError(f"the adapter in {directory} is for another model: {key} does not fit")
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(stored[wanted[key]])
+        for key, parameter in wanted.items():
+            parameter.copy_(weights[key])
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Packed, shared or alone: the same hidden states, and the same gradient of every weight."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_row_holds_what_neighbours_do_not_share(texts):
     def common(one, other):
         return next((i for i in range(len(other)) if one[: i + 1] != other[: i + 1]), len(other))
 
-    shared = sum(common(one, other) for one, other in zip(texts, texts[1:], strict=False))
+    shared = sum(common(one, other) for one, other in itertools.pairwise(texts))
     packed = pack(texts, "cpu")
     assert packed.input_ids.shape == (1, sum(map(len, texts)) - shared)
     assert packed.dense == (len({len(text) for text in texts}) == 1 and not shared)

@@ -1,4 +1,4 @@
-"""Sampling: the distribution that the update differentiates, wherever the padding is."""
+"""Sampling: the distribution that the update differentiates, whatever stands beside a row."""
 
 import math
 
@@ -7,92 +7,167 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_core.encoding import left_pad
-from rlhf_core.rollout import response_logprobs, sequences
-from rlhf_core.sampling import SamplingConfig, respond, sample
+from rlhf_core.networks import Policy
+from rlhf_core.rollout import lay_out, response_logprobs
+from rlhf_core.sampling import BLOCK, SamplingConfig, draw, respond, sample, uniforms
 from rlhf_core.types import PromptBatch
 
 PROMPTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]
 EOS, PAD = 0, 1
+LARGEST = 1 - 2**-24  # the largest float32 below 1
 
 
-def draw(model, rows, *, temperature=1.0, tokens=10, seed=0, width=99):
-    batch = left_pad(rows, PAD, width)
-    return batch, sample(
-        model,
-        batch,
-        max_new_tokens=tokens,
-        temperature=temperature,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-@pytest.fixture
-def sharp(causal):
-    """A model whose next token depends strongly on all tokens before it."""
+@pytest.fixture(params=["gpt2", "llama", "mistral"])
+def sharp(request):
+    """A model whose next token depends strongly on all tokens that it looks back to."""
+    model = request.getfixturevalue(request.param)[0]
     draws = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for weight in causal[0].parameters():
+        for weight in model.parameters():
             if weight.ndim == 2:
                 weight.normal_(0, 0.3, generator=draws)
-    return causal[0]
+    return Policy(model)
 
 
 @pytest.fixture
 def chatty(sharp):
     """The same, with an end of sequence that has about one chance in ten everywhere."""
-    head = torch.nn.Linear(*reversed(sharp.get_output_embeddings().weight.shape))
+    model = sharp.model
+    old = model.get_output_embeddings().weight
+    head = torch.nn.Linear(*reversed(old.shape))
     with torch.no_grad():
-        logits = sharp(torch.tensor([PROMPTS[0]])).logits
-        head.weight.copy_(sharp.get_output_embeddings().weight)[EOS] = 0
+        logits = model(torch.tensor([PROMPTS[0]])).logits
+        head.weight.copy_(old)[EOS] = 0
         head.bias.zero_()[EOS] = (logits.logsumexp(-1) - math.log(9)).mean()
-    sharp.set_output_embeddings(head)
-    return sharp
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(head)
+    return Policy(model)
 
 
-def test_greedy_is_that_of_plain_transformers(sharp):
-    batch, ours = draw(sharp, PROMPTS, temperature=0.0)
-    theirs = sharp.generate(
+def numbers(rows, tokens=12, seed=0):
+    return uniforms(rows, tokens, torch.Generator().manual_seed(seed))
+
+
+def write(policy, rows, draws, *, temperature=1.0, between=lambda: None):
+    batch = rows if isinstance(rows, PromptBatch) else left_pad(rows, PAD, 99)
+    ids = {"eos_token_id": EOS, "pad_token_id": PAD}
+    options = {"temperature": temperature, "between": between}
+    return batch, sample(policy, batch, draws, **ids, **options)
+
+
+def said(responses):
+    return [row[keep].tolist() for row, keep in zip(responses.tokens, responses.mask, strict=True)]
+
+
+# --- one token out of a distribution ---
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic, its mean k and its variance 2k; places expected less than 5 times are
+    one class."""
+    common = expected >= 5
+    rare = expected[~common].sum(0, keepdim=True), counts[~common].sum(0, keepdim=True)
+    expected, counts = (
+        torch.cat([x[common], r]) if rare[0] >= 5 else x[common]
+        for x, r in zip((expected, counts), rare, strict=True)
+    )
+    return ((counts - expected).square() / expected).sum().item(), len(expected) - 1
+
+
+@pytest.mark.parametrize("size", [7, 40, BLOCK, 3 * BLOCK + 50])
+def test_frequencies_are_the_softmax_over_the_temperature(size):
+    temperature, n = 1.7, 40_000
+    draws = torch.Generator().manual_seed(size)
+    logits = 2 * torch.randn(size, generator=draws)
+    found = draw(logits.expand(n, -1), torch.rand(n, generator=draws), temperature)
+    counts = torch.bincount(found, minlength=size).float()
+    for tried, matches in ((temperature, True), (1.3, False)):
+        statistic, k = chi_square(counts, n * (logits / tried).softmax(-1))
+        assert (statistic < k + 5 * math.sqrt(2 * k)) == matches
+
+
+@pytest.mark.parametrize("size", [2, 40, BLOCK, 50_257])
+def test_token_is_where_the_distribution_function_passes_u(size):
+    # Against the running sum of probabilities in float64.
+    draws = torch.Generator().manual_seed(size)
+    logits, u = 3 * torch.randn(100, size, generator=draws), torch.rand(100, generator=draws)
+    found = draw(logits, u, 0.8).unsqueeze(-1)
+    probabilities = (logits.double() / 0.8).softmax(-1)
+    after = probabilities.cumsum(-1).gather(1, found).squeeze(-1)
+    before = after - probabilities.gather(1, found).squeeze(-1)
+    assert (before - 1e-6 <= u).all()
+    assert (u <= after + 1e-6).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 1 - 2**-10, LARGEST])
+def test_impossible_token_is_never_drawn(u):
+    # Whole blocks without weight at both ends and in the middle, and gaps within the others.
+    logits = torch.full((4 * BLOCK + 9,), -math.inf)
+    possible = torch.tensor([BLOCK + 3, BLOCK + 200, 3 * BLOCK, 3 * BLOCK + 17])
+    logits[possible] = torch.tensor([1.0, -20.0, 3.0, 0.0])
+    assert draw(logits.unsqueeze(0), torch.tensor([u]), 1.0).item() in possible
+    ends = draw(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0)
+    assert ends[0] == possible[0]
+    assert ends[1] == possible[-1]
+
+
+def test_every_u_finds_a_token_whatever_the_rounding():
+    # The sums of flat distributions round the most.
+    for size in (3, BLOCK + 1, 50_257):
+        for weight in (0.0, 88.0, -1e4):
+            logits = torch.full((1, size), weight)
+            assert draw(logits, torch.tensor([0.0]), 1.0).item() == 0
+            last = draw(logits, torch.tensor([LARGEST]), 1.0).item()
+            assert size - 2 - size // 10_000 <= last < size
+
+
+def test_temperature_0_is_the_likeliest_token():
+    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 4.9, 4.9]])
+    assert draw(logits, torch.tensor([LARGEST, 0.9]), 0).tolist() == [1, 0]
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    # bfloat16 stops counting at 256: a sum in it would never come near the last of 1,000 tokens.
+    assert draw(torch.zeros(1, 1000).bfloat16(), torch.tensor([LARGEST]), 1.0).item() == 999
+
+
+# --- whole texts ---
+
+
+def greedy(policy, plain):
+    """Ours, after a look at that of plain transformers."""
+    prompts = [[*prompt, last] for prompt in PROMPTS for last in range(30, 40)]
+    batch, ours = write(policy, prompts, numbers(30), temperature=0)
+    theirs = plain(policy.model).generate(
         batch.input_ids,
         attention_mask=batch.mask.long(),
         do_sample=False,
-        max_new_tokens=10,
+        max_new_tokens=12,
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
     assert torch.equal(theirs[:, batch.input_ids.shape[1] :], ours.tokens)
     assert len(set(ours.tokens.flatten().tolist())) > 10  # not one token for ever
+    return ours
 
 
-def test_frequencies_are_the_softmax_over_the_temperature(sharp):
-    # Pearson's χ² of 20,000 first tokens against softmax(z / T); tokens that are expected less than
-    # 5 times are one class. Its mean is k and its variance 2k: +5 deviations by chance in 1e-6.
-    temperature, n = 1.7, 20_000
-    with torch.no_grad():
-        logits = sharp(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    for tried, matches in ((temperature, True), (1.3, False)):
-        _, found = draw(sharp, [PROMPTS[0]] * n, temperature=temperature, tokens=1)
-        expected = n * (logits / tried).softmax(-1)
-        counts = torch.bincount(found.tokens[:, 0], minlength=len(expected)).float()
-        common = expected >= 5
-        expected = torch.cat([expected[common], expected[~common].sum(0, keepdim=True)])
-        counts = torch.cat([counts[common], counts[~common].sum(0, keepdim=True)])
-        assert expected[-1] > 5
-        statistic = ((counts - expected).square() / expected).sum().item()
-        k = len(expected) - 1
-        assert k > 20
-        assert (statistic < k + 5 * math.sqrt(2 * k)) == matches
+def test_greedy_is_that_of_plain_transformers(sharp, plain):
+    greedy(sharp, plain)
 
 
-def test_later_tokens_follow_their_whole_prefix(sharp):
+def test_greedy_rows_end_as_in_plain_transformers(chatty, plain):
+    assert len(set(greedy(chatty, plain).mask.sum(-1).tolist())) > 2
+
+
+def test_later_tokens_follow_their_whole_prefix(sharp, plain):
     # The likeliest pairs of tokens, against the chain rule on forward passes without a cache.
     temperature, n = 0.5, 20_000
-    _, found = draw(sharp, [PROMPTS[1]] * n, temperature=temperature, tokens=2)
+    _, found = write(sharp, [PROMPTS[1]] * n, numbers(n, 2), temperature=temperature)
+    eager = plain(sharp.model)
     with torch.no_grad():
-        first = (sharp(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1)
+        first = (eager(torch.tensor([PROMPTS[1]])).logits[0, -1] / temperature).softmax(-1)
         longer = torch.tensor([[*PROMPTS[1], token] for token in range(len(first))])
-        second = (sharp(longer).logits[:, -1] / temperature).softmax(-1)
+        second = (eager(longer).logits[:, -1] / temperature).softmax(-1)
     joint = first.unsqueeze(1) * second
     likeliest = joint.flatten().topk(10)
     pairs = found.tokens[:, 0] * len(first) + found.tokens[:, 1]
@@ -104,95 +179,135 @@ def test_later_tokens_follow_their_whole_prefix(sharp):
 
 
 def test_a_row_ends_at_its_end_of_sequence(chatty):
-    batch, found = draw(chatty, PROMPTS * 40, tokens=15)
+    _, found = write(chatty, PROMPTS * 40, numbers(120))
     assert 0.1 < found.finished.float().mean() < 1  # both kinds are here
-    assert found.tokens.shape == found.mask.shape == (120, 15)
+    assert found.tokens.shape == found.mask.shape == (120, 12)
     for tokens, mask, finished in zip(found.tokens, found.mask, found.finished, strict=True):
-        said = tokens.tolist()
-        length = said.index(EOS) + 1 if EOS in said else 15
-        assert finished == (EOS in said)
-        assert mask.tolist() == [True] * length + [False] * (15 - length)
-        assert said[length:] == [PAD] * (15 - length)
-    assert batch.input_ids.shape[0] == 120
+        text = tokens.tolist()
+        length = text.index(EOS) + 1 if EOS in text else 12
+        assert finished == (EOS in text)
+        assert mask.tolist() == [True] * length + [False] * (12 - length)
+        assert text[length:] == [PAD] * (12 - length)
 
 
-def test_sampling_stops_when_every_row_has_ended(chatty):
+def test_tensors_are_as_wide_as_the_longest_response(chatty):
     with torch.no_grad():
-        chatty.get_output_embeddings().bias[EOS] = 1e4
-    _, found = draw(chatty, PROMPTS, tokens=15)
+        chatty.model.get_output_embeddings().bias[EOS] = 1e4
+    _, found = write(chatty, PROMPTS, numbers(3))
     assert found.tokens.tolist() == [[EOS]] * 3
     assert found.finished.all()
 
 
-def test_logits_of_sampling_are_those_of_the_forward_pass_of_the_update(chatty):
-    # A model whose head reports what sampling saw: the cache must not change the distribution.
-    seen = []
-    head = chatty.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, inputs, out: seen.append(out[:, -1]))
-    batch, found = draw(chatty, PROMPTS * 3, tokens=12)
+def test_rows_that_have_ended_are_computed_no_more(chatty):
+    sizes = []
+    handle = chatty.model.base_model.register_forward_pre_hook(
+        lambda module, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    _, found = write(chatty, PROMPTS * 5, numbers(15))
     handle.remove()
-    step = torch.stack(seen, 1).log_softmax(-1)
-    sampled = step.gather(-1, found.tokens.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        full = response_logprobs(chatty, batch, found, temperature=1.0)
-    assert_close(full, sampled.masked_fill(~found.mask, 0), rtol=1e-5, atol=1e-4)
+    assert sizes == [int(found.mask[:, t].sum()) for t in range(found.mask.shape[1])]
+    assert sizes[-1] < sizes[0]
 
 
-def test_padding_of_the_prompt_changes_nothing(sharp):
-    # Alone, beside longer prompts, and with more padding than the batch needs.
-    alone, _ = draw(sharp, [PROMPTS[1]])
+def test_a_text_depends_on_its_prompt_and_its_numbers_alone(chatty):
+    prompts, draws = PROMPTS * 5, numbers(15)
+    together = said(write(chatty, prompts, draws)[1])
+    assert len(set(map(len, together))) > 5  # rows leave at many different times
+    alone = [
+        said(write(chatty, [prompt], own.unsqueeze(0))[1])[0]
+        for prompt, own in zip(prompts, draws, strict=True)
+    ]
+    assert together == alone
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(2)).tolist()
+    assert said(write(chatty, [prompts[i] for i in order], draws[order])[1]) == [
+        together[i] for i in order
+    ]
+    batch = left_pad(prompts, PAD, 99)
     wide = PromptBatch(
-        torch.cat([torch.full((3, 4), 77), left_pad(PROMPTS, PAD, 99).input_ids], 1),
-        torch.cat([torch.zeros(3, 4, dtype=torch.bool), left_pad(PROMPTS, PAD, 99).mask], 1),
+        torch.cat([torch.full((15, 4), 77), batch.input_ids], 1),
+        torch.cat([torch.zeros(15, 4, dtype=torch.bool), batch.mask], 1),
     )
-    beside, found = draw(sharp, PROMPTS)
+    assert said(write(chatty, wide, draws)[1]) == together
+
+
+def test_logits_of_sampling_are_those_of_a_plain_forward_pass(chatty, plain):
+    # A hook on the head reports what sampling saw: neither cache nor padding may change it.
+    seen = []
+    handle = chatty.model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, out: seen.append(out.log_softmax(-1))
+    )
+    batch, found = write(chatty, PROMPTS * 3, numbers(9))
+    handle.remove()
+    sampled = torch.zeros(found.mask.shape)
+    for t, logprobs in enumerate(seen):
+        alive = found.mask[:, t]
+        sampled[alive, t] = logprobs.gather(1, found.tokens[alive, t : t + 1]).squeeze(1)
+    eager = plain(chatty.model)
+    alone = torch.zeros(found.mask.shape)
     with torch.no_grad():
-        logprobs = [
-            response_logprobs(sharp, prompts, found.rows(rows), temperature=1.0)
-            for prompts, rows in (
-                (beside, torch.arange(3)),
-                (wide, torch.arange(3)),
-                (alone, torch.tensor([1])),
-            )
-        ]
-    assert_close(logprobs[0], logprobs[1], rtol=1e-5, atol=1e-4)
-    assert_close(logprobs[0][1:2], logprobs[2], rtol=1e-5, atol=1e-4)
-    greedy = [draw(sharp, rows, temperature=0.0)[1] for rows in (PROMPTS, [PROMPTS[1]])]
-    together, by_itself = (
-        found.tokens[i][found.mask[i]] for found, i in zip(greedy, (1, 0), strict=True)
-    )
-    assert torch.equal(together, by_itself)
+        for row, (prompt, text) in enumerate(zip(PROMPTS * 3, said(found), strict=True)):
+            logprobs = eager(torch.tensor([prompt + text])).logits[0].log_softmax(-1)
+            for t, token in enumerate(text):
+                alone[row, t] = logprobs[len(prompt) + t - 1, token]
+        ours = response_logprobs(chatty, lay_out(batch, found), temperature=1.0)
+    assert_close(sampled, alone, rtol=1e-5, atol=1e-4)
+    assert_close(ours, alone, rtol=1e-5, atol=1e-4)
 
 
-def test_same_generator_gives_the_same_samples(sharp):
-    one, two, other = (draw(sharp, PROMPTS, seed=seed)[1].tokens for seed in (3, 3, 4))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
+def test_between_is_called_before_each_token_and_may_stop(sharp):
+    class Stop(BaseException):
+        """As a signal would."""
+
+    calls = []
+    _, found = write(sharp, PROMPTS, numbers(3), between=lambda: calls.append(1))
+    assert len(calls) == found.tokens.shape[1]
+
+    def stop():
+        raise Stop
+
+    with pytest.raises(Stop):
+        write(sharp, PROMPTS, numbers(3), between=stop)
 
 
-def test_global_random_numbers_are_neither_read_nor_moved(sharp):
-    one = draw(sharp, PROMPTS)[1].tokens
-    state = torch.random.get_rng_state()
-    torch.manual_seed(99)
-    try:
-        assert torch.equal(draw(sharp, PROMPTS)[1].tokens, one)
-    finally:
-        torch.random.set_rng_state(state)
+# --- prompts in batches ---
 
 
-def test_respond_takes_prompts_in_order_in_batches(sharp):
-    sharp.config.eos_token_id, sharp.config.pad_token_id = EOS, PAD
-    config = SamplingConfig(max_prompt_length=3, max_new_tokens=4, batch_size=2)
-    draws = torch.Generator().manual_seed(0)
-    batches = list(respond(sharp, PROMPTS, config, generator=draws))
+def answers(policy, batch_size, seed=0):
+    config = SamplingConfig(max_prompt_length=4, max_new_tokens=8, batch_size=batch_size)
+    draws = torch.Generator().manual_seed(seed)
+    return list(respond(policy, PROMPTS * 2, config, generator=draws))
+
+
+def test_respond_takes_prompts_in_order_in_batches(chatty):
+    batches = answers(chatty, 4)
     prompts = [
         row[keep].tolist()
         for b, _ in batches
         for row, keep in zip(b.input_ids, b.mask, strict=True)
     ]
-    assert prompts == [[40, 50, 60], [70, 80], [90, 100, 110]]
-    assert [len(r.tokens) for _, r in batches] == [2, 1]
-    assert all(r.tokens.shape[1] <= 4 for _, r in batches)
+    assert prompts == [[30, 40, 50, 60], [70, 80], [90, 100, 110]] * 2
+    assert [len(r.tokens) for _, r in batches] == [4, 2]
+    assert all(r.tokens.shape[1] <= 8 for _, r in batches)
+
+
+def test_batch_size_changes_no_text(chatty):
+    def texts(size, seed=0):
+        return [text for _, responses in answers(chatty, size, seed) for text in said(responses)]
+
+    assert texts(1) == texts(4) == texts(99)
+    assert texts(1) != texts(1, seed=1)
+
+
+def test_global_random_numbers_are_neither_read_nor_moved(chatty):
+    one = said(answers(chatty, 9)[0][1])
+    state = torch.random.get_rng_state()
+    torch.manual_seed(99)
+    try:
+        before = torch.random.get_rng_state()
+        assert said(answers(chatty, 9)[0][1]) == one
+        assert torch.equal(torch.random.get_rng_state(), before)
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def test_temperature_of_the_config_is_used(sharp):
@@ -208,11 +323,3 @@ def test_temperature_of_the_config_is_used(sharp):
 
 def test_longest_text_is_prompt_and_response():
     assert SamplingConfig(max_prompt_length=5, max_new_tokens=7).max_length == 12
-
-
-def test_sequences_put_the_response_behind_the_prompt(sharp):
-    batch, found = draw(sharp, PROMPTS, tokens=3)
-    tokens, mask = sequences(batch, found)
-    assert torch.equal(tokens[:, -3:], found.tokens)
-    assert torch.equal(tokens[:, :-3], batch.input_ids)
-    assert torch.equal(mask, torch.cat([batch.mask, found.mask], 1))
