@@ -1,7 +1,7 @@
 """Model directories: what is in them, what plain transformers makes of them, what is refused."""
 
+import hashlib
 import json
-import math
 from importlib.util import find_spec
 
 import pytest
@@ -13,24 +13,22 @@ from torch.nn import Dropout
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForSequenceClassification,
 )
 
-from rlhf_core.encoding import encode_prompts, left_pad, right_pad
+from rlhf_core.encoding import encode_prompts, right_pad
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.models import (
     CARD,
     FreshModelConfig,
     ModelConfig,
-    ScalarModel,
+    add_facts,
+    context_of,
     load_base,
     load_policy,
     load_tokenizer,
@@ -38,9 +36,10 @@ from rlhf_core.models import (
     read_card,
     require_context,
     require_same_tokenizer,
-    response_logits,
     save_model,
+    weights_digest,
 )
+from rlhf_core.networks import Policy, ScalarModel
 from rlhf_core.sampling import sample
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]
@@ -98,6 +97,16 @@ def test_saved_directory_holds_safetensors_and_a_card(saved):
 def test_facts_are_on_the_card(gpt2, tmp_path):
     save_model(*gpt2, tmp_path, kind="policy", facts={"step": 7})
     assert read_card(tmp_path)["step"] == 7
+    add_facts(tmp_path, {"chat": True, "step": 8})
+    card = {"kind": "policy", "dtype": "float32", "step": 8, "chat": True}
+    assert read_card(tmp_path) == card
+
+
+def test_digest_of_weights_is_that_of_their_files(saved):
+    (saved / "model.safetensors").rename(saved / "b.safetensors")
+    (saved / "a.safetensors").write_bytes(b"first")
+    expected = hashlib.sha256(b"first" + (saved / "b.safetensors").read_bytes()).hexdigest()
+    assert weights_digest(saved) == expected
 
 
 def test_loaded_policy_has_no_dropout(bare):
@@ -228,118 +237,7 @@ def test_template_of_the_model_is_kept(bare):
     assert ours.chat_template == "{{ messages[0]['content'] }}"
 
 
-# --- scalar models ---
-
-
-def test_new_head_is_drawn_small_and_without_bias(saved):
-    # N(0, 1/(d + 1)) with d = 32: over 50 heads the standard error of the standard deviation is
-    # 1/√(2·1600) of it, below 2 %. That of transformers' own head, 0.02, is nine times smaller.
-    draws = torch.Generator().manual_seed(0)
-    heads = [ScalarModel.from_policy(saved, draws).model.score for _ in range(50)]
-    weights = torch.cat([head.weight for head in heads])
-    assert all(head.bias is None and head.weight.shape == (1, 32) for head in heads)
-    assert abs(weights.std().item() * math.sqrt(33) - 1) < 0.07
-    assert abs(weights.mean().item()) < 4 / math.sqrt(33 * weights.numel())
-
-
-def test_head_depends_on_its_generator_alone(saved):
-    one, two, other = (
-        ScalarModel.from_policy(saved, torch.Generator().manual_seed(seed)).model.score.weight
-        for seed in (5, 5, 6)
-    )
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-
-
-def test_trunk_of_a_scalar_model_is_that_of_the_policy(causal, saved):
-    scalar = ScalarModel.from_policy(saved, torch.Generator())
-    trunk = causal[0].base_model.state_dict()
-    assert all(torch.equal(trunk[n], w) for n, w in scalar.model.base_model.state_dict().items())
-
-
-def pad_right(rows):
-    return right_pad(rows, 1)
-
-
-def pad_left(rows):
-    batch = left_pad(rows, 1, 99)
-    return batch.input_ids, batch.mask
-
-
-@pytest.mark.parametrize("pad", [pad_left, pad_right])
-def test_reward_is_the_normalised_logit_of_plain_transformers(scalar, causal, tmp_path, pad):
-    scalar.save(causal[1], tmp_path / "reward", kind="reward")
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert (plain.config.reward_mean, plain.config.reward_std) == (0.3, 0.5)
-    ids, mask = pad(TEXTS)
-    with torch.no_grad():
-        alone = torch.cat([plain(torch.tensor([text])).logits[0] for text in TEXTS])
-        together = plain(ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits
-        ours = ScalarModel.load(tmp_path / "reward").scores(ids, mask)
-    assert_close(ours, (alone - 0.3) / 0.5, rtol=1e-5, atol=1e-5)
-    assert_close(ours, (together[:, 0] - 0.3) / 0.5, rtol=1e-5, atol=1e-5)
-
-
-def test_value_of_a_column_is_the_score_of_the_text_up_to_it(scalar):
-    ids, mask = pad_left(TEXTS)
-    with torch.no_grad():
-        values = scalar.values(ids, mask)
-        for row, text in enumerate(TEXTS):
-            for end in range(1, len(text) + 1):
-                prefix = torch.tensor([text[:end]])
-                score = scalar.scores(prefix, torch.ones_like(prefix, dtype=torch.bool))
-                column = ids.shape[1] - len(text) + end - 1
-                assert_close(values[row, column], score[0], rtol=1e-5, atol=1e-5)
-
-
-def test_scalar_model_comes_back_from_disk(scalar, causal, tmp_path):
-    scalar.save(causal[1], tmp_path / "critic", kind="critic")
-    assert read_card(tmp_path / "critic") == {
-        "kind": "critic",
-        "dtype": "float32",
-        "reward_mean": 0.3,
-        "reward_std": 0.5,
-    }
-    ids, mask = pad_right(TEXTS)
-    with torch.no_grad():
-        loaded = ScalarModel.load(tmp_path / "critic")
-        assert_close(loaded.values(ids, mask), scalar.values(ids, mask))
-
-
-def test_model_without_a_scalar_head_is_refused():
-    size = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
-    t5 = T5ForSequenceClassification(T5Config(**size, decoder_start_token_id=0, eos_token_id=1))
-    with pytest.raises(ModelError, match="use a decoder-only model"):
-        ScalarModel(t5)
-
-
-# --- logits of the response ---
-
-
-def test_response_logits_predict_the_last_tokens(causal):
-    model = causal[0]
-    ids, mask = pad_left([[20, 30, 40, 50, 60], [70, 80, 90, 100]])
-    with torch.no_grad():
-        found = response_logits(model, ids, mask, 3)
-        for row, text in enumerate(([20, 30, 40, 50, 60], [70, 80, 90, 100])):
-            alone = model(torch.tensor([text])).logits[0]
-            assert_close(found[row], alone[-4:-1], rtol=1e-5, atol=1e-5)
-
-
 # --- what is refused, and how ---
-
-
-def test_policy_in_place_of_a_reward_model(saved):
-    with pytest.raises(ModelError, match="kind 'policy'; reward or critic is needed"):
-        ScalarModel.load(saved)
-
-
-def test_reward_model_in_place_of_a_policy(scalar, causal, tmp_path):
-    scalar.save(causal[1], tmp_path / "reward", kind="reward")
-    with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
-        load_policy(tmp_path / "reward")
-    with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
-        ScalarModel.from_policy(tmp_path / "reward", torch.Generator())
 
 
 def test_folder_without_a_card(saved):
@@ -445,6 +343,19 @@ def test_texts_longer_than_the_context(causal):
         require_context(causal[0], 41, "sft.max_length")
 
 
+def test_context_is_none_where_there_is_no_limit(gpt2):
+    assert context_of(gpt2[0]) == 40
+    del gpt2[0].config.n_positions
+    gpt2[0].config.attribute_map = {}
+    assert context_of(gpt2[0]) is None
+    require_context(gpt2[0], 10**9, "sft.max_length")
+
+
+def test_positions_count_the_tokens_that_count():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 1]]).bool()
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 2]]
+
+
 def test_other_tokenizer(gpt2, saved, toy_corpus):
     require_same_tokenizer(gpt2[1], saved, "reward model")
     fresh = FreshModelConfig(vocab_size=270)
@@ -463,8 +374,7 @@ def test_smollm2_answers_and_survives_a_save(tmp_path):
     asked = [[{"role": "user", "content": "What is the capital of France?"}]]
     prompts = encode_prompts(tokenizer, asked, 64)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    draws = {"max_new_tokens": 12, "temperature": 0.0, "generator": torch.Generator()}
-    said = sample(model, prompts, **draws, **ids)
+    said = sample(Policy(model), prompts, torch.zeros(1, 12), temperature=0.0, **ids)
     assert "The capital of France is Paris" in tokenizer.decode(said.tokens[0])
     assert said.finished.all()
 
