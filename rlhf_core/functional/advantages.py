@@ -1,4 +1,8 @@
-"""How much better a token was than the critic expected."""
+"""How much better a token was than the critic expected, or a response than its siblings.
+
+Results have the type of the input, the wider one where there are two. bfloat16 works, with its 8
+bits; hand in float32 for more.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_core.functional._contracts import check_shapes
+
+GROUP_EPS = 1e-4
 
 
 class Advantages(NamedTuple):
@@ -55,14 +61,65 @@ def gae(
 
 
 def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
-    """PROVISIONAL (being replaced)."""
-    groups = scores.view(-1, group_size)
+    """How much better a response scored than its group: the advantage of GRPO.
+
+        Aᵢ = (rᵢ - mean(r)) / (std(r) + 1e-4);  without `scale` Aᵢ = rᵢ - mean(r)
+
+    mean and std, the latter with n - 1, are those of the responses to the same prompt. A group that
+    agrees has nothing to learn from: its advantages are exactly 0.
+
+    Args:
+        scores: (B,) rᵢ, groups of consecutive rows.
+        group_size: n, responses to each prompt.
+        scale: False leaves out the division, which favours prompts whose scores are close (Dr.
+            GRPO).
+
+    Returns:
+        (B,) without a unit; in that of the scores without `scale`.
+
+    Raises:
+        ValueError: if B is not a multiple of the group size, or that is below 2.
+
+    References: Shao et al. 2024, section 4.1.2, https://arxiv.org/abs/2402.03300; without `scale`:
+    Liu et al. 2025, https://arxiv.org/abs/2503.20783.
+    """
+    groups = _groups(scores, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale else centred).flatten()
+    if scale:
+        centred = centred / (groups.std(1, keepdim=True) + GROUP_EPS)
+    return centred.flatten()
 
 
 def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
-    """PROVISIONAL (being replaced)."""
+    """How much better a response scored than the mean of the others: the advantage of RLOO.
+
+        Aᵢ = rᵢ - Σⱼ≠ᵢ rⱼ / (n - 1)
+
+    The others do not depend on response i, so the baseline is unbiased.
+
+    Args:
+        scores: (B,) rᵢ, groups of consecutive rows.
+        group_size: n, responses to each prompt.
+
+    Returns:
+        (B,) in the unit of the scores; exactly 0 in a group that agrees.
+
+    Raises:
+        ValueError: if B is not a multiple of the group size, or that is below 2.
+
+    References: Kool et al. 2019, https://openreview.net/forum?id=r1lgTGL5DE; Ahmadian et al. 2024,
+    https://arxiv.org/abs/2402.14740.
+    """
+    # rᵢ - (Σr - rᵢ) / (n - 1) = (rᵢ - mean) · n / (n - 1)
+    return group_relative(scores, group_size, scale=False) * (group_size / (group_size - 1))
+
+
+def _groups(scores: Tensor, group_size: int) -> Tensor:
+    """(groups, n) scores, each less the first of its group, so that equal scores are exactly 0."""
+    check_shapes(scores=(scores, "B"))
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}.")
+    if len(scores) % group_size:
+        raise ValueError(f"{len(scores)} scores are not a multiple of the group_size {group_size}.")
     groups = scores.view(-1, group_size)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    return groups - groups[:, :1]

@@ -2,6 +2,10 @@
 
 Sums and token counts are kept apart, or the count of the whole minibatch is handed in: a mean per
 micro-batch, averaged over micro-batches of unequal length, would be another objective.
+
+`completion_nll` raises half-precision logits to float32. The other losses have the type of their
+inputs, the widest of them: a ratio of bfloat16 log-probabilities has lost its digits before it gets
+here, so hand in float32.
 """
 
 from typing import NamedTuple
@@ -28,6 +32,14 @@ class ClippedLoss(NamedTuple):
 
     loss: Tensor  # ()
     clip_fraction: Tensor  # () share of the tokens whose gradient the clip took away
+
+
+class DPOLoss(NamedTuple):
+    """What `dpo` gives back; only the loss can be differentiated."""
+
+    loss: Tensor  # () nats
+    chosen_rewards: Tensor  # (B,) implicit rewards
+    rejected_rewards: Tensor  # (B,)
 
 
 def completion_nll(logits: Tensor, labels: Tensor) -> TokenNLL:
@@ -101,14 +113,6 @@ def bradley_terry(
     return nll.mean() + center_coef * (chosen + rejected).square().mean()
 
 
-class DPOLoss(NamedTuple):
-    """PROVISIONAL (being replaced)."""
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-
-
 def dpo(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -118,7 +122,38 @@ def dpo(
     beta: float,
     label_smoothing: float | Tensor = 0.0,
 ) -> DPOLoss:
-    """PROVISIONAL (being replaced)."""
+    """Direct preference optimisation: Bradley-Terry on the reward that a policy implies.
+
+        r = β·(log π(y|x) - log π_ref(y|x)),  d = r_chosen - r_rejected
+        loss = mean(-(1 - ε)·log σ(d) - ε·log σ(-d))
+
+    Args:
+        policy_chosen: (B,) log π of the preferred response, summed over its tokens, in nats.
+        policy_rejected: (B,) log π of the other response.
+        ref_chosen: (B,) log π_ref of the preferred response, a constant.
+        ref_rejected: (B,) log π_ref of the other response.
+        beta: β, the price of moving away from the reference, in reward per nat.
+        label_smoothing: ε between 0 and 1, a number or (B,): the probability that the label is the
+            wrong way round. 0.5 is a tie and pulls the two implicit rewards together.
+
+    Returns:
+        The loss, and both implicit rewards as constants.
+
+    Raises:
+        ValueError: if the shapes differ, there is no pair, β is not positive, or ε is a number
+            outside [0, 1].
+
+    References: Rafailov et al. 2023, equation 7, https://arxiv.org/abs/2305.18290; ε: Mitchell
+    2023, https://ericmitchell.ai/cdpo.pdf.
+    """
+    check_shapes(
+        policy_chosen=(policy_chosen, "B"),
+        policy_rejected=(policy_rejected, "B"),
+        ref_chosen=(ref_chosen, "B"),
+        ref_rejected=(ref_rejected, "B"),
+    )
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}.")
     chosen = beta * (policy_chosen - ref_chosen)
     rejected = beta * (policy_rejected - ref_rejected)
     loss = bradley_terry(chosen, rejected, label_smoothing=label_smoothing)

@@ -1,7 +1,8 @@
 """Means over the places that count. `mask` is True (or 1) where a place counts.
 
 What lies under the mask never matters, NaN and infinity included: it is replaced before any
-arithmetic, so that neither the result nor the gradient can see it.
+arithmetic, so that neither the result nor the gradient can see it. Results have the type of `x`:
+hand in float32 where the 8 bits of bfloat16 are too few.
 """
 
 import torch

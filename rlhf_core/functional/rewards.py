@@ -1,4 +1,8 @@
-"""What the policy is paid for each token, and how the price of KL follows its target."""
+"""What the policy is paid for each token, and how the price of KL follows its target.
+
+Results have the type of the input, the wider one where there are two. bfloat16 works, with its 8
+bits; hand in float32 for more.
+"""
 
 import math
 from collections.abc import Mapping

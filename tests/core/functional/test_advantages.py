@@ -1,10 +1,13 @@
-"""Generalised advantage estimation."""
+"""Generalised advantage estimation, and advantages within a group."""
+
+from functools import partial
+from statistics import mean, stdev
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_core.functional.advantages import gae
+from rlhf_core.functional.advantages import gae, group_relative, leave_one_out
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -123,3 +126,76 @@ def test_float32_agrees_with_float64():
     single, double = gae(rewards, values, mask), gae(rewards.double(), values.double(), mask)
     for x, y in zip(single, double, strict=True):
         assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
+
+
+# --- groups ---
+
+
+def test_group_relative_by_hand():
+    # (1, 2, 3): mean 2, std √((1 + 0 + 1) / 2) = 1.  (0, 0, 3): mean 1, std √((1 + 1 + 4) / 2) = √3
+    scores = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 3.0])
+    one, root = 1 + 1e-4, 3**0.5 + 1e-4
+    expected = torch.tensor([-1 / one, 0, 1 / one, -1 / root, -1 / root, 2 / root])
+    assert_close(group_relative(scores, 3), expected)
+    assert group_relative(scores, 3, scale=False).tolist() == [-1, 0, 1, -1, -1, 2]
+
+
+def test_leave_one_out_by_hand():
+    # (1, 2, 6): 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2;  (5, 5, 2) likewise
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 2.0])
+    assert_close(leave_one_out(scores, 3), torch.tensor([-3.0, -1.5, 4.5, 1.5, 1.5, -3.0]))
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_groups_agree_with_a_loop(size):
+    scores = torch.randn(3 * size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    alone, scaled, centred = [], [], []
+    for i, score in enumerate(scores):
+        start = i // size * size
+        group = [float(s) for s in scores[start : start + size]]
+        others = [float(s) for j, s in enumerate(scores) if start <= j < start + size and j != i]
+        alone.append(float(score) - mean(others))
+        centred.append(float(score) - mean(group))
+        scaled.append(centred[-1] / (stdev(group) + 1e-4))
+    for found, expected in (
+        (leave_one_out(scores, size), alone),
+        (group_relative(scores, size), scaled),
+        (group_relative(scores, size, scale=False), centred),
+    ):
+        assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+GROUPED = pytest.mark.parametrize(
+    "function",
+    [group_relative, partial(group_relative, scale=False), leave_one_out],
+    ids=["grpo", "dr grpo", "rloo"],
+)
+
+
+@GROUPED
+def test_a_group_adds_up_to_zero_and_knows_nothing_of_the_others(function):
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = function(scores, 4).view(3, 4)
+    assert_close(found.sum(1), torch.zeros(3, dtype=torch.float64))
+    assert_close(function(scores[4:8], 4), found[1])
+    assert_close(function(scores + 100, 4), found.flatten())  # nor of what all scores share
+
+
+@GROUPED
+@pytest.mark.parametrize("score", [0.1, 1e8, -0.3])
+def test_a_group_that_agrees_is_exactly_zero(function, score):
+    assert function(torch.full((7,), score), 7).tolist() == [0.0] * 7
+
+
+@GROUPED
+def test_groups_in_float32_agree_with_float64(function):
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(8))
+    assert_close(function(scores, 4).double(), function(scores.double(), 4), atol=1e-5, rtol=1e-5)
+
+
+@GROUPED
+def test_what_is_no_group_is_refused(function):
+    with pytest.raises(ValueError, match="multiple"):
+        function(torch.zeros(5), 2)
+    with pytest.raises(ValueError, match="at least 2"):
+        function(torch.zeros(4), 1)

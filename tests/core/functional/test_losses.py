@@ -1,4 +1,4 @@
-"""The losses of SFT, the reward model and PPO."""
+"""The losses of SFT, the reward model, PPO and DPO."""
 
 import math
 
@@ -13,6 +13,7 @@ from rlhf_core.functional.losses import (
     clipped_policy,
     clipped_value,
     completion_nll,
+    dpo,
     pointwise_mse,
 )
 
@@ -364,3 +365,67 @@ def test_clips_out_of_range_are_refused():
         clipped_value(x, x, x, x, clip_range=-1.0)
     with pytest.raises(ValueError, match="dual_clip"):
         clipped_policy(x, x, x, x, dual_clip=1.0)
+
+
+# --- DPO ---
+
+
+def test_dpo_by_hand():
+    # β = 1/2. Pair 1: rewards (log 9)/2 = log 3 and 0: σ(log 3) = 3/4. Pair 2: rewards 0 and log 3.
+    policy_chosen = torch.tensor([-1 + math.log(9), -4.0], requires_grad=True)
+    policy_rejected = torch.tensor([-2.0, -5 + math.log(9)], requires_grad=True)
+    references = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -5.0])
+    result = dpo(policy_chosen, policy_rejected, *references, beta=0.5)
+    result.loss.backward()
+    assert_close(result.loss.detach(), torch.tensor((math.log(4 / 3) + math.log(4)) / 2))
+    assert_close(result.chosen_rewards, torch.tensor([math.log(3), 0.0]))
+    assert_close(result.rejected_rewards, torch.tensor([0.0, math.log(3)]))
+    assert not result.chosen_rewards.requires_grad
+    assert not result.rejected_rewards.requires_grad
+    # d loss / d log π = -β·σ(-d) / B: surprise 1/4 and 3/4
+    assert_close(policy_chosen.grad, torch.tensor([-1 / 16, -3 / 16]))
+    assert_close(policy_rejected.grad, torch.tensor([1 / 16, 3 / 16]))
+
+
+def test_dpo_starts_at_log_two_and_smoothing_flips_a_share_of_the_votes():
+    chosen, rejected, ref_chosen, ref_rejected = (x.flatten() for x in draw(12, 4))
+    start = dpo(chosen, rejected, chosen, rejected, beta=0.1)
+    assert_close(start.loss, torch.tensor(math.log(2), dtype=torch.float64))
+    right = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=2.0).loss
+    wrong = dpo(rejected, chosen, ref_rejected, ref_chosen, beta=2.0).loss
+    for smoothing in (0.1, torch.full((24,), 0.1)):
+        mixed = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=2.0, label_smoothing=smoothing)
+        assert_close(mixed.loss, 0.9 * right + 0.1 * wrong)
+
+
+def test_the_best_policy_of_dpo_is_that_of_rl_with_a_kl_penalty():
+    # Theorem behind the paper (equation 4): with preferences drawn from Bradley-Terry on r, the
+    # loss is least at π*(y) ∝ π_ref(y)·exp(r(y) / β). Expected loss over the 3 · 2 ordered pairs.
+    reward = torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    first, second = torch.tensor([[0, 1], [0, 2], [1, 2]]).T
+    flipped = (reward[second] - reward[first]).sigmoid()
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        policy = logits.log_softmax(0)
+        pairs = (policy[first], policy[second], reference[first], reference[second])
+        loss = dpo(*pairs, beta=0.5, label_smoothing=flipped).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = (reference + reward / 0.5).softmax(0)
+    assert_close(logits.detach().softmax(0), best, atol=1e-4, rtol=0)
+
+
+def test_dpo_refuses_what_has_no_meaning():
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match="beta"):
+        dpo(x, x, x, x, beta=0.0)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        dpo(x, x, x, x, beta=0.1, label_smoothing=-0.1)
+    with pytest.raises(ValueError, match="one pair"):
+        dpo(*[torch.zeros(0)] * 4, beta=0.1)
