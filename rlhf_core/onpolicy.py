@@ -565,7 +565,7 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     stats = {
         "objective/score": rollout.scores.mean().item(),
         "objective/score_std": rollout.scores.std().item(),
-        "objective/kl": (rollout.logprobs - rollout.ref_logprobs).sum(-1).mean().item(),
+        "objective/kl": kl_to_reference(rollout).mean().item(),
         "objective/kl_coef": kl_coef,
         "response/length": mask.sum(-1).float().mean().item(),
         "response/finished": rollout.responses.finished.float().mean().item(),
@@ -573,6 +573,12 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     if len(rollout.parts) > 1:
         stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
     return stats
+
+
+def kl_to_reference(rollout: Rollout) -> Tensor:
+    """(B,) log π - log π_ref of each whole response, in nats."""
+    apart = rollout.logprobs - rollout.ref_logprobs
+    return apart.masked_fill(~rollout.responses.mask, 0).sum(-1)
 
 
 def group_spread(scores: Tensor, group_size: int) -> float:
@@ -585,7 +591,7 @@ def require_kl_zero(rollout: Rollout) -> None:
 
     Raises: NumericsError naming it.
     """
-    apart = (rollout.logprobs - rollout.ref_logprobs).abs().max().item()
+    apart = (rollout.logprobs - rollout.ref_logprobs)[rollout.responses.mask].abs().max().item()
     if apart > _tolerance(rollout.logprobs):
         raise NumericsError(
             f"a broken invariant: the KL to the reference is not 0 at step 0 (log-probabilities "
@@ -730,7 +736,7 @@ def sample_rows(
             "prompt": decode_responses(prompts.input_ids[:rows], prompts.mask[:rows], tokenizer),
             "response": decode_responses(responses.tokens[:rows], responses.mask[:rows], tokenizer),
             "score": rollout.scores[:rows].tolist(),
-            "kl": (rollout.logprobs - rollout.ref_logprobs).sum(-1)[:rows].tolist(),
+            "kl": kl_to_reference(rollout)[:rows].tolist(),
         }
     )
     return cast(list[dict[str, Any]], table.to_dict("records"))

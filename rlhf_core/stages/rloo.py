@@ -85,17 +85,18 @@ def judge(
     rollout: Rollout, kl_coef: float, *, config: RLOOConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """(B, R) advantages, the same for every token of a response, and what they say."""
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator).sum(-1)
+    mask = rollout.responses.mask
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(
         rollout.scores,
         rollout.responses.finished,
         mode=config.missing_eos,
         value=config.missing_eos_value,
     )
-    rewards = scores - kl_coef * kl
+    rewards = scores - kl_coef * kl.masked_fill(~mask, 0).sum(-1)
     stats = describe(rollout, kl_coef) | {
         "objective/reward": rewards.mean().item(),
         "group/spread": group_spread(rewards, config.group_size),
     }
     advantages = leave_one_out(rewards, config.group_size)
-    return advantages.unsqueeze(-1) * rollout.responses.mask, stats
+    return advantages.unsqueeze(-1) * mask, stats

@@ -1,0 +1,174 @@
+"""A world so small that a training stage takes a second, and every training stage on it.
+
+What the tests of invariants, resume and recorded trajectories run. All stages are called alike:
+their config says which one it is.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from rlhf_core.config import Section
+from rlhf_core.data import write_table
+from rlhf_core.metrics import MemoryLogger, StageLogger
+from rlhf_core.models import FreshModelConfig, ModelConfig
+from rlhf_core.onpolicy import Given
+from rlhf_core.recovery import NO_RECOVERY, Recovery
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.stages.dpo import DPOConfig, train_dpo
+from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.stages.ppo import PPOConfig, train_ppo
+from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.stages.rloo import RLOOConfig, train_rloo
+from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.types import PromptBatch, Report, Responses, Rollout
+
+MODEL = ModelConfig(fresh=FreshModelConfig(layers=1, width=16, heads=2, context=32, vocab_size=290))
+SAMPLING = SamplingConfig(max_prompt_length=6, max_new_tokens=8, temperature=0.9, batch_size=3)
+THINGS = ("room", "film", "bed", "song")
+GOOD, BAD = ("good", "warm"), ("bad", "cold")
+
+STEPS = {"learning_rate": 3e-3, "batch_size": 8, "micro_batch_size": 3}
+UPDATES = {
+    "learning_rate": 1e-3,
+    "iterations": 3,
+    "rollout_size": 8,
+    "batch_size": 4,
+    "micro_batch_size": 3,
+    "epochs": 2,
+    "update_kl_limit": 0.01,  # some iterations end early
+}
+KL = {"kl_horizon": 100, "kl_target": 0.5}
+SEVERAL = (RewardTerm(weight=0.5), RewardTerm(source="tiny:brevity", weight=0.1))
+
+CONFIGS: dict[str, Section] = {
+    "sft": SFTConfig(**STEPS, epochs=4, max_length=14, evaluations=4),
+    "reward_model": RewardModelConfig(**STEPS, epochs=4, max_length=14, normalization_samples=8),
+    "ppo": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3),
+    "ppo_lora": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3, lora_rank=2),
+    "rloo": RLOOConfig(**UPDATES, **KL, group_size=2),
+    "grpo": GRPOConfig(**UPDATES, group_size=2, rewards=SEVERAL),
+    "dpo": DPOConfig(**STEPS, epochs=4, max_length=14),
+}
+
+
+def change(config, **settings):
+    """A config with some other settings."""
+    return type(config)(**dict(config) | settings)
+
+
+def brevity(prompts, responses):
+    """A reward that no model gives."""
+    return [-len(response) for response in responses]
+
+
+@dataclass(frozen=True)
+class World:
+    """Prepared data and the models that stages start from."""
+
+    data: Path
+    sft: Path
+    reward: Path
+    reward_adapter: Path  # trained as an adapter of `sft`
+
+    @classmethod
+    def build(cls, directory: Path) -> "World":
+        """Write the data and train the models, in a second or two."""
+        directory.mkdir(parents=True, exist_ok=True)
+        world = cls(*(directory / name for name in ("data", "sft", "reward", "reward_adapter")))
+        write_tables(world.data)
+        longer = {"epochs": 12, "learning_rate": 1e-2}
+        run(change(CONFIGS["sft"], **longer), world, world.sft)
+        longer["epochs"] = 3
+        run(change(CONFIGS["reward_model"], **longer), world, world.reward)
+        run(change(CONFIGS["reward_model"], **longer, lora_rank=2), world, world.reward_adapter)
+        return world
+
+
+def write_tables(data: Path) -> None:
+    """Prompts, demonstrations and preferences; some demonstrations praise and some do not."""
+    data.mkdir()
+    for split, articles in (("train", ("the", "a", "this")), ("eval", ("my",))):
+        prompts = [f"{article} {thing}" for article in articles for thing in THINGS]
+        words = [(one, two) for one in GOOD + BAD for two in GOOD + BAD]
+        said = [f" is {one} and {two}" for one, two in words]
+        shown = [(p, said[(5 * i) % len(said)]) for i, p in enumerate(prompts * 2)]
+        votes = [
+            (p, f" is {GOOD[i % 2]}", f" is {BAD[i // 2 % 2]} and {BAD[0]}", i % 7 == 0, i % 3 / 10)
+            for i, p in enumerate(prompts * 2)
+        ]
+        for kind, columns, rows in (
+            ("prompts", ["prompt"], [(p,) for p in prompts]),
+            ("demonstrations", ["prompt", "response"], shown),
+            ("preferences", ["prompt", "chosen", "rejected", "tie", "margin"], votes),
+        ):
+            frame = pd.DataFrame(rows, columns=columns)
+            frame.insert(0, "id", [f"{split}-{i}" for i in range(len(frame))])
+            if kind == "preferences":
+                frame["annotator"] = "x"
+            write_table(frame, data, kind, split)
+
+
+def run(
+    config: Section,
+    world: World,
+    output: Path,
+    *,
+    sampling: SamplingConfig = SAMPLING,
+    model: ModelConfig = MODEL,
+    seed: int = 0,
+    logger: StageLogger | None = None,
+    recovery: Recovery = NO_RECOVERY,
+) -> Report:
+    """The stage of a config, with its models in `output`."""
+    common = {"seed": seed, "device": "cpu", "logger": logger or MemoryLogger()}
+    common |= {"data": world.data, "recovery": recovery}
+    match config:
+        case SFTConfig():
+            return train_sft(config, model=model, output=output, **common)
+        case RewardModelConfig():
+            return train_reward_model(config, sampling, sft=world.sft, output=output, **common)
+        case DPOConfig():
+            return train_dpo(config, sft=world.sft, policy_output=output, **common)
+    reward = world.reward_adapter if config.lora_rank else world.reward
+    given = Given(sft=world.sft, reward_models={PIPELINE_REWARD: reward}, **common)
+    match config:
+        case PPOConfig():
+            outputs = {"policy_output": output / "policy", "critic_output": output / "critic"}
+            return train_ppo(config, sampling, given, **outputs)
+        case RLOOConfig():
+            return train_rloo(config, sampling, given, policy_output=output)
+        case GRPOConfig():
+            return train_grpo(config, sampling, given, policy_output=output)
+    raise TypeError(f"no stage has a {type(config).__name__}")
+
+
+def digest(output: Path) -> dict[str, str]:
+    """SHA-256 of all weights below a folder."""
+    files = sorted(output.rglob("*.safetensors"))
+    assert files
+    return {str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def newest(directory: Path) -> dict[str, dict]:
+    """The state in the newest checkpoint of a folder."""
+    folder = max(directory.glob("step-" + 8 * "[0-9]"))
+    with torch.serialization.safe_globals([PromptBatch, Responses, Rollout]):
+        return torch.load(folder / "state.pt", weights_only=True)
+
+
+def first_gradients(directory: Path, learner: str) -> dict[str, torch.Tensor]:
+    """The gradient of the first update, after clipping, from the checkpoint behind it.
+
+    AdamW's first moment starts at 0, so that after one step it is (1 - 0.9) times the gradient.
+    """
+    state = newest(directory)["learners"][learner]
+    matrices = [name for name, p in state["parameters"].items() if p.ndim >= 2]
+    vectors = [name for name, p in state["parameters"].items() if p.ndim < 2]
+    moments = state["adamw"]["state"]
+    assert {m["step"].item() for m in moments.values()} == {1}
+    return {name: moments[i]["exp_avg"] / 0.1 for i, name in enumerate(matrices + vectors)}
