@@ -5,7 +5,6 @@ rows at a time: the same rows in the same micro-batches as in the first epoch of
 its first ratio is 1 to the bit.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,12 +59,3 @@ def response_values(critic: ScalarModel, written: Written) -> Tensor:
 def response_scores(reward_model: ScalarModel, written: Written) -> Tensor:
     """(B,) normalised reward of each whole text, read at its last token."""
     return reward_model.scores(written.packed)
-
-
-def micro_batches(
-    prompts: PromptBatch, responses: Responses, batches: Sequence[Sequence[int]]
-) -> list[Written]:
-    """Some rows at a time, laid out."""
-    device = responses.tokens.device
-    indices = (torch.tensor(rows, device=device) for rows in batches)
-    return [lay_out(prompts.rows(index), responses.rows(index)) for index in indices]
