@@ -12,9 +12,8 @@ from datetime import timedelta
 from typing import Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -66,10 +65,7 @@ class Ranks:
     def meet(cls, *, cpu: bool, strategy: Strategy = "ddp") -> tuple[Self, str]:
         """Join the processes that a launcher such as torchrun has started; also says which device
         is this rank's."""
-        options = [
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ]
+        options = [InitProcessGroupKwargs(timeout=PATIENCE)]
         if strategy == "ddp":
             accelerator = Accelerator(cpu=cpu, kwargs_handlers=options)
             return cls(accelerator), str(accelerator.device)
@@ -81,7 +77,8 @@ class Ranks:
         )
         accelerator = Accelerator(cpu=cpu, kwargs_handlers=options, fsdp_plugin=plugin)
         if cpu:  # Accelerate turns to FSDP on GPUs alone; told to, it does the same on a CPU
-            accelerator.state.distributed_type = DistributedType.FSDP
+            for state in (PartialState(), accelerator.state):
+                state.distributed_type = DistributedType.FSDP
             accelerator.state.fsdp_plugin = plugin
         return cls(accelerator), str(accelerator.device)
 
