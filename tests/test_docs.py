@@ -1,7 +1,11 @@
 """The documentation says what the code does: settings, metrics, links, examples, commands."""
 
 import ast
+import contextlib
 import importlib.util
+import inspect
+import io
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -13,14 +17,20 @@ from typer.main import get_command
 
 from flows.__main__ import app
 from flows.config import PipelineConfig
+from rlhf_core import functional
 from rlhf_core.data import KINDS
 from rlhf_core.formats import parse
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy import Given
+from rlhf_core.scoring import PIPELINE_REWARD
 from rlhf_core.sources import read_rows
+from rlhf_core.stages.dpo import train_dpo
 from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.grpo import train_grpo
 from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.rloo import train_rloo
 from rlhf_core.stages.sft import train_sft
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +46,16 @@ data:
 sampling: {max_prompt_length: 40, max_new_tokens: 8}
 sft: {max_length: 48, evaluations: 1}
 reward_model: {max_length: 48, normalization_samples: 4}
-ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1}
+ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: &parts [
+  {source: reward_model}, {source: "rlhf_core.simulation:true_reward", weight: 0.5}]}
+rloo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
+grpo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
+dpo: {max_length: 48}
 evaluation: {prompts: 2, best_of: 2, true_reward: "rlhf_core.simulation:true_reward"}
 """
+
+
+STAGES = ["prepare", "sft", "reward_model", "ppo", "rloo", "grpo", "dpo", "evaluation"]
 
 
 def ids(page):
@@ -90,12 +107,15 @@ def logged(tmp_path_factory):
     """The names of all metrics of each stage, as a run of them on the smallest data logs them."""
     root = tmp_path_factory.mktemp("stages")
     config = PipelineConfig.model_validate(yaml.safe_load(TINY))
-    data, sft, reward = root / "data", root / "sft", root / "reward"
-    policy, critic = root / "policy", root / "critic"
-    loggers = {
-        name: MemoryLogger() for name in ("prepare", "sft", "reward_model", "ppo", "evaluation")
-    }
-    common = {"seed": 0, "device": "cpu"}
+    data, sft, reward, policy = (root / name for name in ("data", "sft", "reward", "policy"))
+    loggers = {name: MemoryLogger() for name in STAGES}
+
+    def common(name):
+        return {"seed": 0, "device": "cpu", "logger": loggers[name]}
+
+    def given(name):
+        return Given(sft=sft, reward_models={PIPELINE_REWARD: reward}, data=data, **common(name))
+
     reports = {
         "prepare": prepare_data(
             config.data,
@@ -105,33 +125,30 @@ def logged(tmp_path_factory):
             seed=0,
             logger=loggers["prepare"],
         ),
-        "sft": train_sft(
-            config.sft,
-            model=config.model,
-            data=data,
-            output=sft,
-            logger=loggers["sft"],
-            **common,
-        ),
+        "sft": train_sft(config.sft, model=config.model, data=data, output=sft, **common("sft")),
         "reward_model": train_reward_model(
             config.reward_model,
             config.sampling,
             sft=sft,
             data=data,
             output=reward,
-            logger=loggers["reward_model"],
-            **common,
+            **common("reward_model"),
         ),
         "ppo": train_ppo(
             config.ppo,
             config.sampling,
-            sft=sft,
-            reward_model=reward,
-            data=data,
+            given("ppo"),
             policy_output=policy,
-            critic_output=critic,
-            logger=loggers["ppo"],
-            **common,
+            critic_output=root / "critic",
+        ),
+        "rloo": train_rloo(
+            config.rloo, config.sampling, given("rloo"), policy_output=root / "rloo"
+        ),
+        "grpo": train_grpo(
+            config.grpo, config.sampling, given("grpo"), policy_output=root / "grpo"
+        ),
+        "dpo": train_dpo(
+            config.dpo, sft=sft, data=data, policy_output=root / "dpo", **common("dpo")
         ),
         "evaluation": evaluate(
             config.evaluation,
@@ -141,19 +158,21 @@ def logged(tmp_path_factory):
             reward_model=reward,
             champion=sft,
             data=data,
-            logger=loggers["evaluation"],
-            **common,
+            **common("evaluation"),
         ),
     }
     return {
-        name: {key for _, values in loggers[name].history for key in values}
-        | {f"summary/{key}" for key in report.summary()}
+        name: {general(key) for _, values in loggers[name].history for key in values}
+        | {general(f"summary/{key}", arms=name == "evaluation") for key in report.summary()}
         for name, report in reports.items()
     }
 
 
-def general(name):
-    """The name of an evaluation metric, as the pages write it: without arms and bounds."""
+def general(name, *, arms=False):
+    """The name of a metric as the pages write it: without parts of a reward, arms and bounds."""
+    name = re.sub(r"^reward/.+", "reward/NAME", name)
+    if not arms:
+        return name
     name = re.sub(r"_(low|high)$", "", name)
     name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
     return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
@@ -167,16 +186,48 @@ def documented(page, heading):
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-@pytest.mark.parametrize("stage", ["prepare", "sft", "reward_model", "ppo", "evaluation"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_metric_is_defined_and_every_definition_is_logged(logged, stage):
-    names = {general(name) for name in logged[stage]} if stage == "evaluation" else logged[stage]
-    assert documented(DOCS / "metrics.md", stage) == names
+    assert documented(DOCS / "metrics.md", stage) == logged[stage]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "evaluation"])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_the_page_of_an_algorithm_explains_each_of_its_metrics(logged, stage):
-    names = {general(name) for name in logged[stage]} if stage == "evaluation" else logged[stage]
-    assert documented(DOCS / "algorithms" / f"{stage}.md", "Logged metrics") == names
+    page = DOCS / "algorithms" / f"{stage}.md"
+    assert documented(page, "Logged metrics") == logged[stage]
+
+
+# ---- the function layer ----
+
+
+def test_the_reference_lists_every_function():
+    page = (DOCS / "functional.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(\.\./rlhf_core/functional/(\w+)\.py\) \|", page, re.M)
+    found = [
+        (name, module.name)
+        for module in pkgutil.iter_modules(functional.__path__)
+        if not module.name.startswith("_")
+        for name, value in vars(
+            importlib.import_module(f"{functional.__name__}.{module.name}")
+        ).items()
+        if not name.startswith("_") and is_part(value, f"{functional.__name__}.{module.name}")
+    ]
+    assert sorted(listed) == sorted(found)
+
+
+def is_part(value, module):
+    """Whether it is a function of that module, or a class with a state and not just a protocol."""
+    if getattr(value, "__module__", "") != module:
+        return False
+    controller = hasattr(value, "update") and not getattr(value, "_is_protocol", False)
+    return inspect.isfunction(value) or (inspect.isclass(value) and controller)
+
+
+def test_the_notebook_example_prints_what_it_says():
+    [(_, text)] = fenced((DOCS / "functional.md").read_text(encoding="utf-8"), "python")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(text, {})
+    assert printed.getvalue().splitlines() == re.findall(r"^print\(.+\)  # (.+)$", text, re.M)
 
 
 # ---- links and names ----
@@ -220,14 +271,22 @@ def names_in(file):
     return found
 
 
-def test_the_map_of_the_repository_is_true():
+def test_the_map_of_the_repository_is_true_and_complete():
     [(_, tree)] = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "text map")
-    folder = ""
+    listed, folder = set(), ""
     for line in tree.splitlines():
         name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
+        folder = folder if line.startswith(" ") else ""
         assert (ROOT / folder / name).exists(), f"the map lists {folder}{name}"
-        folder = name if not line.startswith(" ") else folder
+        listed.add(folder + name)
+        folder = folder if line.startswith(" ") else name
+    for package in ("flows", "tasks", "rlhf_core"):
+        for path in (ROOT / package).iterdir():
+            name = f"{package}/{path.name}"
+            if path.is_dir() and (path / "__init__.py").exists():
+                assert f"{name}/" in listed
+            elif path.suffix == ".py" and path.name != "__init__.py":
+                assert name in listed
 
 
 # ---- commands ----
