@@ -10,6 +10,7 @@ and stores them.
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.errors import ModelError
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names in its files
 
 
@@ -96,11 +97,20 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) 
     )
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
+    _sort_targets(directory / CONFIG)
     weights = {
         PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous().cpu()
         for key, parameter in adapter_parameters(model, name).items()
     }
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def _sort_targets(path: Path) -> None:
+    """peft keeps the names in a set, whose order differs from process to process: so would the
+    digest of the file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["target_modules"] = sorted(content["target_modules"])
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:

@@ -1,11 +1,13 @@
 """The plots of the reports. Each function takes numbers and returns a figure; nobody shows it."""
 
 from collections.abc import Mapping, Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from rlhf_core.functional.ranking import Interval
+
+if TYPE_CHECKING:  # imported when something is drawn: training alone should not pay for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
@@ -13,7 +15,14 @@ BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
 ARM_COLORS = {"sft": GREY, "policy": BLUE, "best_of_n": GREEN, "champion": ORANGE}
 
 
-def loss_curves(train: Points, held_out: Points) -> Figure:
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure, measured in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def loss_curves(train: Points, held_out: Points) -> "Figure":
     """Training loss by step with the held-out loss over it."""
     figure, axes = _single("Supervised fine-tuning", "optimizer step", "loss (nats a token)")
     axes.plot(*_columns(train), color=BLUE, alpha=0.5, linewidth=1, label="training")
@@ -24,7 +33,7 @@ def loss_curves(train: Points, held_out: Points) -> Figure:
 
 def calibration(
     predicted: Sequence[float], observed: Sequence[float], counts: Sequence[int]
-) -> Figure:
+) -> "Figure":
     """Reliability diagram: predicted against observed frequency, dots as large as their bins."""
     figure, axes = _single(
         "Calibration on held-out votes", "predicted P(first is preferred)", "observed share"
@@ -38,7 +47,7 @@ def calibration(
     return figure
 
 
-def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> Figure:
+def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> "Figure":
     """Distribution of the reward of chosen and of rejected texts."""
     figure, axes = _single("Reward of held-out texts", "reward", "texts")
     axes.hist([chosen, rejected], bins=30, color=[GREEN, ORANGE], label=["chosen", "rejected"])
@@ -46,7 +55,7 @@ def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> Figur
     return figure
 
 
-def policy_curves(history: Sequence[Mapping[str, float]]) -> Figure:
+def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     """The curves over the iterations that show whether training a policy is healthy."""
     panels = {
         "objective/score": "score",
@@ -58,14 +67,14 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         "group/spread": "spread of the scores within a group",
     }
     shown = {name: title for name, title in panels.items() if name in history[0]}
-    figure = Figure(figsize=(11.0, 5.6), layout="constrained")
+    figure = blank(11.0, 5.6)
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, shown.items(), strict=False):
         _dress(axes, title, "iteration", "")
         axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
     return figure
 
 
-def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Figure:
+def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Figure":
     """The curves over the steps that show what DPO learns."""
     panels = {
         "loss": "loss (nats a pair)",
@@ -73,7 +82,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Fig
         "margin": "chosen less rejected (implicit reward)",
         "chosen_reward": "implicit reward of the chosen",
     }
-    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    figure = blank(9.0, 5.6)
     steps = [step for step, _ in history]
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         _dress(axes, title, "optimizer step", "")
@@ -81,7 +90,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> Fig
     return figure
 
 
-def reward_kl_path(points: Points) -> Figure:
+def reward_kl_path(points: Points) -> "Figure":
     """Score against KL, iteration by iteration: what the policy paid for what it got."""
     figure, axes = _single("Score against KL", "KL (nats a sequence)", "score (reward model)")
     axes.plot(*_columns(points), color=GREY, linewidth=1, zorder=1)
@@ -90,9 +99,9 @@ def reward_kl_path(points: Points) -> Figure:
     return figure
 
 
-def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) -> Figure:
+def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) -> "Figure":
     """One panel for each measure, one bar with its interval for each arm."""
-    figure = Figure(figsize=(3.6 * len(rows), 3.8), layout="constrained")
+    figure = blank(3.6 * len(rows), 3.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
         _dress(axes, title, "", "")
@@ -104,7 +113,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
     return figure
 
 
-def proxy_against_truth(points: Mapping[str, Points]) -> Figure:
+def proxy_against_truth(points: Mapping[str, Points]) -> "Figure":
     """Each sample's reward-model score against its true reward: where the proxy is fooled."""
     figure, axes = _single("Proxy against truth", "reward model", "true reward")
     for name, samples in points.items():
@@ -113,14 +122,14 @@ def proxy_against_truth(points: Mapping[str, Points]) -> Figure:
     return figure
 
 
-def _single(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+def _single(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
+    figure = blank(6.4, 4.0)
     axes = figure.add_subplot()
     _dress(axes, title, x, y)
     return figure, axes
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

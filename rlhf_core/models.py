@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn import GELU
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from rlhf_core.config import Section
@@ -240,7 +242,7 @@ def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -
             f"model.fresh.width {config.width} is not a multiple of heads {config.heads}; "
             "change one of them"
         )
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=config.context,
@@ -255,7 +257,8 @@ def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -
             attn_pdrop=0.0,
             attn_implementation=ATTENTION,
         )
-    ).eval()
+    )
+    return _with_one_kernel_gelu(model).eval()
 
 
 def _train_tokenizer(config: FreshModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -305,7 +308,17 @@ def weights_from_source(
             f"the weights of '{config.source}' are not complete: {missing[0]} is missing, one of "
             f"{len(missing)}; get the whole model, or one with a language-model head"
         )
-    return cast(PreTrainedModel, model.eval())
+    return _with_one_kernel_gelu(model).eval()
+
+
+def _with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """GPT-2's GELU as one operation of torch instead of eight: half the time, an eighth of what is
+    kept for the backward, the same to rounding."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELU(approximate="tanh"))
+    return model
 
 
 def _from_source(factory: Any, config: ModelConfig, **options: Any) -> Any:

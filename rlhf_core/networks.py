@@ -5,6 +5,7 @@ A network is a transformer, the adapter that is switched on in it (or none), and
 networks may share one transformer. Knows nothing about optimisation.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -48,7 +49,7 @@ from rlhf_core.packing import Packed, hidden_states
 
 Precision = Literal["float32", "bfloat16"]
 ADAPTER = "adapter"  # its folder in a model directory, and its base in the card
-CHUNK = 256  # tokens whose logits exist at a time
+CHUNK = 128  # tokens whose logits exist at a time
 
 
 class Network(nn.Module):
@@ -123,12 +124,25 @@ class Policy(Network):
         """
         hidden = self.hidden(packed)[places]
         head = cast(nn.Linear, self.model.get_output_embeddings())
-        options = {"bias": head.bias, "temperature": temperature, "chunk_size": CHUNK}
         if token_loss is None:
-            logprobs = chunked_token_logprobs(hidden, head.weight, tokens, **options)
+            logprobs = chunked_token_logprobs(
+                hidden,
+                head.weight,
+                tokens,
+                bias=head.bias,
+                temperature=temperature,
+                chunk_size=CHUNK,
+            )
             return ChunkedLoss(logprobs.new_zeros(()), logprobs, None)
         return chunked_token_loss(
-            hidden, head.weight, tokens, token_loss, with_entropy=with_entropy, **options
+            hidden,
+            head.weight,
+            tokens,
+            token_loss,
+            bias=head.bias,
+            temperature=temperature,
+            chunk_size=CHUNK,
+            with_entropy=with_entropy,
         )
 
     def save(
@@ -242,7 +256,7 @@ class ScalarModel(Network):
     ) -> None:
         """Write a model directory, normaliser included, and the adapter if there is one."""
         constants = {"reward_mean": self.mean, "reward_std": self.std}
-        whole = _plain(self, AutoModelForSequenceClassification)
+        whole = _plain(self, AutoModelForSequenceClassification.from_config)
         for name, value in constants.items():
             setattr(whole.config, name, value)
         save_model(whole, tokenizer, directory, kind=kind, facts=constants)
@@ -283,22 +297,21 @@ def _twin_head(head: nn.Linear) -> nn.Linear:
     return twin
 
 
-def _plain(network: Network, factory: Any) -> PreTrainedModel:
+def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:
     """The same network as one model of its own, without adapters."""
     model = network.model
-    scalar = isinstance(network, ScalarModel)
-    own_head = not scalar or network.head is getattr(model, "score", None)
+    own_head = not isinstance(network, ScalarModel) or network.head is getattr(model, "score", None)
     if network.adapter is None and own_head and not isinstance(network, FSDPModule):
         return model
     state = merged_state(model, network.adapter)
     config = type(model.config).from_dict(model.config.to_dict())
-    if scalar:
+    if isinstance(network, ScalarModel):
         body = f"{model.base_model_prefix}."
         state = {key: tensor for key, tensor in state.items() if key.startswith(body)}
         state["score.weight"] = network.head.weight.detach()
         config.num_labels = 1
     with torch.device("meta"):  # a shell: every weight comes from the state
-        shell = factory.from_config(config) if scalar else factory(config)
+        shell = build(config)
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()
     return cast(PreTrainedModel, shell)
@@ -319,9 +332,9 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     if isinstance(head, nn.Linear):
         # Several tokens, as that of the padding may be embedded as 0, and its logits be 0 anyway.
         text = torch.arange(min(8, head.out_features), device=model.device).unsqueeze(0)
-        hidden = model.base_model(input_ids=text, use_cache=False).last_hidden_state
+        hidden = cast(Any, model.base_model)(input_ids=text, use_cache=False).last_hidden_state
         logits = model(input_ids=text, use_cache=False).logits
-        if torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-4):
+        if torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-4, equal_nan=True):
             return
     raise ModelError(
         f"{type(model).__name__} does more to its logits than a linear head, which is not "

@@ -171,8 +171,8 @@ def _apart(x: Tensor, packed: Packed) -> Tensor:
     An embedding is a gather of rows whose gradient is summed fast and in a fixed order.
     """
     flat = x[0].transpose(0, 1).flatten(1)
-    rows = flat.view(*packed.rows.shape, -1) if packed.dense else embedding(packed.rows, flat)
-    return rows.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2)
+    apart: Tensor = flat if packed.dense else embedding(packed.rows, flat)
+    return apart.view(*packed.rows.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:

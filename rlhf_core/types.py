@@ -7,12 +7,15 @@ token ids.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Report:
     """What a stage found out. Each subclass adds its numbers as fields of type int or float."""
 
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    figures: Mapping[str, Figure] = field(default_factory=dict)
+    figures: Mapping[str, "Figure"] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name: what is logged once, when the stage ends."""

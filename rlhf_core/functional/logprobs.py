@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from rlhf_core.functional._contracts import check_shapes
 
 KLKind = Literal["k1", "k2", "k3"]
+PART = 1024  # rows of a (V, n) matrix that are worked on at a time
 TokenLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
@@ -273,7 +274,6 @@ class _Head:
         self._factors = hidden.new_empty(room)
         narrow = hidden.dtype != self.dtype
         self._logits = hidden.new_empty(room, dtype=self.dtype) if narrow else self._factors
-        self._spare: Tensor | None = None
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         self.grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
         self.grad_bias = hidden.new_zeros(len(weight), dtype=self.dtype) if wanted[2] else None
@@ -286,20 +286,22 @@ class _Head:
 
     def _chunk(self, span: slice, tokens: Tensor, with_entropy: bool) -> _Chunk:
         logits = self._project(self.hidden[span])
-        logits.sub_(logits.amax(0))
-        picked = logits.gather(0, tokens.unsqueeze(0)).squeeze(0)
-        if not with_entropy:
-            weights = logits.exp_()
-            total = weights.sum(0)
-            return _Chunk(span, tokens, picked - total.log(), None, weights, total)
-        if self._spare is None:
-            self._spare = torch.empty_like(self._logits)
-        weights = torch.exp(logits, out=_fold(self._spare, logits.shape))
-        total = weights.sum(0)
+        highest = logits.amax(0)
+        picked = logits.gather(0, tokens.unsqueeze(0)).squeeze(0) - highest
+        total, expected = torch.zeros_like(highest), torch.zeros_like(highest)
+        for part in logits.split(PART):  # small enough to stay in a cache from step to step
+            part.sub_(highest)
+            if with_entropy:
+                weights = part.exp()
+                # An impossible token adds 0·(-∞), which is NaN; other NaN are in the total as well.
+                expected += part.mul_(weights).nansum(0)
+                part.copy_(weights)
+            else:
+                part.exp_()
+            total += part.sum(0)
         log_total = total.log()
-        # An impossible token adds 0·(-∞), which is NaN; any other NaN is in the total as well.
-        expected = logits.mul_(weights).nansum(0) / total
-        return _Chunk(span, tokens, picked - log_total, log_total - expected, weights, total)
+        spread = log_total - expected / total if with_entropy else None
+        return _Chunk(span, tokens, picked - log_total, spread, logits, total)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """(V, n) logits over the temperature, in a buffer."""

@@ -13,12 +13,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
-from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 
+from rlhf_core import figures
 from rlhf_core.config import Section
 from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_table
 from rlhf_core.encoding import Prompt
@@ -38,6 +38,9 @@ from rlhf_core.validation import (
     count_truncated,
     summarise_lengths,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class TableConfig(Section):
@@ -346,7 +349,7 @@ def _summary(table: Assembled) -> TableSummary:
     )
 
 
-def _report(validation: Validation, lengths: Figure) -> DataReport:
+def _report(validation: Validation, lengths: "Figure") -> DataReport:
     tables = validation.tables
     return DataReport(
         validation=validation,
@@ -370,9 +373,9 @@ def _report(validation: Validation, lengths: Figure) -> DataReport:
     )
 
 
-def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> Figure:
+def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> "Figure":
     """How long the texts are, one panel for each table."""
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    figure = figures.blank(9.6, 3.2)
     panels = figure.subplots(1, len(counts))
     for axes, (kind, lengths) in zip(panels, counts.items(), strict=True):
         axes.hist(lengths.to_numpy(), bins=30, histtype="step", label=list(lengths.columns))
