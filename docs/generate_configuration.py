@@ -66,14 +66,24 @@ def _sections(
     """A section with its dotted path and description, then those inside it."""
     yield section, path, description
     for name, field in section.model_fields.items():
+        inner = f"{path}.{name}".lstrip(".")
         if _is_section(field):
-            inner = f"{path}.{name}".lstrip(".")
             assert isinstance(field.annotation, type)
             yield from _sections(field.annotation, inner, field.description or "")
+        elif (item := _item(field)) is not None:
+            yield item, f"{inner}[]", f"{field.description}; each item"
 
 
 def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _item(field: FieldInfo) -> type[BaseModel] | None:
+    """What a list consists of, when each item has settings of its own."""
+    if get_origin(field.annotation) is not tuple:
+        return None
+    item = get_args(field.annotation)[0]
+    return item if isinstance(item, type) and issubclass(item, BaseModel) else None
 
 
 def _table(section: type[BaseModel], places: list[tuple[str, str]]) -> str:
@@ -92,6 +102,8 @@ def _type(field: FieldInfo) -> str:
     """The type with its bounds, or the values that are allowed."""
     if get_origin(field.annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(field.annotation))
+    if _item(field) is not None:
+        return "list"
     name = {str: "text", int: "integer", float: "number", bool: "true or false"}.get(
         field.annotation or object, "mapping"
     )
@@ -112,6 +124,8 @@ def _yaml(value: Any) -> str:
     """A value as it stands in a YAML file."""
     if value == "":
         return '""'
+    if isinstance(value, tuple):
+        value = [item.model_dump() if isinstance(item, BaseModel) else item for item in value]
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 

@@ -1,18 +1,23 @@
 """The command `rlhf`. Says what exists and prints; the work is done elsewhere.
 
-Exit status: 0 done, 1 the run or a service failed, 2 a mistake of the user, 130 interrupted.
+Exit status: 0 done, 1 the run or a service failed, 2 a mistake of the user, 130 interrupted by
+Ctrl-C, 143 by SIGTERM.
 What is slow to import is imported by the command that needs it.
 """
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flows import services
+from flows import memory, services
 from flows.failures import explain
 from flows.printing import (
     err,
@@ -30,7 +35,7 @@ from tasks.settings import read_settings
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class Commands(TyperGroup):
@@ -62,7 +67,7 @@ CONFIGS = Path("configs")
 app = typer.Typer(
     cls=Commands,
     name="rlhf",
-    help="RLHF as a pipeline: prepare data, SFT, reward model, PPO, evaluation, promotion.",
+    help="RLHF as a pipeline: prepare data, SFT, reward model, policy, evaluation, promotion.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -84,11 +89,14 @@ def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     MLflow and Prefect are those that MLFLOW_TRACKING_URI and PREFECT_API_URL name, else those of a
     running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` shows later. A
     policy that is not promoted is a result and not a failure: the exit status is 0.
+
+    A run that was interrupted or killed is continued by the same command: the stage in which it
+    stopped goes on from its last checkpoint.
     """
     settings = services.join(read_settings(), prefect=True)
     show_start(settings)
     pipeline = _load(config, overrides)
-    with services.prefect_server(settings) as prefect_ready:
+    with _stoppable(), services.prefect_server(settings) as prefect_ready:
         from flows import logs
         from flows.rlhf import rlhf
 
@@ -254,6 +262,29 @@ def export(
 # ---- helpers ----
 
 
+class Terminated(BaseException):
+    """SIGTERM has reached the command. No Exception, like KeyboardInterrupt."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, and either way it is said how to go on."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    way_on = "the same command goes on from the last checkpoint."
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _end(f"Interrupted; {way_on}", INTERRUPTED) from None
+    except Terminated:
+        raise _end(f"Terminated; {way_on}", TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _load(path: Path, overrides: list[str]) -> "PipelineConfig":
     from flows.config import PipelineConfig
     from flows.loading import load_config
@@ -271,6 +302,7 @@ def _lines() -> list[str]:
 
 def main() -> None:
     """The entry point of the command."""
+    memory.keep()
     app()
 
 

@@ -1,6 +1,6 @@
 """The config of a pipeline: the sections of its stages side by side, and what must fit between."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,10 +8,13 @@ from rlhf_core.config import Section
 from rlhf_core.gates import PromotionConfig
 from rlhf_core.models import ModelConfig
 from rlhf_core.sampling import SamplingConfig
+from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
 
 
@@ -50,13 +53,40 @@ class PipelineConfig(Section):
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Learning a reward from preferences"
     )
-    ppo: PPOConfig = Field(default_factory=PPOConfig, description="Optimising the policy")
+    algorithm: Literal["ppo", "rloo", "grpo", "dpo"] = Field(
+        "ppo", description="How the policy is optimised; the section of that name has the settings"
+    )
+    ppo: PPOConfig = Field(
+        default_factory=PPOConfig, description="A policy and a critic, on a learnt reward"
+    )
+    rloo: RLOOConfig = Field(
+        default_factory=RLOOConfig, description="Responses to one prompt against each other"
+    )
+    grpo: GRPOConfig = Field(
+        default_factory=GRPOConfig, description="The same in units of their spread"
+    )
+    dpo: DPOConfig = Field(
+        default_factory=DPOConfig, description="On the preferences, without a learnt reward"
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Comparing on held-out prompts"
     )
     promotion: PromotionConfig = Field(
         default_factory=PromotionConfig, description="When the policy becomes the champion"
     )
+
+    @property
+    def policy(self) -> PPOConfig | RLOOConfig | GRPOConfig | DPOConfig:
+        """The settings of the chosen algorithm."""
+        match self.algorithm:
+            case "ppo":
+                return self.ppo
+            case "rloo":
+                return self.rloo
+            case "grpo":
+                return self.grpo
+            case "dpo":
+                return self.dpo
 
     @property
     def length_limits(self) -> LengthLimits:
@@ -77,6 +107,8 @@ class PipelineConfig(Section):
             "reward_model.max_length": self.reward_model.max_length,
             "sampling.max_prompt_length + max_new_tokens": self.sampling.max_length,
         }
+        if self.algorithm == "dpo":
+            needed["dpo.max_length"] = self.dpo.max_length
         for name, tokens in needed.items():
             if tokens > self.model.fresh.context:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The whole pipeline: data, SFT, reward model, PPO, evaluation, promotion."""
+"""The whole pipeline: data, SFT, reward model, policy, evaluation, promotion."""
 
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
@@ -10,7 +10,7 @@ from rlhf_core.stages.evaluation import Scorecard
 from tasks.data import prepare_data
 from tasks.evaluation import evaluate
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun
-from tasks.policy import train_ppo
+from tasks.policy import find_rewards, train_policy
 from tasks.promotion import find_champion, find_model, promote
 from tasks.report import write_report
 from tasks.reward_model import train_reward_model
@@ -31,7 +31,7 @@ class PipelineResult(BaseModel):
     sft: ModelRef
     reward_model: ModelRef
     policy: ModelRef
-    critic: ModelRef
+    critic: ModelRef | None
     scorecard: Scorecard
     verdict: Verdict
     report: str
@@ -41,6 +41,7 @@ class PipelineResult(BaseModel):
 def rlhf(config: PipelineConfig) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better."""
     with open_run(config.project, config, config.seed) as run:
+        other_rewards = find_rewards(config.policy)
         data = prepare_data(config.data, config.model, config.length_limits, run)
 
         if config.sft.reuse:
@@ -53,7 +54,16 @@ def rlhf(config: PipelineConfig) -> PipelineResult:
         else:
             reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
 
-        trained = train_ppo(config.ppo, config.sampling, sft, reward_model, data, run)
+        trained = train_policy(
+            config.algorithm,
+            config.policy,
+            config.sampling,
+            sft,
+            reward_model,
+            other_rewards,
+            data,
+            run,
+        )
 
         champion = find_champion(run)
         scorecard = evaluate(
@@ -68,12 +78,9 @@ def rlhf(config: PipelineConfig) -> PipelineResult:
         )
         verdict = promote(config.promotion, scorecard, trained.policy, champion, run)
 
-        models = {
-            "sft": sft,
-            "reward": reward_model,
-            "policy": trained.policy,
-            "critic": trained.critic,
-        }
+        models = {"sft": sft, "reward": reward_model, "policy": trained.policy}
+        if trained.critic is not None:
+            models["critic"] = trained.critic
         return PipelineResult(
             run=run,
             data=data,
@@ -83,5 +90,5 @@ def rlhf(config: PipelineConfig) -> PipelineResult:
             critic=trained.critic,
             scorecard=scorecard,
             verdict=verdict,
-            report=write_report(scorecard, verdict, models, run),
+            report=write_report(scorecard, verdict, config.algorithm, models, run),
         )

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from flows import memory
 from flows.loading import config_files
 from flows.supervisor import Service, Supervisor, ask, unreachable
 from rlhf_core.errors import UserError
@@ -293,7 +294,8 @@ def _worker(services: Services, environment: Mapping[str, str]) -> Service:
     name = f"{POOL}-{services.pid}"
     pool = ("--pool", POOL, "--type", "process", "--name", name)
     command = _python("prefect", "worker", "start", *pool)
-    return Service("worker", command, environment, partial(_absent, services, name))
+    keeping = {**environment, **memory.ENVIRONMENT}  # the processes of its runs inherit it
+    return Service("worker", command, keeping, partial(_absent, services, name))
 
 
 def _absent(services: Services, worker: str) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
 from rlhf_core.errors import ModelError, UserError
 from rlhf_core.models import CARD, ModelConfig, load_base, read_card, require_context
-from rlhf_core.sampling import sample
+from rlhf_core.networks import Policy
+from rlhf_core.sampling import sample, uniforms
 from tasks.model_store import MlflowModelStore
 from tasks.settings import Settings
 from tasks.tracking import connect
@@ -50,8 +51,10 @@ def generate(
             "write at least a word"
         )
     longest = max(lengths, default=0)
-    require_context(policy, longest + max_new_tokens, "the longest prompt with --max-new-tokens")
-    generator = torch.Generator(settings.device).manual_seed(seed)
+    require_context(
+        policy.model, longest + max_new_tokens, "the longest prompt with --max-new-tokens"
+    )
+    generator = torch.Generator().manual_seed(seed)
     rows = [prompt for prompt in prompts for _ in range(samples)]
     texts = [
         text
@@ -69,23 +72,23 @@ def generate(
 
 
 def _load(
-    model: str, scratch: Path, settings: Settings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    name: str, scratch: Path, settings: Settings
+) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
     """Policy, tokenizer, and whether it was trained on messages."""
-    if model.startswith("models:/"):
+    if name.startswith("models:/"):
         store = MlflowModelStore(connect(settings))
-        source = str(store.fetch(store.resolve(model), scratch))
+        source = str(store.fetch(store.resolve(name), scratch))
     else:
-        source = model
+        source = name
     card = read_card(Path(source)) if (Path(source) / CARD).is_file() else {"kind": "policy"}
     if card["kind"] != "policy":
-        raise ModelError(f"{model} is a {card['kind']} model and writes no text; name a policy")
-    policy, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
-    return policy.to(settings.device), tokenizer, bool(card.get("chat"))
+        raise ModelError(f"{name} is a {card['kind']} model and writes no text; name a policy")
+    model, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
+    return Policy(model.to(settings.device)), tokenizer, bool(card.get("chat"))
 
 
 def _respond(
-    policy: PreTrainedModel,
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -95,14 +98,12 @@ def _respond(
 ) -> list[str]:
     """One response to each of the prompts, as one batch."""
     whole = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
-    batch = encode_prompts(tokenizer, prompts, whole).to(policy.device)
     responses = sample(
         policy,
-        batch,
-        max_new_tokens=max_new_tokens,
+        encode_prompts(tokenizer, prompts, whole).to(policy.model.device),
+        uniforms(len(prompts), max_new_tokens, generator),
         temperature=temperature,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        generator=generator,
     )
     return decode_responses(responses.tokens, responses.mask, tokenizer)

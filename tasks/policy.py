@@ -1,49 +1,119 @@
-"""Policy optimisation as a Prefect task."""
+"""Policy optimisation as a Prefect task: PPO, RLOO, GRPO or DPO."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
+from rlhf_core.onpolicy import Given
 from rlhf_core.sampling import SamplingConfig
-from rlhf_core.stages import ppo
-from rlhf_core.stages.ppo import PPOConfig
-from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
+from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm, load_function
+from rlhf_core.stages.dpo import DPOConfig, train_dpo
+from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.stages.ppo import PPOConfig, train_ppo
+from rlhf_core.stages.rloo import RLOOConfig, train_rloo
+from rlhf_core.types import Report
+from tasks.model_store import DatasetRef, MlflowModelStore, ModelRef, PipelineRun, Ref
 from tasks.settings import read_settings
-from tasks.stage import open_stage
+from tasks.stage import open_training
+from tasks.tracking import connect
+
+Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
+PolicyConfig: TypeAlias = PPOConfig | RLOOConfig | GRPOConfig | DPOConfig
 
 
 class TrainedPolicy(BaseModel):
-    """What PPO leaves in the registry."""
+    """What policy optimisation leaves in the registry; of the algorithms, PPO has a critic."""
 
     model_config = ConfigDict(frozen=True)
 
     policy: ModelRef
-    critic: ModelRef
+    critic: ModelRef | None
 
 
-@task(name="ppo", task_run_name="PPO")
-def train_ppo(
-    config: PPOConfig,
+@task(name="find-rewards", task_run_name="find rewards")
+def find_rewards(config: PolicyConfig) -> dict[str, ModelRef]:
+    """The registered reward models that the policy learns from beside the pipeline's own: by the
+    source in the config, the explicit version that it means now.
+
+    Raises: ModelError for a model that is not there, ConfigError for a function that cannot be
+        imported.
+    """
+    if isinstance(config, DPOConfig):
+        return {}
+    for term in config.rewards:
+        if not term.is_model:
+            load_function(term.source, setting="the reward")
+    store = MlflowModelStore(connect(read_settings()))
+    sources = _reward_sources(config)
+    return {source: store.resolve(source) for source in sources if source != PIPELINE_REWARD}
+
+
+@task(name="policy", task_run_name="{algorithm}")
+def train_policy(
+    algorithm: Algorithm,
+    config: PolicyConfig,
     sampling: SamplingConfig,
     sft: ModelRef,
     reward_model: ModelRef,
+    other_rewards: Mapping[str, ModelRef],
     data: DatasetRef,
     run: PipelineRun,
 ) -> TrainedPolicy:
-    """Optimise the SFT policy against the reward; register `<project>-policy` and `-critic`."""
-    inputs: dict[str, Ref] = {"sft": sft, "reward": reward_model, "data": data}
-    with open_stage("ppo", config=config, run=run, inputs=inputs) as stage:
-        policy, critic = stage.work / "policy", stage.work / "critic"
-        report = ppo.train_ppo(
-            config,
-            sampling,
+    """Optimise the SFT policy; register `<project>-policy`, and for PPO `<project>-critic`."""
+    known = {PIPELINE_REWARD: reward_model, **other_rewards}
+    rewards = {source: known[source] for source in _reward_sources(config)}
+    inputs: dict[str, Ref] = {"sft": sft, "data": data}
+    inputs |= {_role(source): ref for source, ref in rewards.items()}
+    beside = {} if isinstance(config, DPOConfig) else {"sampling": sampling}
+    with open_training(algorithm, config=config, beside=beside, run=run, inputs=inputs) as stage:
+        given = Given(
             sft=stage.fetch(sft),
-            reward_model=stage.fetch(reward_model),
+            reward_models={source: stage.fetch(ref) for source, ref in rewards.items()},
             data=stage.fetch(data),
-            policy_output=policy,
-            critic_output=critic,
             seed=run.seed,
             device=read_settings().device,
             logger=stage.logger,
+            recovery=stage.recovery,
         )
+        policy, critic = stage.work / "policy", stage.work / "critic"
+        outputs = {"policy": policy}
+        report: Report
+        match config:
+            case PPOConfig():
+                outputs["critic"] = critic
+                report = train_ppo(
+                    config, sampling, given, policy_output=policy, critic_output=critic
+                )
+            case RLOOConfig():
+                report = train_rloo(config, sampling, given, policy_output=policy)
+            case GRPOConfig():
+                report = train_grpo(config, sampling, given, policy_output=policy)
+            case DPOConfig():
+                report = train_dpo(
+                    config,
+                    sft=given.sft,
+                    data=given.data,
+                    policy_output=policy,
+                    seed=given.seed,
+                    device=given.device,
+                    logger=given.logger,
+                    recovery=given.recovery,
+                )
         stage.record(report)
-        return TrainedPolicy.model_validate(stage.publish({"policy": policy, "critic": critic}))
+        refs = stage.publish(outputs)
+        return TrainedPolicy(policy=refs["policy"], critic=refs.get("critic"))
+
+
+def _reward_sources(config: PolicyConfig) -> list[str]:
+    """The reward models that an algorithm needs; the critic of PPO starts from the pipeline's."""
+    if isinstance(config, DPOConfig):
+        return []
+    critic = [PIPELINE_REWARD] if isinstance(config, PPOConfig) else []
+    return list(dict.fromkeys([*critic, *(t.source for t in config.rewards if t.is_model)]))
+
+
+def _role(source: str) -> str:
+    """What a reward model is called among the inputs of the run."""
+    return "reward" if source == PIPELINE_REWARD else f"reward.{RewardTerm(source=source).name}"

@@ -19,17 +19,21 @@ from tasks.settings import Settings, read_settings
 from tasks.stage import run_url
 from tasks.tracking import connect
 
-TITLES = {"sft": "SFT", "policy": "PPO", "best_of_n": "best-of-n", "champion": "champion"}
+TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 
 
 @task(name="report", task_run_name="report")
 def write_report(
-    scorecard: Scorecard, verdict: Verdict, models: Mapping[str, ModelRef], run: PipelineRun
+    scorecard: Scorecard,
+    verdict: Verdict,
+    algorithm: str,
+    models: Mapping[str, ModelRef],
+    run: PipelineRun,
 ) -> str:
     """Write `report.md` and the key numbers to the pipeline's run, and show the page in Prefect."""
     settings = read_settings()
     client = connect(settings)
-    text = render(scorecard, verdict, models, run, settings)
+    text = render(scorecard, verdict, algorithm, models, run, settings)
     client.log_text(run.run_id, text, "report.md")
     client.set_tag(run.run_id, "mlflow.note.content", text)  # shown as the run's description
     for kind, ref in models.items():
@@ -45,6 +49,7 @@ def write_report(
 def render(
     scorecard: Scorecard,
     verdict: Verdict,
+    algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     settings: Settings,
@@ -55,7 +60,7 @@ def render(
         [
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
             "",
-            *_table(scorecard),
+            *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
             *(f"- {reason}" for reason in verdict.reasons),
             "",
@@ -69,7 +74,7 @@ def render(
     )
 
 
-def _table(scorecard: Scorecard) -> list[str]:
+def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:
     """One column for each arm, one row for each measure."""
     arms = scorecard.arms
     rows = {
@@ -82,7 +87,7 @@ def _table(scorecard: Scorecard) -> list[str]:
         "perplexity under SFT": [f"{arm.perplexity:.2f}" for arm in arms],
     }
     return [
-        "| | " + " | ".join(TITLES[arm.name] for arm in arms) + " |",
+        "| | " + " | ".join(titles[arm.name] for arm in arms) + " |",
         "|---|" + "---|" * len(arms),
         *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()),
     ]

@@ -7,7 +7,7 @@ from rlhf_core.stages import reward_model
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
 from tasks.settings import read_settings
-from tasks.stage import open_stage
+from tasks.stage import open_training
 
 
 @task(name="reward-model", task_run_name="reward model")
@@ -20,7 +20,10 @@ def train_reward_model(
 ) -> ModelRef:
     """Learn a reward from the preferences; register `<project>-reward`."""
     inputs: dict[str, Ref] = {"sft": sft, "data": data}
-    with open_stage("reward_model", config=config, run=run, inputs=inputs) as stage:
+    beside = {"sampling": sampling}
+    with open_training(
+        "reward_model", config=config, beside=beside, run=run, inputs=inputs
+    ) as stage:
         output = stage.work / "reward"
         report = reward_model.train_reward_model(
             config,
@@ -31,6 +34,7 @@ def train_reward_model(
             seed=run.seed,
             device=read_settings().device,
             logger=stage.logger,
+            recovery=stage.recovery,
         )
         stage.record(report)
         return stage.publish({"reward": output})["reward"]

@@ -76,6 +76,18 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto = cuda where there is one",
     )
+    checkpoint_seconds: float = Field(
+        60.0,
+        validation_alias="RLHF_CHECKPOINT_SECONDS",
+        ge=0,
+        description="Least time between two checkpoints of a training (s); 0 = at every step",
+    )
+    keep_work_days: float = Field(
+        7.0,
+        validation_alias="RLHF_KEEP_WORK_DAYS",
+        gt=0,
+        description="How long the checkpoints of a run that was stopped wait for it to go on",
+    )
 
     @field_validator("home")
     @classmethod

@@ -7,7 +7,7 @@ from rlhf_core.stages import sft
 from rlhf_core.stages.sft import SFTConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun
 from tasks.settings import read_settings
-from tasks.stage import open_stage
+from tasks.stage import open_training
 
 
 @task(name="sft", task_run_name="SFT")
@@ -15,7 +15,9 @@ def train_sft(
     config: SFTConfig, model: ModelConfig, data: DatasetRef, run: PipelineRun
 ) -> ModelRef:
     """Fine-tune the base model on the demonstrations; register `<project>-sft`."""
-    with open_stage("sft", config=config, run=run, inputs={"data": data}) as stage:
+    with open_training(
+        "sft", config=config, beside={"model": model}, run=run, inputs={"data": data}
+    ) as stage:
         output = stage.work / "sft"
         report = sft.train_sft(
             config,
@@ -25,6 +27,7 @@ def train_sft(
             seed=run.seed,
             device=read_settings().device,
             logger=stage.logger,
+            recovery=stage.recovery,
         )
         stage.record(report)
         return stage.publish({"sft": output})["sft"]

@@ -1,23 +1,26 @@
 """A stage as a run: opened before the work, described while it lasts, closed in every case.
 
     with open_run("demo", config, seed=0) as run:
-        with open_stage("sft", config=config.sft, run=run, inputs={"data": data}) as stage:
-            report = train_sft(config.sft, data=stage.fetch(data), logger=stage.logger, ...)
+        with open_training("sft", config=config.sft, run=run, inputs={"data": data}) as stage:
+            report = train_sft(config.sft, data=stage.fetch(data), recovery=stage.recovery, ...)
             stage.record(report)
             refs = stage.publish({"sft": stage.work / "model"})
 
-Knows nothing about torch. MLflow's active run is never used: it belongs to a thread.
+A training that was stopped, or whose process was killed, leaves its folder and its MLflow run as
+they were; whoever opens the same training again goes on in both. MLflow's active run is never used:
+it belongs to a thread.
 """
 
+import hashlib
 import io
 import json
 import logging
-import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,15 +36,18 @@ from mlflow.entities import (
     LoggedModelInput,
     LoggedModelOutput,
     Param,
+    Run,
     RunTag,
 )
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel
 
 from rlhf_core.errors import ConfigError
+from rlhf_core.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from tasks import prefect_run
 from tasks.model_store import (
+    DIGEST_TAG,
     LOGGED_MODEL_TAG,
     DatasetRef,
     MlflowModelStore,
@@ -53,7 +59,16 @@ from tasks.model_store import (
 )
 from tasks.prefect_run import ArtifactDisplay, PrefectRun, artifact_key
 from tasks.settings import Settings, read_settings
-from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect
+from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect, logged_metrics
+from tasks.work_folder import (
+    CHECKPOINTS,
+    INPUTS,
+    empty,
+    remember_run,
+    remembered_run,
+    sweep,
+    work_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +84,7 @@ class Stage:
     run: PipelineRun
     run_id: str
     work: Path
+    recovery: Recovery  # of a training; it saves nothing in other stages
     logger: MlflowLogger
     _client: MlflowClient
     _store: MlflowModelStore
@@ -78,9 +94,9 @@ class Stage:
     def fetch(self, ref: ModelRef | DatasetRef) -> Path:
         """The files that a reference means, in the working folder."""
         if isinstance(ref, DatasetRef):
-            to = self.work / "inputs" / f"data-{ref.digest}"
+            to = self.work / INPUTS / f"data-{ref.digest}"
             return to if to.exists() else fetch_dataset(self._client, ref, to)
-        to = self.work / "inputs" / f"{ref.name}-{ref.version}"
+        to = self.work / INPUTS / f"{ref.name}-{ref.version}"
         return to if to.exists() else self._store.fetch(ref, to)
 
     def record(self, report: Report) -> None:
@@ -137,8 +153,8 @@ class Stage:
         self._log_file(str(content).encode(), artifact)
         tags = self._client.get_run(self.run_id).data.tags
         shown = json.loads(tags.get("mlflow.loggedArtifacts", "[]"))
-        shown.append({"path": artifact, "type": "table"})
-        self._tag({"mlflow.loggedArtifacts": json.dumps(shown)})
+        if (entry := {"path": artifact, "type": "table"}) not in shown:
+            self._tag({"mlflow.loggedArtifacts": json.dumps([*shown, entry])})
 
     def _show(
         self,
@@ -171,7 +187,7 @@ def open_run(
     made = client.create_run(experiment, tags=tags, run_name=f"{project}-seed-{seed}")
     run = PipelineRun(project=project, run_id=made.info.run_id, experiment_id=experiment, seed=seed)
     with _closing_run(client, run.run_id):
-        _log_config(client, run.run_id, config, "", seed)
+        _log_settings(client, run.run_id, config.model_dump(mode="json"), seed)
         yield run
 
 
@@ -191,22 +207,87 @@ def open_stage(
     interrupted or cancelled. In the last two cases no version that it registered is left.
     """
     settings = settings or read_settings()
+    folder = work_folder(settings.home / "work" / f"{name}-{uuid.uuid4().hex[:16]}", kept=False)
+    with _open(name, {name: config}, run, inputs, context, settings, folder) as stage:
+        yield stage
+
+
+@contextmanager
+def open_training(
+    name: str,
+    *,
+    config: BaseModel,
+    beside: Mapping[str, BaseModel],
+    run: PipelineRun,
+    inputs: Mapping[str, Ref],
+    settings: Settings | None = None,
+) -> Iterator[Stage]:
+    """The same for a stage that can go on where it was stopped, or where its process was killed.
+
+    Its folder stays until the block succeeds. Opened again with the same settings (`config` and
+    those `beside` it), seed, code and inputs of the same content, it has what is there, and the
+    MLflow run of then goes on as a child of `run`: no value is logged twice and none is missing. A
+    process that finds the folder in use gets one of its own, and a run of its own.
+    """
+    settings = settings or read_settings()
+    sections = {name: config, **beside}
+    key = _key(name, sections, run, inputs, MlflowModelStore(connect(settings)))
+    folder = work_folder(settings.home / "work" / f"{name}-{key}", kept=True)
+    with _open(name, sections, run, inputs, "training", settings, folder) as stage:
+        directory, seconds = stage.work / CHECKPOINTS, settings.checkpoint_seconds
+        yield replace(stage, recovery=Recovery(directory, every_seconds=seconds))
+
+
+@contextmanager
+def _open(
+    name: str,
+    sections: Mapping[str, BaseModel],
+    run: PipelineRun,
+    inputs: Mapping[str, Ref],
+    context: str,
+    settings: Settings,
+    folder: AbstractContextManager[Path],
+) -> Iterator[Stage]:
     client = connect(settings)
     store = MlflowModelStore(client)
     in_prefect = PrefectRun.current() is not None
     origin = {"seed": str(run.seed), **_origin(settings), **_data_digest(inputs)}
-    run_id = _child_run(client, name, run, inputs, origin)
+    sources = {f"input.{role}": ref.uri for role, ref in inputs.items()}
+    tags = {"mlflow.parentRunId": run.run_id, "stage": name, **origin, **sources}
+    sweep(settings.home / "work", settings.keep_work_days)
     with ExitStack() as stack:
+        work = stack.enter_context(folder)
+        left = _unfinished(client, work)
+        run_id = _new_run(client, name, run, work) if left is None else left.info.run_id
         stack.enter_context(_closing_run(client, run_id, lambda: _unpublish(client, store, run_id)))
-        work = stack.enter_context(_work_folder(settings.home / "work" / run_id))
+        if left is not None:
+            _reopen(client, store, left)
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         if in_prefect:
             stack.enter_context(prefect_run.forwarded_logs())
         displays = _displays(name, run, run_id, settings, in_prefect=in_prefect)
         logger = stack.enter_context(_logger(client, run_id, displays))
-        _log_config(client, run_id, config, f"{name}.", run.seed)
+        content = {key: section.model_dump(mode="json") for key, section in sections.items()}
+        _log_settings(client, run_id, content, run.seed)
         _log_inputs(client, store, run_id, inputs, context)
-        tags = {**origin, **_parents(inputs), "run_id": run_id, "pipeline_run_id": run.run_id}
-        yield Stage(name, run, run_id, work, logger, client, store, tags, in_prefect)
+        version_tags = {
+            **origin,
+            **_parents(inputs),
+            "run_id": run_id,
+            "pipeline_run_id": run.run_id,
+        }
+        yield Stage(
+            name,
+            run,
+            run_id,
+            work,
+            NO_RECOVERY,
+            logger,
+            client,
+            store,
+            version_tags,
+            in_prefect,
+        )
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
@@ -273,20 +354,64 @@ def _origin(settings: Settings) -> dict[str, str]:
     return {**code_identity(), **links}
 
 
-def _child_run(
-    client: MlflowClient,
+def _key(
     name: str,
+    sections: Mapping[str, BaseModel],
     run: PipelineRun,
     inputs: Mapping[str, Ref],
-    origin: Mapping[str, str],
+    store: MlflowModelStore,
 ) -> str:
-    sources = {f"input.{role}": ref.uri for role, ref in inputs.items()}
-    tags = {"mlflow.parentRunId": run.run_id, "stage": name, **origin, **sources}
-    return str(
-        client.create_run(
-            run.experiment_id, tags=tags, run_name=f"{name}-seed-{run.seed}"
-        ).info.run_id
-    )
+    """What a training is, in 16 hex digits: equal keys lead to equal bits."""
+    code = code_identity()
+    facts = {
+        "stage": name,
+        "project": run.project,
+        "seed": run.seed,
+        "settings": {key: section.model_dump(mode="json") for key, section in sections.items()},
+        "inputs": {role: _content(ref, store) for role, ref in inputs.items()},
+        "code": [code["code_version"], code["git_commit"]],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(ref: Ref, store: MlflowModelStore) -> str:
+    """The digest of what a reference leads to: a version that was trained again has the same."""
+    if isinstance(ref, DatasetRef):
+        return ref.digest
+    assert isinstance(ref, ModelRef)
+    return store.tags(ref).get(DIGEST_TAG, ref.uri)
+
+
+def _unfinished(client: MlflowClient, work: Path) -> Run | None:
+    """The run that can go on in a folder; the folder is empty when there is none."""
+    if (run_id := remembered_run(work)) is not None:
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            if run.info.lifecycle_stage == "active" and run.info.status != "FINISHED":
+                return run
+    empty(work)
+    return None
+
+
+def _new_run(client: MlflowClient, name: str, run: PipelineRun, work: Path) -> str:
+    made = client.create_run(run.experiment_id, run_name=f"{name}-seed-{run.seed}")
+    remember_run(work, made.info.run_id)
+    return str(made.info.run_id)
+
+
+def _reopen(client: MlflowClient, store: MlflowModelStore, run: Run) -> None:
+    """Make a run that was stopped one that runs: without an error, and without any output."""
+    run_id, tags = run.info.run_id, run.data.tags
+    log.info("going on with the run %s, which was stopped", run_id)
+    client.update_run(run_id, status="RUNNING")
+    client.set_tag(run_id, "resumed", str(int(tags.get("resumed", "0")) + 1))
+    if "error" in tags:
+        client.delete_tag(run_id, "error")
+    _unpublish(client, store, run_id)
 
 
 def _parents(inputs: Mapping[str, Ref]) -> dict[str, str]:
@@ -329,17 +454,8 @@ def _unpublish(client: MlflowClient, store: MlflowModelStore, run_id: str) -> No
 
 
 @contextmanager
-def _work_folder(path: Path) -> Iterator[Path]:
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
 def _logger(client: MlflowClient, run_id: str, displays: list[Display]) -> Iterator[MlflowLogger]:
-    logger = MlflowLogger(client, run_id, displays)
+    logger = MlflowLogger(client, run_id, displays, logged=logged_metrics(client, run_id))
     try:
         yield logger
     except BaseException as error:
@@ -363,14 +479,19 @@ def _displays(
     return [TerminalDisplay(name), ArtifactDisplay(key, title)]
 
 
-def _log_config(
-    client: MlflowClient, run_id: str, config: BaseModel, prefix: str, seed: int
-) -> None:
-    content = config.model_dump(mode="json")
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+def _log_settings(client: MlflowClient, run_id: str, content: Mapping[str, Any], seed: int) -> None:
+    """Settings as `config.yaml` and as parameters, which a run that goes on has already."""
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     client.log_text(run_id, text, "config.yaml")
-    params = {**flatten(content, prefix), "seed": str(seed)}
-    client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
+    params = {**flatten(content), "seed": str(seed)}
+    known = client.get_run(run_id).data.params
+    if differing := sorted(name for name in known if params.get(name) != known[name]):
+        raise ConfigError(
+            f"the run {run_id}, which was to go on, has another {differing[0]} "
+            f"({known[differing[0]]}); delete that run in MLflow to start from the beginning"
+        )
+    new = [Param(name, value) for name, value in params.items() if name not in known]
+    client.log_batch(run_id, params=new)
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -392,12 +513,14 @@ def _log_inputs(
     inputs: Mapping[str, Ref],
     context: str,
 ) -> None:
+    known = {model.model_id for model in client.get_run(run_id).inputs.model_inputs}
     data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
-    models = [store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
+    tags = [store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
+    models = {found[LOGGED_MODEL_TAG] for found in tags if LOGGED_MODEL_TAG in found}
     client.log_inputs(
         run_id,
         datasets=[_dataset_input(ref, context) for ref in data],
-        models=[LoggedModelInput(t[LOGGED_MODEL_TAG]) for t in models if LOGGED_MODEL_TAG in t],
+        models=[LoggedModelInput(model) for model in sorted(models - known)],
     )
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Protocol
@@ -88,6 +88,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def logged_metrics(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
+    """Name and step of every metric value that a run has."""
+    names = client.get_run(run_id).data.metrics
+    return {(name, m.step) for name in names for m in client.get_metric_history(run_id, name)}
+
+
 class Display(Protocol):
     """Shows how far a stage has come."""
 
@@ -149,6 +155,9 @@ class MlflowLogger:
     not take stays first in line and goes again with the next one, so the order is kept and nothing
     is lost; if it still fails at `flush` or `close`, they raise.
 
+    A run that goes on replays its history; values that MLflow has, given in `logged` as name and
+    step, are not written twice.
+
     NaN is kept as NaN. An infinite value is logged as NaN too, with one warning for each name:
     MLflow would store it as 1.8e308, which flattens the rest of the curve.
     """
@@ -159,12 +168,14 @@ class MlflowLogger:
         run_id: str,
         displays: Sequence[Display] = (),
         *,
+        logged: Set[tuple[str, int]] = frozenset(),
         flush_steps: int = 100,
         flush_seconds: float = 5.0,
     ) -> None:
         self._client = client
         self._run_id = run_id
         self._displays = displays
+        self._logged = logged
         self._flush_steps = flush_steps
         self._flush_seconds = flush_seconds
         self._metrics: list[Metric] = []
@@ -187,7 +198,8 @@ class MlflowLogger:
         Raises: ValueError for a name that MLflow does not take, here and not later in the thread.
         """
         now = int(time.time() * 1000)
-        batch = [self._metric(name, float(value), now, step) for name, value in values.items()]
+        new = {name: value for name, value in values.items() if (name, step) not in self._logged}
+        batch = [self._metric(name, float(value), now, step) for name, value in new.items()]
         with self._wake:
             if self._closed:
                 raise ValueError("this logger is closed: its run has ended")

@@ -2,7 +2,7 @@
 
 This file is copied into the exported model and runs where this package is not installed: it stands
 on torch and transformers alone. How a pair becomes tokens is `rlhf_core.encoding.encode_pair`, and
-what is computed from them `rlhf_core.models.ScalarModel.scores`, said again; a test holds them
+what is computed from them `rlhf_core.networks.ScalarModel.scores`, said again; a test holds them
 together.
 """
 

@@ -5,6 +5,7 @@ What starts no run is called in this process; runs are real processes.
 
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -323,28 +324,55 @@ def test_a_run_that_fails_says_one_sentence(finished, prefect_address):
 
 
 @pytest.mark.integration
-def test_an_interrupted_run_is_told_to_prefect_and_mlflow_and_leaves_no_server(finished):
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+)
+def test_a_run_that_is_stopped_says_so_and_can_go_on(finished, number, status, said):
+    """The second time goes on with what the first has left."""
     home, _, _ = finished
     process = start("run", str(TINY), "--set", "sft.epochs=1000", home=home)
-    said = []
-    while not any("sft: " in line for line in said):
-        said.append(process.stderr.readline())
-        assert said[-1], said
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: to the whole group
+    lines = []
+    while not any("sft: " in line for line in lines):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to the whole group
+    else:
+        process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (130, "")
-    assert errors.splitlines()[-1] == "rlhf: Interrupted."
+    assert (process.returncode, output) == (status, "")
+    sentence = f"rlhf: {said}; the same command goes on from the last checkpoint."
+    assert errors.splitlines()[-1] == sentence
     assert "Traceback" not in errors
     newest = "select state_name from flow_run order by created desc limit 1"
     assert rows(home, "prefect/prefect.db", newest) == [("Crashed",)]
-    killed = "select name from runs where status = 'KILLED'"
-    assert {name for (name,) in rows(home, "mlflow/mlflow.db", killed)} == {
-        "sft-seed-0",
-        "tiny-seed-0",
-    }
+    killed = "select name from runs where status = 'KILLED' and name like 'sft%'"
+    assert rows(home, "mlflow/mlflow.db", killed) == [("sft-seed-0",)]
+    pipelines = "select distinct status from runs where name = 'tiny-seed-0'"
+    assert rows(home, "mlflow/mlflow.db", pipelines) == [("KILLED",)]
+    resumed = rows(home, "mlflow/mlflow.db", "select value from tags where key = 'resumed'")
+    assert resumed == ([] if number == signal.SIGINT else [("1",)])
+    doubled = "select count(*) from metrics group by run_uuid, key, step having count(*) > 1"
+    assert rows(home, "mlflow/mlflow.db", doubled) == []
     mark = f"RLHF_HOME={home}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
             assert mark not in entry.read_bytes().split(b"\0")
         except OSError:
             continue
+
+
+def test_a_command_that_trains_keeps_its_memory():
+    code = "import os; from flows import memory; memory.keep(); print(os.environ.get({name!r}))"
+    name = "THP_MEM_ALLOC_ENABLE"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(name=name)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert done.stdout.strip() == ("1" if glibc else "None")

@@ -44,6 +44,7 @@ def test_texts_may_fill_the_context_of_a_fresh_model():
     [
         ({"sft": {"max_length": 65}}, r"sft\.max_length is 65, .*context is 64"),
         ({"reward_model": {"max_length": 65}}, r"reward_model\.max_length is 65, .* 64"),
+        ({"algorithm": "dpo", "dpo": {"max_length": 65}}, r"dpo\.max_length is 65, .* 64"),
         (
             {"sampling": {"max_prompt_length": 33, "max_new_tokens": 32}},
             r"sampling\.max_prompt_length \+ max_new_tokens is 65, .* 64",
@@ -61,9 +62,18 @@ def test_texts_longer_than_a_fresh_model(section, said):
         PipelineConfig.model_validate(merged)
 
 
+def test_only_the_section_of_the_chosen_algorithm_has_to_fit():
+    config = PipelineConfig.model_validate(FRESH | SHORT | {"dpo": {"max_length": 65}})
+    assert config.policy == config.ppo
+    short = SHORT | {"dpo": {"max_length": 64}}
+    for algorithm in ("ppo", "rloo", "grpo", "dpo"):
+        config = PipelineConfig.model_validate(FRESH | short | {"algorithm": algorithm})
+        assert config.policy == getattr(config, algorithm)
+
+
 def test_minibatch_larger_than_the_roll_out():
     settings = {"model": {"source": "gpt2"}, "ppo": {"batch_size": 64, "rollout_size": 32}}
-    with pytest.raises(ValidationError, match=r"ppo\.batch_size 64 is larger than .* 32") as error:
+    with pytest.raises(ValidationError, match=r"batch_size 64 is larger than .* 32") as error:
         PipelineConfig.model_validate(settings)
     assert [problem["loc"] for problem in error.value.errors()] == [("ppo",)]
 
@@ -135,5 +145,5 @@ def test_numbers_have_bounds():
         if field.get("type") in ("integer", "number")
         and not {"minimum", "exclusiveMinimum"} & set(field)
     ]
-    # A stand-in for a score may have either sign.
-    assert unbounded == ["PPOConfig.missing_eos_value"]
+    # A weight and a stand-in for a score may have either sign.
+    assert {name.partition(".")[2] for name in unbounded} == {"missing_eos_value", "weight"}

@@ -3,21 +3,26 @@
 import json
 import shutil
 
+import mlflow
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from prefect import flow
 
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.gates import PromotionConfig
+from tasks.generation import generate
 from tasks.model_store import MlflowModelStore, ModelRef
-from tasks.policy import train_ppo
+from tasks.policy import train_policy
 from tasks.promotion import promote
-from tasks.settings import Settings
+from tasks.serving import export_servable
+from tasks.settings import Settings, read_settings
 
 pytestmark = pytest.mark.integration
 
+SMALL = {"iterations": 2, "rollout_size": 8, "batch_size": 4, "epochs": 1}
 TINY = {
     "project": "tiny",
     "data": {
@@ -28,7 +33,10 @@ TINY = {
     "sampling": {"max_prompt_length": 24, "max_new_tokens": 12},
     "sft": {"max_length": 64, "learning_rate": 3e-3},
     "reward_model": {"max_length": 64, "normalization_samples": 16},
-    "ppo": {"iterations": 2, "rollout_size": 8, "batch_size": 4, "epochs": 1},
+    "ppo": SMALL,
+    "rloo": SMALL,
+    "grpo": SMALL,
+    "dpo": {"max_length": 64},
     "evaluation": {
         "prompts": 6,
         "best_of": 2,
@@ -40,8 +48,8 @@ TINY = {
 STAGES = ["prepare", "sft", "reward_model", "ppo", "evaluation", "promotion"]
 
 
-def config(**sections):
-    content = {**TINY}
+def config(algorithm="ppo", **sections):
+    content = {**TINY, "algorithm": algorithm}
     for name, changes in sections.items():
         content[name] = {**content.get(name, {}), **changes}
     return PipelineConfig.model_validate(content)
@@ -156,13 +164,12 @@ def test_a_stage_needs_nothing_but_the_registry(settings, first):
     shutil.rmtree(settings.home / "work")
 
     @flow
-    def only_ppo():
+    def only_the_policy():
         small = config()
-        return train_ppo(
-            small.ppo, small.sampling, first.sft, first.reward_model, first.data, first.run
-        )
+        models = first.sft, first.reward_model, {}
+        return train_policy("ppo", small.ppo, small.sampling, *models, first.data, first.run)
 
-    again = only_ppo()
+    again = only_the_policy()
     assert again.policy == ModelRef(name="tiny-policy", version=first.policy.version + 1)
     assert list((settings.home / "work").iterdir()) == []
 
@@ -183,6 +190,91 @@ def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, 
     assert "not promoted" in second.report
     assert store.get_alias("tiny-policy", "champion") == first.policy
     assert sorted(children(client, second)) == ["evaluation", "ppo", "prepare", "promotion"]
+
+
+REUSE = {
+    "sft": {"reuse": "models:/tiny-sft/1"},
+    "reward_model": {"reuse": "models:/tiny-reward/1"},
+    "promotion": {"min_win_rate_over_champion": 1.0},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dpo"])
+def test_the_other_algorithms_leave_a_policy_and_no_critic(client, store, first, algorithm):
+    result = rlhf(config(algorithm, **REUSE))
+    assert result.critic is None
+    assert f"| {algorithm.upper()} |" in result.report
+    assert f"{algorithm}-seed-0" in [run.info.run_name for run in children(client, result).values()]
+    stage = children(client, result)[algorithm]
+    assert stage.data.tags["output.policy"] == result.policy.uri
+    assert "output.critic" not in stage.data.tags
+    tags = store.tags(result.policy)
+    assert tags["parent.sft"] == first.sft.uri
+    assert ("parent.reward" in tags) == (algorithm != "dpo")
+
+
+def shortness(prompts, responses):
+    """A reward for the tests below."""
+    return [-0.1 * len(response.split()) for response in responses]
+
+
+def test_a_reward_of_several_parts_names_each(client, store, first):
+    rewards = [
+        {"source": "models:/tiny-reward@second"},
+        {"source": f"{__name__}:shortness", "weight": 0.5},
+    ]
+    store.set_alias(first.reward_model, "second")
+    result = rlhf(config("rloo", **{**REUSE, "rloo": {"rewards": rewards}}))
+    stage = client.get_run(children(client, result)["rloo"].info.run_id)
+    role = "reward.tiny-reward-second"
+    assert stage.data.tags[f"input.{role}"] == first.reward_model.uri  # a version, not the alias
+    assert store.tags(result.policy)[f"parent.{role}"] == first.reward_model.uri
+    assert "input.reward" not in stage.data.tags  # nothing here learns from it
+    used = {store.tags(ref)["logged_model_id"] for ref in (first.sft, first.reward_model)}
+    assert {model.model_id for model in stage.inputs.model_inputs} == used
+    score, learnt, short = (
+        client.get_metric_history(stage.info.run_id, name)[0].value
+        for name in ("objective/score", "reward/tiny-reward-second", "reward/shortness")
+    )
+    assert score == pytest.approx(learnt + 0.5 * short, abs=1e-5)
+    assert short < 0
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        ("models:/nobody/3", ModelError, "there is no model 'nobody'"),
+        ("models:/tiny-reward@none", ModelError, "points at no version"),
+        ("no_such_module:f", ConfigError, "'no_such_module:f' is not a function"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_said_before_anything_trains(
+    client, first, source, error, said
+):
+    with pytest.raises(error, match=said):
+        rlhf(config(ppo={"rewards": [{"source": "reward_model"}, {"source": source}]}))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    assert newest.info.status == "FAILED"
+    assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+def test_adapters_are_registered_with_their_models(store, first, tmp_path):
+    lora = {"lora_rank": 2}
+    reward = {**REUSE["reward_model"], "reuse": "", **lora}
+    result = rlhf(config(**{**REUSE, "reward_model": reward}, ppo=lora))
+    for ref in (result.policy, result.critic, result.reward_model):
+        held = store.fetch(ref, tmp_path / ref.name)
+        files = sorted(path.name for path in (held / "adapter").iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    servable = export_servable(store, result.policy, tmp_path / "servable")
+    served = mlflow.pyfunc.load_model(str(servable))
+    prompts = ["The hotel", "A film"]
+    said = served.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 8})
+    asked = generate(
+        result.policy.uri, prompts, settings=read_settings(), max_new_tokens=8, temperature=0.0
+    )
+    assert [[text] for text in said] == asked
 
 
 def test_a_champion_that_moved_meanwhile_is_not_overruled(store, first):

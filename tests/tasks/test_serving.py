@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_core.encoding import encode_pair, encode_prompt, right_pad
+from rlhf_core.encoding import encode_pair, encode_prompt
 from rlhf_core.errors import ModelError
-from rlhf_core.models import ModelConfig, ScalarModel, load_policy, load_tokenizer
+from rlhf_core.models import ModelConfig, load_policy, load_tokenizer
+from rlhf_core.networks import ScalarModel
+from rlhf_core.packing import pack
 from tasks.model_store import DirectoryModelStore
 from tasks.served.policy import ServedPolicy
 from tasks.served.reward import ServedReward
@@ -47,7 +49,7 @@ def expected_rewards(directory):
     pairs = zip(PROMPTS, RESPONSES, strict=True)
     rows = [encode_pair(p, r, tokenizer, max_length=room)[0] for p, r in pairs]
     with torch.inference_mode():
-        return scalar.scores(*right_pad(rows, tokenizer.pad_token_id)).tolist()
+        return scalar.scores(pack(rows, "cpu")).tolist()
 
 
 def expected_texts(directory, new_tokens):

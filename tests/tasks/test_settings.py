@@ -38,6 +38,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_MLFLOW_URL": "https://mlflow.example.org/",
         "RLHF_PREFECT_URL": "https://prefect.example.org",
         "RLHF_DEVICE": "cpu",
+        "RLHF_CHECKPOINT_SECONDS": "0.5",
+        "RLHF_KEEP_WORK_DAYS": "30",
     }
     assert sorted(given) == sorted(VARIABLES)
     for name, value in given.items():
@@ -50,6 +52,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.mlflow_public_url == "https://mlflow.example.org"
     assert settings.prefect_public_url == "https://prefect.example.org"
     assert settings.device == "cpu"
+    assert settings.checkpoint_seconds == 0.5
+    assert settings.keep_work_days == 30
 
 
 def test_a_variable_of_a_similar_name_is_not_read(monkeypatch, tmp_path):
