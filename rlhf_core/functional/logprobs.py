@@ -275,7 +275,10 @@ class _Head:
         narrow = hidden.dtype != self.dtype
         self._logits = hidden.new_empty(room, dtype=self.dtype) if narrow else self._factors
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
+        # The first chunk writes and the others add: clearing it beforehand would cost a pass.
+        self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if wanted[1] else None
+        if self.grad_weight is not None and not len(hidden):
+            self.grad_weight.zero_()
         self.grad_bias = hidden.new_zeros(len(weight), dtype=self.dtype) if wanted[2] else None
 
     def chunks(self, tokens: Tensor, *, with_entropy: bool = False) -> Iterator[_Chunk]:
@@ -330,8 +333,11 @@ class _Head:
             torch.mm(weights.T, self.weight, out=out).mul_(factor.unsqueeze(1))
         if self.grad_weight is not None:
             scaled = (self.hidden[chunk.span] * factor.unsqueeze(1)).to(weights.dtype)
+            first = chunk.span.start == 0
             if weights.dtype == self.dtype:
-                self.grad_weight.addmm_(weights, scaled)
+                self.grad_weight.addmm_(weights, scaled, beta=0 if first else 1)
+            elif first:
+                self.grad_weight.copy_(weights @ scaled)
             else:
                 self.grad_weight += weights @ scaled
 
