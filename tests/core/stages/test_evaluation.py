@@ -7,19 +7,21 @@ import sys
 
 import pytest
 import torch
+from plain import plain_logprobs, plain_policy, plain_scores
 
 from rlhf_core.data import read_table
-from rlhf_core.encoding import encode_prompt
+from rlhf_core.encoding import encode_prompt, encode_response
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.models import (
     FreshModelConfig,
     ModelConfig,
-    ScalarModel,
     load_base,
     load_policy,
     save_model,
 )
+from rlhf_core.networks import Policy, ScalarModel
 from rlhf_core.sampling import SamplingConfig, respond
+from rlhf_core.scoring import load_function
 from rlhf_core.seeding import generator
 from rlhf_core.stages.evaluation import (
     Arm,
@@ -30,7 +32,6 @@ from rlhf_core.stages.evaluation import (
     _first_of_each,
     distinct_n,
     evaluate,
-    load_function,
 )
 
 CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)
@@ -137,7 +138,7 @@ def test_win_rate_by_hand(with_truth):
     }
     if not with_truth:
         pair = {name: answers(prompt, proxy=a.proxy.tolist()) for name, a in pair.items()}
-    found = _compare(("policy", "sft"), pair, torch.Generator().manual_seed(0))
+    found = _compare(("policy", "sft"), pair, 0)
     assert (found.wins, found.ties, found.losses) == (2, 1, 1)
     assert found.win_rate.value == 2.5 / 4
     # The prompts are drawn whole: their rates are 3/4 and 1/2, so no draw lies outside.
@@ -150,7 +151,7 @@ def test_comparison_takes_as_many_answers_as_both_have():
         "policy": answers([0, 0, 0, 1, 1, 1], proxy=[1.0, 9.0, 9.0, 1.0, 9.0, 9.0]),
         "best_of_n": answers([0, 1], proxy=[2.0, 0.0]),
     }
-    found = _compare(("policy", "best_of_n"), pair, torch.Generator().manual_seed(0))
+    found = _compare(("policy", "best_of_n"), pair, 0)
     assert (found.wins, found.ties, found.losses) == (1, 0, 1)
 
 
@@ -172,28 +173,22 @@ def test_every_number_of_an_arm_by_another_way(
     report = run(change(true_reward=truth), sampling=sampling)
     arm = report.scorecard.arm("policy")
 
-    policy, tokenizer = load_policy(toy_policy)
-    sft, scalar = load_policy(toy_sft)[0], ScalarModel.load(toy_reward)
+    drawer, tokenizer = Policy.load(toy_policy, "cpu")
+    policy, sft = plain_policy(toy_policy), plain_policy(toy_sft)
     prompts = read_table(prepared, "prompts", "eval")["prompt"].iloc[:8]
     rows = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(3)]
-    drawn = respond(policy, rows, sampling, generator=generator(0, "evaluation/policy"))
+    drawn = respond(drawer, rows, sampling, generator=generator(0, "evaluation/policy"))
     said = [t[m].tolist() for _, r in drawn for t, m in zip(r.tokens, r.mask, strict=True)]
     assert {row[-1] == tokenizer.eos_token_id for row in said} == {True, False}
 
     @torch.no_grad()
     def logprob(model, prompt, tokens, temperature):
-        logits = model(torch.tensor([prompt + tokens])).logits[0] / temperature
-        at = logits.log_softmax(-1)
-        return sum(at[len(prompt) + t - 1, token].item() for t, token in enumerate(tokens))
+        return plain_logprobs(model, prompt, tokens, temperature).sum().item()
 
     pairs = list(zip(rows, said, strict=True))
     kl = [logprob(policy, *pair, 0.8) - logprob(sft, *pair, 0.8) for pair in pairs]
     nats = -sum(logprob(sft, *pair, 1.0) for pair in pairs)
-    whole = [torch.tensor([prompt + tokens]) for prompt, tokens in pairs]
-    with torch.no_grad():
-        scores = [
-            scalar.scores(ids, torch.ones_like(ids, dtype=torch.bool)).item() for ids in whole
-        ]
+    scores = plain_scores(toy_reward, pairs).tolist()
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
     rewards = importlib.import_module("toy_truth").praise(list(prompts), texts)
     count = sum(map(len, said))
@@ -301,6 +296,30 @@ def test_texts_of_another_tokenizer_are_cut_to_what_sft_can_read(run, toy_corpus
     assert report.scorecard.arm("champion").length <= 40
 
 
+def test_reward_model_with_another_tokenizer_reads_the_texts(
+    run, foreign_policy, toy_policy, prepared, tmp_path
+):
+    other, theirs = tmp_path / "other", load_policy(foreign_policy)[1]
+    scalar = ScalarModel.from_policy(foreign_policy, torch.Generator().manual_seed(3))
+    scalar.mean, scalar.std = 0.2, 0.5
+    scalar.save(theirs, other, kind="reward")
+    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=5)
+    report = run(change(samples_per_prompt=1), sampling=sampling, reward_model=other)
+
+    policy, ours = Policy.load(toy_policy, "cpu")
+    prompts = read_table(prepared, "prompts", "eval")["prompt"].iloc[:8]
+    rows = [encode_prompt(prompt, ours) for prompt in prompts]
+    ((_, said),) = respond(policy, rows, sampling, generator=generator(0, "evaluation/policy"))
+    assert set(said.finished.tolist()) == {True, False}
+    texts = []
+    for prompt, ids, end in zip(prompts, said.tokens, said.finished.tolist(), strict=True):
+        text = ours.decode(ids, skip_special_tokens=True)
+        response = encode_response(text, theirs)  # with an end, which an unfinished one has not
+        texts.append((encode_prompt(prompt, theirs), response if end else response[:-1]))
+    expected = plain_scores(other, texts).mean().item()
+    assert report.scorecard.arm("policy").proxy_reward.value == pytest.approx(expected, abs=1e-4)
+
+
 def test_same_seed_same_scorecard(run):
     assert run(seed=1).scorecard == run(seed=1).scorecard != run(seed=2).scorecard
 
@@ -334,7 +353,7 @@ def test_every_setting_is_read(run, recording, truth, toy_sampling):
 )
 def test_truth_that_cannot_be_imported(truth, path, said):
     with pytest.raises(ConfigError, match=rf"evaluation\.true_reward '{path}' .*{said}|{said}"):
-        load_function(path)
+        load_function(path, setting="evaluation.true_reward")
 
 
 @pytest.mark.parametrize("name", ["too_few", "not_a_number"])
@@ -348,13 +367,6 @@ def test_no_held_out_prompts(run, prepared, tmp_path):
     (data / "prompts.eval.jsonl").write_text("")
     with pytest.raises(DataError, match="no held-out prompts"):
         run(data=data)
-
-
-def test_reward_model_with_another_tokenizer(run, foreign_policy, tmp_path):
-    scalar = ScalarModel.from_policy(foreign_policy, torch.Generator())
-    scalar.save(load_policy(foreign_policy)[1], tmp_path / "other", kind="reward")
-    with pytest.raises(ConfigError, match="the reward model has another tokenizer"):
-        run(reward_model=tmp_path / "other")
 
 
 def test_policy_in_place_of_the_reward_model(run, toy_sft):

@@ -4,29 +4,29 @@ import json
 import logging
 import math
 import shutil
-from itertools import islice
 
 import pytest
 import torch
+from plain import first_roll_out, plain_policy, plain_scores, plain_values
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.data import read_table
-from rlhf_core.encoding import encode_prompt
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.models import (
     FreshModelConfig,
     ModelConfig,
-    ScalarModel,
     load_base,
     load_policy,
     read_card,
     save_model,
 )
-from rlhf_core.sampling import SamplingConfig, respond
-from rlhf_core.seeding import generator
-from rlhf_core.stages.ppo import PPOConfig, _prompt_batches, train_ppo
+from rlhf_core.networks import ScalarModel
+from rlhf_core.onpolicy import PromptStream
+from rlhf_core.sampling import SamplingConfig
+from rlhf_core.scoring import PIPELINE_REWARD
+from rlhf_core.stages.ppo import PPOConfig, train_ppo
+from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 
 CONFIG = PPOConfig(
     learning_rate=2e-3,
@@ -49,19 +49,13 @@ def change(**settings):
 
 
 @pytest.fixture
-def train(toy_sft, toy_reward, prepared, toy_sampling, tmp_path, logger):
-    def run(config=CONFIG, *, sampling=toy_sampling, **settings):
-        given = {
-            "sft": toy_sft,
-            "reward_model": toy_reward,
-            "data": prepared,
-            "policy_output": tmp_path / "policy",
-            "critic_output": tmp_path / "critic",
-            "seed": 0,
-            "device": "cpu",
-            "logger": logger,
-        }
-        return train_ppo(config, sampling, **given | settings)
+def train(toy_given, toy_sampling, tmp_path):
+    def run(config=CONFIG, *, sampling=toy_sampling, reward_model=None, **parts):
+        outputs = {"policy_output": tmp_path / "policy", "critic_output": tmp_path / "critic"}
+        outputs |= {name: parts.pop(name) for name in outputs if name in parts}
+        if reward_model is not None:
+            parts["reward_models"] = {PIPELINE_REWARD: reward_model}
+        return train_ppo(config, sampling, toy_given(**parts), **outputs)
 
     return run
 
@@ -80,19 +74,6 @@ def series(config, train):
 # --- the update, against a second implementation in plain words ---
 
 
-def first_roll_out(toy_sft, prepared, sampling, n):
-    """The prompts and responses of the first iteration, drawn again from the same streams."""
-    policy, tokenizer = load_policy(toy_sft)
-    prompts = read_table(prepared, "prompts", "train")["prompt"]
-    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    order = torch.randperm(len(rows), generator=generator(0, "ppo/prompts")).tolist()[:n]
-    whole = sampling.model_copy(update={"batch_size": n})
-    draws = generator(0, "ppo/sampling")
-    ((_, said),) = respond(policy, [rows[i] for i in order], whole, generator=draws)
-    responses = [t[m].tolist() for t, m in zip(said.tokens, said.mask, strict=True)]
-    return policy, list(zip([rows[i] for i in order], responses, strict=True)), said.finished
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_update_is_the_policy_gradient_of_a_second_implementation(
     train, toy_sft, toy_reward, prepared, logger, temperature
@@ -105,16 +86,13 @@ def test_first_update_is_the_policy_gradient_of_a_second_implementation(
     train(config, sampling=sampling)
     ((_, stats),) = logger.history
 
-    policy, texts, finished = first_roll_out(toy_sft, prepared, sampling, 16)
+    texts, finished = first_roll_out("ppo", toy_sft, prepared, sampling, 16)
+    policy, value_of = plain_policy(toy_sft), plain_values(toy_reward)
     assert 0 < finished.sum() < 16  # both kinds are here
-    scalar = ScalarModel.load(toy_reward)
     scores, advantages, returns, values, logprobs = [], [], [], [], []
     for (prompt, said), end in zip(texts, finished.tolist(), strict=True):
         ids = torch.tensor([prompt + said])
-        with torch.no_grad():
-            raw = scalar.model(ids[:, :1]).logits  # plain transformers agrees in test_models
-            assert raw.shape == (1, 1)
-            value = scalar.values(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        value = value_of(ids)
         scores.append(value[-1].item())
         v = value[len(prompt) - 1 : -1].tolist()
         # The policy is its reference, so the KL term is 0 and the score is all there is.
@@ -155,13 +133,12 @@ def test_first_update_is_the_policy_gradient_of_a_second_implementation(
 def test_ratio_is_1_and_kl_is_0_before_anything_has_moved(
     train, logger, temperature, micro_batch_size
 ):
-    # A roll-out has other pieces than a shuffled minibatch, so "1" is up to rounding.
     sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=12, temperature=temperature)
     one = {"iterations": 1, "epochs": 1, "batch_size": 16, "micro_batch_size": micro_batch_size}
     train(change(**one), sampling=sampling)
     ((_, stats),) = logger.history
     assert stats["objective/kl"] == 0
-    assert abs(stats["policy/approx_kl"]) < 1e-9
+    assert stats["policy/approx_kl"] == 0
     assert stats["policy/clip_fraction"] == 0
     assert stats["value/clip_fraction"] == 0
 
@@ -228,6 +205,26 @@ def test_score_rises_when_kl_is_free_and_hardly_moves_when_it_is_dear(train):
     assert abs(dear.series("objective/kl")[-1]) < free.series("objective/kl")[-1] / 5
 
 
+def test_adapters_on_one_trunk_learn_too(train, toy_sft, prepared, toy_sampling, tmp_path):
+    config = RewardModelConfig(
+        epochs=2, learning_rate=2e-2, batch_size=24, max_length=32, lora_rank=4
+    )
+    given = {"sft": toy_sft, "data": prepared, "output": tmp_path / "reward"}
+    given |= {"seed": 0, "device": "cpu", "logger": MemoryLogger()}
+    train_reward_model(config, toy_sampling, **given)
+    rates = {"learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+    free = {"kl_control": "fixed", "kl_coef": 0.0, "iterations": 12}
+    config = change(**rates, **free, rollout_size=32, batch_size=32, lora_rank=4)
+    log = MemoryLogger()
+    train(config, reward_model=tmp_path / "reward", logger=log)
+    scores = log.series("objective/score")
+    assert sum(scores[-3:]) / 3 > sum(scores[:2]) / 2 + 0.4
+    before, after = (plain_policy(at).state_dict() for at in (toy_sft, tmp_path / "policy"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed  # and of what has no adapter, nothing
+    assert all(".attn." in name or ".mlp." in name for name in changed)
+
+
 # --- stop rules ---
 
 
@@ -239,7 +236,7 @@ def test_run_stops_at_the_kl_budget(train, logger, tmp_path, caplog):
     assert kl[-1] > 0.5 >= max(kl[:-1])
     assert report.iterations == len(kl) < 12
     assert report.over_kl_budget == 1
-    assert "over its KL budget of 0.5 nats" in caplog.text
+    assert "over the KL budget of 0.5 nats" in caplog.text
     assert read_card(tmp_path / "policy")["iterations"] == len(kl)
     assert set(report.tables["ppo_samples"]["iteration"]) == {1, len(kl)}
 
@@ -251,7 +248,7 @@ def test_run_may_go_on_past_the_kl_budget(train, logger, caplog):
     with caplog.at_level(logging.WARNING):
         assert train(config).iterations == 6
     over = sum(kl > 0.1 for kl in logger.series("objective/kl"))
-    assert 0 < over == caplog.text.count("over its KL budget")
+    assert 0 < over == caplog.text.count("over the KL budget")
 
 
 def test_epochs_end_when_the_policy_has_moved_too_far(train):
@@ -321,14 +318,13 @@ def test_samples_are_the_first_texts_with_their_scores(
     train, toy_sft, toy_reward, prepared, toy_sampling
 ):
     table = train(change(iterations=1)).tables["ppo_samples"]
-    tokenizer, scalar = load_policy(toy_sft)[1], ScalarModel.load(toy_reward)
-    _, texts, _ = first_roll_out(toy_sft, prepared, toy_sampling, 16)
+    tokenizer = load_policy(toy_sft)[1]
+    texts, _ = first_roll_out("ppo", toy_sft, prepared, toy_sampling, 16)
+    scores = plain_scores(toy_reward, texts).tolist()
     assert len(table) == 8
-    for (_, shown), (prompt, said) in zip(table.iterrows(), texts, strict=False):
+    for (_, shown), (prompt, said), score in zip(table.iterrows(), texts, scores, strict=False):
         assert shown["prompt"] == tokenizer.decode(prompt)
         assert shown["response"] == tokenizer.decode(said, skip_special_tokens=True)
-        ids = torch.tensor([prompt + said])
-        score = scalar.scores(ids, torch.ones_like(ids, dtype=torch.bool)).item()
         assert shown["score"] == pytest.approx(score, rel=1e-3, abs=1e-4)
         assert (shown["iteration"], shown["kl"]) == (1, 0.0)
 
@@ -340,28 +336,18 @@ def test_critic_learns_at_its_own_rate(train, logger):
 
 
 def test_every_prompt_comes_once_before_any_comes_again():
-    prompts = [[i] for i in range(10)]
-    batches = list(islice(_prompt_batches(prompts, 4, torch.Generator().manual_seed(0)), 10))
+    stream = PromptStream(10, 4, torch.Generator().manual_seed(0))
+    batches = [next(stream) for _ in range(10)]
     assert all(len(batch) == 4 for batch in batches)
-    order = [prompt[0] for batch in batches for prompt in batch]
+    order = [prompt for batch in batches for prompt in batch]
     rounds = [order[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(one) == list(range(10)) for one in rounds)
     assert len({tuple(one) for one in rounds}) == 4
 
 
 def test_roll_out_may_be_larger_than_the_prompts():
-    batches = _prompt_batches([[0], [1], [2]], 8, torch.Generator().manual_seed(0))
-    counts = [next(batches).count([i]) for i in range(3)]
-    assert all(2 <= count <= 3 for count in counts)
-
-
-def test_every_setting_is_read(train, recording, toy_sampling):
-    config, seen = recording(change(iterations=4, kl_budget=1e-6, kl_coef=1e-3))
-    sampling, seen_of_sampling = recording(toy_sampling)
-    train(config, sampling=sampling)
-    assert set(PPOConfig.model_fields) <= seen
-    # A roll-out is sampled in one piece.
-    assert set(SamplingConfig.model_fields) - {"batch_size"} <= seen_of_sampling
+    batch = next(PromptStream(3, 8, torch.Generator().manual_seed(0)))
+    assert all(2 <= batch.count(i) <= 3 for i in range(3))
 
 
 # --- what is refused ---
@@ -370,10 +356,10 @@ def test_every_setting_is_read(train, recording, toy_sampling):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"batch_size": 17}, r"ppo\.batch_size 17 is larger than ppo\.rollout_size 16"),
-        ({"dual_clip": 0.5}, r"ppo\.dual_clip 0\.5 has to be above 1"),
-        ({"kl_coef": 0.0}, r"ppo\.kl_coef 0 stays 0 .* set ppo\.kl_control to fixed"),
-        ({"kl_horizon": 3.0}, r"ppo\.kl_horizon 3 is too short .* raise it above 3\.2"),
+        ({"batch_size": 17}, "batch_size 17 is larger than rollout_size 16"),
+        ({"dual_clip": 0.5}, r"dual_clip 0\.5 has to be above 1"),
+        ({"kl_coef": 0.0}, r"kl_coef 0 stays 0 .* set kl_control to fixed"),
+        ({"kl_horizon": 3.0}, r"kl_horizon 3 is too short .* raise it above 3\.2"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, said):

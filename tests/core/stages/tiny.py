@@ -51,7 +51,7 @@ CONFIGS: dict[str, Section] = {
     "ppo": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3),
     "ppo_lora": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3, lora_rank=2),
     "rloo": RLOOConfig(**UPDATES, **KL, group_size=2),
-    "grpo": GRPOConfig(**UPDATES, group_size=2, rewards=SEVERAL),
+    "grpo": GRPOConfig(**UPDATES, group_size=4, rewards=SEVERAL),
     "dpo": DPOConfig(**STEPS, epochs=4, max_length=14),
 }
 
@@ -172,3 +172,10 @@ def first_gradients(directory: Path, learner: str) -> dict[str, torch.Tensor]:
     moments = state["adamw"]["state"]
     assert {m["step"].item() for m in moments.values()} == {1}
     return {name: moments[i]["exp_avg"] / 0.1 for i, name in enumerate(matrices + vectors)}
+
+
+def trajectory(stage: str, world: World, output: Path) -> list[dict[str, float]]:
+    """The metrics of a stage, step by step, and its report."""
+    log = MemoryLogger()
+    report = run(CONFIGS[stage], world, output, logger=log)
+    return [*(values for _, values in log.history), report.summary()]
