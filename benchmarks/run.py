@@ -52,6 +52,7 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         update_kl_limit=0,
         precision=arguments.dtype,
         lora_rank=arguments.lora_rank,
+        lora_layers=arguments.lora_layers,
     )
     given = Given(
         sft=arguments.model,
@@ -146,6 +147,7 @@ def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         batch_size=largest,
         micro_batch_size=arguments.micro_batch or largest,
         lora_rank=arguments.lora_rank,
+        lora_layers=arguments.lora_layers,
     )
     learner = learner_of(policy, config, "sft")
     for batch in batches:
@@ -183,6 +185,7 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         batch_size=arguments.batch,
         micro_batch_size=arguments.micro_batch or arguments.batch,
         lora_rank=arguments.lora_rank,
+        lora_layers=arguments.lora_layers,
     )
     learner = learner_of(model, config, "reward")
     for start in range(0, len(rows), arguments.batch):
@@ -200,7 +203,14 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 def learner_of(network: Network, config: TrainingSection, adapter: str) -> Learner:
     """What learns: all weights, or an adapter."""
     if config.lora_rank:
-        start_adapter(network, adapter, rank=config.lora_rank, alpha=config.lora_alpha, seed=0)
+        start_adapter(
+            network,
+            adapter,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            layers=config.lora_layers,
+            seed=0,
+        )
     return Learner(network, config, 1000)
 
 
@@ -208,7 +218,8 @@ def adapter_reward(arguments: argparse.Namespace, folder: Path) -> Path:
     """A reward model that is an adapter of the policy, so that one trunk carries all networks."""
     _, tokenizer = Policy.load(arguments.model, "cpu")
     model = ScalarModel.from_policy(arguments.model, generator(arguments.seed, "head"))
-    start_adapter(model, "reward", rank=arguments.lora_rank, alpha=32, seed=0)
+    rank, layers = arguments.lora_rank, arguments.lora_layers
+    start_adapter(model, "reward", rank=rank, alpha=32, layers=layers, seed=0)
     model.save(tokenizer, folder, kind="reward", base=arguments.model)
     return folder
 
@@ -230,6 +241,7 @@ def main() -> None:
         add_arguments(sub, work)
         sub.add_argument("--peer", action="store_true", help="run TRL on the same work instead")
         sub.add_argument("--lora-rank", type=int, default=0, help="adapters instead of all weights")
+        sub.add_argument("--lora-layers", type=int, default=0, help="the last so many blocks alone")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.peer:

@@ -23,20 +23,51 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.packing import blocks
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names in its files
 
 
-def add_adapter(model: PreTrainedModel, name: str, *, rank: int, alpha: int, seed: int = 0) -> None:
-    """Put an adapter beside every linear layer of the body, and freeze all other weights."""
+def add_adapter(
+    model: PreTrainedModel, name: str, *, rank: int, alpha: int, layers: int = 0, seed: int = 0
+) -> None:
+    """Put an adapter beside every linear layer of the body, and freeze all other weights.
+
+    Args:
+        layers: in the last so many blocks alone; 0 for all.
+
+    Raises: ConfigError when the model has fewer blocks.
+    """
+    number = len(blocks(model.base_model)[1])
+    if layers > number:
+        raise ConfigError(
+            f"lora_layers is {layers}, but the model has {number} blocks; lower it, or 0 for all"
+        )
+    depth = number - layers if layers else 0
+    _add(model, name, _linear_layers(model.base_model, depth), rank=rank, alpha=alpha, seed=seed)
+
+
+def adapted_from(model: PreTrainedModel) -> int | None:
+    """The first block with an adapter beside it, below which all networks on this model are one.
+
+    None where there is nothing below: no adapters, or one in the first block already.
+    """
+    _, rows = blocks(model.base_model)
+    numbers = (n for n, block in enumerate(rows) if any(True for _ in _layers(block)))
+    return next(numbers, None) or None
+
+
+def _add(
+    model: PreTrainedModel, name: str, targets: list[str], *, rank: int, alpha: int, seed: int = 0
+) -> None:
     body = model.base_model
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=_linear_layers(body),
+        target_modules=targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in body.modules()),  # GPT-2 stores W as Wᵀ
     )
     device = model.device
@@ -53,7 +84,7 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
     for layer in _layers(model):
         layer.enable_adapters(name is not None)
         if name is not None:
-            layer.set_adapter(name)
+            layer.set_adapter(name)  # a layer without this adapter is then as it was
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -75,7 +106,7 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
         if ".lora_" in key:
             continue
         owner, _, last = key.rpartition(".base_layer.")
-        if owner and last == "weight" and name is not None:
+        if owner and last == "weight" and name in layers[owner].r:
             tensor = tensor + layers[owner].get_delta_weight(name).to(tensor.dtype)
         state[f"{owner}.{last}" if owner else key] = tensor
     return state
@@ -86,11 +117,12 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) 
 
     `base` says which model it belongs to.
     """
-    first = next(iter(_layers(model)))
+    carriers = {n: m for n, m in _named_layers(model.base_model) if name in m.r}
+    first = next(iter(carriers.values()))
     config = LoraConfig(
         r=first.r[name],
         lora_alpha=first.lora_alpha[name],
-        target_modules=sorted({key.rpartition(".")[2] for key, _ in _named_layers(model)}),
+        target_modules=sorted(carriers),
         lora_dropout=0.0,
         fan_in_fan_out=bool(first.fan_in_fan_out),
         base_model_name_or_path=base,
@@ -123,7 +155,8 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
         weights = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory} holds no adapter that can be read ({error})") from error
-    add_adapter(model, name, rank=config.r, alpha=config.lora_alpha)
+    there = [n for n in _linear_layers(model.base_model, 0) if n in (config.target_modules or ())]
+    _add(model, name, there, rank=config.r, alpha=config.lora_alpha)
     wanted = {
         PREFIX + key.replace(f".{name}.", "."): parameter
         for key, parameter in adapter_parameters(model, name).items()
@@ -145,10 +178,18 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, buffer
 
 
-def _linear_layers(body: nn.Module) -> list[str]:
-    """Where adapters go: beside each linear layer, or where they are already."""
-    there = [name for name, _ in _named_layers(body)]
-    return there or [n for n, m in body.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+def _linear_layers(body: PreTrainedModel, depth: int) -> list[str]:
+    """The linear layers of the blocks from `depth` on, also where an adapter is already."""
+    name, rows = blocks(body)
+    found = []
+    for number, block in list(enumerate(rows))[depth:]:
+        carriers = tuple(f"{n}." for n, _ in _named_layers(block))
+        found += [
+            f"{name}.{number}.{n}"
+            for n, m in block.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D, Linear)) and not n.startswith(carriers)
+        ]
+    return found
 
 
 def _layers(model: nn.Module) -> Iterator[Linear]:

@@ -285,9 +285,11 @@ def on_trunk(
     )
 
 
-def start_adapter(network: Network, name: str, *, rank: int, alpha: int, seed: int) -> None:
+def start_adapter(
+    network: Network, name: str, *, rank: int, alpha: int, seed: int, layers: int = 0
+) -> None:
     """Train a network through a fresh adapter from here on: it computes what it did before."""
-    add_adapter(network.model, name, rank=rank, alpha=alpha, seed=seed)
+    add_adapter(network.model, name, rank=rank, alpha=alpha, layers=layers, seed=seed)
     network.adapter = name
 
 

@@ -38,8 +38,10 @@ from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.rollout import (
     lay_out,
+    read_again,
     response_logprobs,
     response_values,
+    share_below,
 )
 from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, sample, uniforms
 from rlhf_core.scoring import PIPELINE_REWARD, Reward, RewardTerm, check_terms, load_reward
@@ -278,6 +280,7 @@ def load_actors(
         "policy",
         rank=config.lora_rank,
         alpha=config.lora_alpha,
+        layers=config.lora_layers,
         seed=stream_seed(given.seed, "policy/adapter"),
     )
     return policy, reference, tokenizer
@@ -391,7 +394,7 @@ class Sampler:
         return prompts, responses
 
     def _measure(self, bare: Rollout, asked: list[Prompt]) -> Rollout:
-        written = lay_out(bare.prompts, bare.responses)
+        written = share_below(lay_out(bare.prompts, bare.responses), self.policy)
         temperature = self.sampling.temperature
         scores = self.reward(asked, written, bare.responses)
         logprobs = response_logprobs(self.policy, written, temperature=temperature)
@@ -406,6 +409,7 @@ class Sampler:
             values=values,
             scores=scores.total,
             parts=scores.parts,
+            below=written.below(),
         )
 
 
@@ -634,7 +638,7 @@ def update_policy(
         rows = torch.tensor(micro.rows, device=advantages.device)
         experience = rollout.rows(rows)
         mask = experience.responses.mask
-        written = lay_out(experience.prompts, experience.responses)
+        written = read_again(experience, learner.network)
         surrogate = partial(
             _surrogate,
             old_logprobs=experience.logprobs[mask],

@@ -43,6 +43,12 @@ class TrainingSection(Section):
         ge=0,
         description="Rank of LoRA adapters beside every linear layer; 0 = all weights learn",
     )
+    lora_layers: int = Field(
+        0,
+        ge=0,
+        description="Adapters in the last so many blocks alone; what lies below is then computed "
+        "once for all networks and epochs. 0 = in every block",
+    )
     lora_alpha: int = Field(
         32, gt=0, description="What the adapter adds is scaled by this over its rank"
     )

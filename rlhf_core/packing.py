@@ -9,7 +9,8 @@ prompt) share those tokens, as a causal model says the same of them.
 Knows nothing about what is predicted, or why. The result is that of each text alone, to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,13 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_core.errors import ModelError
 
 ATTENTION = "rlhf_packed"
+
+
+@dataclass(frozen=True)
+class Below:
+    """What has been computed already: the states that go into one of the blocks of a body.
+
+    Where several networks share a body whose lower blocks have no adapters, this is the same for
+    all of them, and it does not change while the adapters learn.
+    """
+
+    body: PreTrainedModel
+    depth: int  # the block that the states go into
+    states: Tensor  # (N, d)
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Packed:
     home: Tensor  # (N,) int64
     lengths: Tensor  # (S,) int64, tokens
     dense: bool  # all of one length and nothing shared: the row is the block
+    below: Below | None = None
 
     def last(self) -> Tensor:
         """(S,) place of the last token of each sequence."""
@@ -58,6 +73,17 @@ class Packed:
         columns = torch.arange(self.rows.shape[1], device=self.rows.device)
         wanted = (columns >= starts.unsqueeze(1)) & (columns < self.lengths.unsqueeze(1))
         return self.rows[:, :-1][wanted[:, 1:]], self.input_ids[0, self.rows[wanted]]
+
+    def spread(self, states: Tensor) -> Tensor:
+        """(N, d) states of the row -> (S, L, d) of each sequence; 0 behind its end."""
+        columns = torch.arange(self.rows.shape[1], device=self.rows.device)
+        inside = columns < self.lengths.unsqueeze(1)
+        return torch.where(inside.unsqueeze(-1), states[self.rows], 0)
+
+    def collect(self, states: Tensor) -> Tensor:
+        """(S, ≥ L, d) states of each sequence -> (N, d) of the row."""
+        length = self.rows.shape[1]
+        return states[:, :length].flatten(0, 1)[self.home]
 
 
 def pack(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device | str) -> Packed:
@@ -92,9 +118,57 @@ def pack(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device |
     )
 
 
-def hidden_states(model: Any, packed: Packed) -> Tensor:
+def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
     """(N, d) last hidden states of a transformer body over a packed row."""
-    states = model(
+    below = packed.below
+    if below is None or below.body is not body:
+        return _run(body, packed)
+    name, rows = blocks(body)
+    states = below.states.unsqueeze(0)
+    entry = rows[below.depth].register_forward_pre_hook(
+        lambda _, inputs, options: ((states, *inputs[1:]), options), with_kwargs=True
+    )
+    with _with_blocks(body, name, rows[below.depth :]), entry:
+        return _run(body, packed)
+
+
+@torch.no_grad()
+def states_below(body: PreTrainedModel, packed: Packed, depth: int) -> Below:
+    """What goes into block `depth`: the work of the blocks before it."""
+    name, rows = blocks(body)
+    found: list[Tensor] = []
+    leave = rows[depth - 1].register_forward_hook(
+        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with _with_blocks(body, name, rows[:depth]), leave:
+        _run(body, packed)
+    return Below(body, depth, found[0][0])
+
+
+def blocks(body: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The stack of blocks of a transformer body, and its name there.
+
+    Raises: ModelError when it has none.
+    """
+    for name, child in body.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == body.config.num_hidden_layers:
+            return name, child
+    raise ModelError(f"{type(body).__name__} has no stack of blocks; take another family")
+
+
+@contextmanager
+def _with_blocks(body: PreTrainedModel, name: str, rows: nn.ModuleList) -> Iterator[None]:
+    """The body with some of its blocks alone."""
+    whole = getattr(body, name)
+    setattr(body, name, rows)
+    try:
+        yield
+    finally:
+        setattr(body, name, whole)
+
+
+def _run(body: Any, packed: Packed) -> Tensor:
+    states = body(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         # Four dimensions are taken as they are: no mask over the whole row is built.

@@ -5,15 +5,16 @@ rows at a time: the same rows in the same micro-batches as in the first epoch of
 its first ratio is 1 to the bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.networks import Policy, ScalarModel
-from rlhf_core.packing import Packed, pack
-from rlhf_core.types import PromptBatch, Responses
+from rlhf_core.adapters import adapted_from
+from rlhf_core.networks import Network, Policy, ScalarModel
+from rlhf_core.packing import Below, Packed, pack, states_below
+from rlhf_core.types import PromptBatch, Responses, Rollout
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Written:
         """(M,) a value for each response token -> (B, R); masked places are 0."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
+    def below(self) -> Tensor:
+        """(B, T, d) what all networks of a transformer have in common; (B, 0, 0) if nothing."""
+        packed = self.packed
+        if packed.below is None:
+            return torch.zeros(len(self.mask), 0, 0, device=self.mask.device)
+        return packed.spread(packed.below.states)
+
 
 def lay_out(prompts: PromptBatch, responses: Responses) -> Written:
     """Pack prompts and responses; rows with the same prompt beside each other share it."""
@@ -36,6 +44,30 @@ def lay_out(prompts: PromptBatch, responses: Responses) -> Written:
     packed = pack(texts(prompts, responses), device)
     places, tokens = packed.predictions(prompts.mask.sum(-1))
     return Written(packed, places, tokens, responses.mask)
+
+
+def share_below(written: Written, network: Network) -> Written:
+    """Compute what all networks on this one's transformer have in common, once.
+
+    That is the work of the blocks below the first adapter; without adapters there is none.
+    """
+    depth = adapted_from(network.model)
+    if depth is None:
+        return written
+    with network.autocast():
+        below = states_below(network.model.base_model, written.packed, depth)
+    return replace(written, packed=replace(written.packed, below=below))
+
+
+def read_again(rollout: Rollout, network: Network) -> Written:
+    """The texts of a roll-out, with what was computed of them then."""
+    written = lay_out(rollout.prompts, rollout.responses)
+    depth = adapted_from(network.model)
+    if depth is None or not rollout.below.shape[1]:
+        return written
+    states = written.packed.collect(rollout.below)
+    below = Below(network.model.base_model, depth, states)
+    return replace(written, packed=replace(written.packed, below=below))
 
 
 def texts(prompts: PromptBatch, responses: Responses) -> list[np.ndarray]:

@@ -62,12 +62,15 @@ class Rollout:
     # outcome
     scores: Tensor  # (B,) what the whole text is worth
     parts: Mapping[str, Tensor]  # (B,) each: what the score is made of, by name
+    # for the networks that share a transformer
+    below: Tensor  # (B, T, d) states below the first adapter, padding at the end; (B, 0, 0) if none
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
         """Responses of which nothing is known yet."""
         nothing = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
-        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {})
+        below = nothing.new_zeros(len(nothing), 0, 0)
+        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {}, below)
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
@@ -89,6 +92,7 @@ class Rollout:
             _stack([part.values for part in parts]),
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+            _stack([part.below for part in parts]),
         )
 
     def to(self, device: str) -> "Rollout":
@@ -101,6 +105,7 @@ class Rollout:
             self.values.to(device),
             self.scores.to(device),
             {name: part.to(device) for name, part in self.parts.items()},
+            self.below.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -113,14 +118,16 @@ class Rollout:
             self.values[index],
             self.scores[index],
             {name: part[index] for name, part in self.parts.items()},
+            self.below[index],
         )
 
 
 def _stack(rows: Sequence[Tensor], *, left: bool = False) -> Tensor:
-    """(b, w) tensors of unequal width under one another; what is added is 0, or masked."""
+    """(b, w, ...) tensors of unequal width under one another; what is added is 0, or masked."""
     width = max(part.shape[1] for part in rows)
-    gaps = (width - part.shape[1] for part in rows)
-    return torch.cat([pad(r, (g, 0) if left else (0, g)) for r, g in zip(rows, gaps, strict=True)])
+    gaps = [(width - part.shape[1], 0) if left else (0, width - part.shape[1]) for part in rows]
+    deeper = (0, 0) * (rows[0].ndim - 2)
+    return torch.cat([pad(r, (*deeper, *gap)) for r, gap in zip(rows, gaps, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,7 @@ def train_dpo(
             "policy",
             rank=config.lora_rank,
             alpha=config.lora_alpha,
+            layers=config.lora_layers,
             seed=stream_seed(seed, "policy/adapter"),
         )
     train_table = read_table(data, "preferences", "train")

@@ -47,7 +47,7 @@ from rlhf_core.onpolicy import (
 )
 from rlhf_core.optim import Learner
 from rlhf_core.ranks import Ranks
-from rlhf_core.rollout import lay_out
+from rlhf_core.rollout import read_again
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.scoring import PIPELINE_REWARD
 from rlhf_core.seeding import stream_seed
@@ -100,6 +100,7 @@ class Networks:
                 "critic",
                 rank=config.lora_rank,
                 alpha=config.lora_alpha,
+                layers=config.lora_layers,
                 seed=stream_seed(given.seed, "ppo/critic"),
             )
         return cls(policy, critic, reference, reward), tokenizer
@@ -240,7 +241,7 @@ def _update_critic(
     for micro in ranks.micro_batches(picked, config.micro_batch_size):
         rows = torch.tensor(micro.rows, device=targets.returns.device)
         experience = rollout.rows(rows)
-        written = lay_out(experience.prompts, experience.responses)
+        written = read_again(experience, learner.network)
         with learner.accumulate(last=micro.last):
             values = written.spread(learner(written.packed, written.places))
             loss, clipped = clipped_value(

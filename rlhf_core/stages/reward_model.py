@@ -117,6 +117,7 @@ def train_reward_model(
             "reward",
             rank=config.lora_rank,
             alpha=config.lora_alpha,
+            layers=config.lora_layers,
             seed=stream_seed(seed, "reward/adapter"),
         )
     require_context(reward_model.model, config.max_length, "reward_model.max_length")

@@ -116,6 +116,7 @@ def train_sft(
             "sft",
             rank=config.lora_rank,
             alpha=config.lora_alpha,
+            layers=config.lora_layers,
             seed=stream_seed(seed, "sft/adapter"),
         )
     train, truncated = _encode(train_table, tokenizer, config)
