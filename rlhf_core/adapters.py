@@ -155,8 +155,11 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
         weights = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory} holds no adapter that can be read ({error})") from error
-    there = [n for n in _linear_layers(model.base_model, 0) if n in (config.target_modules or ())]
-    _add(model, name, there, rank=config.r, alpha=config.lora_alpha)
+    targets = sorted(config.target_modules or ())
+    if strange := set(targets) - set(_linear_layers(model.base_model, 0)):
+        one = min(strange)
+        raise ModelError(f"the adapter in {directory} is for another model: {one} does not fit")
+    _add(model, name, targets, rank=config.r, alpha=config.lora_alpha)
     wanted = {
         PREFIX + key.replace(f".{name}.", "."): parameter
         for key, parameter in adapter_parameters(model, name).items()

@@ -30,12 +30,10 @@ class Written:
         """(M,) a value for each response token -> (B, R); masked places are 0."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
-    def below(self) -> Tensor:
-        """(B, T, d) what all networks of a transformer have in common; (B, 0, 0) if nothing."""
-        packed = self.packed
-        if packed.below is None:
-            return torch.zeros(len(self.mask), 0, 0, device=self.mask.device)
-        return packed.spread(packed.below.states)
+    def below(self) -> Tensor | None:
+        """(B, T, d) what all networks of a transformer have in common; None if nothing."""
+        known = self.packed.below
+        return None if known is None else self.packed.spread(known.states)
 
 
 def lay_out(prompts: PromptBatch, responses: Responses) -> Written:
@@ -63,7 +61,7 @@ def read_again(rollout: Rollout, network: Network) -> Written:
     """The texts of a roll-out, with what was computed of them then."""
     written = lay_out(rollout.prompts, rollout.responses)
     depth = adapted_from(network.model)
-    if depth is None or not rollout.below.shape[1]:
+    if depth is None or rollout.below is None:
         return written
     states = written.packed.collect(rollout.below)
     below = Below(network.model.base_model, depth, states)

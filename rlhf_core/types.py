@@ -62,21 +62,21 @@ class Rollout:
     # outcome
     scores: Tensor  # (B,) what the whole text is worth
     parts: Mapping[str, Tensor]  # (B,) each: what the score is made of, by name
-    # for the networks that share a transformer
-    below: Tensor  # (B, T, d) states below the first adapter, padding at the end; (B, 0, 0) if none
+    # of the transformer that several networks share: what goes into the first block with an adapter
+    below: Tensor | None = None  # (B, T, d), padded at the end
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
         """Responses of which nothing is known yet."""
         nothing = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
-        below = nothing.new_zeros(len(nothing), 0, 0)
-        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {}, below)
+        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {})
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
         """The rows of several roll-outs behind one another."""
         prompts = [part.prompts for part in parts]
         responses = [part.responses for part in parts]
+        below = [part.below for part in parts if part.below is not None]
         return cls(
             PromptBatch(
                 _stack([p.input_ids for p in prompts], left=True),
@@ -92,7 +92,7 @@ class Rollout:
             _stack([part.values for part in parts]),
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
-            _stack([part.below for part in parts]),
+            _stack(below) if below else None,
         )
 
     def to(self, device: str) -> "Rollout":
@@ -105,7 +105,7 @@ class Rollout:
             self.values.to(device),
             self.scores.to(device),
             {name: part.to(device) for name, part in self.parts.items()},
-            self.below.to(device),
+            None if self.below is None else self.below.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -118,7 +118,7 @@ class Rollout:
             self.values[index],
             self.scores[index],
             {name: part[index] for name, part in self.parts.items()},
-            self.below[index],
+            None if self.below is None else self.below[index],
         )
 
 
