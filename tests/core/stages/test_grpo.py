@@ -10,8 +10,8 @@ from tiny import first_gradients
 
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.networks import Policy
-from rlhf_core.onpolicy import optimise_policy
 from rlhf_core.optim import Learner
+from rlhf_core.policy_update import optimise_policy
 from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import Recovery
 from rlhf_core.sampling import SamplingConfig
@@ -49,15 +49,9 @@ def small_rollout():
     """Two prompts with two responses each; the second has a masked place, the last no end."""
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
     nothing = torch.zeros(4, 3)
-    return Rollout(
-        PromptBatch(nothing.long(), mask),
-        Responses(nothing.long(), mask, torch.tensor([True, True, True, False])),
-        nothing,
-        nothing,
-        nothing,
-        torch.tensor([3.0, 1.0, 2.0, 2.5]),
-        {},
-    )
+    said = Responses(nothing.long(), mask, torch.tensor([True, True, True, False]))
+    rollout = Rollout.unmeasured(PromptBatch(nothing.long(), mask), said)
+    return replace(rollout, scores=torch.tensor([3.0, 1.0, 2.0, 2.5]))
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -135,15 +129,10 @@ def test_loss_and_gradient_by_hand_once_the_policy_has_moved(
     said = [torch.tensor(response) for _, response in texts]
     full = [[torch.ones(len(x), dtype=torch.bool) for x in side] for side in (asked, said)]
     mask = padded(full[1])
-    rollout = Rollout(
-        PromptBatch(padded(asked), padded(full[0])),
-        Responses(padded(said), mask, mask.any(1)),
-        padded(old),
-        padded(ref),
-        torch.zeros(mask.shape),
-        torch.zeros(16),
-        {},
+    rollout = Rollout.unmeasured(
+        PromptBatch(padded(asked), padded(full[0])), Responses(padded(said), mask, mask.any(1))
     )
+    rollout = replace(rollout, logprobs=padded(old), ref_logprobs=padded(ref))
     config = change(dual_clip=dual_clip, micro_batch_size=micro_batch_size, max_grad_norm=1e6)
     learner = Learner(Policy.load(toy_sft, "cpu")[0], config, 10)
     stats = optimise_policy(

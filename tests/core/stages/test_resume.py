@@ -28,6 +28,8 @@ from rlhf_core.session import Interrupted
 KILLS = int(os.environ.get("RLHF_KILLS", "3"))  # of each stage, at least
 FINISHED, STOPPED = 0, 75
 
+pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
+
 
 def attempt(config, world, folder, every_seconds):
     """One run of a stage, from its last checkpoint on; what it came to goes to `result.json`."""
@@ -44,6 +46,7 @@ def attempt(config, world, folder, every_seconds):
 def nursery(pipe):
     """A process that has imported everything: each request is answered by a fork of it."""
     torch.set_num_threads(1)
+    pipe.send("ready")
     with suppress(EOFError):
         while request := pipe.recv():
             if (child := os.fork()) == 0:
@@ -94,6 +97,7 @@ def runner():
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=nursery, args=(theirs,))
     process.start()
+    assert ours.recv() == "ready"
     yield Runner(ours)
     ours.send(None)
     process.join()

@@ -1,6 +1,7 @@
 """RLOO on the toy world: baseline and gradient by hand, and that it learns."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,14 +52,12 @@ def test_judged_by_hand():
     logprobs = torch.tensor([[-1.0, -2, -3], [-1, -1, 0], [-2, -2, -2], [-1, -1, -1]])
     ref = torch.tensor([[-2.0, -2, -3], [-1, -3, 0], [-2, -2, -2], [-1, -1, -4]])
     nothing = torch.zeros(4, 3)
-    rollout = Rollout(
-        PromptBatch(nothing.long(), mask),
-        Responses(nothing.long(), mask, torch.tensor([True, True, True, False])),
-        logprobs,
-        ref,
-        nothing,
-        torch.tensor([3.0, 1.0, 2.0, 5.0]),
-        {},
+    said = Responses(nothing.long(), mask, torch.tensor([True, True, True, False]))
+    rollout = replace(
+        Rollout.unmeasured(PromptBatch(nothing.long(), mask), said),
+        logprobs=logprobs,
+        ref_logprobs=ref,
+        scores=torch.tensor([3.0, 1.0, 2.0, 5.0]),
     )
     config = change(group_size=2, missing_eos_value=0.5)
     advantages, stats = judge(rollout, 0.1, config=config)

@@ -27,7 +27,7 @@ from rlhf_core.stages.rloo import RLOOConfig, train_rloo
 from rlhf_core.stages.sft import SFTConfig, train_sft
 from rlhf_core.types import PromptBatch, Report, Responses, Rollout
 
-MODEL = ModelConfig(fresh=FreshModelConfig(layers=1, width=16, heads=2, context=32, vocab_size=290))
+MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=16, heads=2, context=32, vocab_size=290))
 SAMPLING = SamplingConfig(max_prompt_length=6, max_new_tokens=8, temperature=0.9, batch_size=3)
 THINGS = ("room", "film", "bed", "song")
 GOOD, BAD = ("good", "warm"), ("bad", "cold")
@@ -43,13 +43,14 @@ UPDATES = {
     "update_kl_limit": 0.01,  # some iterations end early
 }
 KL = {"kl_horizon": 100, "kl_target": 0.5}
+LORA = {"lora_rank": 2, "lora_layers": 1}
 SEVERAL = (RewardTerm(weight=0.5), RewardTerm(source="tiny:brevity", weight=0.1))
 
 CONFIGS: dict[str, Section] = {
     "sft": SFTConfig(**STEPS, epochs=4, max_length=14, evaluations=4),
     "reward_model": RewardModelConfig(**STEPS, epochs=4, max_length=14, normalization_samples=8),
-    "ppo": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3),
-    "ppo_lora": PPOConfig(**UPDATES, **KL, critic_learning_rate=1e-3, lora_rank=2),
+    "ppo": PPOConfig(**UPDATES, **KL, critic_learning_rate=2e-4),
+    "ppo_lora": PPOConfig(**UPDATES, **KL, **LORA, critic_learning_rate=2e-4),
     "rloo": RLOOConfig(**UPDATES, **KL, group_size=2),
     "grpo": GRPOConfig(**UPDATES, group_size=4, rewards=SEVERAL),
     "dpo": DPOConfig(**STEPS, epochs=4, max_length=14),
@@ -85,7 +86,7 @@ class World:
         run(change(CONFIGS["sft"], **longer), world, world.sft)
         longer["epochs"] = 3
         run(change(CONFIGS["reward_model"], **longer), world, world.reward)
-        run(change(CONFIGS["reward_model"], **longer, lora_rank=2), world, world.reward_adapter)
+        run(change(CONFIGS["reward_model"], **longer, **LORA), world, world.reward_adapter)
         return world
 
 
