@@ -7,7 +7,6 @@ stages differ in what a token's advantage is and in what else learns; they say s
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
@@ -21,8 +20,7 @@ from rlhf_core import figures
 from rlhf_core.data import read_table
 from rlhf_core.encoding import Prompt, decode_responses, encode_prompt, left_pad
 from rlhf_core.errors import DataError, NumericsError
-from rlhf_core.functional.logprobs import KLKind, kl_estimate
-from rlhf_core.functional.losses import clipped_policy
+from rlhf_core.functional.logprobs import KLKind
 from rlhf_core.functional.rewards import (
     MAX_ERROR,
     AdaptiveKL,
@@ -38,9 +36,9 @@ from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.rollout import (
     lay_out,
-    read_again,
     response_logprobs,
     response_values,
+    rounding,
     share_below,
 )
 from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, sample, uniforms
@@ -596,115 +594,12 @@ def require_kl_zero(rollout: Rollout) -> None:
     Raises: NumericsError naming it.
     """
     apart = (rollout.logprobs - rollout.ref_logprobs)[rollout.responses.mask].abs().max().item()
-    if apart > _tolerance(rollout.logprobs):
+    if apart > rounding(rollout.logprobs):
         raise NumericsError(
             f"a broken invariant: the KL to the reference is not 0 at step 0 (log-probabilities "
             f"differ by {apart:.3g}); policy and reference must be the same model. This is a "
             "defect: please report it with the config"
         )
-
-
-def update_policy(
-    learner: Learner,
-    rollout: Rollout,
-    advantages: Tensor,
-    picked: list[int],
-    *,
-    normalizer: float,
-    config: OnPolicySection,
-    temperature: float,
-    ranks: Ranks,
-    check: Callable[[], None],
-    kl_coef: float = 0.0,
-    first: bool = False,
-) -> dict[str, float]:
-    """Add the gradient of one minibatch, micro-batch by micro-batch; return its token means.
-
-        loss = Σₜ (clipped surrogate of PPO at token t + kl_coef·k3ₜ) / normalizer
-
-    Args:
-        advantages: (B, R) of the whole roll-out.
-        picked: the rows of the minibatch.
-        normalizer: what the sum is divided by: the tokens of the minibatch, or its responses.
-        kl_coef: β of a KL term that is differentiated, 0 for none.
-        first: no update has come between the roll-out and this one, so every ratio must be 1.
-
-    Raises: NumericsError when the loss is not finite, or a first ratio is not 1.
-    """
-    sums: dict[str, float] = {}
-    tokens = float(rollout.responses.mask[picked].sum())
-    for micro in ranks.micro_batches(picked, config.micro_batch_size):
-        check()
-        rows = torch.tensor(micro.rows, device=advantages.device)
-        experience = rollout.rows(rows)
-        mask = experience.responses.mask
-        written = read_again(experience, learner.network)
-        surrogate = partial(
-            _surrogate,
-            old_logprobs=experience.logprobs[mask],
-            ref_logprobs=experience.ref_logprobs[mask],
-            advantages=advantages[rows][mask],
-            config=config,
-            kl_coef=kl_coef,
-            scale=micro.weight / normalizer,
-        )
-        with learner.accumulate(last=micro.last):
-            out = learner(
-                written.packed,
-                written.places,
-                written.tokens,
-                temperature=temperature,
-                token_loss=surrogate,
-                with_entropy=True,
-            )
-            learner.backward(out.loss, "the policy loss")
-        if first and micro.weight:
-            _require_ratio_one(out.logprobs, experience.logprobs[mask])
-        for name, value in _policy_stats(out, experience, advantages[rows], config).items():
-            sums[name] = sums.get(name, 0.0) + value * micro.weight / tokens
-        sums["policy/loss"] = sums.get("policy/loss", 0.0) + out.loss.item()
-    return ranks.sum(sums)
-
-
-def optimise_policy(
-    rollout: Rollout,
-    advantages: Tensor,
-    picked: list[int],
-    *,
-    first: bool,
-    check: Callable[[], None],
-    learner: Learner,
-    config: OnPolicySection,
-    temperature: float,
-    ranks: Ranks,
-    mean_over: Literal["tokens", "responses"] = "tokens",
-    kl_coef: float = 0.0,
-) -> dict[str, float] | None:
-    """One update of the policy on the picked rows; None when it has already moved too far."""
-    tokens = float(rollout.responses.mask[picked].sum())
-    stats = update_policy(
-        learner,
-        rollout,
-        advantages,
-        picked,
-        normalizer=tokens if mean_over == "tokens" else float(len(picked)),
-        config=config,
-        temperature=temperature,
-        ranks=ranks,
-        check=check,
-        kl_coef=kl_coef,
-        first=first,
-    )
-    if not first and went_too_far(stats, config):
-        learner.drop_gradient()
-        return None
-    rate = learner.learning_rate
-    return stats | {"policy/grad_norm": learner.step(), "optimizer/learning_rate": rate}
-
-
-def went_too_far(stats: Mapping[str, float], config: OnPolicySection) -> bool:
-    """Whether the policy has moved so far from the one that sampled that the epochs end."""
-    return 0 < 1.5 * config.update_kl_limit < stats["policy/approx_kl"]
 
 
 def finish_iteration(
@@ -744,69 +639,3 @@ def sample_rows(
         }
     )
     return cast(list[dict[str, Any]], table.to_dict("records"))
-
-
-def _surrogate(
-    logprobs: Tensor,
-    index: slice,
-    *,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    advantages: Tensor,
-    config: OnPolicySection,
-    kl_coef: float,
-    scale: float,
-) -> Tensor:
-    """The loss of some tokens in a row of their own."""
-    row, old, ref = (x.unsqueeze(0) for x in (logprobs, old_logprobs[index], ref_logprobs[index]))
-    loss, _ = clipped_policy(
-        row,
-        old,
-        advantages[index].unsqueeze(0),
-        torch.ones_like(row, dtype=torch.bool),
-        clip_range=config.clip_range,
-        dual_clip=config.dual_clip or None,
-        normalizer=1.0,
-    )
-    if kl_coef:
-        loss = loss + kl_coef * kl_estimate(row, ref, kind="k3").sum()
-    return loss * scale
-
-
-@torch.no_grad()
-def _policy_stats(
-    out: Any, experience: Rollout, advantages: Tensor, config: OnPolicySection
-) -> dict[str, float]:
-    """Sums over the tokens of a micro-batch."""
-    mask = experience.responses.mask
-    old = experience.logprobs[mask]
-    row, before = out.logprobs.unsqueeze(0), old.unsqueeze(0)
-    _, clipped = clipped_policy(
-        row,
-        before,
-        advantages[mask].unsqueeze(0),
-        torch.ones_like(row, dtype=torch.bool),
-        clip_range=config.clip_range,
-        dual_clip=config.dual_clip or None,
-        normalizer=1.0,
-    )
-    return {
-        "policy/clip_fraction": clipped.item(),
-        "policy/approx_kl": kl_estimate(before, row, kind="k3").sum().item(),
-        "policy/entropy": out.entropy.sum().item(),
-    }
-
-
-def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor) -> None:
-    apart = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
-    if apart > _tolerance(logprobs):
-        raise NumericsError(
-            "a broken invariant: the ratio is not 1 on the first minibatch of an iteration "
-            f"(log-probabilities differ by {apart:.3g}), though the policy is the one that "
-            "sampled. This is a defect: please report it with the config"
-        )
-
-
-def _tolerance(logprobs: Tensor) -> float:
-    """0 on the CPU, where the same work gives the same bits; rounding of bfloat16 elsewhere."""
-    return 0.0 if logprobs.device.type == "cpu" else 0.05

@@ -41,11 +41,11 @@ from rlhf_core.onpolicy import (
     describe,
     iterate,
     load_actors,
-    optimise_policy,
     ready_rewards,
     save_policy,
 )
 from rlhf_core.optim import Learner
+from rlhf_core.policy_update import optimise_policy
 from rlhf_core.ranks import Ranks
 from rlhf_core.rollout import read_again
 from rlhf_core.sampling import SamplingConfig

@@ -31,11 +31,11 @@ from rlhf_core.onpolicy import (
     group_spread,
     iterate,
     load_actors,
-    optimise_policy,
     ready_rewards,
     save_policy,
 )
 from rlhf_core.optim import Learner
+from rlhf_core.policy_update import optimise_policy
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.types import Rollout
 

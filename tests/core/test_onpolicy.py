@@ -26,13 +26,11 @@ from rlhf_core.onpolicy import (
     describe,
     group_spread,
     load_actors,
-    optimise_policy,
     over_budget,
     require_kl_zero,
-    update_policy,
-    went_too_far,
 )
 from rlhf_core.optim import Learner, chunks
+from rlhf_core.policy_update import optimise_policy, update_policy, went_too_far
 from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import Recovery
 from rlhf_core.rollout import lay_out, response_logprobs
