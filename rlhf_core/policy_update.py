@@ -3,13 +3,13 @@ come from, and nothing of critics."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from rlhf_core.errors import NumericsError
-from rlhf_core.functional.logprobs import kl_estimate
+from rlhf_core.functional.logprobs import ChunkedLoss, kl_estimate
 from rlhf_core.functional.losses import clipped_policy
 from rlhf_core.onpolicy import OnPolicySection
 from rlhf_core.optim import Learner
@@ -153,7 +153,6 @@ def _policy_stats(
     out: ChunkedLoss, experience: Rollout, advantages: Tensor, config: OnPolicySection
 ) -> dict[str, float]:
     """Sums over the tokens of a micro-batch."""
-    spread = torch.zeros(()) if out.entropy is None else out.entropy
     mask = experience.responses.mask
     old = experience.logprobs[mask]
     row, before = out.logprobs.unsqueeze(0), old.unsqueeze(0)
@@ -169,7 +168,7 @@ def _policy_stats(
     return {
         "policy/clip_fraction": clipped.item(),
         "policy/approx_kl": kl_estimate(before, row, kind="k3").sum().item(),
-        "policy/entropy": spread.sum().item(),
+        "policy/entropy": cast(Tensor, out.entropy).sum().item(),
     }
 
 
