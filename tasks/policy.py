@@ -6,14 +6,12 @@ from typing import Literal, TypeAlias
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.onpolicy import Given
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm, load_function
-from rlhf_core.stages.dpo import DPOConfig, train_dpo
-from rlhf_core.stages.grpo import GRPOConfig, train_grpo
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.rloo import RLOOConfig, train_rloo
-from rlhf_core.types import Report
+from rlhf_core.stages.dpo import DPOConfig
+from rlhf_core.stages.grpo import GRPOConfig
+from rlhf_core.stages.ppo import PPOConfig
+from rlhf_core.stages.rloo import RLOOConfig
 from tasks.model_store import DatasetRef, MlflowModelStore, ModelRef, PipelineRun, Ref
 from tasks.settings import read_settings
 from tasks.stage import open_training
@@ -68,40 +66,13 @@ def train_policy(
     inputs |= {_role(source): ref for source, ref in rewards.items()}
     beside = {} if isinstance(config, DPOConfig) else {"sampling": sampling}
     with open_training(algorithm, config=config, beside=beside, run=run, inputs=inputs) as stage:
-        given = Given(
-            sft=stage.fetch(sft),
-            reward_models={source: stage.fetch(ref) for source, ref in rewards.items()},
-            data=stage.fetch(data),
-            seed=run.seed,
-            device=read_settings().device,
-            logger=stage.logger,
-            recovery=stage.recovery,
-        )
-        policy, critic = stage.work / "policy", stage.work / "critic"
-        outputs = {"policy": policy}
-        report: Report
-        match config:
-            case PPOConfig():
-                outputs["critic"] = critic
-                report = train_ppo(
-                    config, sampling, given, policy_output=policy, critic_output=critic
-                )
-            case RLOOConfig():
-                report = train_rloo(config, sampling, given, policy_output=policy)
-            case GRPOConfig():
-                report = train_grpo(config, sampling, given, policy_output=policy)
-            case DPOConfig():
-                report = train_dpo(
-                    config,
-                    sft=given.sft,
-                    data=given.data,
-                    policy_output=policy,
-                    seed=given.seed,
-                    device=given.device,
-                    logger=given.logger,
-                    recovery=given.recovery,
-                )
-        stage.record(report)
+        outputs = {"policy": stage.work / "policy"}
+        if isinstance(config, PPOConfig):
+            outputs["critic"] = stage.work / "critic"
+        paths = {"sft": stage.fetch(sft), "data": stage.fetch(data)}
+        paths |= {f"{kind}_output": path for kind, path in outputs.items()}
+        reward_models = {source: stage.fetch(ref) for source, ref in rewards.items()}
+        stage.record(stage.train(paths, reward_models))
         refs = stage.publish(outputs)
         return TrainedPolicy(policy=refs["policy"], critic=refs.get("critic"))
 

@@ -3,10 +3,8 @@
 from prefect import task
 
 from rlhf_core.sampling import SamplingConfig
-from rlhf_core.stages import reward_model
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
-from tasks.settings import read_settings
 from tasks.stage import open_training
 
 
@@ -25,16 +23,6 @@ def train_reward_model(
         "reward_model", config=config, beside=beside, run=run, inputs=inputs
     ) as stage:
         output = stage.work / "reward"
-        report = reward_model.train_reward_model(
-            config,
-            sampling,
-            sft=stage.fetch(sft),
-            data=stage.fetch(data),
-            output=output,
-            seed=run.seed,
-            device=read_settings().device,
-            logger=stage.logger,
-            recovery=stage.recovery,
-        )
-        stage.record(report)
+        paths = {"sft": stage.fetch(sft), "data": stage.fetch(data), "output": output}
+        stage.record(stage.train(paths))
         return stage.publish({"reward": output})["reward"]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
@@ -76,6 +77,17 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto = cuda where there is one",
     )
+    processes: int = Field(
+        1,
+        validation_alias="RLHF_PROCESSES",
+        ge=1,
+        description="Processes that share the work of a training; on GPUs each has one of its own",
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        validation_alias="RLHF_STRATEGY",
+        description="Each of several processes has all weights (ddp), or a part of them (fsdp)",
+    )
     checkpoint_seconds: float = Field(
         60.0,
         validation_alias="RLHF_CHECKPOINT_SECONDS",
@@ -129,6 +141,26 @@ class Settings(BaseSettings):
                 "here; set it to auto or cpu, or install a torch build with CUDA"
             )
         return self.device_name
+
+    @property
+    def training_device(self) -> str:
+        """`device`, for a training: with several processes `cuda` is a GPU for each.
+
+        Raises: ConfigError when one GPU is named for several processes, or there are too few.
+        """
+        device = self.device
+        if self.processes == 1 or device == "cpu":
+            return device
+        import torch
+
+        found = torch.cuda.device_count()
+        if device != "cuda" or found < self.processes:
+            raise ConfigError(
+                f"RLHF_PROCESSES is {self.processes}, which takes a GPU each, but RLHF_DEVICE is "
+                f"'{self.device_name}' and torch finds {found} CUDA device(s) here; set "
+                "RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda where there are enough"
+            )
+        return device
 
     def environment(self) -> dict[str, str]:
         """What this process and those it starts should find in their environment."""

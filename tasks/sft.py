@@ -3,10 +3,8 @@
 from prefect import task
 
 from rlhf_core.models import ModelConfig
-from rlhf_core.stages import sft
 from rlhf_core.stages.sft import SFTConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun
-from tasks.settings import read_settings
 from tasks.stage import open_training
 
 
@@ -19,15 +17,5 @@ def train_sft(
         "sft", config=config, beside={"model": model}, run=run, inputs={"data": data}
     ) as stage:
         output = stage.work / "sft"
-        report = sft.train_sft(
-            config,
-            model=model,
-            data=stage.fetch(data),
-            output=output,
-            seed=run.seed,
-            device=read_settings().device,
-            logger=stage.logger,
-            recovery=stage.recovery,
-        )
-        stage.record(report)
+        stage.record(stage.train({"data": stage.fetch(data), "output": output}))
         return stage.publish({"sft": output})["sft"]

@@ -2,9 +2,9 @@
 
     with open_run("demo", config, seed=0) as run:
         with open_training("sft", config=config.sft, run=run, inputs={"data": data}) as stage:
-            report = train_sft(config.sft, data=stage.fetch(data), recovery=stage.recovery, ...)
-            stage.record(report)
-            refs = stage.publish({"sft": stage.work / "model"})
+            output = stage.work / "sft"
+            stage.record(stage.train({"data": stage.fetch(data), "output": output}))
+            refs = stage.publish({"sft": output})
 
 A training that was stopped, or whose process was killed, leaves its folder and its MLflow run as
 they were; whoever opens the same training again goes on in both. MLflow's active run is never used:
@@ -40,9 +40,11 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
+from rlhf_core import launch
 from rlhf_core.errors import ConfigError
+from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from tasks import prefect_run
@@ -86,6 +88,8 @@ class Stage:
     work: Path
     recovery: Recovery  # of a training; it saves nothing in other stages
     logger: MlflowLogger
+    _sections: Mapping[str, BaseModel]
+    _settings: Settings
     _client: MlflowClient
     _store: MlflowModelStore
     _version_tags: Mapping[str, str]
@@ -98,6 +102,36 @@ class Stage:
             return to if to.exists() else fetch_dataset(self._client, ref, to)
         to = self.work / INPUTS / f"{ref.name}-{ref.version}"
         return to if to.exists() else self._store.fetch(ref, to)
+
+    def train(
+        self, paths: Mapping[str, Path], reward_models: Mapping[str, Path] | None = None
+    ) -> Report:
+        """Run the training that this stage is named after, from its last checkpoint on.
+
+        `RLHF_PROCESSES` share the work, and the numbers are the same up to rounding. One alone is
+        this one.
+
+        Args:
+            paths: what the training reads and writes, by the parameters of its function.
+            reward_models: directories, by their source.
+        """
+        job = launch.Job.model_validate(
+            {
+                "stage": self.name,
+                "sections": {name: _of_core(section) for name, section in self._sections.items()},
+                "paths": paths,
+                "reward_models": reward_models or {},
+                "seed": self.run.seed,
+                "device": self._settings.training_device,
+                "checkpoints": self.recovery.directory,
+                "every_seconds": self.recovery.every_seconds,
+                "strategy": self._settings.strategy,
+                "processes": self._settings.processes,
+            }
+        )
+        if job.processes == 1:
+            return launch.run(job, self.logger, Ranks(), job.device)
+        return launch.launch(job, self.logger)
 
     def record(self, report: Report) -> None:
         """Store a report with the run: `summary/` metrics, `tables/` and `figures/`."""
@@ -283,6 +317,8 @@ def _open(
             work,
             NO_RECOVERY,
             logger,
+            sections,
+            settings,
             client,
             store,
             version_tags,
@@ -465,6 +501,13 @@ def _logger(client: MlflowClient, run_id: str, displays: list[Display]) -> Itera
             error.add_note(str(trouble))
         raise
     logger.close()
+
+
+def _of_core(section: BaseModel) -> Any:
+    """The settings that the core knows; a subclass of the pipeline may have others beside them."""
+    kind = next(base for base in type(section).__mro__ if base.__module__.startswith("rlhf_core."))
+    settings: TypeAdapter[Any] = TypeAdapter(kind)
+    return settings.dump_python(section)
 
 
 def _displays(

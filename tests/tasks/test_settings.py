@@ -38,6 +38,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_MLFLOW_URL": "https://mlflow.example.org/",
         "RLHF_PREFECT_URL": "https://prefect.example.org",
         "RLHF_DEVICE": "cpu",
+        "RLHF_PROCESSES": "4",
+        "RLHF_STRATEGY": "fsdp",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
         "RLHF_KEEP_WORK_DAYS": "30",
     }
@@ -52,6 +54,7 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.mlflow_public_url == "https://mlflow.example.org"
     assert settings.prefect_public_url == "https://prefect.example.org"
     assert settings.device == "cpu"
+    assert (settings.processes, settings.strategy) == (4, "fsdp")
     assert settings.checkpoint_seconds == 0.5
     assert settings.keep_work_days == 30
 
@@ -68,9 +71,13 @@ def test_what_is_given_by_hand_comes_first(monkeypatch, tmp_path):
     assert Settings.model_validate({"RLHF_HOME": tmp_path / "hand"}).home == tmp_path / "hand"
 
 
-def test_a_bad_device_names_its_variable(monkeypatch):
-    monkeypatch.setenv("RLHF_DEVICE", "gpu")
-    with pytest.raises(ConfigError, match=r"environment variable RLHF_DEVICE is 'gpu'"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RLHF_DEVICE", "gpu"), ("RLHF_PROCESSES", "0"), ("RLHF_STRATEGY", "zero")],
+)
+def test_a_bad_value_names_its_variable(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"environment variable {name} is '{value}'"):
         read_settings()
 
 
@@ -84,6 +91,31 @@ def test_auto_is_a_device_of_this_machine():
 
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert Settings.model_validate({"RLHF_DEVICE": "auto"}).device == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"),
+    [
+        ("cpu", 3, "cpu"),
+        ("auto", 1, "cuda"),
+        ("auto", 2, "cuda"),
+        ("cuda", 2, "cuda"),
+        ("cuda:1", 1, "cuda:1"),
+        ("cuda:1", 2, "RLHF_DEVICE is 'cuda:1'"),
+        ("auto", 3, r"RLHF_PROCESSES is 3, .* finds 2 CUDA"),
+    ],
+)
+def test_each_process_has_a_gpu_of_the_two(monkeypatch, device, processes, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = {"RLHF_DEVICE": device, "RLHF_PROCESSES": processes}
+    settings = Settings.model_validate(given)
+    if expected.startswith("RLHF"):
+        with pytest.raises(ConfigError, match=expected):
+            _ = settings.training_device
+    else:
+        assert settings.training_device == expected
 
 
 def test_what_the_user_has_set_stays(monkeypatch, tmp_path):

@@ -6,9 +6,10 @@ import random
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pandas as pd
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Param
@@ -33,6 +34,7 @@ from tasks.settings import Settings
 from tasks.sft import train_sft
 from tasks.stage import open_run, open_stage, open_training
 from tasks.tracking import connect
+from tasks.work_folder import remembered_run
 
 
 class ToyConfig(Section):
@@ -233,9 +235,16 @@ def test_other_stages_keep_nothing(settings, training):
 
 # ---- real trainings in real processes ----
 
+
+class SFTSection(SFTConfig):
+    """As a pipeline has it, with a setting that the stage does not know."""
+
+    reuse: str = Field("", description="a version to take instead")
+
+
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=1, width=16, heads=2, context=64, vocab_size=300))
 SAMPLING = SamplingConfig(max_prompt_length=24, max_new_tokens=8)
-SFT = SFTConfig(max_length=64, batch_size=4, epochs=3, evaluations=4)
+SFT = SFTSection(max_length=64, batch_size=4, epochs=3, evaluations=4)
 REWARD = RewardModelConfig(max_length=64, normalization_samples=8)
 PPO = PPOConfig(iterations=6, rollout_size=8, batch_size=4, epochs=2)
 
@@ -267,6 +276,15 @@ def train(which, environment, given, started, answer):
     answer.put((run.run_id, made))
 
 
+def ranks_of(child):
+    """How many processes share the work of a training; 0 when it works alone."""
+    found = 0
+    with suppress(psutil.Error):  # some may end meanwhile
+        for process in psutil.Process(child.pid).children(recursive=True):
+            found += "spawn_main" in " ".join(process.cmdline())
+    return found
+
+
 class Trainer:
     """Runs trainings in processes of their own and knows what they made."""
 
@@ -277,9 +295,10 @@ class Trainer:
         self.work = settings.home / "work"
         self.given, self.undisturbed = {}, {}
 
-    def start(self, which):
+    def start(self, which, ranks=1, strategy="ddp"):
         started, answer = processes.Event(), processes.SimpleQueue()
-        arguments = (which, self.environment, self.given, started, answer)
+        chosen = {"RLHF_PROCESSES": str(ranks), "RLHF_STRATEGY": strategy}
+        arguments = (which, self.environment | chosen, self.given, started, answer)
         child = processes.Process(target=train, args=arguments)
         child.start()
         return child, started, answer
@@ -307,6 +326,19 @@ class Trainer:
             os.kill(child.pid, by)
         child.join(120)
         return child.exitcode != 0
+
+    def stop_at(self, which, step, **chosen):
+        """Start a training, and stop it by SIGTERM when it has come to a step."""
+        child, *_ = self.start(which, **chosen)
+        while child.is_alive() and self.step(which) < step:
+            time.sleep(0.005)
+        seen = ranks_of(child)
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(120)
+        assert child.exitcode != 0
+        (folder,) = self.work.iterdir()
+        assert self.client.get_run(remembered_run(folder)).info.status == "KILLED"
+        return seen
 
     def step(self, which):
         """That of the newest checkpoint."""
@@ -365,3 +397,38 @@ def test_two_processes_at_once_train_the_same_twice(trainer):
         _, got, same = trainer.facts(*trainer.outcome(child, answer))
         assert (got, same) == (expected, digests)
     assert list(trainer.work.iterdir()) == []
+
+
+@pytest.mark.integration
+def test_stopped_on_two_processes_it_goes_on_alone(trainer):
+    _, expected, _ = trainer.facts(*trainer.undisturbed["sft"])
+    assert trainer.stop_at("sft", 5, ranks=2, strategy="fsdp") == 2
+    assert 5 <= trainer.step("sft") < 30
+    run, got, _ = trainer.facts(*trainer.finish("sft"))
+    assert run.data.tags["resumed"] == "1"
+    close(got, expected)
+    assert list(trainer.work.iterdir()) == []
+
+
+@pytest.mark.integration
+def test_stopped_alone_it_goes_on_on_two_processes(trainer):
+    _, expected, _ = trainer.facts(*trainer.undisturbed["ppo"])
+    assert trainer.stop_at("ppo", 5) == 0
+    child, _, answer = trainer.start("ppo", ranks=2)
+    most = 0
+    while child.is_alive():
+        most = max(most, ranks_of(child))
+        time.sleep(0.05)
+    assert most == 2
+    run, got, _ = trainer.facts(*trainer.outcome(child, answer))
+    assert run.data.tags["resumed"] == "1"
+    close(got, expected)
+    assert list(trainer.work.iterdir()) == []
+
+
+def close(got, expected):
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        assert [step for step, _ in got[name]] == [step for step, _ in values]
+        found = [value for _, value in got[name]]
+        assert found == pytest.approx([value for _, value in values], rel=1e-4, abs=1e-6), name
