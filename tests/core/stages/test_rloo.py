@@ -72,11 +72,10 @@ def test_judged_by_hand():
     assert stats["group/spread"] == pytest.approx((2.1 + 2.2) / 2 / 2**0.5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_update_is_reinforce_with_a_leave_one_out_baseline(
-    train, toy_sft, toy_reward, prepared, tmp_path, logger, temperature
+    train, toy_sft, toy_reward, prepared, tmp_path, logger
 ):
-    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=5, temperature=temperature)
+    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=5, temperature=0.7)
     one = {"iterations": 1, "epochs": 1, "batch_size": 16, "micro_batch_size": 3}
     recovery = Recovery(tmp_path / "checkpoints", every_seconds=0)
     train(change(**one, max_grad_norm=1e6), sampling=sampling, recovery=recovery)
@@ -88,7 +87,7 @@ def test_first_update_is_reinforce_with_a_leave_one_out_baseline(
     baseline = (rewards.view(4, 4).sum(1, keepdim=True) - rewards.view(4, 4)) / 3
     advantages = (rewards.view(4, 4) - baseline).flatten()
     policy = plain_policy(toy_sft)
-    sums = torch.stack([plain_logprobs(policy, *text, temperature).sum() for text in texts])
+    sums = torch.stack([plain_logprobs(policy, *text, 0.7).sum() for text in texts])
     (-(advantages * sums).mean()).backward()
     gradients = first_gradients(tmp_path / "checkpoints", "policy")
     wanted = {f"model.{name}": p.grad for name, p in policy.named_parameters()}
@@ -119,7 +118,7 @@ def test_kl_that_is_dear_holds_the_policy(train):
     kl = {}
     for price in (0.0, 1000.0):
         log = MemoryLogger()
-        config = {"kl_control": "fixed", "kl_coef": price, "iterations": 6}
+        config = {"kl_control": "fixed", "kl_coef": price, "iterations": 4}
         train(change(**config), logger=log)
         kl[price] = abs(log.series("objective/kl")[-1])
     assert kl[1000.0] < kl[0.0] / 3

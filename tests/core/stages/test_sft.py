@@ -115,13 +115,12 @@ def test_best_weights_are_kept_and_not_the_last(train, tmp_path, logger):
 
 def test_micro_batches_do_not_change_the_trajectory(train):
     runs = []
-    for micro in (1, 5, 99):
+    for micro in (1, 99):
         log = MemoryLogger()
         train(change(CONFIG, micro_batch_size=micro), logger=log)
         names = ("loss", "grad_norm", "held_out/loss")
         runs.append(torch.tensor([x for name in names for x in log.series(name)]))
-    for run in runs[1:]:
-        assert_close(run, runs[0], rtol=1e-3, atol=1e-4)
+    assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-4)
 
 
 def test_adapter_learns_and_lies_beside_the_whole_model(train, toy_sft, tmp_path, logger):
