@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -144,7 +145,13 @@ def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> N
         max_restarts=0,
         shutdown_timeout=GRACE,
     )
-    elastic_launch(config, work)(*arguments)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        elastic_launch(config, work)(*arguments)
+    finally:  # torch leaves its own handlers behind
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":

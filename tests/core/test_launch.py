@@ -55,8 +55,10 @@ class Acting(MemoryLogger):
 
 @pytest.fixture
 def no_process_left():
+    before = set(psutil.Process().children(recursive=True))  # servers of other tests live on
     yield
-    assert not [process for process in psutil.Process().children(recursive=True) if alive(process)]
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [process for process in left if alive(process)]
 
 
 def alive(process):
