@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -31,9 +32,18 @@ FINISHED, STOPPED = 0, 75
 pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
 
 
-def attempt(config, world, folder, every_seconds):
+class StopsItself(MemoryLogger):
+    """Sends a SIGTERM to its own process, a moment after a third of the work is done."""
+
+    def progress(self, done, total, note=""):
+        super().progress(done, total, note)
+        if done == max(total // 3, 1):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def attempt(config, world, folder, every_seconds, kind_of_logger=MemoryLogger):
     """One run of a stage, from its last checkpoint on; what it came to goes to `result.json`."""
-    log, output = MemoryLogger(), folder / "output"
+    log, output = kind_of_logger(), folder / "output"
     recovery = Recovery()
     if every_seconds is not None:
         recovery = Recovery(folder / "checkpoints", every_seconds=every_seconds)
@@ -68,23 +78,25 @@ class Runner:
     def __init__(self, pipe):
         self.pipe = pipe
 
-    def __call__(self, config, world, folder, *, every_seconds=0):
-        """Run to the end."""
-        assert self.stopped(config, world, folder, signal.SIGKILL, 600, every_seconds) == FINISHED
-        return result_of(folder)
-
-    def stopped(self, config, world, folder, by, after, every_seconds=0, *, in_write=False):
-        """Stop a run after some seconds, or if asked when the next checkpoint is being written
-        then; its exit code."""
+    def __call__(self, config, world, folder, *settings):
+        """Run to the end; the exit code."""
         folder.mkdir(exist_ok=True)
-        self.pipe.send((config, world, folder, every_seconds))
+        self.pipe.send((config, world, folder, *settings))
+        self.pipe.recv()
+        return self.pipe.recv()
+
+    def killed(self, config, world, folder, *, after, in_write):
+        """Kill a run after some seconds, or if asked when the next checkpoint is being written
+        then; the exit code."""
+        folder.mkdir(exist_ok=True)
+        self.pipe.send((config, world, folder, 0))
         child = self.pipe.recv()
         done = self.pipe.poll(after)
         while in_write and not done and not list((folder / "checkpoints").glob("*.new")):
             done = self.pipe.poll(0.0002)
         if not done:
             with suppress(ProcessLookupError):
-                os.kill(child, by)
+                os.kill(child, signal.SIGKILL)
         return self.pipe.recv()
 
 
@@ -117,8 +129,8 @@ def undisturbed(runner, world, tmp_path_factory):
         if stage not in known:
             start = time.monotonic()
             folder = tmp_path_factory.mktemp(stage)
-            result = runner(CONFIGS[stage], world, folder, every_seconds=None)
-            known[stage] = result, time.monotonic() - start
+            assert runner(CONFIGS[stage], world, folder, None) == FINISHED
+            known[stage] = result_of(folder), time.monotonic() - start
         return known[stage]
 
     return find
@@ -147,7 +159,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
         while True:
             before = step_in(checkpoints)
             moment = {"after": chance.uniform(0, seconds), "in_write": chance.random() < 0.5}
-            code = runner.stopped(CONFIGS[stage], world, folder, signal.SIGKILL, **moment)
+            code = runner.killed(CONFIGS[stage], world, folder, **moment)
             if code == FINISHED:
                 break
             assert code == -signal.SIGKILL
@@ -171,20 +183,13 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
 def test_asked_to_stop_it_saves_where_it_is_and_goes_on_to_the_same_bits(
     runner, world, undisturbed, tmp_path, stage
 ):
-    expected, seconds = undisturbed(stage)
-    rarely = 3600  # only the signal saves
-    after, code = 0.7 * seconds, FINISHED
-    while code == FINISHED:  # the machine was faster than before
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        config, folder = CONFIGS[stage], tmp_path / "run"
-        code = runner.stopped(config, world, folder, signal.SIGTERM, after, rarely)
-        after *= 0.8
-    if code == STOPPED:
-        assert len(list((folder / "checkpoints").iterdir())) == 1
-    else:  # it came before the session listened
-        assert code == -signal.SIGTERM
+    expected, _ = undisturbed(stage)
+    config, folder, rarely = CONFIGS[stage], tmp_path / "run", 3600  # only the signal saves
+    assert runner(config, world, folder, rarely, StopsItself) == STOPPED
+    assert len(list((folder / "checkpoints").iterdir())) == 1
     assert not (folder / "result.json").exists()
-    assert runner(config, world, folder, every_seconds=rarely) == expected
+    assert runner(config, world, folder, rarely) == FINISHED
+    assert result_of(folder) == expected
 
 
 @pytest.fixture(scope="module")
