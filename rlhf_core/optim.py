@@ -1,7 +1,7 @@
 """What every training stage shares: a learner, its schedule, one safe step, batches."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -245,11 +245,3 @@ def chunks(items: list[int], size: int) -> Iterator[list[int]]:
     """Consecutive pieces of at most `size` items: the micro-batches of a batch."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sum of records, name by name."""
-    sums: dict[str, float] = {}
-    for part in parts:
-        sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-    return sums

@@ -20,7 +20,6 @@ from rlhf_core.optim import (
     chunks,
     learning_rate_factor,
     require_finite,
-    total,
 )
 from rlhf_core.seeding import generator, stream_seed
 
@@ -290,10 +289,6 @@ def test_batches_go_on_from_any_place(in_order, size, batch_size, epochs, data):
     next(again)
     again.load_state_dict(copy.deepcopy(batches.state_dict()))
     assert list(again) == list(batches) == whole[done:]
-
-
-def test_total():
-    assert total([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 5.0}]) == {"a": 4.0, "b": 7.0}
 
 
 def test_chunks():
