@@ -387,7 +387,7 @@ def limit_files(session):
 
 
 def train_with_little_room(folder):
-    logging.basicConfig(filename=folder / "log")
+    logging.basicConfig(filename=folder / "log", force=True)
     train(folder, at_step=limit_files, every_seconds=0)
 
 
