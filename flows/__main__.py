@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from getpass import getuser
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.markup import escape
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 
 from flows import memory, services
 from flows.failures import explain
+from flows.loading import presets
 from flows.printing import (
     err,
     line,
@@ -30,10 +32,11 @@ from flows.printing import (
 )
 from flows.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
-from tasks.settings import read_settings
+from tasks.settings import StoreSettings, read_settings
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
+    from tasks.settings import Settings
 
 FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -62,8 +65,6 @@ def _end(sentence: str, status: int) -> typer.Exit:
     return typer.Exit(status)
 
 
-CONFIGS = Path("configs")
-
 app = typer.Typer(
     cls=Commands,
     name="rlhf",
@@ -83,31 +84,95 @@ Overrides = Annotated[
 
 
 @app.command(epilog="Examples: rlhf run configs/demo.yaml · rlhf run my.yaml --set ppo.kl_coef=0.1")
-def run(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+def run(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    force: Annotated[
+        list[str],
+        typer.Option(
+            "--force",
+            metavar="STAGE",
+            help="Do a stage again though it was done before: prepare, sft, reward_model, policy "
+            "or evaluation; may be given many times.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
     """Run the whole pipeline here and now, and print what came out of it.
 
     MLflow and Prefect are those that MLFLOW_TRACKING_URI and PREFECT_API_URL name, else those of a
     running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` shows later. A
     policy that is not promoted is a result and not a failure: the exit status is 0.
 
-    A run that was interrupted or killed is continued by the same command: the stage in which it
-    stopped goes on from its last checkpoint.
+    Stages that were done before with the same settings, inputs and code are taken from the
+    registry. A run that was interrupted or killed is continued by the same command: the stage in
+    which it stopped goes on from its last checkpoint.
+    """
+    settings = services.join(read_settings(), prefect=True)
+    show_start(settings)
+    _run(_load(config, overrides), force, settings)
+
+
+@app.command(epilog="Example: rlhf resume happy-otter")
+def resume(
+    run: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
+) -> None:
+    """Go on with a pipeline run that was stopped or killed.
+
+    Finished stages are taken from the registry, and the one that was interrupted goes on from its
+    last checkpoint. A run of a deployment goes back to its workers, once its state has settled: a
+    retry that comes within seconds of a crash would be lost. Any other goes on here and now.
+    """
+    settings = services.join(read_settings(), prefect=True)
+    from tasks.runs import find_stopped
+
+    stopped = find_stopped(run, settings=settings)
+    if settings.prefect_api_url:
+        from flows.resume import is_deployed, resume_deployed
+
+        if is_deployed(stopped.flow_run_id):
+            name = resume_deployed(stopped.flow_run_id, say=line)
+            address = f"{settings.prefect_public_url}/runs/flow-run/{stopped.flow_run_id}"
+            line(f"{name} goes on: {address}")
+            return
+    if stopped.flow_name not in ("", "rlhf"):
+        raise UserError(
+            f"{run} was begun by the flow {stopped.flow_name}: set PREFECT_API_URL to the server "
+            "that it ran on, or start the same again"
+        )
+    from flows.config import PipelineConfig
+    from tasks.stage import mark_for_resume
+
+    pipeline = PipelineConfig.model_validate(stopped.config)
+    mark_for_resume(pipeline.project, pipeline, pipeline.seed, stopped.run_id, settings)
+    show_start(settings)
+    _run(pipeline, [], settings)
+
+
+@app.command(epilog="Example: rlhf sweep my.yaml --grid ppo.kl_coef=0.02,0.05,0.1 --seeds 3")
+def sweep(
+    config: ConfigFile,
+    grid: Annotated[
+        list[str],
+        typer.Option("--grid", metavar="KEY=V,V,...", help="A setting to try; many times: all."),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 1,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a pipeline for every combination of some settings, and show what each gains at which KL.
+
+    All points are children of one MLflow run, which ends with the table and the plot. Stages that
+    points share are done once. Nothing is promoted. Interrupted or killed, the same command goes
+    on.
     """
     settings = services.join(read_settings(), prefect=True)
     show_start(settings)
     pipeline = _load(config, overrides)
-    with _stoppable(), services.prefect_server(settings) as prefect_ready:
-        from flows import logs
-        from flows.rlhf import rlhf
+    with _stoppable(), _prefect(settings):
+        from flows.sweep import as_sweep
+        from flows.sweep import sweep as run_sweep
 
-        logs.shorten_user_errors()
-        logs.quiet_terminal()
-        prefect_ready()
-        try:
-            result = rlhf(pipeline)
-        finally:
-            logs.deliver()
-    show_report(result.report)
+        report = run_sweep(as_sweep(pipeline, grid, seeds))
+    show_report(report)
 
 
 @app.command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
@@ -115,14 +180,15 @@ def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
     configs: Annotated[
-        Path, typer.Option(help="Each YAML file in it becomes a deployment.")
-    ] = Path("configs"),
+        Path | None,
+        typer.Option(help="Its YAML files are the presets; else ./configs, else those that ship."),
+    ] = None,
 ) -> None:
     """Run Prefect, MLflow and a worker on this machine until Ctrl-C.
 
-    In the Prefect UI each config of the folder is a deployment: a form to fill in and to start, or
-    to give a schedule. Everything listens on the loopback address alone and is stopped together.
-    What `rlhf run` did before is there too.
+    In the Prefect UI each preset is a deployment: a form that is filled in, to change and to start,
+    or to give a schedule. So are the stages, one by one, and retraining. Everything listens on the
+    loopback address alone and is stopped together. What `rlhf run` did before is there too.
     """
     err.print("Starting Prefect, MLflow and a worker …", highlight=False)
     try:
@@ -130,32 +196,52 @@ def up(
             read_settings(),
             prefect_port=prefect_port,
             mlflow_port=mlflow_port,
-            configs=configs,
+            configs=configs or presets(),
             on_ready=show_services,
         )
     except KeyboardInterrupt:
         err.print("All services have been stopped.", highlight=False)
 
 
-@app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy configs")
+@app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy")
 def deploy(
-    configs: Annotated[Path, typer.Argument(help="A folder of YAML files.")] = CONFIGS,
+    configs: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of YAML files; else ./configs, else those that ship."),
+    ] = None,
     working_dir: Annotated[
         str, typer.Option(help="What relative paths in a config refer to, on the worker.")
     ] = "",
+    owner: Annotated[str, typer.Option(help="Who answers for them: a tag.")] = services.OWNER,
+    write: Annotated[
+        Path | None, typer.Option(help="Write them for `prefect deploy --all` instead.")
+    ] = None,
 ) -> None:
-    """Register each config of a folder as a deployment of a running Prefect server.
+    """Register every flow as a deployment of a running Prefect server.
+
+    Each YAML file is a preset: the pipeline and retraining, filled in. The stages one by one start
+    with the values of `demo`, else of the first preset. Made with them: the work pool `rlhf` and
+    the concurrency limit `rlhf-accelerator`, which lets one training run at a time.
 
     `rlhf up` does this by itself. Anywhere else name the server by PREFECT_API_URL, and start a
-    worker for the work pool `rlhf` where this package is installed.
+    worker where this package is installed: prefect worker start --pool rlhf
     """
+    if write is not None:
+        from flows.deployments import prefect_yaml
+
+        write.write_text(prefect_yaml(configs or presets(), owner), encoding="utf-8")
+        return
     settings = services.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
         raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
     from flows.deployments import deploy as register
 
-    for name in register(configs, working_dir=working_dir):
+    for name in register(configs or presets(), working_dir=working_dir, owner=owner):
         line(name)
+    from flows import automations
+
+    for made in automations.register(settings):
+        line(made)
 
 
 @app.command(epilog="Example: rlhf validate my.yaml --set data.preferences=pairs.jsonl")
@@ -243,6 +329,42 @@ def compare(
         show_comparison(comparison)
 
 
+@app.command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')
+def promote(
+    run: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
+    by: Annotated[str, typer.Option(help="Who says yes; else the user of this machine.")] = "",
+    reason: Annotated[str, typer.Option(help="Why, for those who ask later.")] = "",
+) -> None:
+    """Say yes to a promotion that waits for a person.
+
+    A run that is suspended in Prefect gets the answer and goes on. The policy of one that has ended
+    becomes the champion, if the champion is still the one that it was compared with.
+    """
+    settings = services.join(read_settings(), prefect=True)
+    from flows import logs
+    from tasks.promotion import promote_run
+
+    line(promote_run(run, by=by or getuser(), reason=reason, settings=settings))
+    logs.deliver()
+
+
+@app.command(epilog="Examples: rlhf rollback demo · rlhf rollback demo --to 3")
+def rollback(
+    project: Annotated[str, typer.Argument(help="Whose champion is taken back.")],
+    to: Annotated[
+        int | None, typer.Option(min=1, help="A version; else the one that was replaced.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="Who says so; else the user of this machine.")] = "",
+) -> None:
+    """Put the policy that the champion has replaced, or any version, back in use."""
+    settings = services.join(read_settings(), prefect=True)
+    from flows import logs
+    from tasks.promotion import roll_back
+
+    line(roll_back(project, to=to, by=by or getuser(), settings=settings))
+    logs.deliver()
+
+
 @app.command(epilog="Example: rlhf export models:/demo-policy@champion servable")
 def export(
     model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
@@ -259,7 +381,64 @@ def export(
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
 
 
+@app.command(epilog="Example: rlhf backup backups/monday")
+def backup(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+) -> None:
+    """Save everything that is kept: databases, models, reports, results. Nothing has to stop.
+
+    What is saved is RLHF_HOME; in the stack of docker-compose.yml its databases and its bucket too:
+    `docker compose run --rm tools backup /backup/monday`.
+    """
+    from tasks.backup import backup as save
+
+    manifest = save(read_settings(), StoreSettings(), folder)
+    line(f"{len(manifest.files)} files in {folder}")
+
+
+@app.command(epilog="Example: rlhf restore backups/monday")
+def restore(folder: Annotated[Path, typer.Argument(help="What `rlhf backup` wrote.")]) -> None:
+    """Put back what was saved, into an RLHF_HOME that is empty and that no `rlhf up` serves."""
+    settings = read_settings()
+    if there := services.running(settings):
+        raise UserError(
+            f"`rlhf up` runs for {settings.home} (process {there.pid}): stop it with Ctrl-C in its "
+            "terminal, and move its folder away."
+        )
+    from tasks.backup import restore as put_back
+
+    manifest = put_back(settings, StoreSettings(), folder)
+    line(f"{len(manifest.files)} files from {folder}")
+
+
 # ---- helpers ----
+
+
+def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
+    """Run a pipeline in this process."""
+    with _stoppable(), _prefect(settings):
+        from flows.rlhf import Forceable, rlhf
+
+        stages: tuple[Forceable, ...] = get_args(Forceable)
+        if unknown := sorted(set(force) - set(stages)):
+            raise UserError(f"--force takes {', '.join(stages)}; not '{unknown[0]}'")
+        result = rlhf(pipeline, force=tuple(stage for stage in stages if stage in force))
+    show_report(result.report)
+
+
+@contextmanager
+def _prefect(settings: "Settings") -> Iterator[None]:
+    """A Prefect server for flows of this process, where none is in use; it starts meanwhile."""
+    with services.prefect_server(settings) as ready:
+        from flows import logs
+
+        logs.shorten_user_errors()
+        logs.quiet_terminal()
+        ready()
+        try:
+            yield
+        finally:
+            logs.deliver()
 
 
 class Terminated(BaseException):

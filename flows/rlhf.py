@@ -1,12 +1,17 @@
 """The whole pipeline: data, SFT, reward model, policy, evaluation, promotion."""
 
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import PipelineConfig
 from flows.logs import shorten_user_errors
+from flows.naming import run_name
 from rlhf_core.gates import Verdict
 from rlhf_core.stages.evaluation import Scorecard
+from tasks.approval import ask_person
 from tasks.data import prepare_data
 from tasks.evaluation import evaluate
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun
@@ -20,75 +25,107 @@ from tasks.stage import open_run
 # At import, as Prefect refuses bad parameters before the flow's first line.
 shorten_user_errors()
 
+Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
 
-class PipelineResult(BaseModel):
-    """What a pipeline made, by explicit version, and what it found out."""
+
+class Trained(BaseModel):
+    """The models of a pipeline, by explicit version, and the data that they come from."""
 
     model_config = ConfigDict(frozen=True)
 
-    run: PipelineRun
     data: DatasetRef
     sft: ModelRef
     reward_model: ModelRef
     policy: ModelRef
     critic: ModelRef | None
+
+    @property
+    def models(self) -> dict[str, ModelRef]:
+        """Those that there are, by kind."""
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {"sft": self.sft, "reward": self.reward_model, "policy": self.policy, **critic}
+
+
+class PipelineResult(Trained):
+    """What a pipeline made, and what it found out."""
+
+    run: PipelineRun
     scorecard: Scorecard
     verdict: Verdict
     report: str
 
 
-@flow(name="rlhf", flow_run_name="{config.project}-seed-{config.seed}")
-def rlhf(config: PipelineConfig) -> PipelineResult:
-    """Turn demonstrations and preferences into a policy, and promote it if it is better."""
-    with open_run(config.project, config, config.seed) as run:
-        other_rewards = find_rewards(config.policy)
-        data = prepare_data(config.data, config.model, config.length_limits, run)
+@flow(name="rlhf", flow_run_name=run_name)
+def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineResult:
+    """Turn demonstrations and preferences into a policy, and promote it if it is better.
 
-        if config.sft.reuse:
-            sft = find_model(config.sft.reuse)
-        else:
-            sft = train_sft(config.sft, config.model, data, run)
+    Stages that were done before with the same settings, inputs and code are taken from the
+    registry.
 
-        if config.reward_model.reuse:
-            reward_model = find_model(config.reward_model.reuse)
-        else:
-            reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
-
-        trained = train_policy(
-            config.algorithm,
-            config.policy,
-            config.sampling,
-            sft,
-            reward_model,
-            other_rewards,
-            data,
-            run,
-        )
-
-        champion = find_champion(run)
-        scorecard = evaluate(
-            config.evaluation,
-            config.sampling,
-            sft,
-            trained.policy,
-            reward_model,
-            champion,
-            data,
-            run,
-        )
-        verdict = promote(config.promotion, scorecard, trained.policy, champion, run)
-
-        models = {"sft": sft, "reward": reward_model, "policy": trained.policy}
-        if trained.critic is not None:
-            models["critic"] = trained.critic
+    Args:
+        config: the settings of all stages.
+        force: stages to do again even if they were done before.
+    """
+    forced = forced_stages(force, config)
+    with open_run(config.project, config, config.seed, force=forced) as run:
+        trained = train_models(config, run)
+        champion = find_champion(run, trained.policy)
+        scorecard = evaluate_policy(config, trained, champion, run)
+        question = config.promotion, scorecard, trained.policy, champion, run
+        verdict = promote(*question, ask_person(*question))
         return PipelineResult(
+            **dict(trained),
             run=run,
-            data=data,
-            sft=sft,
-            reward_model=reward_model,
-            policy=trained.policy,
-            critic=trained.critic,
             scorecard=scorecard,
             verdict=verdict,
-            report=write_report(scorecard, verdict, config.algorithm, models, run),
+            report=write_report(scorecard, verdict, config.algorithm, trained.models, run),
         )
+
+
+def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
+    """The data, then each model from the ones before."""
+    other_rewards = find_rewards(config.policy)
+    data = prepare_data(config.data, config.model, config.length_limits, run)
+
+    if config.sft.reuse:
+        sft = find_model(config.sft.reuse)
+    else:
+        sft = train_sft(config.sft, config.model, data, run)
+
+    if config.reward_model.reuse:
+        reward_model = find_model(config.reward_model.reuse)
+    else:
+        reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
+
+    policy = train_policy(
+        config.algorithm,
+        config.policy,
+        config.sampling,
+        sft,
+        reward_model,
+        other_rewards,
+        data,
+        run,
+    )
+    return Trained(data=data, sft=sft, reward_model=reward_model, **dict(policy))
+
+
+def evaluate_policy(
+    config: PipelineConfig, trained: Trained, champion: ModelRef | None, run: PipelineRun
+) -> Scorecard:
+    """The policy against SFT, best-of-n and the champion, if there is one."""
+    return evaluate(
+        config.evaluation,
+        config.sampling,
+        trained.sft,
+        trained.policy,
+        trained.reward_model,
+        champion,
+        trained.data,
+        run,
+    )
+
+
+def forced_stages(force: Sequence[Forceable], config: PipelineConfig) -> list[str]:
+    """The names under which the stages run: that of the policy is its algorithm."""
+    return [config.algorithm if stage == "policy" else stage for stage in force]

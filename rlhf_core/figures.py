@@ -99,6 +99,34 @@ def reward_kl_path(points: Points) -> "Figure":
     return figure
 
 
+def frontier(points: Mapping[str, Points], reward: str) -> "Figure":
+    """Reward against KL of policies trained with different settings: a small dot for each seed, a
+    large one for the mean of a setting, and a line through those that no other one beats in both.
+    """
+    figure, axes = _single("Reward against KL", "KL to SFT (nats a sequence)", reward)
+    means = {}
+    for number, (name, seeds) in enumerate(points.items()):
+        xs, ys = _columns(seeds)
+        means[name] = (sum(xs) / len(xs), sum(ys) / len(ys))
+        color = f"C{number % 10}"
+        axes.scatter(xs, ys, s=14, color=color, alpha=0.5)
+        axes.scatter(*means[name], s=70, color=color, label=name)
+    axes.plot(*_columns(unbeaten(list(means.values()))), color=GREY, linewidth=1, zorder=0)
+    if points:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def unbeaten(points: Points) -> list[tuple[float, float]]:
+    """The points that no other has more reward than at no more KL, by KL."""
+    best, kept = float("-inf"), []
+    for kl, reward in sorted(points, key=lambda point: (point[0], -point[1])):
+        if reward > best:
+            best = reward
+            kept.append((kl, reward))
+    return kept
+
+
 def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) -> "Figure":
     """One panel for each measure, one bar with its interval for each arm."""
     figure = blank(3.6 * len(rows), 3.8)

@@ -11,13 +11,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from rlhf_core.errors import UserError
+from tasks.runs import PIPELINE, find_run, search
 from tasks.settings import Settings
 from tasks.stage import run_url
 from tasks.tracking import connect
-
-PIPELINE = "pipeline"
-PAGE = 1000
 
 
 class _Record(BaseModel):
@@ -75,45 +72,13 @@ def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
         UserError: no run, or more than one, answers to a name.
     """
     client = connect(settings)
-    known = list(_pipeline_runs(client))
-    runs = (_find(first, known), _find(second, known))
+    runs = (find_run(client, first), find_run(client, second))
     return RunComparison(
         runs=(_facts(runs[0], settings), _facts(runs[1], settings)),
         params=tuple(_params(*runs)),
         metrics=tuple(_metrics(_stages(client, runs[0]), _stages(client, runs[1]))),
         url=_comparison_url(runs, settings),
     )
-
-
-def _pipeline_runs(client: MlflowClient) -> Iterator[Run]:
-    """Every run that has stages, the newest first."""
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    yield from _search(client, experiments, f"tags.stage = '{PIPELINE}'")
-
-
-def _search(client: MlflowClient, experiments: list[str], condition: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = client.search_runs(experiments, condition, max_results=PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _find(name: str, known: list[Run]) -> Run:
-    matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
-    matches = matches or [run for run in known if run.info.run_id.startswith(name)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        ids = ", ".join(run.info.run_id[:12] for run in matches[:5])
-        raise UserError(
-            f"{len(matches)} runs answer to '{name}' (the newest: {ids}); give an id instead"
-        )
-    newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
-    hint = f"the newest are {newest}" if newest else "there is none yet: start one with `rlhf run`"
-    raise UserError(f"no pipeline run answers to '{name}'; {hint}")
 
 
 def _facts(run: Run, settings: Settings) -> RunFacts:
@@ -126,7 +91,7 @@ def _stages(client: MlflowClient, run: Run) -> dict[str, Run]:
     """The stages of a run by name, in the order in which they ran; of two the later one."""
     condition = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
     children = sorted(
-        _search(client, [run.info.experiment_id], condition), key=lambda c: c.info.start_time
+        search(client, [run.info.experiment_id], condition), key=lambda c: c.info.start_time
     )
     stages = {child.data.tags.get("stage", child.info.run_name): child for child in children}
     return {PIPELINE: run, **stages}

@@ -14,10 +14,21 @@ def prepare_data(
     config: DataConfig, model: ModelConfig, limits: LengthLimits, run: PipelineRun
 ) -> DatasetRef:
     """Check and split the data, and store them with the run."""
-    with open_stage("prepare", config=config, run=run, inputs={}) as stage:
-        output = stage.work / "data"
-        report = prepare.prepare_data(
-            config, model=model, limits=limits, output=output, seed=run.seed, logger=stage.logger
-        )
-        stage.record(report)
-        return stage.publish_data(output)
+    beside = {"model": model, "limits": limits}
+    # What a file or a hub has may change: the data of another run say nothing about those of now.
+    with open_stage(
+        "prepare", config=config, beside=beside, run=run, inputs={}, reuse="own"
+    ) as stage:
+        if not stage.cached:
+            output = stage.work / "data"
+            report = prepare.prepare_data(
+                config,
+                model=model,
+                limits=limits,
+                output=output,
+                seed=run.seed,
+                logger=stage.logger,
+            )
+            stage.record(report)
+            stage.publish_data(output)
+        return stage.result(stage.dataset())

@@ -26,19 +26,27 @@ def evaluate(
     if champion is not None:
         inputs["champion"] = champion
     with open_stage(
-        "evaluation", config=config, run=run, inputs=inputs, context="evaluation"
+        "evaluation",
+        config=config,
+        beside={"sampling": sampling},
+        run=run,
+        inputs=inputs,
+        context="evaluation",
+        reuse="any",
     ) as stage:
-        report = evaluation.evaluate(
-            config,
-            sampling,
-            sft=stage.fetch(sft),
-            policy=stage.fetch(policy),
-            reward_model=stage.fetch(reward_model),
-            champion=None if champion is None else stage.fetch(champion),
-            data=stage.fetch(data),
-            seed=run.seed,
-            device=read_settings().device,
-            logger=stage.logger,
-        )
-        stage.record(report)
-        return report.scorecard
+        if not stage.cached:
+            report = evaluation.evaluate(
+                config,
+                sampling,
+                sft=stage.fetch(sft),
+                policy=stage.fetch(policy),
+                reward_model=stage.fetch(reward_model),
+                champion=None if champion is None else stage.fetch(champion),
+                data=stage.fetch(data),
+                seed=run.seed,
+                device=read_settings().device,
+                logger=stage.logger,
+            )
+            stage.record(report)
+            stage.keep(report.scorecard)
+        return stage.result(stage.kept(Scorecard))

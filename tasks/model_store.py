@@ -91,6 +91,7 @@ class PipelineRun(_Frozen):
     run_id: str
     experiment_id: str
     seed: int
+    force: tuple[str, ...] = ()  # stages to do again even if they were done before
 
 
 class Upload(_Frozen):
@@ -233,7 +234,13 @@ class MlflowModelStore(ModelStore):
         self.require(ref)
         location = self._client.get_model_version_download_uri(ref.name, str(ref.version))
         with _staged(to) as part:
-            stored = self._download(location, part)
+            try:
+                stored = self._download(location, part)
+            except (MlflowException, OSError) as error:
+                raise ModelError(
+                    f"the files of {ref.uri} cannot be fetched ({error}); see that {location} can "
+                    "be reached and holds a model"
+                ) from error
             _check_copy(stored, self.tags(ref).get(DIGEST_TAG), ref.uri)
             check_files(stored)
         return to
@@ -457,7 +464,7 @@ def check_files(directory: Path) -> None:
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(f"{directory} holds no safetensors weights; save the model there first")
     for path in files:
-        if path.is_symlink() or path.suffix in PICKLES:
+        if path.is_symlink() or path.suffix.lower() in PICKLES:
             what = "a link" if path.is_symlink() else "a file that can carry code when it is loaded"
             raise ModelError(f"{path} is {what}; a model directory holds plain safetensors files")
 

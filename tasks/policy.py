@@ -66,15 +66,16 @@ def train_policy(
     inputs |= {_role(source): ref for source, ref in rewards.items()}
     beside = {} if isinstance(config, DPOConfig) else {"sampling": sampling}
     with open_training(algorithm, config=config, beside=beside, run=run, inputs=inputs) as stage:
-        outputs = {"policy": stage.work / "policy"}
-        if isinstance(config, PPOConfig):
-            outputs["critic"] = stage.work / "critic"
-        paths = {"sft": stage.fetch(sft), "data": stage.fetch(data)}
-        paths |= {f"{kind}_output": path for kind, path in outputs.items()}
-        reward_models = {source: stage.fetch(ref) for source, ref in rewards.items()}
-        stage.record(stage.train(paths, reward_models))
-        refs = stage.publish(outputs)
-        return TrainedPolicy(policy=refs["policy"], critic=refs.get("critic"))
+        kinds = ["policy", "critic"] if isinstance(config, PPOConfig) else ["policy"]
+        if not stage.cached:
+            outputs = {kind: stage.work / kind for kind in kinds}
+            paths = {"sft": stage.fetch(sft), "data": stage.fetch(data)}
+            paths |= {f"{kind}_output": path for kind, path in outputs.items()}
+            reward_models = {source: stage.fetch(ref) for source, ref in rewards.items()}
+            stage.record(stage.train(paths, reward_models))
+            stage.publish(outputs)
+        made = {kind: stage.model(kind) for kind in kinds}
+        return stage.result(TrainedPolicy(policy=made["policy"], critic=made.get("critic")))
 
 
 def _reward_sources(config: PolicyConfig) -> list[str]:

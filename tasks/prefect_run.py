@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 from uuid import UUID
 
 import pandas as pd
@@ -25,13 +25,16 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.context import get_run_context
-from prefect.exceptions import MissingContextError
+from prefect.context import TaskRunContext, get_run_context
+from prefect.exceptions import MissingContextError, Pause
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
+from prefect.states import Completed
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+SUSPENSION = Pause  # what a flow that suspends itself is ended by
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
@@ -43,6 +46,7 @@ class PrefectRun:
 
     flow_run_id: str
     task_run_id: str
+    flow_name: str
 
     @classmethod
     def current(cls) -> "PrefectRun | None":
@@ -51,13 +55,29 @@ class PrefectRun:
             get_run_context()
         except MissingContextError:
             return None
-        return cls(str(flow_run.id or ""), str(task_run.id or ""))
+        return cls(str(flow_run.id or ""), str(task_run.id or ""), str(flow_run.flow_name or ""))
 
     def tags(self, public_url: str) -> dict[str, str]:
         """The MLflow tags that lead back to this run."""
-        ids = {"flow_run_id": self.flow_run_id, "task_run_id": self.task_run_id}
+        ids = {
+            "flow_run_id": self.flow_run_id,
+            "task_run_id": self.task_run_id,
+            "flow_name": self.flow_name,
+        }
         url = f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
         return {f"prefect.{k}": v for k, v in {**ids, "flow_run_url": url}.items() if v}
+
+
+def run_name() -> str:
+    """What the flow run of this thread is called; empty outside Prefect."""
+    return str(flow_run.name or "") if PrefectRun.current() else ""
+
+
+def as_cached(value: T, message: str) -> T:
+    """What a task returns to be shown as Cached; whoever called the task gets the value."""
+    if TaskRunContext.get() is None:
+        return value
+    return cast(T, Completed(name="Cached", message=message, data=value))
 
 
 def artifact_key(*parts: str) -> str:

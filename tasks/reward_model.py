@@ -22,7 +22,9 @@ def train_reward_model(
     with open_training(
         "reward_model", config=config, beside=beside, run=run, inputs=inputs
     ) as stage:
-        output = stage.work / "reward"
-        paths = {"sft": stage.fetch(sft), "data": stage.fetch(data), "output": output}
-        stage.record(stage.train(paths))
-        return stage.publish({"reward": output})["reward"]
+        if not stage.cached:
+            output = stage.work / "reward"
+            paths = {"sft": stage.fetch(sft), "data": stage.fetch(data), "output": output}
+            stage.record(stage.train(paths))
+            stage.publish({"reward": output})
+        return stage.result(stage.model("reward"))

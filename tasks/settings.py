@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rlhf_core.errors import ConfigError
@@ -27,13 +27,17 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "TOKENIZERS_PARALLELISM": "false",
-        # A tracking server that restarts is waited for, but for a minute and not for four.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+        # A tracking server that restarts is waited for: the pauses double, four minutes in all.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
         # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # flows/automations.py takes 90 s for too long
     }
 )
+
+
+ACCOUNT = "rlhf"  # the user of both servers, where a password is set
 
 
 class Settings(BaseSettings):
@@ -71,6 +75,11 @@ class Settings(BaseSettings):
         validation_alias="RLHF_PREFECT_URL",
         description="Prefect's address as a browser sees it, for links",
     )
+    password: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="RLHF_PASSWORD",
+        description="Password of the user `rlhf` at Prefect and MLflow; empty = none is asked for",
+    )
     device_name: str = Field(
         "auto",
         validation_alias="RLHF_DEVICE",
@@ -93,6 +102,17 @@ class Settings(BaseSettings):
         validation_alias="RLHF_CHECKPOINT_SECONDS",
         ge=0,
         description="Least time between two checkpoints of a training (s); 0 = at every step",
+    )
+    notify_webhook: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="RLHF_NOTIFY_WEBHOOK",
+        description="URL to which Prefect posts news as JSON with a `text`; empty = to none",
+    )
+    outage_seconds: float = Field(
+        300.0,
+        validation_alias="RLHF_OUTAGE_SECONDS",
+        ge=0,
+        description="How long a run waits for an MLflow server that does not answer (s)",
     )
     keep_work_days: float = Field(
         7.0,
@@ -166,10 +186,70 @@ class Settings(BaseSettings):
         """What this process and those it starts should find in their environment."""
         return {
             **QUIET,
+            **self._credentials(),
             "RLHF_HOME": str(self.home),
             "PREFECT_HOME": str(self.home / "prefect"),
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
         }
+
+    @property
+    def account(self) -> str:
+        """`user:password` of the servers; empty where no password is set."""
+        password = self.password.get_secret_value()
+        return f"{ACCOUNT}:{password}" if password else ""
+
+    def _credentials(self) -> dict[str, str]:
+        """The same under the names that the clients of Prefect and MLflow read."""
+        if not self.account:
+            return {}
+        password = self.password.get_secret_value()
+        return {
+            "RLHF_PASSWORD": password,
+            "PREFECT_API_AUTH_STRING": self.account,
+            "MLFLOW_TRACKING_USERNAME": ACCOUNT,
+            "MLFLOW_TRACKING_PASSWORD": password,
+        }
+
+
+class StackSettings(BaseSettings):
+    """What docker-compose.yml takes from `.env` and has checked before anything starts."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", case_sensitive=True, hide_input_in_errors=True
+    )
+
+    bind: str = Field("127.0.0.1", validation_alias="RLHF_BIND")
+    prefect_url: str = Field("http://127.0.0.1:4200", validation_alias="RLHF_PREFECT_URL")
+    mlflow_url: str = Field("http://127.0.0.1:5000", validation_alias="RLHF_MLFLOW_URL")
+    mlflow_host: str = Field("127.0.0.1:5000", validation_alias="RLHF_MLFLOW_HOST")
+    password: SecretStr = Field(validation_alias="RLHF_PASSWORD")
+    mlflow_key: SecretStr = Field(validation_alias="MLFLOW_FLASK_SERVER_SECRET_KEY")
+    postgres_password: SecretStr = Field(validation_alias="POSTGRES_PASSWORD")
+    prefect_database: SecretStr = Field(validation_alias="POSTGRES_PREFECT_PASSWORD")
+    mlflow_database: SecretStr = Field(validation_alias="POSTGRES_MLFLOW_PASSWORD")
+    feedback_database: SecretStr = Field(validation_alias="POSTGRES_FEEDBACK_PASSWORD")
+    s3_access_key: SecretStr = Field(validation_alias="S3_ACCESS_KEY")
+    s3_secret_key: SecretStr = Field(validation_alias="S3_SECRET_KEY")
+
+    def secrets(self) -> dict[str, str]:
+        """The secrets in the clear, by the variable that each comes from."""
+        fields = type(self).model_fields
+        return {
+            str(fields[name].validation_alias): value.get_secret_value()
+            for name, value in self
+            if isinstance(value, SecretStr)
+        }
+
+
+class StoreSettings(BaseSettings):
+    """What is behind the servers of the stack, under the names that they read; empty = no stack."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
+
+    prefect_database: str = Field("", validation_alias="PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    mlflow_database: str = Field("", validation_alias="MLFLOW_BACKEND_STORE_URI")
+    feedback_database: str = Field("", validation_alias="RLHF_FEEDBACK_DATABASE")
+    artifacts: str = Field("", validation_alias="MLFLOW_ARTIFACTS_DESTINATION")
 
 
 def read_settings() -> Settings:

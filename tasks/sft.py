@@ -16,6 +16,8 @@ def train_sft(
     with open_training(
         "sft", config=config, beside={"model": model}, run=run, inputs={"data": data}
     ) as stage:
-        output = stage.work / "sft"
-        stage.record(stage.train({"data": stage.fetch(data), "output": output}))
-        return stage.publish({"sft": output})["sft"]
+        if not stage.cached:
+            output = stage.work / "sft"
+            stage.record(stage.train({"data": stage.fetch(data), "output": output}))
+            stage.publish({"sft": output})
+        return stage.result(stage.model("sft"))

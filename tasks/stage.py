@@ -2,13 +2,18 @@
 
     with open_run("demo", config, seed=0) as run:
         with open_training("sft", config=config.sft, run=run, inputs={"data": data}) as stage:
-            output = stage.work / "sft"
-            stage.record(stage.train({"data": stage.fetch(data), "output": output}))
-            refs = stage.publish({"sft": output})
+            if not stage.cached:
+                output = stage.work / "sft"
+                stage.record(stage.train({"data": stage.fetch(data), "output": output}))
+                stage.publish({"sft": output})
+            return stage.result(stage.model("sft"))
 
-A training that was stopped, or whose process was killed, leaves its folder and its MLflow run as
-they were; whoever opens the same training again goes on in both. MLflow's active run is never used:
-it belongs to a thread.
+What a stage is, its key, is a digest of its settings, seed, code and the content of its inputs. A
+stage that was finished before under the same key is not done again: it is `cached`, and what it
+made is taken from the registry. A training that was stopped, or whose process was killed, leaves
+its folder and its MLflow run as they were; whoever opens the same training again goes on in both,
+and who comes while another process works on it waits. MLflow's active run is never used: it belongs
+to a thread.
 """
 
 import hashlib
@@ -17,14 +22,15 @@ import json
 import logging
 import subprocess
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import yaml
@@ -35,6 +41,7 @@ from mlflow.entities import (
     InputTag,
     LoggedModelInput,
     LoggedModelOutput,
+    Metric,
     Param,
     Run,
     RunTag,
@@ -42,12 +49,13 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, TypeAdapter
 
+import rlhf_core
 from rlhf_core import launch
 from rlhf_core.errors import ConfigError
 from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
-from tasks import prefect_run
+from tasks import events, prefect_run
 from tasks.model_store import (
     DIGEST_TAG,
     LOGGED_MODEL_TAG,
@@ -65,6 +73,7 @@ from tasks.tracking import Display, MlflowLogger, TerminalDisplay, connect, logg
 from tasks.work_folder import (
     CHECKPOINTS,
     INPUTS,
+    abandoned_runs,
     empty,
     remember_run,
     remembered_run,
@@ -72,8 +81,13 @@ from tasks.work_folder import (
     work_folder,
 )
 
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 log = logging.getLogger(__name__)
 
+KEY, CACHED_FROM, FLOW_RUN = "stage_key", "cached_from", "prefect.flow_run_id"  # tags
+SUSPENDED = "SCHEDULED"  # what MLflow calls a run that waits
+RESULT = "result.json"
 PARAM_LENGTH = 6000  # what MLflow takes; the whole value is in config.yaml
 ERROR_LENGTH = 5000
 
@@ -88,12 +102,44 @@ class Stage:
     work: Path
     recovery: Recovery  # of a training; it saves nothing in other stages
     logger: MlflowLogger
+    cached: bool  # done before, by another run or by this one; nothing is left to do
     _sections: Mapping[str, BaseModel]
     _settings: Settings
     _client: MlflowClient
     _store: MlflowModelStore
     _version_tags: Mapping[str, str]
     _in_prefect: bool
+
+    def model(self, kind: str) -> ModelRef:
+        """The version that this stage has made, now or before."""
+        return ModelRef.parse(self._tags()[f"output.{kind}"])
+
+    def dataset(self) -> DatasetRef:
+        """The data that this stage has prepared, now or before."""
+        tags = self._tags()
+        return DatasetRef(run_id=tags["output.data"].split("/")[1], digest=tags["data_digest"])
+
+    def keep(self, value: BaseModel) -> None:
+        """Store a small result with the run."""
+        self._client.log_text(self.run_id, value.model_dump_json(indent=2), RESULT)
+        self._tag({"output.result": f"runs:/{self.run_id}/{RESULT}"})
+
+    def kept(self, kind: type[M]) -> M:
+        """The small result that this stage has stored, now or before."""
+        run_id = self._tags()["output.result"].split("/")[1]
+        with tempfile.TemporaryDirectory() as folder:
+            path = self._client.download_artifacts(run_id, RESULT, folder)
+            return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+    def result(self, value: T) -> T:
+        """What a task returns; where Prefect looks on, a cached stage is shown as that."""
+        if not self.cached:
+            return value
+        source = self._tags().get(CACHED_FROM, self.run_id)
+        return prefect_run.as_cached(value, f"done before, by the MLflow run {source}")
+
+    def _tags(self) -> dict[str, str]:
+        return dict(self._client.get_run(self.run_id).data.tags)
 
     def fetch(self, ref: ModelRef | DatasetRef) -> Path:
         """The files that a reference means, in the working folder."""
@@ -157,8 +203,9 @@ class Stage:
         }
         outputs = [LoggedModelOutput(upload.id, step=0) for upload in uploads.values()]
         self._client.log_outputs(self.run_id, outputs)
+        tags = {**self._version_tags, "run_id": self.run_id}
         refs = {
-            kind: self._store.register(upload, tags={**self._version_tags, "kind": kind})
+            kind: self._store.register(upload, tags={**tags, "kind": kind})
             for kind, upload in uploads.items()
         }
         self._tag({f"output.{kind}": ref.uri for kind, ref in refs.items()})
@@ -211,18 +258,60 @@ class Stage:
 
 @contextmanager
 def open_run(
-    project: str, config: BaseModel, seed: int, *, settings: Settings | None = None
+    project: str,
+    config: BaseModel,
+    seed: int,
+    *,
+    force: Collection[str] = (),
+    parent: str = "",
+    kind: str = "pipeline",
+    settings: Settings | None = None,
 ) -> Iterator[PipelineRun]:
-    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does."""
+    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does.
+
+    One that did not finish goes on when the same is asked for again: by the same Prefect run, or
+    with the same settings, seed and code under the same home. Who comes while it runs waits.
+
+    Args:
+        force: stages to do again even if they were done before.
+        parent: an MLflow run that this one belongs to.
+        kind: what it is, as a tag.
+    """
     settings = settings or read_settings()
-    client = connect(settings)
-    tags = {"seed": str(seed), "stage": "pipeline", **_origin(settings)}
+    client = connect(settings, patience=settings.outage_seconds)
     experiment = ensure_experiment(client, project, settings)
-    made = client.create_run(experiment, tags=tags, run_name=f"{project}-seed-{seed}")
-    run = PipelineRun(project=project, run_id=made.info.run_id, experiment_id=experiment, seed=seed)
-    with _closing_run(client, run.run_id):
-        _log_settings(client, run.run_id, config.model_dump(mode="json"), seed)
-        yield run
+    name = prefect_run.run_name() or f"{project}-seed-{seed}"
+    close_abandoned(client, settings)
+    with work_folder(_pipeline_folder(project, config, seed, settings), kept=True) as folder:
+        left = _unfinished_pipeline(client, experiment, folder, kind)
+        if left is None:
+            run_id = str(client.create_run(experiment, run_name=name).info.run_id)
+            remember_run(folder, run_id)
+        else:
+            run_id = left.info.run_id
+            _reopen(client, left)
+        run = PipelineRun(
+            project=project,
+            run_id=run_id,
+            experiment_id=experiment,
+            seed=seed,
+            force=tuple(sorted(force)),
+        )
+        tags = {"seed": str(seed), "stage": kind, **_origin(settings)}
+        tags |= {"mlflow.parentRunId": parent} if parent else {}
+        with _closing_run(client, run_id):
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            _log_settings(client, run_id, config.model_dump(mode="json"), seed)
+            yield run
+
+
+def mark_for_resume(
+    project: str, config: BaseModel, seed: int, run_id: str, settings: Settings
+) -> None:
+    """Make `open_run` go on with this run when it is asked for the same."""
+    folder = _pipeline_folder(project, config, seed, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    remember_run(folder, run_id)
 
 
 @contextmanager
@@ -232,17 +321,24 @@ def open_stage(
     config: BaseModel,
     run: PipelineRun,
     inputs: Mapping[str, Ref],
+    beside: Mapping[str, BaseModel] = {},
     context: Literal["training", "evaluation"] = "training",
+    reuse: Literal["no", "own", "any"] = "no",
     settings: Settings | None = None,
 ) -> Iterator[Stage]:
     """A child run of `run`, with a fresh working folder that is gone afterwards.
 
     The run ends FINISHED; FAILED with the tag `error` when the block raises; KILLED when it is
     interrupted or cancelled. In the last two cases no version that it registered is left.
+
+    Args:
+        beside: other settings that its result depends on.
+        reuse: whether it may be `cached`, as a stage of this pipeline's run or of any.
     """
     settings = settings or read_settings()
     folder = work_folder(settings.home / "work" / f"{name}-{uuid.uuid4().hex[:16]}", kept=False)
-    with _open(name, {name: config}, run, inputs, context, settings, folder) as stage:
+    sections = {name: config, **beside}
+    with _open(name, sections, run, inputs, context, settings, folder, reuse) as stage:
         yield stage
 
 
@@ -261,13 +357,15 @@ def open_training(
     Its folder stays until the block succeeds. Opened again with the same settings (`config` and
     those `beside` it), seed, code and inputs of the same content, it has what is there, and the
     MLflow run of then goes on as a child of `run`: no value is logged twice and none is missing. A
-    process that finds the folder in use gets one of its own, and a run of its own.
+    process that finds the folder in use waits until it is free, and then mostly finds that the
+    stage is done.
     """
     settings = settings or read_settings()
     sections = {name: config, **beside}
-    key = _key(name, sections, run, inputs, MlflowModelStore(connect(settings)))
+    client = connect(settings, patience=settings.outage_seconds)
+    key = _key(name, sections, run, inputs, MlflowModelStore(client))
     folder = work_folder(settings.home / "work" / f"{name}-{key}", kept=True)
-    with _open(name, sections, run, inputs, "training", settings, folder) as stage:
+    with _open(name, sections, run, inputs, "training", settings, folder, "any") as stage:
         directory, seconds = stage.work / CHECKPOINTS, settings.checkpoint_seconds
         yield replace(stage, recovery=Recovery(directory, every_seconds=seconds))
 
@@ -281,49 +379,58 @@ def _open(
     context: str,
     settings: Settings,
     folder: AbstractContextManager[Path],
+    reuse: str,
 ) -> Iterator[Stage]:
-    client = connect(settings)
+    client = connect(settings, patience=settings.outage_seconds)
     store = MlflowModelStore(client)
     in_prefect = PrefectRun.current() is not None
+    key = _key(name, sections, run, inputs, store)
     origin = {"seed": str(run.seed), **_origin(settings), **_data_digest(inputs)}
     sources = {f"input.{role}": ref.uri for role, ref in inputs.items()}
-    tags = {"mlflow.parentRunId": run.run_id, "stage": name, **origin, **sources}
+    tags = {"mlflow.parentRunId": run.run_id, "stage": name, KEY: key, **origin, **sources}
+    content = {key: section.model_dump(mode="json") for key, section in sections.items()}
     sweep(settings.home / "work", settings.keep_work_days)
     with ExitStack() as stack:
-        work = stack.enter_context(folder)
-        left = _unfinished(client, work)
-        run_id = _new_run(client, name, run, work) if left is None else left.info.run_id
-        stack.enter_context(_closing_run(client, run_id, lambda: _unpublish(client, store, run_id)))
-        if left is not None:
-            _reopen(client, store, left)
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         if in_prefect:
             stack.enter_context(prefect_run.forwarded_logs())
+        work = stack.enter_context(folder)
+        opened = partial(
+            Stage,
+            name=name,
+            run=run,
+            work=work,
+            recovery=NO_RECOVERY,
+            _sections=sections,
+            _settings=settings,
+            _client=client,
+            _store=store,
+            _version_tags={**origin, **_parents(inputs), "pipeline_run_id": run.run_id},
+            _in_prefect=in_prefect,
+        )
+        describe = partial(_describe, client, store, content=content, seed=run.seed)
+        done = _finished(client, store, key, run, own=reuse == "own" or name in run.force)
+        if done is not None and reuse != "no":
+            run_id = done.info.run_id
+            if done.data.tags["mlflow.parentRunId"] != run.run_id:
+                run_id = _new_run(client, name, run, work)
+                describe(run_id, tags={**tags, **_stands_for(done)}, inputs=inputs, context=context)
+                _copy_summary(client, done, run_id)
+                client.set_terminated(run_id, "FINISHED")
+            log.info("%s was done before, by the run %s", name, _source(done))
+            logger = stack.enter_context(closing(MlflowLogger(client, run_id)))
+            yield opened(run_id=run_id, logger=logger, cached=True)
+            return
+        left = _unfinished(client, work)
+        run_id = _new_run(client, name, run, work) if left is None else left.info.run_id
+        stack.enter_context(events.announced(client, run, name, run_id))
+        stack.enter_context(_closing_run(client, run_id, lambda: _unpublish(client, store, run_id)))
+        if left is not None:
+            _reopen(client, left)
+            _unpublish(client, store, run_id)
         displays = _displays(name, run, run_id, settings, in_prefect=in_prefect)
         logger = stack.enter_context(_logger(client, run_id, displays))
-        content = {key: section.model_dump(mode="json") for key, section in sections.items()}
-        _log_settings(client, run_id, content, run.seed)
-        _log_inputs(client, store, run_id, inputs, context)
-        version_tags = {
-            **origin,
-            **_parents(inputs),
-            "run_id": run_id,
-            "pipeline_run_id": run.run_id,
-        }
-        yield Stage(
-            name,
-            run,
-            run_id,
-            work,
-            NO_RECOVERY,
-            logger,
-            sections,
-            settings,
-            client,
-            store,
-            version_tags,
-            in_prefect,
-        )
+        describe(run_id, tags=tags, inputs=inputs, context=context)
+        yield opened(run_id=run_id, logger=logger, cached=False)
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
@@ -357,7 +464,8 @@ def run_url(run_id: str, experiment_id: str, settings: Settings) -> str:
 
 @lru_cache(maxsize=1)
 def code_identity() -> dict[str, str]:
-    """Version of this package, and its git commit where it runs from a checkout."""
+    """Version of this package, its git commit where it runs from a checkout, and a digest of the
+    core, which is the same as long as the same settings lead to the same numbers."""
     here = Path(__file__)
     # An installed copy may lie in somebody else's repository: ask about this very file.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
@@ -365,9 +473,18 @@ def code_identity() -> dict[str, str]:
     dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
     return {
         "code_version": version("rlhf-pipeline"),
+        "code_digest": _code_digest(),
         "git_commit": commit or "unknown",
         "git_dirty": str(dirty).lower(),
     }
+
+
+def _code_digest() -> str:
+    sha = hashlib.sha256(f"torch {version('torch')}, {version('transformers')}".encode())
+    root = Path(rlhf_core.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -397,16 +514,19 @@ def _key(
     inputs: Mapping[str, Ref],
     store: MlflowModelStore,
 ) -> str:
-    """What a training is, in 16 hex digits: equal keys lead to equal bits."""
-    code = code_identity()
+    """What a stage is, in 16 hex digits: equal keys lead to equal bits."""
     facts = {
         "stage": name,
         "project": run.project,
         "seed": run.seed,
         "settings": {key: section.model_dump(mode="json") for key, section in sections.items()},
         "inputs": {role: _content(ref, store) for role, ref in inputs.items()},
-        "code": [code["code_version"], code["git_commit"]],
+        "code": code_identity()["code_digest"],
     }
+    return _short_digest(facts)
+
+
+def _short_digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -418,19 +538,64 @@ def _content(ref: Ref, store: MlflowModelStore) -> str:
     return store.tags(ref).get(DIGEST_TAG, ref.uri)
 
 
+def _pipeline_folder(project: str, config: BaseModel, seed: int, settings: Settings) -> Path:
+    facts = {
+        "project": project,
+        "seed": seed,
+        "settings": config.model_dump(mode="json"),
+        "code": code_identity()["code_digest"],
+    }
+    return settings.home / "work" / f"pipeline-{_short_digest(facts)}"
+
+
+def _unfinished_pipeline(
+    client: MlflowClient, experiment: str, folder: Path, kind: str
+) -> Run | None:
+    """The pipeline run that can go on: that of this Prefect run, or the one of the folder."""
+    prefect = PrefectRun.current()
+    if prefect is not None:
+        condition = f"tags.`{FLOW_RUN}` = '{prefect.flow_run_id}' and tags.stage = '{kind}'"
+        for run in client.search_runs([experiment], condition):
+            if run.info.status != "FINISHED":
+                return run
+    left = _remembered(client, folder)
+    # One that is suspended belongs to the Prefect run that will be resumed.
+    return left if left is not None and left.info.status != SUSPENDED else None
+
+
 def _unfinished(client: MlflowClient, work: Path) -> Run | None:
     """The run that can go on in a folder; the folder is empty when there is none."""
-    if (run_id := remembered_run(work)) is not None:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        else:
-            if run.info.lifecycle_stage == "active" and run.info.status != "FINISHED":
-                return run
-    empty(work)
-    return None
+    run = _remembered(client, work)
+    if run is None:
+        empty(work)
+    return run
+
+
+def _remembered(client: MlflowClient, folder: Path) -> Run | None:
+    """The run that a folder remembers, unless it has finished."""
+    if (run_id := remembered_run(folder)) is None:
+        return None
+    run = _run_if_there(client, run_id)
+    return run if run is not None and run.info.status != "FINISHED" else None
+
+
+def _run_if_there(client: MlflowClient, run_id: str) -> Run | None:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def close_abandoned(client: MlflowClient, settings: Settings) -> None:
+    """End the runs whose process was killed, and could not: in MLflow they would run for ever."""
+    for run_id in abandoned_runs(settings.home / "work"):
+        run = _run_if_there(client, run_id)
+        if run is not None and run.info.status == "RUNNING":
+            client.set_tag(run_id, "error", "its process was killed")
+            client.set_terminated(run_id, "KILLED")
 
 
 def _new_run(client: MlflowClient, name: str, run: PipelineRun, work: Path) -> str:
@@ -439,15 +604,68 @@ def _new_run(client: MlflowClient, name: str, run: PipelineRun, work: Path) -> s
     return str(made.info.run_id)
 
 
-def _reopen(client: MlflowClient, store: MlflowModelStore, run: Run) -> None:
-    """Make a run that was stopped one that runs: without an error, and without any output."""
+def _reopen(client: MlflowClient, run: Run) -> None:
+    """Make a run that was stopped one that runs, without an error."""
     run_id, tags = run.info.run_id, run.data.tags
     log.info("going on with the run %s, which was stopped", run_id)
     client.update_run(run_id, status="RUNNING")
     client.set_tag(run_id, "resumed", str(int(tags.get("resumed", "0")) + 1))
     if "error" in tags:
         client.delete_tag(run_id, "error")
-    _unpublish(client, store, run_id)
+
+
+def _finished(
+    client: MlflowClient, store: MlflowModelStore, key: str, run: PipelineRun, *, own: bool
+) -> Run | None:
+    """A run that has done this stage, and whose outputs are still there: if possible one of this
+    pipeline run, with `own` no other."""
+    condition = f"tags.{KEY} = '{key}' and attributes.status = 'FINISHED'"
+    found = client.search_runs([run.experiment_id], condition)
+    mine = [done for done in found if done.data.tags["mlflow.parentRunId"] == run.run_id]
+    candidates = mine if own else [*mine, *found]
+    return next((done for done in candidates if _is_whole(store, done)), None)
+
+
+def _is_whole(store: MlflowModelStore, done: Run) -> bool:
+    """Whether a run has made something, and every model of that is still registered."""
+    outputs = [uri for tag, uri in done.data.tags.items() if tag.startswith("output.")]
+    models = [ModelRef.parse(uri) for uri in outputs if uri.startswith("models:/")]
+    return bool(outputs) and all(store.exists(model) for model in models)
+
+
+def _source(done: Run) -> str:
+    return str(done.data.tags.get(CACHED_FROM, done.info.run_id))
+
+
+def _stands_for(done: Run) -> dict[str, str]:
+    """The tags of a run that stands for one that has done its work before."""
+    outputs = {tag: uri for tag, uri in done.data.tags.items() if tag.startswith("output.")}
+    note = f"Not done again: the same was done by the run {_source(done)}."
+    return {**outputs, CACHED_FROM: _source(done), "mlflow.note.content": note}
+
+
+def _copy_summary(client: MlflowClient, done: Run, run_id: str) -> None:
+    """The closing numbers of a run also to the one that stands for it, so that they compare."""
+    now = int(time.time() * 1000)
+    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith("summary/")}
+    client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])
+
+
+def _describe(
+    client: MlflowClient,
+    store: MlflowModelStore,
+    run_id: str,
+    *,
+    tags: Mapping[str, str],
+    content: Mapping[str, Any],
+    seed: int,
+    inputs: Mapping[str, Ref],
+    context: str,
+) -> None:
+    """Write to a run what it is."""
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    _log_settings(client, run_id, content, seed)
+    _log_inputs(client, store, run_id, inputs, context)
 
 
 def _parents(inputs: Mapping[str, Ref]) -> dict[str, str]:
@@ -467,6 +685,9 @@ def _closing_run(
     try:
         yield
         client.set_terminated(run_id, "FINISHED")
+    except prefect_run.SUSPENSION:  # goes on when somebody has answered
+        client.update_run(run_id, status=SUSPENDED)
+        raise
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]

@@ -32,15 +32,18 @@ PROBE_SECONDS = 5.0
 METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
 
 
-def connect(settings: Settings) -> MlflowClient:
+def connect(settings: Settings, *, patience: float = 0.0) -> MlflowClient:
     """A client of the tracking server, which has answered once.
 
-    Raises: UserError within seconds when the server does not answer or refuses, or when the
-        database cannot be opened.
+    Args:
+        patience: seconds to wait for a server that does not answer.
+
+    Raises: UserError when the server does not answer in time or refuses, or when the database
+        cannot be opened.
     """
     uri = settings.mlflow_uri
     if urlsplit(uri).scheme in ("http", "https"):
-        _probe(uri)
+        _wait_for(uri, time.monotonic() + patience)
     try:
         with _one_at_a_time(settings):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -65,6 +68,17 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
     with (settings.artifact_root.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _wait_for(uri: str, deadline: float) -> None:
+    while True:
+        try:
+            return _probe(uri)
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                raise
+            log.warning("%s; trying again", error)
+            time.sleep(PROBE_SECONDS)
 
 
 def _probe(uri: str) -> None:

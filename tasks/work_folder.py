@@ -14,18 +14,21 @@ nothing of MLflow or training.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 INPUTS, CHECKPOINTS = "inputs", "checkpoints"
 _LOCK, _RUN = "lock", "run.json"
 DAY = 86_400.0
+POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,19 +36,28 @@ def work_folder(path: Path, *, kept: bool) -> Iterator[Path]:
     """The folder at `path`, which nobody else uses until the block ends; then it is gone.
 
     With `kept`, a block that raises leaves it as it is, but for its inputs. Where another process
-    works there, the folder is `path`-2, and so on.
+    works there, its end is waited for, however it ends.
     """
-    folder, lock = _claim(path)
-    with lock:
+    with _claim(path):
         try:
-            yield folder
+            yield path
         except BaseException:
             if kept:
-                shutil.rmtree(folder / INPUTS, ignore_errors=True)
+                shutil.rmtree(path / INPUTS, ignore_errors=True)
             else:
-                _remove(folder)
+                _remove(path)
             raise
-        _remove(folder)
+        _remove(path)
+
+
+def abandoned_runs(root: Path) -> Iterator[str]:
+    """The MLflow runs of folders that nobody uses: their processes have ended."""
+    for folder in root.glob("*/"):
+        if (run_id := remembered_run(folder)) is None:
+            continue
+        if (lock := _lock(folder, touch=False)) is not None:
+            with lock:
+                yield run_id
 
 
 def sweep(root: Path, days: float) -> None:
@@ -53,7 +65,7 @@ def sweep(root: Path, days: float) -> None:
     since = time.time() - days * DAY
     for folder in root.glob("*/"):
         try:
-            if _touched(folder) < since and (lock := _lock(folder)) is not None:
+            if _touched(folder) < since and (lock := _lock(folder, touch=False)) is not None:
                 with lock:
                     _remove(folder)
         except OSError:
@@ -84,16 +96,18 @@ def remembered_run(folder: Path) -> str | None:
         return None
 
 
-def _claim(path: Path) -> tuple[Path, IO[bytes]]:
-    """The first of `path`, `path`-2, ... that nobody uses, and its lock."""
-    folder, number = path, 1
-    while (lock := _lock(folder)) is None:
-        number += 1
-        folder = path.with_name(f"{path.name}-{number}")
-    return folder, lock
+def _claim(path: Path) -> IO[bytes]:
+    """The lock of a folder, as soon as nobody else has it."""
+    said = False
+    while (lock := _lock(path)) is None:
+        if not said:
+            log.warning("another process does this very work (%s); waiting for it", path.name)
+            said = True
+        time.sleep(POLL_SECONDS)
+    return lock
 
 
-def _lock(folder: Path) -> IO[bytes] | None:
+def _lock(folder: Path, *, touch: bool = True) -> IO[bytes] | None:
     """The lock of a folder, which is made if need be; None when another process has it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,8 @@ def _lock(folder: Path) -> IO[bytes] | None:
             file.close()
             return None
         if _is_still_there(file, folder / _LOCK):
-            os.utime(folder)
+            if touch:
+                os.utime(folder)
             return file
         file.close()
 
@@ -127,4 +142,5 @@ def _touched(folder: Path) -> float:
 
 def _remove(folder: Path) -> None:
     gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.old")
-    shutil.rmtree(folder.rename(gone), ignore_errors=True)
+    with suppress(FileNotFoundError):  # somebody has cleaned up already
+        shutil.rmtree(folder.rename(gone), ignore_errors=True)

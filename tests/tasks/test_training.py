@@ -5,14 +5,17 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Param
+from prefect.exceptions import Pause
 from pydantic import Field
 
 from rlhf_core.config import Section
@@ -109,7 +112,9 @@ def test_the_same_run_goes_on_without_a_trace_of_the_end(client, training, error
         assert running.info.status == "RUNNING"
         assert running.data.tags["resumed"] == "2"
         assert "error" not in running.data.tags
-        assert running.data.tags["mlflow.parentRunId"] == again.run.run_id != first.run.run_id
+        # The pipeline's run goes on too.
+        assert running.data.tags["mlflow.parentRunId"] == again.run.run_id == first.run.run_id
+        assert client.get_run(again.run.run_id).info.status == "RUNNING"
         for step in (1, 2):  # it replays what it has done, then goes on
             again.logger.metrics({"loss": 3.0 - step, "rate": 0.1}, step)
     ended = client.get_run(again.run_id)
@@ -142,7 +147,7 @@ def test_another_training_starts_afresh(training, change):
 
 def test_other_code_starts_afresh(training, monkeypatch):
     first = stop(training)
-    newer = {**stage_module.code_identity(), "git_commit": "f" * 40}
+    newer = {**stage_module.code_identity(), "code_digest": "f" * 16}
     monkeypatch.setattr(stage_module, "code_identity", lambda: newer)
     with training() as other:
         assert other.run_id != first.run_id
@@ -165,13 +170,137 @@ def test_a_version_that_was_trained_again_is_the_same_input(client, training, po
     assert client.get_run(first.run_id).data.tags["input.sft"] == same.uri
 
 
-def test_two_at_once_have_a_folder_and_a_run_each(client, training):
-    with training() as first, training() as second:
-        assert first.work != second.work
-        assert first.run_id != second.run_id
-    for stage in (first, second):
-        assert client.get_run(stage.run_id).info.status == "FINISHED"
-        assert not stage.work.exists()
+@pytest.fixture
+def in_pipeline(settings):
+    """A function that opens the same training in a pipeline run with settings of its own."""
+
+    @contextmanager
+    def _open(length, inputs=None, force=()):
+        with (
+            open_run("demo", Beside(length=length), 7, force=force, settings=settings) as run,
+            open_training(
+                "sft",
+                config=ToyConfig(),
+                beside={},
+                run=run,
+                inputs=inputs or {},
+                settings=settings,
+            ) as stage,
+        ):
+            yield stage
+
+    return _open
+
+
+def make(stage, directory):
+    """The work of a stage: a number and a version."""
+    if not stage.cached:
+        stage.logger.metrics({"loss": 0.5}, step=1)
+        stage.record(ToyReport(score=0.25))
+        stage.publish({"sft": directory})
+    return stage.model("sft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyReport(Report):
+    score: float
+
+
+def test_a_stage_that_was_done_is_taken_from_the_registry(client, in_pipeline, policy_dir):
+    with in_pipeline(1) as first:
+        made = make(first, policy_dir)
+    with in_pipeline(2) as second:
+        assert second.cached
+        assert make(second, policy_dir) == made
+    store = MlflowModelStore(client)
+    assert store.versions("demo-sft") == [1]
+    run = client.get_run(second.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_id != first.run_id
+    assert run.data.tags["cached_from"] == first.run_id
+    assert run.data.tags["mlflow.parentRunId"] == second.run.run_id
+    assert run.data.metrics == {"summary/score": 0.25}  # comparable, and no curve twice
+    assert run.data.params == client.get_run(first.run_id).data.params
+    # The third is told of the one that did the work, not of the one that stands for it.
+    with in_pipeline(3) as third:
+        assert client.get_run(third.run_id).data.tags["cached_from"] == first.run_id
+    store.delete(made)
+    with in_pipeline(4) as fourth:
+        assert not fourth.cached
+
+
+def test_a_stage_can_be_forced(in_pipeline, policy_dir, client):
+    with in_pipeline(1) as first:
+        make(first, policy_dir)
+    with in_pipeline(2, force=["reward_model"]) as other:
+        assert other.cached
+
+    def interrupted():
+        with in_pipeline(3, force=["sft"]) as forced:
+            assert not forced.cached
+            assert make(forced, policy_dir).version == 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with in_pipeline(3, force=["sft"]) as again:  # what it registered before the end is withdrawn
+        assert not again.cached
+        assert make(again, policy_dir).version == 3
+    assert MlflowModelStore(client).versions("demo-sft") == [1, 3]
+
+
+def test_a_forced_stage_is_not_forced_twice_by_a_pipeline_that_goes_on(
+    in_pipeline, policy_dir, client, settings
+):
+    with in_pipeline(1) as first:
+        make(first, policy_dir)
+
+    def pipeline():
+        with open_run("demo", Beside(length=2), 7, force=["sft"], settings=settings) as run:
+            inputs = {"config": ToyConfig(), "beside": {}, "run": run, "inputs": {}}
+            with open_training("sft", **inputs, settings=settings) as stage:
+                make(stage, policy_dir)
+            yield stage
+            raise KeyboardInterrupt
+
+    stages = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stages += pipeline()
+    assert [stage.cached for stage in stages] == [False, True]
+    assert stages[0].run_id == stages[1].run_id
+    assert "cached_from" not in client.get_run(stages[0].run_id).data.tags
+
+
+def test_who_comes_second_waits_and_finds_it_done(in_pipeline, policy_dir, client, caplog):
+    found = []
+
+    def second():
+        with in_pipeline(2) as stage:
+            found.append((stage.cached, make(stage, policy_dir)))
+
+    with in_pipeline(1) as first:
+        thread = threading.Thread(target=second)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while "another process does this very work" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        made = make(first, policy_dir)
+        assert found == []
+    thread.join()
+    assert found == [(True, made)]
+    assert MlflowModelStore(client).versions("demo-sft") == [1]
+
+
+def test_a_suspended_pipeline_waits_and_is_left_to_its_own_flow_run(client, settings):
+    with pytest.raises(Pause), open_run("demo", ToyConfig(), 7, settings=settings) as first:
+        raise Pause
+    assert client.get_run(first.run_id).info.status == "SCHEDULED"
+    assert "error" not in client.get_run(first.run_id).data.tags
+    with open_run("demo", ToyConfig(), 7, settings=settings) as other:
+        assert other.run_id != first.run_id
+    assert client.get_run(first.run_id).info.status == "SCHEDULED"
 
 
 @pytest.mark.parametrize("end", ["finished", "deleted", "unknown"])
@@ -230,7 +359,8 @@ def test_other_stages_keep_nothing(settings, training):
         raise KeyboardInterrupt
     assert stage.recovery.directory is None
     assert before.recovery.directory == before.work / "checkpoints"
-    assert list((settings.home / "work").iterdir()) == []
+    (left,) = (settings.home / "work").iterdir()
+    assert left.name.startswith("pipeline-")
 
 
 # ---- real trainings in real processes ----
@@ -253,13 +383,17 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tasks.policy", "tasks.sft", "tasks.reward_model", "tasks.data"])
 
 
-def train(which, environment, given, started, answer):
-    """One training as the flow asks for it; the run and the references go into `answer`."""
+def train(which, environment, given, started, answer, seed):
+    """One training as the flow asks for it; the run and the references go into `answer`.
+
+    That of seed 0 is done again though it was done before.
+    """
     import torch
 
     torch.set_num_threads(1)
     os.environ.update(environment)
-    with open_run("tiny", SFT, seed=0) as run:
+    force = [] if seed else ["sft", "reward_model", "ppo"]
+    with open_run("tiny", SFT, seed, force=force) as run:
         started.set()
         if which == "prepare":
             simulation = SimulationConfig(prompts=30, demonstrations=60, preference_pairs=40)
@@ -295,10 +429,10 @@ class Trainer:
         self.work = settings.home / "work"
         self.given, self.undisturbed = {}, {}
 
-    def start(self, which, ranks=1, strategy="ddp"):
+    def start(self, which, ranks=1, strategy="ddp", seed=0):
         started, answer = processes.Event(), processes.SimpleQueue()
         chosen = {"RLHF_PROCESSES": str(ranks), "RLHF_STRATEGY": strategy}
-        arguments = (which, self.environment | chosen, self.given, started, answer)
+        arguments = (which, self.environment | chosen, self.given, started, answer, seed)
         child = processes.Process(target=train, args=arguments)
         child.start()
         return child, started, answer
@@ -336,8 +470,8 @@ class Trainer:
         os.kill(child.pid, signal.SIGTERM)
         child.join(120)
         assert child.exitcode != 0
-        (folder,) = self.work.iterdir()
-        assert self.client.get_run(remembered_run(folder)).info.status == "KILLED"
+        for folder in self.work.iterdir():  # of the pipeline, and of the training
+            assert self.client.get_run(remembered_run(folder)).info.status == "KILLED"
         return seen
 
     def step(self, which):
@@ -390,12 +524,15 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(trainer, which)
 
 
 @pytest.mark.integration
-def test_two_processes_at_once_train_the_same_twice(trainer):
-    _, expected, digests = trainer.facts(*trainer.undisturbed["sft"])
-    children = [trainer.start("sft") for _ in "ab"]
-    for child, _, answer in children:
-        _, got, same = trainer.facts(*trainer.outcome(child, answer))
-        assert (got, same) == (expected, digests)
+def test_two_processes_at_once_train_once(trainer):
+    before = trainer.store.versions("tiny-sft")
+    children = [trainer.start("sft", seed=1) for _ in "ab"]
+    (first, one), (second, other) = (trainer.outcome(c, answer) for c, _, answer in children)
+    assert one == other
+    assert trainer.store.versions("tiny-sft") == [*before, one.version]
+    assert first != second
+    for run in (first, second):
+        assert trainer.client.get_run(run).info.status == "FINISHED"
     assert list(trainer.work.iterdir()) == []
 
 

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from tasks.work_folder import (
     DAY,
+    abandoned_runs,
     empty,
     remember_run,
     remembered_run,
@@ -60,28 +62,30 @@ def test_work_that_failed_is_kept_or_not(tmp_path):
     assert names(tmp_path / "True") == ["checkpoints", "lock"]
 
 
-def test_a_second_worker_gets_another_folder_and_a_third_too(tmp_path):
-    path = tmp_path / "sft"
-    with (
-        work_folder(path, kept=True) as first,
-        work_folder(path, kept=True) as second,
-        work_folder(path, kept=True) as third,
-    ):
-        found = [folder.name for folder in (first, second, third)]
-    assert found == ["sft", "sft-2", "sft-3"]
-    assert names(tmp_path) == []
-
-
-def test_what_a_killed_process_left_is_found(tmp_path):
+def test_a_second_worker_waits_and_goes_on_with_what_a_killed_one_left(tmp_path, caplog):
     process, got = hold(tmp_path / "sft")
     assert got == str(tmp_path / "sft")
-    with work_folder(tmp_path / "sft", kept=True) as other:
-        assert other.name == "sft-2"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    timer = threading.Timer(1.0, process.kill)
+    timer.start()
     with work_folder(tmp_path / "sft", kept=True) as folder:
+        assert process.wait(10) == -signal.SIGKILL
         assert (folder / "begun").read_text() == "by a process"
+    assert "another process does this very work (sft); waiting for it" in caplog.text
+    assert names(tmp_path) == []
     process.stdout.close()
+
+
+def test_runs_whose_process_was_killed_are_known(tmp_path):
+    for name in ("dead", "nameless"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    remember_run(tmp_path / "dead", "abc")
+    age(tmp_path / "dead", 8)
+    with work_folder(tmp_path / "alive", kept=True) as alive:
+        remember_run(alive, "def")
+        assert list(abandoned_runs(tmp_path)) == ["abc"]
+    sweep(tmp_path, days=7)  # to be looked at is not to be touched
+    assert names(tmp_path) == ["nameless"]
 
 
 def age(folder, days):

@@ -1,0 +1,133 @@
+"""Many pipelines that differ in a few settings, and what each setting buys at which KL."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+from prefect import flow
+from pydantic import Field, ValidationError, model_validator
+
+from flows.config import PipelineConfig
+from flows.loading import parse_override
+from flows.logs import shorten_user_errors
+from flows.rlhf import evaluate_policy, train_models
+from rlhf_core.config import Section
+from rlhf_core.errors import ConfigError, NumericsError, UserError
+from tasks.stage import open_run
+from tasks.sweep import Outcome, SweepPoint, record_sweep
+
+shorten_user_errors()
+
+
+class SweepConfig(Section):
+    """A pipeline, and the settings to try in it."""
+
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig, description="All settings that stay the same"
+    )
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict,
+        description='Settings to try, each with its values: {"ppo.kl_coef": [0.02, 0.1]}; '
+        "every combination is run",
+    )
+    seeds: int = Field(1, ge=1, description="Runs of each combination, from the seed up")
+
+    @model_validator(mode="after")
+    def _every_point_is_valid(self) -> Self:
+        list(self.points())
+        return self
+
+    def points(self) -> "Iterator[Point]":
+        """Each combination with each seed.
+
+        Raises: ValueError for a setting that there is not, or a value that it does not take.
+        """
+        for values in itertools.product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            for seed in range(self.pipeline.seed, self.pipeline.seed + self.seeds):
+                content = self.pipeline.model_dump(mode="json") | {"seed": seed}
+                for key, value in chosen.items():
+                    _put(content, key, value)
+                about = SweepPoint(values=chosen, seed=seed)
+                try:
+                    config = PipelineConfig.model_validate(content)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    place = ".".join(map(str, first["loc"]))
+                    raise ValueError(f"{about.label}: {place}: {first['msg']}") from None
+                yield Point(about, config)
+
+
+class Point(NamedTuple):
+    """One pipeline of a sweep."""
+
+    about: SweepPoint
+    config: PipelineConfig
+
+
+def _put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.name`."""
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.get(section) if isinstance(content, dict) else None  # type: ignore[assignment]
+    if not isinstance(content, dict) or last not in content:
+        raise ValueError(f"the grid has '{key}', but there is no such setting")
+    content[last] = value
+
+
+@flow(name="sweep", flow_run_name="{config.pipeline.project}-sweep")
+def sweep(config: SweepConfig) -> str:
+    """Run every point, one after the other, and hold their KL and reward against each other.
+
+    Stages that several points share are done once. Nothing is promoted: `rlhf promote` takes the
+    run that you choose. A point that fails does not keep the others from running.
+
+    Returns: the report, as Markdown.
+
+    Raises: UserError at the end when a point has failed.
+    """
+    pipeline = config.pipeline
+    with open_run(pipeline.project, config, pipeline.seed, kind="sweep") as run:
+        outcomes = [_try_point(point, run.run_id) for point in config.points()]
+        report = record_sweep(outcomes, run)
+        if failed := [outcome for outcome in outcomes if outcome.problem]:
+            raise UserError(
+                f"{len(failed)} of {len(outcomes)} points failed, {failed[0].point.label} first: "
+                f"{failed[0].problem}\n\n{report}"
+            )
+        return report
+
+
+def _try_point(point: Point, parent: str) -> Outcome:
+    try:
+        return sweep_point(point.config, point.about, parent)
+    except (UserError, NumericsError) as error:
+        return Outcome(point=point.about, problem=str(error))
+
+
+@flow(name="sweep-point", flow_run_name="{about.label}")
+def sweep_point(config: PipelineConfig, about: SweepPoint, parent: str) -> Outcome:
+    """A pipeline without promotion."""
+    with open_run(config.project, config, config.seed, parent=parent) as run:
+        trained = train_models(config, run)
+        scorecard = evaluate_policy(config, trained, None, run)
+        return Outcome.of(about, scorecard, trained.policy, run)
+
+
+def as_sweep(pipeline: PipelineConfig, grid: Sequence[str], seeds: int) -> SweepConfig:
+    """What `--grid ppo.kl_coef=0.02,0.1`, many times, and `--seeds` ask for.
+
+    Raises: ConfigError for a text that is not like that, or a value that a setting does not take.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in grid:
+        key, _, values = text.partition("=")
+        parts = [parse_override(f"{key}={value}") for value in values.split(",")]
+        settings[".".join(parts[0].path)] = [part.value for part in parts]
+    try:
+        return SweepConfig(pipeline=pipeline, grid=settings, seeds=seeds)
+    except ValidationError as error:
+        said = "; ".join(
+            f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()
+        )
+        raise ConfigError(f"--grid: {said}") from None

@@ -1,0 +1,166 @@
+"""Prefect, MLflow and a worker as processes that a test can kill, stop and start again.
+
+The commands and environments are those of `rlhf up`, without its supervisor, which would end all
+when one ends.
+"""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import psutil
+
+from flows import services
+from tasks.settings import Settings
+
+
+def wait_until(condition, seconds=60.0, every=0.2):
+    """What `condition` gives as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"it did not happen within {seconds:.0f} s"
+        time.sleep(every)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Servers:
+    """All three, on free ports, with a home of their own."""
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self.home = folder / "home"
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True)
+        self.settings = Settings.model_validate({"RLHF_HOME": self.home})
+        services.make_home(self.settings)
+        self.addresses = services.Services(
+            f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", os.getpid()
+        )
+        self.clients = {
+            **os.environ,
+            **services._client_environment(self.settings, self.addresses),
+            "RLHF_CHECKPOINT_SECONDS": "0",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            **variables,
+        }
+        self.running: dict[str, subprocess.Popen] = {}
+
+    # ---- the processes ----
+
+    def start(self, name: str) -> None:
+        make = {
+            "prefect": lambda: services._prefect(self.settings, self.addresses.prefect),
+            "mlflow": lambda: services._mlflow(self.settings, self.addresses.mlflow),
+            "worker": lambda: services._worker(self.addresses, self.clients),
+        }
+        service = make[name]()
+        with (self.logs / f"{name}.log").open("a") as log:
+            self.running[name] = subprocess.Popen(
+                service.command,
+                env={**os.environ, **service.environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(lambda: not service.problem(), 180)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to a process and to those that it has started, all at once."""
+        process = self.running.pop(name)
+        family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(True))]
+        for pid in family:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def flow_process(self) -> psutil.Process:
+        """The process of the flow run that the worker has started."""
+
+        def find():
+            for child in psutil.Process(self.running["worker"].pid).children(recursive=True):
+                if "flow_engine" in " ".join(child.cmdline()) or "flow-run" in child.cmdline():
+                    return child
+            return None
+
+        return wait_until(find)
+
+    def close(self) -> None:
+        for name in ("worker", "mlflow", "prefect"):
+            if name in self.running:
+                self.kill(name)
+
+    # ---- what one can ask ----
+
+    def rlhf(self, *arguments: str, seconds: float = 400, **variables: str) -> str:
+        """What the command prints; it must succeed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", *map(str, arguments)],
+            env={**self.clients, "COLUMNS": "200", **variables},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def ask(self, path: str, question: object = None) -> object:
+        request = Request(
+            f"{self.addresses.prefect}/api{path}",
+            data=None if question is None else json.dumps(question).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def trigger(self, deployment: str, parameters: dict) -> str:
+        """Start a run as the button in the UI does; its id."""
+        found = self.ask(f"/deployments/name/{deployment}")
+        made = self.ask(f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})
+        return made["id"]
+
+    def state(self, flow_run: str) -> str:
+        try:
+            return self.ask(f"/flow_runs/{flow_run}")["state"]["name"]
+        except (URLError, OSError):  # the server is away
+            return ""
+
+    def until(self, flow_run: str, *names: str, seconds: float = 300) -> str:
+        return wait_until(lambda: (s := self.state(flow_run)) in names and s, seconds, 0.5)
+
+    def rows(self, query: str) -> list[tuple]:
+        """Of MLflow's database, which is a file that is read without the server."""
+        uri = f"file:{self.home / 'mlflow' / 'mlflow.db'}?mode=ro"
+        with sqlite3.connect(uri, uri=True, timeout=30) as connection:
+            return connection.execute(query).fetchall()
+
+    def steps(self, stage: str) -> int:
+        """How many values of metrics the running stage has logged."""
+        (found,) = self.rows(
+            "select count(*) from metrics m join runs r on r.run_uuid = m.run_uuid "
+            f"where r.name like '{stage}-%' and r.status = 'RUNNING'"
+        )
+        return found[0]
+
+    def in_stage(self, stage: str) -> None:
+        """Return when a checkpoint of a training is there, or when another stage has begun."""
+
+        def begun():
+            kept = list(self.home.glob(f"work/{stage}-*/checkpoints/step-*[0-9]"))
+            running = self.rows(
+                f"select 1 from runs where name like '{stage}-%' and status = 'RUNNING'"
+            )
+            return kept if stage != "evaluation" else running
+
+        wait_until(begun, 180, 0.05)
