@@ -1,20 +1,30 @@
-# One image for the three services of docker-compose.yml: Prefect server, MLflow server, worker.
-FROM python:3.11-slim-bookworm
+# One image for every service of docker-compose.yml that is ours.
+FROM python:3.11-slim-trixie
 
-RUN useradd --create-home --uid 10001 rlhf && install -d -o rlhf /app /data
+# pg_dump and pg_restore of the same release as the database server, for `rlhf backup`.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --no-install-recommends --yes postgresql-client-17 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --no-create-home --home-dir /tmp rlhf \
+    && install -d -o rlhf -g rlhf /data /scratch /backup
 WORKDIR /app
 
-# The packages first: they change less often than the code. On a machine without a GPU, build with
-# --build-arg PIP_EXTRA_INDEX_URL=<the index of PyTorch's CPU builds> to spare the CUDA libraries.
-ARG PIP_EXTRA_INDEX_URL=""
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+# The packages first: they change less often than the code. TORCH=cuda takes the build of PyPI,
+# which brings CUDA's libraries along: gigabytes that a machine without a GPU can spare.
+ARG TORCH=cpu
+COPY constraints.txt ./
+RUN if [ "$TORCH" = cpu ]; then set -- --index-url https://download.pytorch.org/whl/cpu; fi \
+    && pip install --no-cache-dir --constraint constraints.txt torch "$@"
+COPY pyproject.toml README.md LICENSE ./
 COPY rlhf_core rlhf_core
 COPY tasks tasks
 COPY flows flows
-RUN pip install --no-cache-dir --constraint constraints.txt .
 COPY configs configs
+RUN pip install --no-cache-dir --constraint constraints.txt '.[stack]'
 
-USER rlhf
-ENV RLHF_HOME=/data HOME=/home/rlhf
-ENTRYPOINT ["rlhf"]
-CMD ["--help"]
+# The root file system is read-only; what a library wants to keep for itself goes away with /tmp.
+ENV HOME=/tmp
+USER 10001
+ENTRYPOINT ["python", "-m", "flows.entry"]
+CMD ["rlhf", "--help"]

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from tasks.settings import Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
+OWNER = "rlhf-team"  # who answers for the deployments, unless they are told otherwise
 
 
 class Services(NamedTuple):
@@ -82,10 +84,10 @@ def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
     prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
     found: dict[str, str] = {}
     if mlflow.startswith(("http://", "https://")):
-        _expect(mlflow, "/health", "MLflow", "MLFLOW_TRACKING_URI")
+        _expect(settings, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
         found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
     if prefect and with_prefect:
-        _expect(prefect, "/health", "Prefect", "PREFECT_API_URL")
+        _expect(settings, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
         page = prefect.rstrip("/").removesuffix("/api")
         found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
     return found
@@ -121,8 +123,14 @@ def _state_file(settings: Settings) -> Path:
     return settings.home / "services.json"
 
 
-def _expect(address: str, path: str, name: str, variable: str) -> None:
-    if problem := unreachable(address.rstrip("/") + path):
+def _expect(settings: Settings, address: str, path: str, name: str, variable: str) -> None:
+    problem = unreachable(address.rstrip("/") + path, settings.account)
+    if problem.startswith("it answers 401"):
+        raise UserError(
+            f"The {name} server at {address} asks for a password: set RLHF_PASSWORD to the one "
+            "that it was started with."
+        )
+    if problem:
         raise UserError(
             f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
             f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
@@ -252,11 +260,14 @@ def _check_ports(prefect_port: int, mlflow_port: int) -> None:
 
 def _prefect(settings: Settings, address: str, name: str = "prefect") -> Service:
     port = address.rpartition(":")[2]
+    # Without it, the pages of a server on another port ask port 4200 for their data.
+    environment = {**settings.environment(), "PREFECT_SERVER_UI_API_URL": f"{address}/api"}
+    if settings.account:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = settings.account
     return Service(
         name,
         _python("prefect", "server", "start", "--host", HOST, "--port", port),
-        # Without it, the pages of a server on another port ask port 4200 for their data.
-        {**settings.environment(), "PREFECT_SERVER_UI_API_URL": f"{address}/api"},
+        environment,
         partial(unreachable, f"{address}/api/health"),
     )
 
@@ -270,7 +281,25 @@ def _mlflow(settings: Settings, address: str) -> Service:
         *("--default-artifact-root", str(local.artifact_root)),
     )
     environment = {**local.environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    if settings.account:
+        command += ["--app-name", "basic-auth"]
+        environment |= _mlflow_account(settings)
     return Service("mlflow", command, environment, partial(unreachable, f"{address}/health"))
+
+
+def _mlflow_account(settings: Settings) -> dict[str, str]:
+    """One account, made anew at each start: MLflow would keep the password of the first."""
+    accounts = settings.home / "mlflow" / "accounts.db"
+    accounts.unlink(missing_ok=True)
+    config = accounts.with_suffix(".ini")
+    config.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{accounts}\n")
+    user, _, password = settings.account.partition(":")
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),
+    }
 
 
 def _client_environment(settings: Settings, services: Services) -> dict[str, str]:
@@ -295,13 +324,15 @@ def _worker(services: Services, environment: Mapping[str, str]) -> Service:
     pool = ("--pool", POOL, "--type", "process", "--name", name)
     command = _python("prefect", "worker", "start", *pool)
     keeping = {**environment, **memory.ENVIRONMENT}  # the processes of its runs inherit it
-    return Service("worker", command, keeping, partial(_absent, services, name))
+    account = environment.get("PREFECT_API_AUTH_STRING", "")
+    return Service("worker", command, keeping, partial(_absent, services, name, account))
 
 
-def _absent(services: Services, worker: str) -> str:
+def _absent(services: Services, worker: str, account: str) -> str:
     """Empty once Prefect has heard from the worker."""
+    workers = f"{services.prefect}/api/work_pools/{POOL}/workers/filter"
     try:
-        answer = ask(f"{services.prefect}/api/work_pools/{POOL}/workers/filter", {})
+        answer = ask(workers, {}, account=account)
     except OSError as error:
         return str(error)
     names = [known["name"] for known in json.loads(answer)]

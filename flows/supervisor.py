@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -39,10 +40,10 @@ class Service(NamedTuple):
     problem: Callable[[], str] = str
 
 
-def unreachable(url: str) -> str:
+def unreachable(url: str, account: str = "") -> str:
     """Why `url` does not answer with success; empty when it does."""
     try:
-        ask(url)
+        ask(url, account=account)
     except HTTPError as error:
         return f"it answers {error.code} {error.reason}"
     except (OSError, ValueError, HTTPException) as error:
@@ -50,12 +51,15 @@ def unreachable(url: str) -> str:
     return ""
 
 
-def ask(url: str, question: object = None) -> bytes:
-    """What `url` answers to a GET, or to a POST of a question as JSON."""
+def ask(url: str, question: object = None, *, account: str = "") -> bytes:
+    """What `url` answers to a GET, or to a POST of a question as JSON, for a `user:password`."""
     local = "//127.0.0.1" in url or "//localhost" in url
     opener = build_opener(ProxyHandler({}) if local else ProxyHandler())
     body = None if question is None else json.dumps(question).encode()
     request = Request(url, data=body, headers={"Content-Type": "application/json"})
+    if account:
+        token = b64encode(account.encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
     with opener.open(request, timeout=PROBE_SECONDS) as answer:
         return bytes(answer.read())
 

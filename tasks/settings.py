@@ -32,7 +32,6 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
         # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # flows/automations.py takes 90 s for too long
     }
 )
 

@@ -8,6 +8,7 @@ import io
 import pkgutil
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -329,8 +330,8 @@ def test_every_example_of_a_data_format_is_read(tmp_path):
 
 def test_every_dependency_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    dev = project["project"]["optional-dependencies"]["dev"]
-    wanted = [*project["project"]["dependencies"], *dev, *project["build-system"]["requires"]]
+    extras = chain(*project["project"]["optional-dependencies"].values())
+    wanted = [*project["project"]["dependencies"], *extras, *project["build-system"]["requires"]]
     names = {re.split(r"[<>=]", requirement)[0] for requirement in wanted}
     page = DOCS / "decisions" / "0001-dependencies.md"
     rows = re.findall(r"^\| `([\w-]+)` \| .+ \| .+ \|$", page.read_text(encoding="utf-8"), re.M)
