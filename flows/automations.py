@@ -45,8 +45,7 @@ OURS: Final = {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}
 # What a run may do instead of a heartbeat. Suspended and Paused: it waits for an answer.
 ENDS: Final = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
 HEARTBEAT: Final = "prefect.flow-run.heartbeat"
-HEARTBEAT_SECONDS: Final = 30  # of every run of ours: the least that Prefect takes
-SILENCE: Final = timedelta(seconds=3 * HEARTBEAT_SECONDS)
+SILENCE: Final = timedelta(seconds=3 * events.HEARTBEAT_SECONDS)
 DRIVER: Final = "PREFECT_SERVER_DATABASE_DRIVER"
 WEBHOOK: Final = "rlhf-notify"
 

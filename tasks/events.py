@@ -14,6 +14,10 @@ is `kl_budget` or `numerics`; `reasons` is a list of sentences; `how` is `promot
 
 Prefect adds the flow run, its deployment and tags as related resources. Events are sent in the
 background. One that cannot be sent is a warning, and outside Prefect nothing happens.
+
+Prefect's own event of a run that lives, its heartbeat, comes every 30 seconds from each process
+that imports this module, whatever its environment says: by its absence the server tells that a
+process is gone (flows/automations.py), and at Prefect's 180 seconds a healthy run would be absent.
 """
 
 import logging
@@ -23,6 +27,7 @@ from typing import Any, Literal
 
 from mlflow import MlflowClient
 from prefect.events import emit_event
+from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
 from tasks.model_store import ModelRef, PipelineRun
@@ -35,7 +40,17 @@ GATE_REFUSED = "rlhf.gate.refused"
 CHAMPION_CHANGED = "rlhf.champion.changed"
 PREFERENCES_READY = "rlhf.preferences.ready"
 
+HEARTBEAT_SECONDS = 30  # the least that Prefect takes
 log = logging.getLogger(__name__)
+
+
+def _beat_often() -> None:
+    flows = get_current_settings().flows
+    if flows.heartbeat_frequency is not None:  # as in tests
+        flows.heartbeat_frequency = HEARTBEAT_SECONDS
+
+
+_beat_often()
 
 
 @contextmanager
@@ -55,8 +70,9 @@ def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -
         if data.metrics.get("summary/over_kl_budget"):
             said = f"the KL to SFT came to {data.metrics['summary/kl']:.2f} nats per sequence"
             _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": said})
-        outputs = {tag: v for tag, v in data.tags.items() if tag.startswith("output.")}
-        versions = {tag.removeprefix("output."): uri for tag, uri in outputs.items()}
+        outputs = {tag: uri for tag, uri in data.tags.items() if uri.startswith("models:/")}
+        prefix = "output."
+        versions = {t.removeprefix(prefix): u for t, u in outputs.items() if t.startswith(prefix)}
         _emit(STAGE_FINISHED, resource, {**what, "versions": versions})
 
 

@@ -20,6 +20,9 @@ from tasks.stage import ensure_experiment
 
 pytestmark = pytest.mark.integration
 
+OLD, NEW = (ModelRef(name="a-policy", version=number) for number in (1, 2))
+FLUSH = 10.0  # Prefect writes its events down every five seconds
+
 
 @pytest.fixture
 def client(home, settings):
@@ -27,25 +30,11 @@ def client(home, settings):
 
 
 @pytest.fixture
-def run(client, settings, request):
-    """A pipeline's run, of a project that no other test has."""
-    project = request.node.name.partition("[")[0].replace("_", "-")
-    experiment = ensure_experiment(client, project, settings)
+def run(client, settings):
+    """The MLflow run of a pipeline."""
+    experiment = ensure_experiment(client, "told", settings)
     run_id = client.create_run(experiment).info.run_id
-    return PipelineRun(project=project, run_id=run_id, experiment_id=experiment, seed=0)
-
-
-def sent(project, count):
-    """The events of a project that the server has, the oldest first."""
-    question = {"filter": {"event": {"prefix": ["rlhf."]}, "order": "ASC"}, "limit": 50}
-    deadline = time.monotonic() + 30
-    with get_client(sync_client=True) as prefect:
-        while True:
-            answer = prefect.request("POST", "/events/filter", json=question).json()["events"]
-            mine = [event for event in answer if event["payload"]["project"] == project]
-            if len(mine) >= count or time.monotonic() > deadline:
-                return mine
-            time.sleep(0.2)
+    return PipelineRun(project="told", run_id=run_id, experiment_id=experiment, seed=0)
 
 
 def inside_a_flow(work):
@@ -53,10 +42,21 @@ def inside_a_flow(work):
     def around():
         work()
 
-    try:
-        around()
-    finally:
-        logs.deliver()
+    around()
+    logs.deliver()
+
+
+def sent(project, count):
+    """The events of a project that the server has, the oldest first."""
+    question = {"filter": {"event": {"prefix": ["rlhf."]}, "order": "ASC"}, "limit": 50}
+    deadline = time.monotonic() + 3 * FLUSH
+    with get_client(sync_client=True) as prefect:
+        while True:
+            answer = prefect.request("POST", "/events/filter", json=question).json()["events"]
+            mine = [event for event in answer if event["payload"]["project"] == project]
+            if len(mine) >= count or time.monotonic() > deadline:
+                return mine
+            time.sleep(0.2)
 
 
 def stage_run(client, run, *, tags=None, metrics=None):
@@ -69,92 +69,69 @@ def stage_run(client, run, *, tags=None, metrics=None):
     return made
 
 
-def test_a_stage_that_ends_well_is_told_with_its_versions(client, run, prefect_server):
-    stage = stage_run(
-        client,
-        run,
-        tags={"output.policy": "models:/a-policy/3", "output.critic": "models:/a-critic/2"},
-        metrics={"summary/over_kl_budget": 0.0, "summary/kl": 3.0},
-    )
+def test_inside_prefect_each_event_arrives_with_resource_and_payload(client, run, prefect_server):
+    outputs = {"output.policy": "models:/a-policy/3", "output.data": "runs:/x/data"}
+    well = stage_run(client, run, tags=outputs, metrics={"summary/over_kl_budget": 0.0})
+    over = {"summary/over_kl_budget": 1.0, "summary/kl": 31.25}
+    far = stage_run(client, run, metrics=over)
+    broken = stage_run(client, run)
 
     def work():
-        with events.announced(client, run, "ppo", stage):
+        with events.announced(client, run, "ppo", well):
             pass
-
-    inside_a_flow(work)
-    (event,) = sent(run.project, 1)
-    assert event["event"] == "rlhf.stage.finished"
-    assert event["resource"]["prefect.resource.id"] == f"rlhf.stage.{run.project}.ppo"
-    assert event["resource"]["rlhf.project"] == run.project
-    assert event["payload"] == {
-        "project": run.project,
-        "stage": "ppo",
-        "run_id": stage,
-        "versions": {"policy": "models:/a-policy/3", "critic": "models:/a-critic/2"},
-    }
-    assert any(r["prefect.resource.id"].startswith("prefect.flow-run.") for r in event["related"])
-
-
-def test_a_kl_over_its_budget_is_a_monitor_that_tripped(client, run, prefect_server):
-    stage = stage_run(client, run, metrics={"summary/over_kl_budget": 1.0, "summary/kl": 31.25})
-
-    def work():
-        with events.announced(client, run, "ppo", stage):
+        with events.announced(client, run, "ppo", far):
             pass
-
-    inside_a_flow(work)
-    tripped, finished = sent(run.project, 2)
-    assert (tripped["event"], finished["event"]) == ("rlhf.monitor.tripped", "rlhf.stage.finished")
-    assert tripped["payload"]["monitor"] == "kl_budget"
-    assert tripped["payload"]["said"] == "the KL to SFT came to 31.25 nats per sequence"
-
-
-def test_numbers_that_are_not_finite_are_told_and_still_raised(client, run, prefect_server):
-    def work():
-        with events.announced(client, run, "sft", run.run_id):
+        with pytest.raises(NumericsError), events.announced(client, run, "sft", broken):
             raise NumericsError("the loss is nan")
+        events.champion_changed("told", None, OLD, how="promotion", by="")
+        events.champion_changed("told", OLD, NEW, how="rollback", by="Ada")
+        events.gate_refused("told", NEW, ["FAIL: KL"])
+        events.preferences_ready("told", 250)
 
-    with pytest.raises(NumericsError):
-        inside_a_flow(work)
-    (event,) = sent(run.project, 1)
-    assert event["event"] == "rlhf.monitor.tripped"
-    assert event["payload"]["monitor"] == "numerics"
-    assert event["payload"]["said"] == "the loss is nan"
-
-
-def test_champion_gate_and_preferences(run, prefect_server):
-    old, new = (ModelRef(name=f"{run.project}-policy", version=number) for number in (1, 2))
-
-    def work():
-        events.champion_changed(run.project, None, old, how="promotion", by="")
-        events.champion_changed(run.project, old, new, how="rollback", by="Ada")
-        events.gate_refused(run.project, new, ["FAIL: KL"])
-        events.preferences_ready(run.project, 250)
-
-    inside_a_flow(work)
-    first, second, refused, ready = sent(run.project, 4)
-    assert first["payload"]["old"] == ""
-    assert second["payload"] == {
-        "project": run.project,
-        "old": old.uri,
-        "new": new.uri,
-        "how": "rollback",
-        "by": "Ada",
-    }
-    assert second["resource"]["prefect.resource.id"] == f"rlhf.model.{run.project}-policy"
-    assert refused["event"] == "rlhf.gate.refused"
-    assert refused["payload"]["reasons"] == ["FAIL: KL"]
-    assert ready["event"] == "rlhf.preferences.ready"
-    assert ready["resource"]["prefect.resource.id"] == f"rlhf.project.{run.project}"
-    assert ready["payload"]["count"] == 250
-
-
-def test_outside_prefect_nothing_happens(client, run, prefect_server):
-    events.preferences_ready(run.project, 1)
+    events.preferences_ready("nobody", 1)  # outside Prefect
     with events.announced(client, run, "sft", "no such run"):
         pass
-    logs.deliver()
-    assert sent(run.project, 0) == []
+    inside_a_flow(work)
+    found = sent("told", 8)
+    assert sent("nobody", 0) == []
+    ppo, sft = ({"project": "told", "stage": stage} for stage in ("ppo", "sft"))
+    a_policy = "rlhf.model.a-policy"
+    said = "the KL to SFT came to 31.25 nats per sequence"
+    change = {"project": "told", "new": NEW.uri, "old": OLD.uri, "how": "rollback", "by": "Ada"}
+    first = {"project": "told", "new": OLD.uri, "old": "", "how": "promotion", "by": ""}
+    assert [
+        (event["event"], event["resource"]["prefect.resource.id"], event["payload"])
+        for event in found
+    ] == [
+        (
+            "rlhf.stage.finished",
+            "rlhf.stage.told.ppo",
+            {**ppo, "run_id": well, "versions": {"policy": "models:/a-policy/3"}},
+        ),
+        (
+            "rlhf.monitor.tripped",
+            "rlhf.stage.told.ppo",
+            {**ppo, "run_id": far, "monitor": "kl_budget", "said": said},
+        ),
+        ("rlhf.stage.finished", "rlhf.stage.told.ppo", {**ppo, "run_id": far, "versions": {}}),
+        (
+            "rlhf.monitor.tripped",
+            "rlhf.stage.told.sft",
+            {**sft, "run_id": broken, "monitor": "numerics", "said": "the loss is nan"},
+        ),
+        ("rlhf.champion.changed", a_policy, first),
+        ("rlhf.champion.changed", a_policy, change),
+        (
+            "rlhf.gate.refused",
+            a_policy,
+            {"project": "told", "candidate": NEW.uri, "reasons": ["FAIL: KL"]},
+        ),
+        ("rlhf.preferences.ready", "rlhf.project.told", {"project": "told", "count": 250}),
+    ]
+    for event in found:
+        assert event["resource"]["rlhf.project"] == "told"
+        related = [resource["prefect.resource.id"] for resource in event["related"]]
+        assert any(resource.startswith("prefect.flow-run.") for resource in related)
 
 
 def test_what_cannot_be_sent_is_a_warning(client, run, prefect_server, caplog):
