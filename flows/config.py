@@ -18,6 +18,18 @@ from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
 
 
+class RunConfig(Section):
+    """What every flow is told: where its results belong, and where its random numbers start."""
+
+    project: str = Field(
+        "demo",
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        description="Names the MLflow experiment and the registered models <project>-policy, ... "
+        "(small letters, digits, dashes)",
+    )
+    seed: int = Field(0, ge=0, description="Same seed, same machine: same result")
+
+
 class SFTSection(SFTConfig):
     """Supervised fine-tuning, or a policy that is there already."""
 
@@ -34,16 +46,9 @@ class RewardModelSection(RewardModelConfig):
     )
 
 
-class PipelineConfig(Section):
+class PipelineConfig(RunConfig):
     """Everything that a run of the pipeline can be told."""
 
-    project: str = Field(
-        "demo",
-        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
-        description="Names the MLflow experiment and the registered models <project>-policy, ... "
-        "(small letters, digits, dashes)",
-    )
-    seed: int = Field(0, ge=0, description="Same seed, same machine: same result")
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model")
     data: DataConfig = Field(default_factory=DataConfig, description="What to learn from")
     sampling: SamplingConfig = Field(

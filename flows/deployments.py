@@ -1,60 +1,248 @@
-"""One Prefect deployment for each YAML file of a folder: the same configs as forms in the UI."""
+"""Every flow as a form in the Prefect UI, filled in from the YAML files of a folder: the presets.
 
+One list of deployments serves `rlhf deploy`, which registers them, and `prefect.yaml`, which
+`rlhf deploy --write` makes of them for `prefect deploy --all`. Nothing of the machine that deploys
+is stored: a worker imports the flows from the package that is installed where it runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from inspect import cleandoc
 from pathlib import Path
+from typing import Any, Final, NamedTuple, cast, get_type_hints
+from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+import yaml
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentUpdate,
+    GlobalConcurrencyLimitCreate,
+    WorkPoolCreate,
+)
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, VersionInfo
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
+from flows import stages
 from flows.config import PipelineConfig
 from flows.loading import config_files, describe, load_config
+from flows.retrain import RetrainConfig, retrain
 from flows.rlhf import rlhf
-from flows.services import POOL
+from flows.services import OWNER, POOL
+from flows.sweep import sweep
+from rlhf_core.config import Section
+from tasks.accelerator import LIMIT
+
+VERSION = version("rlhf-pipeline")
+VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around the deployer
+FIRST_PRESET = "demo"
+NIGHTLY: Final = {"cron": "0 3 * * *", "timezone": "UTC", "slug": "nightly", "active": False}
+SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameters", "slug"}
+
+HEAD = """\
+# Every flow as a deployment: prefect deploy --all
+#
+# Written by `rlhf deploy --write prefect.yaml` from configs/ and flows/deployments.py; a test holds
+# it against them. `prefect deploy` cannot make the two things below, `rlhf deploy` does:
+#
+#     prefect work-pool create rlhf --type process
+#     prefect gcl create rlhf-accelerator --limit 1
+"""
 
 
-def deploy(folder: Path, *, working_dir: str = "") -> list[str]:
-    """Register every config of `folder` with the Prefect server of the environment.
+class Deployment(NamedTuple):
+    """A flow and the values that its form starts with."""
 
-    All files are read before anything is registered. A run gets the whole resolved config as its
-    parameter, so that the form in the UI shows every value. `working_dir` is what relative paths
-    in a config refer to; empty leaves it to the worker.
+    flow: Flow[..., Any]
+    name: str
+    about: str
+    form: Section
+    tags: list[str]
+
+    @property
+    def full_name(self) -> str:
+        """As Prefect writes it."""
+        return f"{self.flow.name}/{self.name}"
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The deployment in the terms of `prefect.yaml`."""
+        return {
+            "name": self.name,
+            "description": self.about,
+            "version": VERSION,
+            "version_type": VERSION_TYPE,
+            "tags": self.tags,
+            "entrypoint": f"{self.flow.fn.__module__}:{self.flow.fn.__name__}",
+            "work_pool": {"name": POOL},
+            "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
+            "schedules": [dict(NIGHTLY)] if self.flow is retrain else [],
+            "parameters": {"config": self.form.model_dump(mode="json")},
+        }
+
+
+def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
+    """What there is to deploy: the pipeline and retraining for each preset, other flows once.
+
+    The forms of those start with the values of the preset `demo`, else of the first one.
+
+    Args:
+        folder: its YAML files are the presets.
+        owner: who answers for them, shown as a tag.
+
+    Raises: ConfigError when the folder has no config, or one of them has a mistake.
+    """
+    files = config_files(folder)
+    presets = {file.stem: load_config(file, (), PipelineConfig) for file in files}
+    first = FIRST_PRESET if FIRST_PRESET in presets else files[0].stem
+    forms: list[tuple[Flow[..., Any], str, str, Section]] = [
+        *((rlhf, file.stem, describe(file), presets[file.stem]) for file in files),
+        *((flow, first, _about(flow), form) for flow, form in _single_forms(presets[first])),
+        *((retrain, n, _about(retrain), RetrainConfig(pipeline=c)) for n, c in presets.items()),
+    ]
+    return [
+        Deployment(flow, name, about, form, tags=["rlhf", presets[name].project, f"owner:{owner}"])
+        for flow, name, about, form in forms
+    ]
+
+
+def deploy(folder: Path, *, working_dir: str = "", owner: str = OWNER) -> list[str]:
+    """Register every deployment of `folder`, the work pool and the limit of the accelerator.
+
+    All files are read before anything is registered. What people have set in the UI stays: a
+    schedule, switched on or off or moved, and whether a deployment is paused.
+
+    Args:
+        working_dir: what relative paths in a config refer to; empty leaves it to the worker.
 
     Returns: the names, as `flow/deployment`.
 
-    Raises:
-        ConfigError: the folder has no config, or one of them has a mistake.
+    Raises: ConfigError, as `deployments` does.
     """
-    configs = [(file, load_config(file, (), PipelineConfig)) for file in config_files(folder)]
-    _make_pool()
-    return [_register(file, config, working_dir) for file, config in configs]
-
-
-def _make_pool() -> None:
-    pool = WorkPoolCreate(
-        name=POOL,
-        type="process",
-        base_job_template=ProcessWorker.get_default_base_job_template(),
-    )
+    declared = deployments(folder, owner)
     with get_client(sync_client=True) as client:
-        try:
-            client.create_work_pool(pool)
-        except ObjectAlreadyExists:
-            return
+        _make_pool(client)
+        _make_limit(client)
+        for deployment in declared:
+            _register(client, deployment, working_dir)
+    return [deployment.full_name for deployment in declared]
 
 
-def _register(file: Path, config: PipelineConfig, working_dir: str) -> str:
+def prefect_yaml(folder: Path, owner: str = OWNER) -> str:
+    """The same deployments as a file for `prefect deploy --all`."""
+    entries = [deployment.entry for deployment in deployments(folder, owner)]
+    configs = [entry["parameters"]["config"] for entry in entries]
+    for config in configs:
+        if "pipeline" in config:  # one object for all that are equal becomes an alias in YAML
+            config["pipeline"] = configs[configs.index(config["pipeline"])]
+    content = {"pull": [], "deployments": entries}
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return HEAD + text
+
+
+def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Section]]:
+    """The flows beside the pipeline with the values of a preset, on what its first run makes."""
+    made = f"models:/{preset.project}-"
+    inputs: dict[Flow[..., Any], dict[str, Any]] = {
+        stages.prepare: {"lengths": preset.length_limits},
+        stages.sft: {},
+        stages.reward_model: {"sft": f"{made}sft/1", "data": ""},
+        stages.policy: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
+        stages.evaluation: {
+            "policy": f"{made}policy@champion",
+            "sft": "",
+            "reward_model": "",
+            "data": "",
+        },
+        sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
+    }
+    sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})
+    for flow, given in inputs.items():
+        form: type[Section] = get_type_hints(flow.fn)["config"]
+        values = sections | given
+        yield flow, form.model_validate({n: values[n] for n in form.model_fields if n in values})
+
+
+def _about(flow: Flow[..., Any]) -> str:
+    """What a docstring says to people who fill in a form."""
+    paragraphs = cleandoc(flow.fn.__doc__ or "").split("\n\n")
+    return "\n\n".join(p for p in paragraphs if not p.startswith(("Args:", "Returns:", "Raises:")))
+
+
+def _make_pool(client: SyncPrefectClient) -> None:
+    template = ProcessWorker.get_default_base_job_template()
+    with suppress(ObjectAlreadyExists):
+        client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", base_job_template=template)
+        )
+
+
+def _make_limit(client: SyncPrefectClient) -> None:
+    with suppress(ObjectAlreadyExists):  # as many as there are accelerators, which people know
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
+
+
+def _register(client: SyncPrefectClient, declared: Deployment, working_dir: str) -> None:
+    try:
+        known = client.read_deployment_by_name(declared.full_name)
+    except ObjectNotFound:
+        known = None
+    entry = declared.entry
     deployment = RunnerDeployment.from_flow(
-        rlhf,
-        name=file.stem,
-        parameters={"config": config.model_dump(mode="json")},
-        description=describe(file),
-        tags=["rlhf", config.project],
+        declared.flow,
+        schedules=_schedules(entry["schedules"], known),
+        paused=known is not None and known.paused,
+        concurrency_limit=ConcurrencyLimitConfig(**entry["concurrency_limit"]),
         work_pool_name=POOL,
         job_variables={"working_dir": working_dir} if working_dir else {},
         entrypoint_type=EntrypointType.MODULE_PATH,
+        **{key: entry[key] for key in ("name", "description", "version", "tags", "parameters")},
     )
-    deployment.apply()
-    return deployment.full_name
+    deployment.entrypoint = entry["entrypoint"]
+    made = cast(
+        UUID, deployment.apply(version_info=VersionInfo(type=VERSION_TYPE, version=VERSION))
+    )
+    # Prefect lets a misspelt parameter through, of which the run would die without a word.
+    schema = parameter_schema(declared.flow).model_dump_for_openapi()
+    strict = DeploymentUpdate(parameter_openapi_schema={**schema, "additionalProperties": False})
+    client.update_deployment(made, strict)
+
+
+def _schedules(
+    declared: list[dict[str, Any]], known: DeploymentResponse | None
+) -> list[DeploymentScheduleCreate]:
+    """Those that the server has, which people may have changed, and what it lacks."""
+    kept = [
+        DeploymentScheduleCreate.model_validate(schedule.model_dump(include=SCHEDULE_FIELDS))
+        for schedule in (known.schedules if known else [])
+    ]
+    there = {schedule.slug for schedule in kept}
+    return kept + [
+        DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=new["cron"], timezone=new["timezone"]),
+            active=new["active"],
+            slug=new["slug"],
+        )
+        for new in declared
+        if new["slug"] not in there
+    ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as such."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -52,6 +52,12 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
         raise ConfigError(f"{path}: {error}") from None
 
 
+def presets() -> Path:
+    """The folder `configs` here, else the one that comes with the package."""
+    here = Path("configs")
+    return here if here.is_dir() else Path(__file__).parents[1] / "configs"
+
+
 def config_files(folder: Path) -> list[Path]:
     """The YAML files of a folder, by name.
 

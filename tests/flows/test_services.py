@@ -23,6 +23,7 @@ from rlhf_core.errors import UserError
 from tasks.settings import Settings
 
 TINY = Path(__file__).parent / "tiny.yaml"
+PIPELINES = {"flows": {"name": {"any_": ["rlhf"]}}}
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 # Starts a child in a session of its own, waits for it, and writes down how it ended.
 PARENT = """
@@ -350,14 +351,14 @@ def test_up_serves_on_the_loopback_address_alone(up):
 
 @pytest.mark.integration
 def test_up_makes_a_deployment_of_each_config(up):
-    (deployment,) = up.ask("/deployments/filter", {})
+    (deployment,) = up.ask("/deployments/filter", PIPELINES)
     assert deployment["name"] == "tiny"
-    assert deployment["entrypoint"] == "flows.rlhf.rlhf"
+    assert deployment["entrypoint"] == "flows.rlhf:rlhf"
     assert not deployment["pull_steps"]
     assert deployment["path"] is None
     assert deployment["work_pool_name"] == "rlhf"
     assert deployment["description"].startswith("The whole pipeline in seconds.\nIt learns")
-    assert deployment["tags"] == ["rlhf", "tiny"]
+    assert deployment["tags"] == ["rlhf", "tiny", "owner:rlhf-team"]
     config = load_config(TINY, (), PipelineConfig).model_dump(mode="json")
     assert deployment["parameters"] == {"config": config}
     assert deployment["job_variables"] == {"working_dir": str(Path.cwd())}
@@ -432,7 +433,7 @@ print(run.info.run_id)
 
 @pytest.mark.integration
 def test_the_worker_runs_a_deployment_into_the_same_mlflow_and_home(up):
-    (deployment,) = up.ask("/deployments/filter", {})
+    (deployment,) = up.ask("/deployments/filter", PIPELINES)
     run = up.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
 
     def state():

@@ -1,0 +1,28 @@
+"""What a run is called in Prefect and in MLflow: project, preset and number, `demo/small#12`."""
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.runtime import deployment, flow_run
+
+PIPELINE = "rlhf"
+
+
+def run_name() -> str:
+    """The name of the flow run that is about to start.
+
+    Runs of the pipeline bear the name of their deployment, the preset, and the other flows their
+    own: `demo/sft#3`. The number says how many runs of that name there have been on this Prefect
+    server. A run that goes on after a crash or a suspension keeps its name.
+    """
+    if flow_run.run_count:
+        return str(flow_run.name)
+    project = flow_run.parameters["config"].project
+    what = deployment.name if flow_run.flow_name == PIPELINE else flow_run.flow_name
+    series = f"{project}/{what}#" if what else f"{project}#"
+    return f"{series}{_runs_of(series) + 1}"
+
+
+def _runs_of(series: str) -> int:
+    filter_ = FlowRunFilter(name=FlowRunFilterName(like_=series))
+    with get_client(sync_client=True) as client:
+        return client.count_flow_runs(flow_run_filter=filter_)
