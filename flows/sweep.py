@@ -121,9 +121,9 @@ def as_sweep(pipeline: PipelineConfig, grid: Sequence[str], seeds: int) -> Sweep
     """
     settings: dict[str, list[Any]] = {}
     for text in grid:
-        key, _, values = text.partition("=")
-        parts = [parse_override(f"{key}={value}") for value in values.split(",")]
-        settings[".".join(parts[0].path)] = [part.value for part in parts]
+        key = ".".join(parse_override(text).path)
+        values = text.partition("=")[2].split(",")
+        settings[key] = [parse_override(f"{key}={value}").value for value in values]
     try:
         return SweepConfig(pipeline=pipeline, grid=settings, seeds=seeds)
     except ValidationError as error:

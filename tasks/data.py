@@ -1,15 +1,14 @@
 """The data stage as a Prefect task."""
 
-from prefect import task
-
 from rlhf_core.models import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.model_store import DatasetRef, PipelineRun
+from tasks.prefect_run import stage_task
 from tasks.stage import open_stage
 
 
-@task(name="prepare-data", task_run_name="prepare data")
+@stage_task("prepare-data", "prepare data")
 def prepare_data(
     config: DataConfig, model: ModelConfig, limits: LengthLimits, run: PipelineRun
 ) -> DatasetRef:

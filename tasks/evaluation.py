@@ -1,16 +1,15 @@
 """Evaluation as a Prefect task."""
 
-from prefect import task
-
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages import evaluation
 from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.prefect_run import stage_task
 from tasks.settings import read_settings
 from tasks.stage import open_stage
 
 
-@task(name="evaluate", task_run_name="evaluation")
+@stage_task("evaluate", "evaluation")
 def evaluate(
     config: EvaluationConfig,
     sampling: SamplingConfig,

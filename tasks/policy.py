@@ -13,6 +13,7 @@ from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from tasks.model_store import DatasetRef, MlflowModelStore, ModelRef, PipelineRun, Ref
+from tasks.prefect_run import stage_task
 from tasks.settings import read_settings
 from tasks.stage import open_training
 from tasks.tracking import connect
@@ -48,7 +49,7 @@ def find_rewards(config: PolicyConfig) -> dict[str, ModelRef]:
     return {source: store.resolve(source) for source in sources if source != PIPELINE_REWARD}
 
 
-@task(name="policy", task_run_name="{algorithm}")
+@stage_task("policy", "{algorithm}")
 def train_policy(
     algorithm: Algorithm,
     config: PolicyConfig,

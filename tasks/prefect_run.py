@@ -11,13 +11,15 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import pandas as pd
+from prefect import task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -25,6 +27,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext, get_run_context
 from prefect.exceptions import MissingContextError, Pause
 from prefect.logging import get_run_logger
@@ -34,6 +37,7 @@ from prefect.states import Completed
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 SUSPENSION = Pause  # what a flow that suspends itself is ended by
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
@@ -73,8 +77,24 @@ def run_name() -> str:
     return str(flow_run.name or "") if PrefectRun.current() else ""
 
 
+def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function a Prefect task, whose run is shown as Cached when it returns `as_cached`."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known = task(name=name, task_run_name=run_name)(function)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            returned: object = known(*args, **kwargs)
+            return cast(T, returned.result() if isinstance(returned, State) else returned)
+
+        return call
+
+    return decorate
+
+
 def as_cached(value: T, message: str) -> T:
-    """What a task returns to be shown as Cached; whoever called the task gets the value."""
+    """What a `stage_task` returns to be shown as Cached; whoever called it gets the value."""
     if TaskRunContext.get() is None:
         return value
     return cast(T, Completed(name="Cached", message=message, data=value))

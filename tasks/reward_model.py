@@ -1,14 +1,13 @@
 """Reward-model training as a Prefect task."""
 
-from prefect import task
-
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.prefect_run import stage_task
 from tasks.stage import open_training
 
 
-@task(name="reward-model", task_run_name="reward model")
+@stage_task("reward-model", "reward model")
 def train_reward_model(
     config: RewardModelConfig,
     sampling: SamplingConfig,

@@ -1,14 +1,13 @@
 """Supervised fine-tuning as a Prefect task."""
 
-from prefect import task
-
 from rlhf_core.models import ModelConfig
 from rlhf_core.stages.sft import SFTConfig
 from tasks.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.prefect_run import stage_task
 from tasks.stage import open_training
 
 
-@task(name="sft", task_run_name="SFT")
+@stage_task("sft", "SFT")
 def train_sft(
     config: SFTConfig, model: ModelConfig, data: DatasetRef, run: PipelineRun
 ) -> ModelRef:

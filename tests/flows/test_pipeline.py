@@ -19,6 +19,7 @@ from tasks.policy import train_policy
 from tasks.promotion import promote
 from tasks.serving import export_servable
 from tasks.settings import Settings, read_settings
+from tasks.stage import open_run
 
 pytestmark = pytest.mark.integration
 
@@ -159,6 +160,25 @@ def test_the_champion_moves_only_by_the_verdict(client, store, first):
     assert tags["reasons"].splitlines() == list(first.verdict.reasons)
 
 
+def test_the_same_again_takes_everything_from_the_registry(client, store, first):
+    versions = {name: store.versions(name) for name in store.names()}
+    again = rlhf(config())
+    assert again.models == first.models
+    assert again.scorecard == first.scorecard
+    assert {name: store.versions(name) for name in store.names()} == versions
+    stages = children(client, again)
+    for stage in ("sft", "reward_model", "ppo", "evaluation"):
+        source = children(client, first)[stage].info.run_id
+        assert stages[stage].data.tags["cached_from"] == source
+    assert "cached_from" not in stages["prepare"].data.tags
+    assert store.get_alias("tiny-policy", "champion") == first.policy
+    forced = rlhf(config(), force=("reward_model",))
+    assert forced.reward_model.version == max(versions["tiny-reward"]) + 1
+    # The bits are the same, so what comes after it is.
+    assert forced.policy == first.policy
+    assert "cached_from" not in children(client, forced)["reward_model"].data.tags
+
+
 def test_a_stage_needs_nothing_but_the_registry(settings, first):
     assert list((settings.home / "work").iterdir()) == []
     shutil.rmtree(settings.home / "work")
@@ -167,7 +187,8 @@ def test_a_stage_needs_nothing_but_the_registry(settings, first):
     def only_the_policy():
         small = config()
         models = first.sft, first.reward_model, {}
-        return train_policy("ppo", small.ppo, small.sampling, *models, first.data, first.run)
+        with open_run("tiny", small, 0, force=["ppo"]) as run:
+            return train_policy("ppo", small.ppo, small.sampling, *models, first.data, run)
 
     again = only_the_policy()
     assert again.policy == ModelRef(name="tiny-policy", version=first.policy.version + 1)
@@ -180,6 +201,7 @@ def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, 
         config(
             sft={"reuse": "models:/tiny-sft/1"},
             reward_model={"reuse": "models:/tiny-reward/1"},
+            ppo={"kl_coef": 0.07},
             promotion={"min_win_rate_over_champion": 1.0},
         )
     )

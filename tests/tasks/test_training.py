@@ -399,14 +399,14 @@ def train(which, environment, given, started, answer, seed):
             simulation = SimulationConfig(prompts=30, demonstrations=60, preference_pairs=40)
             config = DataConfig(simulation=simulation, eval_fraction=0.3)
             limits = LengthLimits(prompt=24, response=8, sft=64, reward=64)
-            made = prepare_data.fn(config, MODEL, limits, run)
+            made = prepare_data.__wrapped__(config, MODEL, limits, run)
         elif which == "sft":
-            made = train_sft.fn(SFT, MODEL, given["prepare"], run)
+            made = train_sft.__wrapped__(SFT, MODEL, given["prepare"], run)
         elif which == "reward":
-            made = train_reward_model.fn(REWARD, SAMPLING, given["sft"], given["prepare"], run)
+            made = train_reward_model.__wrapped__(REWARD, SAMPLING, given["sft"], given["prepare"], run)
         else:
             models = given["sft"], given["reward"], {}
-            made = train_policy.fn("ppo", PPO, SAMPLING, *models, given["prepare"], run)
+            made = train_policy.__wrapped__("ppo", PPO, SAMPLING, *models, given["prepare"], run)
     answer.put((run.run_id, made))
 
 
