@@ -1,5 +1,6 @@
 """docker-compose.yml: what it promises, and (RLHF_FAULTS=1) that it does so with real servers."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -15,9 +19,10 @@ import yaml
 from pydantic import ValidationError
 from stack import ROOT, Stack, compose, example, interpolate, missing, status
 
+from flows import services
 from flows.stack_check import check
-from rlhf_core.errors import ConfigError
-from tasks.settings import StackSettings
+from rlhf_core.errors import ConfigError, UserError
+from tasks.settings import Settings, StackSettings
 
 OWN = {name: f"own-{name.lower()}-0123456789".replace("_", "-") for name in (
     "RLHF_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "POSTGRES_PASSWORD",
@@ -110,7 +115,7 @@ def test_a_worker_reaches_the_servers_and_no_store():
 @each_service
 def test_a_secret_comes_from_the_environment_alone(service):
     for name, value in SERVICES[service].get("environment", {}).items():
-        if re.search("PASSWORD|SECRET|KEY|AUTH_STRING|CONNECTION_URL|STORE_URI|DATABASE", name):
+        if re.search("PASSWORD|SECRET|KEY|AUTH_STRING|CONNECTION_URL|STORE_URI|DATABASE$", name):
             assert re.search(r"\$\{\w+:\?see \.env\.example\}", value), name
 
 
@@ -254,6 +259,90 @@ def test_the_entry_gives_a_program_what_it_needs_and_becomes_it():
     assert environment["DO_NOT_TRACK"] == "1"  # what is set stays
 
 
+# ---- the password of local servers ----
+
+
+def local(home: Path, **variables: str) -> Settings:
+    return Settings.model_validate({"RLHF_HOME": home, **variables})
+
+
+def test_local_servers_ask_for_a_password_if_one_is_set(tmp_path):
+    open_, closed = local(tmp_path), local(tmp_path, RLHF_PASSWORD="p%w:d")
+    services.make_home(closed)
+    address = "http://127.0.0.1:1"
+    prefect, mlflow = (make(closed, address) for make in (services._prefect, services._mlflow))
+    assert prefect.environment["PREFECT_SERVER_API_AUTH_STRING"] == "rlhf:p%w:d"
+    assert mlflow.environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "p%w:d"
+    assert mlflow.command[-2:] == ["--app-name", "basic-auth"]
+    prefect, mlflow = (make(open_, address) for make in (services._prefect, services._mlflow))
+    assert "PREFECT_SERVER_API_AUTH_STRING" not in prefect.environment
+    assert "--app-name" not in mlflow.command
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Any page, for one user."""
+
+    def do_GET(self):
+        known = self.headers["Authorization"] == f"Basic {b64encode(b'rlhf:right').decode()}"
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+@pytest.mark.parametrize("password", ["", "wrong"])
+@pytest.mark.parametrize(
+    ("variable", "name"), [("MLFLOW_TRACKING_URI", "MLflow"), ("PREFECT_API_URL", "Prefect")]
+)
+def test_a_command_without_the_password_says_so(tmp_path, monkeypatch, password, variable, name):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        given = {variable: f"http://127.0.0.1:{server.server_port}"}
+        monkeypatch.setattr(os, "environ", {})
+        right = services.join(local(tmp_path, **given, RLHF_PASSWORD="right"), prefect=True)
+        assert right.tracking_uri or right.prefect_api_url
+        with pytest.raises(UserError, match=f"{name} server at .* a password: set RLHF_PASSWORD"):
+            services.join(local(tmp_path, **given, RLHF_PASSWORD=password), prefect=True)
+        server.shutdown()
+
+
+# ---- rlhf backup, rlhf restore ----
+
+
+def rlhf(*arguments: object, home: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flows", *map(str, arguments)]
+    environment = {**os.environ, "RLHF_HOME": str(home), "COLUMNS": "200"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_home_goes_and_comes_back(tmp_path):
+    home, saved = tmp_path / "home", tmp_path / "backups" / "monday"
+    home.mkdir()
+    (home / "note").write_text("kept")
+    done = rlhf("backup", saved, home=home)
+    assert (done.returncode, done.stdout) == (0, f"1 files in {saved}\n")
+    shutil.rmtree(home)
+    done = rlhf("restore", saved, home=home)
+    assert (done.returncode, done.stdout) == (0, f"1 files from {saved}\n")
+    assert (home / "note").read_text() == "kept"
+    done = rlhf("restore", saved, home=home)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "home is not empty" in done.stderr
+
+
+def test_a_home_that_is_served_is_not_restored_into(tmp_path):
+    state = services.Services("http://127.0.0.1:1", "http://127.0.0.1:2", 7)
+    with (tmp_path / "services.json").open("w") as file:
+        json.dump(state._asdict(), file)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = rlhf("restore", tmp_path / "monday", home=tmp_path)
+    assert done.returncode == 2
+    assert f"`rlhf up` runs for {tmp_path} (process 7): stop it" in done.stderr
+
+
 # ---- the same as plain processes ----
 
 
@@ -320,7 +409,7 @@ class TestStack:
             assert status(page, running.account) == 200
 
     def test_mlflow_answers_to_its_own_names_alone(self, running):
-        page = f"{running.mlflow_uri}/version"
+        page = f"{running.mlflow_uri}/api/2.0/mlflow/experiments/search?max_results=1"
         assert status(page, running.account, Host="evil.example") == 403
         assert status(page, running.account, Host=running.mlflow_uri.partition("//")[2]) == 200
 
