@@ -56,6 +56,7 @@ from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from tasks import events, prefect_run
+from tasks.accelerator import accelerator
 from tasks.model_store import (
     DIGEST_TAG,
     LOGGED_MODEL_TAG,
@@ -175,9 +176,10 @@ class Stage:
                 "processes": self._settings.processes,
             }
         )
-        if job.processes == 1:
-            return launch.run(job, self.logger, Ranks(), job.device)
-        return launch.launch(job, self.logger)
+        with accelerator():
+            if job.processes == 1:
+                return launch.run(job, self.logger, Ranks(), job.device)
+            return launch.launch(job, self.logger)
 
     def record(self, report: Report) -> None:
         """Store a report with the run: `summary/` metrics, `tables/` and `figures/`."""
