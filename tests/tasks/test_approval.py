@@ -391,10 +391,13 @@ def test_the_way_back(store, new_version, settings):
         roll_back("nobody", to=None, by="Bo", settings=settings)
 
 
-def test_a_run_that_is_done_again_finds_its_policy_in_use(store, new_version):
+def test_a_run_that_is_done_again_finds_its_policy_in_use(client, store, new_version):
     first, second = new_version(), new_version()
     for version in (first, second, second):
         assert approval(PromotionConfig(), version.version).promote
+    experiment = client.get_experiment_by_name("toy").experiment_id
+    newest = client.search_runs([experiment], "tags.stage = 'pipeline'")[0]
+    assert newest.data.tags["compared_with"] == first.uri  # and not with itself
     assert store.get_alias("toy-policy", "champion") == second
     assert store.tags(second)["replaced"] == first.uri
 

@@ -42,6 +42,9 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_STRATEGY": "fsdp",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
         "RLHF_KEEP_WORK_DAYS": "30",
+        "RLHF_OUTAGE_SECONDS": "10",
+        "RLHF_PASSWORD": "secret",
+        "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",
     }
     assert sorted(given) == sorted(VARIABLES)
     for name, value in given.items():
@@ -57,6 +60,9 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert (settings.processes, settings.strategy) == (4, "fsdp")
     assert settings.checkpoint_seconds == 0.5
     assert settings.keep_work_days == 30
+    assert settings.outage_seconds == 10
+    assert settings.account == "rlhf:secret"
+    assert settings.notify_webhook.get_secret_value() == "https://hooks.example.org/x"
 
 
 def test_a_variable_of_a_similar_name_is_not_read(monkeypatch, tmp_path):
