@@ -1,3 +1,9 @@
+# The S3 store, which does not start as root here: its folder belongs to who runs it.
+FROM chrislusf/seaweedfs:4.48 AS s3
+USER 0
+RUN mkdir /objects && chown 1000:1000 /objects
+USER 1000:1000
+
 # One image for every service of docker-compose.yml that is ours.
 FROM python:3.11-slim-trixie
 

@@ -182,6 +182,39 @@ def test_a_linter_finds_nothing_in_the_dockerfile():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def pods():
+    """What Kubernetes is to start: the worker, and the job of a run."""
+    documents = yaml.safe_load_all((ROOT / "docker" / "kubernetes.yaml").read_text())
+    (worker,) = (document for document in documents if document["kind"] == "Deployment")
+    template = json.loads((ROOT / "docker" / "kubernetes-job.json").read_text())
+    job = template["job_configuration"]["job_manifest"]
+    return {"worker": worker["spec"]["template"]["spec"], "job": job["spec"]["template"]["spec"]}
+
+
+@pytest.mark.parametrize("pod", ["worker", "job"])
+def test_a_pod_can_do_no_more_than_it_needs(pod):
+    spec = pods()[pod]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    for variable in container["env"]:
+        secret = re.search("PASSWORD|AUTH_STRING$", variable["name"])
+        assert ("valueFrom" in variable) == bool(secret), variable
+
+
+def test_a_pod_that_fails_is_not_started_again_by_itself():
+    text = (ROOT / "docker" / "kubernetes-job.json").read_text()
+    assert json.loads(text)["job_configuration"]["job_manifest"]["spec"]["backoffLimit"] == 0
+    assert pods()["job"]["restartPolicy"] == "Never"
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(
+        json.loads(text)["variables"]["properties"]
+    )
+
+
 # ---- the check of the secrets ----
 
 
