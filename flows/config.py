@@ -24,7 +24,7 @@ class RunConfig(Section):
     project: str = Field(
         "demo",
         pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
-        description="Names the MLflow experiment and the registered models <project>-policy, ... "
+        description="Names the MLflow experiment and the registered models, as in demo-policy "
         "(small letters, digits, dashes)",
     )
     seed: int = Field(0, ge=0, description="Same seed, same machine: same result")

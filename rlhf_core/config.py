@@ -10,4 +10,7 @@ class Section(BaseModel):
     field carries a description with its unit, and bounds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # In the form a field bears the name that it has in YAML and in error messages.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", field_title_generator=lambda name, info: name
+    )

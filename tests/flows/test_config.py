@@ -147,3 +147,8 @@ def test_numbers_have_bounds():
     ]
     # A weight and a stand-in for a score may have either sign.
     assert {name.partition(".")[2] for name in unbounded} == {"missing_eos_value", "weight"}
+
+
+def test_the_form_names_a_field_as_yaml_does():
+    definitions = PipelineConfig.model_json_schema()["$defs"]
+    assert definitions["PPOConfig"]["properties"]["kl_coef"]["title"] == "kl_coef"
