@@ -171,6 +171,7 @@ class Stack:
 
     def start(self, service: str) -> None:
         """Start one service and wait until its health check passes, or it has ended well."""
+        shutil.rmtree(self.volume(f"tmp-{service}"))  # /tmp is memory, and new in each container
         if service == "postgres":
             self._start_postgres()
         elif "healthcheck" in self.services[service]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from pydantic import ValidationError
+from servers import free_port, wait_until
 from stack import ROOT, Stack, compose, example, interpolate, missing, status
 
 from flows import services
@@ -29,7 +31,8 @@ OWN = {name: f"own-{name.lower()}-0123456789".replace("_", "-") for name in (
     "POSTGRES_PREFECT_PASSWORD", "POSTGRES_MLFLOW_PASSWORD", "POSTGRES_FEEDBACK_PASSWORD",
     "S3_ACCESS_KEY", "S3_SECRET_KEY",
 )}  # fmt: skip
-TINY = yaml.safe_load((Path(__file__).parent / "tiny.yaml").read_text())
+TINY_FILE = Path(__file__).parent / "tiny.yaml"
+TINY = yaml.safe_load(TINY_FILE.read_text())
 SERVICES = compose()["services"]
 faults = [
     pytest.mark.integration,
@@ -344,9 +347,9 @@ def test_a_command_without_the_password_says_so(tmp_path, monkeypatch, password,
 # ---- rlhf backup, rlhf restore ----
 
 
-def rlhf(*arguments: object, home: Path) -> subprocess.CompletedProcess:
+def rlhf(*arguments: object, home: Path, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "flows", *map(str, arguments)]
-    environment = {**os.environ, "RLHF_HOME": str(home), "COLUMNS": "200"}
+    environment = {**os.environ, "RLHF_HOME": str(home), "COLUMNS": "200", **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -475,16 +478,13 @@ class TestStack:
         """Triggered through the API, trained by the worker, stored in S3: the same to the bit."""
         final = running.final_state(whole(running), 600)
         assert final["type"] == "COMPLETED", final["message"]
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-        subprocess.run(
-            [sys.executable, "-m", "flows", "run", tmp_path / "tiny.yaml"],
-            env={**os.environ, "RLHF_HOME": str(tmp_path / "home")},
-            check=True,
-            capture_output=True,
-        )
+        assert rlhf("run", TINY_FILE, home=tmp_path / "home").returncode == 0
         from mlflow import MlflowClient
 
-        assert result(mlflow) == result(MlflowClient(f"sqlite:///{tmp_path}/home/mlflow/mlflow.db"))
+        alone = result(MlflowClient(f"sqlite:///{tmp_path}/home/mlflow/mlflow.db"))
+        here = result(mlflow)
+        assert here[0] == alone[0]
+        assert set(here[1].items()) ^ set(alone[1].items()) == set()
 
     def test_the_weights_lie_in_the_bucket(self, running, mlflow, tmp_path):
         stored = running.stored()
@@ -495,6 +495,7 @@ class TestStack:
             assert any(key.endswith("model.safetensors") for key in mine)
 
     def test_two_workers_each_take_the_runs_of_their_queue(self, running):
+        running.stop("worker")  # it takes from all queues
         queues = ("left", "right")
         for queue in queues:
             running.start_worker(f"worker-{queue}", "--work-queue", queue)
@@ -504,7 +505,6 @@ class TestStack:
             (other,) = set(queues) - {queue}
             assert run in running.log(f"worker-{queue}")
             assert run not in running.log(f"worker-{other}")
-            assert run not in running.log("worker")
 
     def test_the_password_can_be_changed(self, running):
         page = f"{running.mlflow_uri}/version"
@@ -536,3 +536,37 @@ class TestStack:
         assert running.ask("/flow_runs/count", {}) == flow_runs
         url = make_url(running.environment("tools")["RLHF_FEEDBACK_DATABASE"])
         create_engine(url).connect().close()
+
+
+class TestUp:
+    """The password of `rlhf up`."""
+
+    pytestmark = faults
+
+    def test_up_asks_for_the_password(self, tmp_path):
+        (tmp_path / "configs").mkdir()
+        shutil.copy(TINY_FILE, tmp_path / "configs")
+        prefect, mlflow = free_port(), free_port()
+        command = [sys.executable, "-m", "flows", "up", "--configs", tmp_path / "configs"]
+        ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
+        output, home, secret = tmp_path / "output", tmp_path / "home", "p%w: d"
+        with output.open("w") as log:
+            up = subprocess.Popen(
+                [*command, *ports],
+                env={**os.environ, "RLHF_HOME": str(home), "RLHF_PASSWORD": secret},
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            wait_until(lambda: "Ctrl-C" in output.read_text() or up.poll() is not None, 240)
+            assert up.poll() is None, output.read_text()
+            for page in (f"{prefect}/api/admin/version", f"{mlflow}/version"):
+                assert status(f"http://127.0.0.1:{page}") == 401
+                assert status(f"http://127.0.0.1:{page}", f"rlhf:{secret}") == 200
+            refused = rlhf("config", TINY_FILE, home=home)
+            assert refused.returncode == 2
+            assert "asks for a password: set RLHF_PASSWORD" in refused.stderr
+            assert rlhf("config", TINY_FILE, home=home, RLHF_PASSWORD=secret).returncode == 0
+        finally:
+            up.send_signal(signal.SIGINT)
+            assert up.wait(60) == 0
