@@ -158,8 +158,8 @@ def notifications(settings: Settings) -> Iterator[AutomationCore]:
         actions=[
             _post(
                 block,
-                "flow_run.name ~ ' is ' ~ flow_run.state.name ~ ': ' ~ (flow_run.state.message "
-                f"or '') ~ ' {page}' ~ flow_run.id",
+                "flow_run.name ~ ' is ' ~ flow_run.state.name ~ (': ' ~ flow_run.state.message "
+                f"if flow_run.state.message else '') ~ ' {page}' ~ flow_run.id",
             )
         ],
     )

@@ -25,12 +25,13 @@ from pydantic import Field, ValidationError
 
 from rlhf_core.gates import PromotionConfig, Rule, apply_rules
 from rlhf_core.stages.evaluation import Scorecard
-from tasks.model_store import ModelRef, PipelineRun
+from tasks.model_store import MlflowModelStore, ModelRef, PipelineRun
 from tasks.prefect_run import artifact_key
 from tasks.settings import Settings, read_settings
 from tasks.stage import run_url
 from tasks.tracking import connect
 
+CHAMPION = "champion"
 WAITING = "waiting"
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ def ask_person(
     To be called by the flow itself, outside any task. The flow run is suspended until there is an
     answer, and fails after `config.approval_days` without one.
 
-    Returns: None where nobody is asked: the rules decide alone, or refuse; or this flow run has no
-        deployment of its own, and so no worker could take it up again.
+    Returns: None where nobody is asked: the rules decide alone, or refuse; the policy is the
+        champion already; or this flow run has no deployment of its own, and so no worker could take
+        it up again.
     """
     if config.approval == "automatic":
         return None
@@ -75,6 +77,10 @@ def ask_person(
         return None
     settings = read_settings()
     client = connect(settings)
+    asked_before = "approved" in client.get_run(run.run_id).data.tags
+    in_use = MlflowModelStore(client).get_alias(candidate.name, CHAMPION) == candidate
+    if in_use and not asked_before:
+        return None
     mark_waiting(client, run, candidate)
     links = _links(client, run, settings)
     timeout = int(timedelta(days=config.approval_days).total_seconds())
@@ -118,7 +124,8 @@ def describe(
 ) -> str:
     """The text above the form, as Markdown."""
     place = f"It takes the place of `{champion.uri}`." if champion else "There is no champion yet."
-    rows = (f"| {r.name} | {r.measured} | {r.asked} | {r.answer} |" for r in rules)
+    # Narrow, as the form is: a fourth column would be out of sight.
+    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.asked} |" for r in rules)
     return "\n".join(
         [
             f"### Shall `{candidate.uri}` become the champion?",
@@ -126,8 +133,8 @@ def describe(
             *([f"**The last answer could not be used: {problem}**", ""] if problem else []),
             place,
             "",
-            "| rule | measured | asked | verdict |",
-            "|---|---|---|---|",
+            "| | rule | measured, and asked |",
+            "|---|---|---|",
             *rows,
             "",
             "MLflow: " + " · ".join(links),

@@ -22,14 +22,13 @@ from rlhf_core.gates import PromotionConfig, Verdict
 from rlhf_core.stages.evaluation import Scorecard
 from rlhf_core.types import Report
 from tasks import events
-from tasks.approval import WAITING, Answer, answer_waiting, mark_waiting
+from tasks.approval import CHAMPION, WAITING, Answer, answer_waiting, mark_waiting
 from tasks.model_store import MlflowModelStore, ModelRef, PipelineRun, Ref
 from tasks.runs import find_run
 from tasks.settings import Settings, read_settings
 from tasks.stage import open_stage
 from tasks.tracking import connect
 
-CHAMPION = "champion"
 COMPARED_WITH = "compared_with"  # tag of the pipeline's run
 NOBODY = "none"
 log = logging.getLogger(__name__)
@@ -93,7 +92,8 @@ def promote(
                 f"the champion is now {_name(present)}, but the evaluation compared with "
                 f"{_name(champion)}"
             )
-        waits = config.approval == "person" and answer is None and verdict.promote
+        asked = config.approval == "person" and present != candidate
+        waits = asked and answer is None and verdict.promote
         if waits:
             verdict = verdict.refuse(f"it waits for a person: rlhf promote {run.run_id[:8]}")
             mark_waiting(client, run, candidate)
@@ -136,7 +136,7 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
         return f"The run {found.info.run_name} has the answer and goes on."
     candidate, champion = ModelRef.parse(tags["candidate"]), _ref(tags[COMPARED_WITH])
     present = MlflowModelStore(client).get_alias(candidate.name, CHAMPION)
-    if present != champion:
+    if present not in (champion, candidate):
         raise UserError(
             f"The champion is now {_name(present)}, but {candidate.uri} was compared with "
             f"{_name(champion)}; run the pipeline again."
@@ -146,7 +146,8 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
     runs = [found.info.run_id, *(stage.info.run_id for stage in stages)]
     _write_answer(client, answer, candidate, runs)
     _tag_runs(client, runs, {"promoted": "true"})
-    _crown(client, candidate.name.removesuffix("-policy"), candidate, champion, by=by)
+    if present != candidate:
+        _crown(client, candidate.name.removesuffix("-policy"), candidate, champion, by=by)
     return f"{candidate.uri} is the champion."
 
 
