@@ -21,6 +21,7 @@ from rlhf_core.errors import UserError
 SETTLED_SECONDS: Final = 20.0
 HEARTBEATS_SECONDS: Final = 300.0
 WATCH_SECONDS: Final = 30.0
+START_SECONDS: Final = 90.0  # a process that a worker has started runs by then
 POLL_SECONDS: Final = 2.0
 
 
@@ -47,7 +48,7 @@ def resume_deployed(flow_run_id: str, say: Callable[[str], None] = lambda text: 
     """
     with get_client(sync_client=True) as client:
         run = _settle(client, UUID(flow_run_id), say)
-        while _state(run).is_final():
+        while _state(run).is_final() and not _state(run).is_completed():
             client.set_flow_run_state(run.id, AwaitingRetry(), force=True)
             say(f"{run.name} has been given back to the workers")
             run = _watch(client, run.id)
@@ -85,11 +86,16 @@ def _settle(client: SyncPrefectClient, run_id: UUID, say: Callable[[str], None])
 
 
 def _watch(client: SyncPrefectClient, run_id: UUID) -> FlowRun:
-    """The run some time later, or as soon as it runs: a late report may have ended it again."""
-    deadline = time.monotonic() + WATCH_SECONDS
+    """The run as soon as it runs, or some time later: a late report may have ended it again.
+
+    A worker may have taken it up before that report, so a process may be on its way all the same.
+    """
+    begun = time.monotonic()
     while True:
         run = client.read_flow_run(run_id)
-        if _state(run).is_running() or time.monotonic() >= deadline:
+        state = _state(run)
+        patience = START_SECONDS if state.is_final() else WATCH_SECONDS
+        if state.is_running() or state.is_completed() or time.monotonic() - begun >= patience:
             return run
         time.sleep(POLL_SECONDS)
 

@@ -77,7 +77,12 @@ def promote(
     inputs: dict[str, Ref] = {"policy": candidate}
     if champion is not None:
         inputs[CHAMPION] = champion
-    with open_stage("promotion", config=config, run=run, inputs=inputs) as stage:
+    beside = {} if answer is None else {"answer": answer}
+    with open_stage(
+        "promotion", config=config, beside=beside, run=run, inputs=inputs, reuse="own"
+    ) as stage:
+        if stage.cached:
+            return stage.kept(Verdict)
         client = connect(read_settings())
         store = MlflowModelStore(client)
         rules = gates.apply_rules(config, scorecard)
@@ -109,6 +114,7 @@ def promote(
             _crown(client, run.project, candidate, champion, by=answer.by if answer else "")
         elif not verdict.promote and not waits:
             events.gate_refused(run.project, candidate, verdict.reasons)
+        stage.keep(verdict)
         return verdict
 
 

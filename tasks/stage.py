@@ -553,13 +553,16 @@ def _pipeline_folder(project: str, config: BaseModel, seed: int, settings: Setti
 def _unfinished_pipeline(
     client: MlflowClient, experiment: str, folder: Path, kind: str
 ) -> Run | None:
-    """The pipeline run that can go on: that of this Prefect run, or the one of the folder."""
+    """The pipeline run that can go on: that of this Prefect run, or the one of the folder.
+
+    The former also when it has finished: a worker may have started a run twice, and the second
+    process should change nothing.
+    """
     prefect = PrefectRun.current()
     if prefect is not None:
         condition = f"tags.`{FLOW_RUN}` = '{prefect.flow_run_id}' and tags.stage = '{kind}'"
         for run in client.search_runs([experiment], condition):
-            if run.info.status != "FINISHED":
-                return run
+            return run
     left = _remembered(client, folder)
     # One that is suspended belongs to the Prefect run that will be resumed.
     return left if left is not None and left.info.status != SUSPENDED else None

@@ -12,8 +12,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import psutil
@@ -90,8 +92,9 @@ class Servers:
 
         def find():
             for child in psutil.Process(self.running["worker"].pid).children(recursive=True):
-                if "flow_engine" in " ".join(child.cmdline()) or "flow-run" in child.cmdline():
-                    return child
+                with suppress(psutil.Error):  # one that ends meanwhile
+                    if "prefect.engine" in child.cmdline():
+                        return child
             return None
 
         return wait_until(find)
@@ -121,8 +124,15 @@ class Servers:
             data=None if question is None else json.dumps(question).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        for pause in (0.2, 0.5, 1, 2, 4):  # SQLite was locked: clients of Prefect try again too
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return json.load(answer)
+            except HTTPError as error:
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise
+            time.sleep(pause)
+        raise TimeoutError(f"{path} is not served")
 
     def trigger(self, deployment: str, parameters: dict) -> str:
         """Start a run as the button in the UI does; its id."""

@@ -20,7 +20,7 @@ TINY = Path(__file__).parent / "tiny.yaml"
 LONGER = {
     "sft": {"epochs": 6, "max_length": 80},
     "reward_model": {"epochs": 6, "max_length": 80, "normalization_samples": 32},
-    "ppo": {"iterations": 8, "rollout_size": 16, "batch_size": 8, "epochs": 2},
+    "ppo": {"iterations": 20, "rollout_size": 16, "batch_size": 8, "epochs": 2},
 }
 STAGES = ["sft", "reward_model", "ppo", "evaluation"]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -143,7 +143,7 @@ def test_a_killed_flow_goes_on_when_it_is_resumed_at_once(servers, config, expec
     flow_run = start(servers, config, 11)
     kill_in(servers, flow_run, "ppo")
     said = servers.rlhf("resume", name_of(servers, flow_run))
-    assert "waiting 20 s" in said  # a retry now would be lost
+    assert "given back to the workers" in said
     servers.until(flow_run, "Completed")
     whole(servers, 11, expected(11))
     tasks = servers.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})

@@ -403,7 +403,9 @@ def train(which, environment, given, started, answer, seed):
         elif which == "sft":
             made = train_sft.__wrapped__(SFT, MODEL, given["prepare"], run)
         elif which == "reward":
-            made = train_reward_model.__wrapped__(REWARD, SAMPLING, given["sft"], given["prepare"], run)
+            made = train_reward_model.__wrapped__(
+                REWARD, SAMPLING, given["sft"], given["prepare"], run
+            )
         else:
             models = given["sft"], given["reward"], {}
             made = train_policy.__wrapped__("ppo", PPO, SAMPLING, *models, given["prepare"], run)
