@@ -16,7 +16,8 @@ def run_name() -> str:
     """
     if flow_run.run_count:
         return str(flow_run.name)
-    project = flow_run.parameters["config"].project
+    config = flow_run.parameters["config"]
+    project = getattr(config, "pipeline", config).project  # a flow around it has its config
     what = deployment.name if flow_run.flow_name == PIPELINE else flow_run.flow_name
     series = f"{project}/{what}#" if what else f"{project}#"
     return f"{series}{_runs_of(series) + 1}"

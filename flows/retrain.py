@@ -27,11 +27,6 @@ class RetrainConfig(Section):
         default_factory=PipelineConfig, description="The pipeline to run when they have"
     )
 
-    @property
-    def project(self) -> str:
-        """The project of the pipeline."""
-        return self.pipeline.project
-
 
 @flow(name="retrain", flow_run_name=run_name)
 def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from flows.config import PipelineConfig
 from flows.loading import parse_override
 from flows.logs import shorten_user_errors
+from flows.naming import run_name
 from flows.rlhf import evaluate_policy, train_models
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
@@ -22,15 +23,15 @@ shorten_user_errors()
 class SweepConfig(Section):
     """A pipeline, and the settings to try in it."""
 
-    pipeline: PipelineConfig = Field(
-        default_factory=PipelineConfig, description="All settings that stay the same"
-    )
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
         description='Settings to try, each with its values: {"ppo.kl_coef": [0.02, 0.1]}; '
         "every combination is run",
     )
     seeds: int = Field(1, ge=1, description="Runs of each combination, from the seed up")
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig, description="All settings that stay the same"
+    )
 
     @model_validator(mode="after")
     def _every_point_is_valid(self) -> Self:
@@ -75,7 +76,7 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
-@flow(name="sweep", flow_run_name="{config.pipeline.project}-sweep")
+@flow(name="sweep", flow_run_name=run_name)
 def sweep(config: SweepConfig) -> str:
     """Run every point, one after the other, and hold their KL and reward against each other.
 

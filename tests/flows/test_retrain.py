@@ -4,6 +4,7 @@ import json
 
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
 
 from flows.config import PipelineConfig
 from flows.retrain import RetrainConfig, retrain
@@ -59,6 +60,8 @@ def test_too_few_are_skipped_and_it_is_said_how_many_are_missing(config, votes):
     assert state.message == (
         "1 more preferences are needed: 90 of 91 are new (90 now, there was no run before)"
     )
+    with get_client(sync_client=True) as prefect:
+        assert prefect.read_flow_run(state.state_details.flow_run_id).name == "nightly/retrain#1"
 
 
 def test_enough_run_the_pipeline_as_a_part_of_the_run(client, first):
