@@ -236,7 +236,7 @@ class MlflowModelStore(ModelStore):
         with _staged(to) as part:
             try:
                 stored = self._download(location, part)
-            except (MlflowException, OSError) as error:
+            except MlflowException as error:
                 raise ModelError(
                     f"the files of {ref.uri} cannot be fetched ({error}); see that {location} can "
                     "be reached and holds a model"
