@@ -20,7 +20,7 @@ WORKDIR /app
 # which brings CUDA's libraries along: gigabytes that a machine without a GPU can spare.
 ARG TORCH=cpu
 COPY constraints.txt ./
-RUN if [ "$TORCH" = cpu ]; then set -- --index-url https://download.pytorch.org/whl/cpu; fi \
+RUN if [ "$TORCH" = cpu ]; then set -- --extra-index-url https://download.pytorch.org/whl/cpu; fi \
     && pip install --no-cache-dir --constraint constraints.txt torch "$@"
 COPY pyproject.toml README.md LICENSE ./
 COPY rlhf_core rlhf_core
