@@ -4,9 +4,11 @@ import threading
 import time
 
 import pytest
+from httpx import AsyncClient, Client, ConnectError
 from prefect import flow
 from prefect.client.orchestration import get_client
 
+from tasks import accelerator as accelerator_module
 from tasks.accelerator import LIMIT, accelerator
 
 pytestmark = pytest.mark.integration
@@ -56,3 +58,40 @@ def test_without_a_limit_or_without_prefect_nothing_is_waited_for(prefect_server
     assert alone() == "done"
     with accelerator():
         pass
+
+
+def test_a_place_that_cannot_be_given_back_does_not_end_the_training(limit, monkeypatch, caplog):
+    """As when the server is killed meanwhile: its lease frees the place."""
+
+    def refuse(*_):
+        raise ConnectError("away")
+
+    @flow
+    def training():
+        with accelerator():
+            monkeypatch.setattr(Client, "send", refuse)
+            monkeypatch.setattr(AsyncClient, "send", refuse)
+            done = "trained"
+        monkeypatch.undo()
+        return done
+
+    assert training() == "trained"
+    assert "could not be given back (ConnectError); it is free in 90 s" in caplog.text
+
+
+def test_a_server_that_is_away_is_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(accelerator_module, "PAUSE_SECONDS", 0.01)
+    answers = [ConnectError("away"), ConnectError("away"), True]
+
+    def ask():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert accelerator_module._patiently(ask)
+    assert caplog.text.count("Prefect does not answer (ConnectError)") == 2
+    monkeypatch.setenv("RLHF_OUTAGE_SECONDS", "0")
+    answers = [ConnectError("away")]
+    with pytest.raises(ConnectError):
+        accelerator_module._patiently(ask)
