@@ -2,6 +2,9 @@
 
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry
 
 from flows import stages
 from rlhf_core.errors import DataError, ModelError
@@ -123,3 +126,16 @@ def test_a_model_without_a_parent_needs_one_named(sft, tiny):
         stages.policy(
             stages.PolicyFlowConfig(project="tiny", reward_model=sft.uri, sampling=tiny.sampling)
         )
+
+
+def test_a_run_that_goes_on_keeps_its_name(shared_home, tiny):
+    config = stages.RewardModelFlowConfig(
+        project="again", sft="models:/again-sft/1", sampling=tiny.sampling
+    )
+    run_id = stages.reward_model(config, return_state=True).state_details.flow_run_id
+    with get_client(sync_client=True) as prefect:
+        prefect.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        again = prefect.read_flow_run(run_id)
+        run_flow(stages.reward_model, again, {"config": config}, return_type="state")
+        found = prefect.read_flow_run(run_id)
+    assert (found.name, found.run_count) == ("again/reward-model#1", 2)
