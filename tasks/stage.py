@@ -521,7 +521,11 @@ def _key(
         "stage": name,
         "project": run.project,
         "seed": run.seed,
-        "settings": {key: section.model_dump(mode="json") for key, section in sections.items()},
+        # `reuse` says that nothing is trained, which is no setting of a training.
+        "settings": {
+            key: section.model_dump(mode="json", exclude={"reuse"})
+            for key, section in sections.items()
+        },
         "inputs": {role: _content(ref, store) for role, ref in inputs.items()},
         "code": code_identity()["code_digest"],
     }

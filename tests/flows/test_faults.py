@@ -91,6 +91,7 @@ def result(servers, seed):
     curves = servers.rows(
         "select r.name, m.key, m.step, m.value from metrics m join runs r "
         f"on r.run_uuid = m.run_uuid where r.run_uuid in ({mine}) and m.key not like 'time/%' "
+        "and r.name like '%-seed-%' "
         "order by 1, 2, 3, 4"
     )
     return digests, curves
