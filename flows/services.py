@@ -23,7 +23,7 @@ from flows import memory
 from flows.loading import config_files
 from flows.supervisor import Service, Supervisor, ask, unreachable
 from rlhf_core.errors import UserError
-from tasks.settings import Settings, apply_environment, read_settings
+from tasks.settings import PASSWORD_LENGTH, Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
@@ -289,11 +289,16 @@ def _mlflow(settings: Settings, address: str) -> Service:
 
 def _mlflow_account(settings: Settings) -> dict[str, str]:
     """One account, made anew at each start: MLflow would keep the password of the first."""
+    user, _, password = settings.account.partition(":")
+    if len(password) < PASSWORD_LENGTH:
+        raise UserError(
+            f"RLHF_PASSWORD has {len(password)} characters, and MLflow wants {PASSWORD_LENGTH} at "
+            "least: take a longer one, or unset it to be asked for none."
+        )
     accounts = settings.home / "mlflow" / "accounts.db"
     accounts.unlink(missing_ok=True)
     config = accounts.with_suffix(".ini")
     config.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{accounts}\n")
-    user, _, password = settings.account.partition(":")
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(config),
         "MLFLOW_AUTH_ADMIN_USERNAME": user,

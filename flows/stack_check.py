@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from rlhf_core.errors import ConfigError
-from tasks.settings import StackSettings
+from tasks.settings import PASSWORD_LENGTH, StackSettings
 
 EXAMPLE = "change-me"  # how the secrets of .env.example begin
 LEAST_LENGTH = 16  # characters of a secret
@@ -26,6 +26,8 @@ def check(stack: StackSettings) -> None:
             raise ConfigError(
                 f"{name} becomes a part of addresses: use letters, digits and . _ ~ - alone"
             )
+    if len(stack.password.get_secret_value()) < PASSWORD_LENGTH:
+        raise ConfigError(f"RLHF_PASSWORD needs {PASSWORD_LENGTH} characters at least, for MLflow")
     if urlsplit(stack.mlflow_url).netloc != stack.mlflow_host:
         raise ConfigError(
             f"RLHF_MLFLOW_HOST is '{stack.mlflow_host}' and RLHF_MLFLOW_URL '{stack.mlflow_url}': "

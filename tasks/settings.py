@@ -30,6 +30,9 @@ QUIET: Mapping[str, str] = MappingProxyType(
         # A tracking server that restarts is waited for: the pauses double, four minutes in all.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+        # In files and not in memory: a server that restarts would forget who holds a place under a
+        # concurrency limit, and those places would be taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     }
@@ -37,6 +40,7 @@ QUIET: Mapping[str, str] = MappingProxyType(
 
 
 ACCOUNT = "rlhf"  # the user of both servers, where a password is set
+PASSWORD_LENGTH = 12  # characters, the least that MLflow takes
 
 
 class Settings(BaseSettings):

@@ -127,7 +127,7 @@ def test_the_example_has_every_variable_and_no_other():
     assert set(re.findall(r"\$\{(\w+)", text)) - {"RLHF_BACKUPS"} == set(example())
     for name, default in re.findall(r"\$\{(\w+):-([^}]*)\}", text):
         assert example().get(name, default) == default
-    assert {name for name, value in example().items() if value == "change-me"} == set(OWN)
+    assert {name for name, value in example().items() if value == "change-me-please"} == set(OWN)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -246,7 +246,7 @@ def test_own_secrets_open_it_to_others(way_in):
 @pytest.mark.parametrize("way_in", WAYS_IN)
 @pytest.mark.parametrize("name", OWN)
 def test_any_secret_of_the_example_keeps_it_closed(name, way_in):
-    for bad in ("change-me", "change-me-please-0123456789", "short"):
+    for bad in ("change-me-please", "change-me-please-0123456789", "short-secret"):
         with pytest.raises(ConfigError, match=f"lets others reach .* but {name} is"):
             check(stack_settings(**{**OWN, name: bad, **way_in}))
 
@@ -303,16 +303,31 @@ def local(home: Path, **variables: str) -> Settings:
 
 
 def test_local_servers_ask_for_a_password_if_one_is_set(tmp_path):
-    open_, closed = local(tmp_path), local(tmp_path, RLHF_PASSWORD="p%w:d")
+    open_, closed = local(tmp_path), local(tmp_path, RLHF_PASSWORD="p%w:d-and-more")
     services.make_home(closed)
     address = "http://127.0.0.1:1"
     prefect, mlflow = (make(closed, address) for make in (services._prefect, services._mlflow))
-    assert prefect.environment["PREFECT_SERVER_API_AUTH_STRING"] == "rlhf:p%w:d"
-    assert mlflow.environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "p%w:d"
+    assert prefect.environment["PREFECT_SERVER_API_AUTH_STRING"] == "rlhf:p%w:d-and-more"
+    assert mlflow.environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "p%w:d-and-more"
     assert mlflow.command[-2:] == ["--app-name", "basic-auth"]
     prefect, mlflow = (make(open_, address) for make in (services._prefect, services._mlflow))
     assert "PREFECT_SERVER_API_AUTH_STRING" not in prefect.environment
     assert "--app-name" not in mlflow.command
+
+
+def test_a_password_that_mlflow_would_not_take_is_refused_at_once(tmp_path):
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_password
+
+    short, enough = "eleven-char", "twelve-chars"
+    with pytest.raises(UserError, match="RLHF_PASSWORD has 11 characters, and MLflow wants 12"):
+        services._mlflow(local(tmp_path, RLHF_PASSWORD=short), "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="RLHF_PASSWORD needs 12 characters at least"):
+        check(stack_settings(RLHF_PASSWORD=short))
+    check(stack_settings(RLHF_PASSWORD=enough))
+    with pytest.raises(MlflowException):
+        _validate_password(short)
+    _validate_password(enough)
 
 
 class Guarded(BaseHTTPRequestHandler):
@@ -384,12 +399,12 @@ def test_a_home_that_is_served_is_not_restored_into(tmp_path):
 
 @pytest.fixture(scope="module")
 def running():
-    """The whole stack, started in the order that the file gives."""
+    """The whole stack as .env.example has it, started in the order that the file gives."""
     if what := missing():
         pytest.skip(f"the stack needs {what}")
     folder = Path(tempfile.mkdtemp(prefix="rlhf-stack-"))
     folder.chmod(0o755)  # Postgres runs as another user
-    stack = Stack(folder, **OWN)
+    stack = Stack(folder)
     try:
         stack.up()
         yield stack
@@ -404,7 +419,7 @@ def mlflow(running, monkeypatch):
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "rlhf")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", OWN["RLHF_PASSWORD"])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", running.variables["RLHF_PASSWORD"])
     return MlflowClient(running.mlflow_uri, running.mlflow_uri)
 
 
@@ -421,7 +436,7 @@ def result(client) -> tuple[dict[str, str], dict[tuple[str, str], float]]:
     return (
         {f"{version.name}/{version.version}": version.tags["digest"] for version in versions},
         {
-            (run.info.run_name, name): value
+            (run.data.tags["stage"], name): value
             for run in client.search_runs(experiments)
             for name, value in run.data.metrics.items()
             if not name.startswith("time/")
@@ -508,12 +523,12 @@ class TestStack:
 
     def test_the_password_can_be_changed(self, running):
         page = f"{running.mlflow_uri}/version"
-        before = running.account
-        running.change(RLHF_PASSWORD="another-password-0123456789")
+        before, first = running.account, running.variables["RLHF_PASSWORD"]
+        running.change(RLHF_PASSWORD=OWN["RLHF_PASSWORD"])
         running.restart("mlflow")
         assert status(page, before) == 401
         assert status(page, running.account) == 200
-        running.change(RLHF_PASSWORD=OWN["RLHF_PASSWORD"])
+        running.change(RLHF_PASSWORD=first)
         running.restart("mlflow")
 
     def test_what_is_destroyed_is_restored(self, running, mlflow):
@@ -549,7 +564,7 @@ class TestUp:
         prefect, mlflow = free_port(), free_port()
         command = [sys.executable, "-m", "flows", "up", "--configs", tmp_path / "configs"]
         ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
-        output, home, secret = tmp_path / "output", tmp_path / "home", "p%w: d"
+        output, home, secret = tmp_path / "output", tmp_path / "home", "p%w: d-and-more"
         with output.open("w") as log:
             up = subprocess.Popen(
                 [*command, *ports],
