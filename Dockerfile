@@ -13,7 +13,7 @@ RUN apt-get update \
     && apt-get install --no-install-recommends --yes postgresql-client-17 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home --home-dir /tmp rlhf \
-    && install -d -o rlhf -g rlhf /data /scratch /backup
+    && install -d -o rlhf -g rlhf /data /scratch /backup /prefect
 WORKDIR /app
 
 # The packages first: they change less often than the code. TORCH=cuda takes the build of PyPI,

@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rlhf_core.errors import ConfigError
 
+_LEASES = "prefect.server.concurrency.lease_storage"
+
 # What keeps each dependency from calling home, and from filling the terminal. The names are those
 # that the installed packages read; a test looks them up there.
 QUIET: Mapping[str, str] = MappingProxyType(
@@ -32,7 +34,7 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
         # In files and not in memory: a server that restarts would forget who holds a place under a
         # concurrency limit, and those places would be taken for ever.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": f"{_LEASES}.filesystem",
         # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     }
