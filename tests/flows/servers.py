@@ -146,6 +146,9 @@ class Servers:
         except (URLError, OSError):  # the server is away
             return ""
 
+    def name(self, flow_run: str) -> str:
+        return self.ask(f"/flow_runs/{flow_run}")["name"]
+
     def until(self, flow_run: str, *names: str, seconds: float = 300) -> str:
         return wait_until(lambda: (s := self.state(flow_run)) in names and s, seconds, 0.5)
 

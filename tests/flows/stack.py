@@ -293,6 +293,19 @@ class Stack:
         """A question to the Prefect API as the page asks it; of the account unless told another."""
         return _ask(self.prefect_api + path, question, self.account if account is None else account)
 
+    def rlhf(self, *arguments: str) -> str:
+        """What the command prints for somebody who works with the stack; it must succeed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", *arguments],
+            env={**os.environ, **self.environment("worker"), "COLUMNS": "200"},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def stored(self) -> dict[str, bytes]:
         """What the bucket holds."""
         import boto3

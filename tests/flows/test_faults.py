@@ -216,7 +216,7 @@ def test_the_same_is_triggered_twice_at_once(servers, config, expected):
 
 @faults
 def test_cancelling_stops_within_seconds_and_can_go_on(servers, config, expected):
-    flow_run = start(servers, config, 50)
+    flow_run = start(servers, config, 51)
     servers.in_stage("ppo")
     process = servers.flow_process()
     begun = time.monotonic()
@@ -225,17 +225,20 @@ def test_cancelling_stops_within_seconds_and_can_go_on(servers, config, expected
     assert time.monotonic() - begun < 20
     servers.until(flow_run, "Cancelled")
     run = name_of(servers, flow_run)
-    killed = servers.rows("select name from runs where status = 'KILLED'")
-    assert sorted(name.partition("-")[0] for (name,) in killed) == ["ppo", "tiny"]
+    killed = servers.rows(
+        "select r.name from runs r join params p on p.run_uuid = r.run_uuid "
+        "where r.status = 'KILLED' and p.key = 'seed' and p.value = '51'"
+    )
+    assert {name for (name,) in killed} == {"ppo-seed-51", servers.name(flow_run)}
     servers.rlhf("resume", run)
     servers.until(flow_run, "Completed")
-    whole(servers, 50, expected(50))
+    whole(servers, 51, expected(51))
 
 
 @faults
 def test_the_disk_is_full_while_checkpoints_are_written(servers, config, expected, tmp_path):
     """No file may grow beyond 100 kB for a while: smaller than a checkpoint, larger than a log."""
-    flow_run = start(servers, config, 60)
+    flow_run = start(servers, config, 61)
     servers.in_stage("ppo")
     process = servers.flow_process()
     process.rlimit(1, (100_000, -1))  # RLIMIT_FSIZE, the soft limit
@@ -245,4 +248,4 @@ def test_the_disk_is_full_while_checkpoints_are_written(servers, config, expecte
     if end != "Completed":
         servers.rlhf("resume", name_of(servers, flow_run))
         servers.until(flow_run, "Completed")
-    whole(servers, 60, expected(60))
+    whole(servers, 61, expected(61))

@@ -444,6 +444,38 @@ def result(client) -> tuple[dict[str, str], dict[tuple[str, str], float]]:
     )
 
 
+def pipelines(client, flow_run: str) -> list:
+    """The MLflow runs of a flow run's pipeline."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    condition = f"tags.`prefect.flow_run_id` = '{flow_run}' and tags.stage = 'pipeline'"
+    return client.search_runs(experiments, condition)
+
+
+def in_stage(client, stage: str) -> None:
+    """Return when the stage has begun to log."""
+
+    def begun():
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        condition = f"tags.stage = '{stage}' and attributes.status = 'RUNNING'"
+        return [run for run in client.search_runs(experiments, condition) if run.data.metrics]
+
+    wait_until(begun, 300, every=0.2)
+
+
+def once(client, flow_run: str) -> None:
+    """One pipeline with each stage once, all finished, and no value of a metric twice."""
+    (pipeline,) = pipelines(client, flow_run)
+    condition = f"tags.`mlflow.parentRunId` = '{pipeline.info.run_id}'"
+    children = client.search_runs([pipeline.info.experiment_id], condition)
+    stages = [child.data.tags["stage"] for child in children]
+    assert len(stages) == len(set(stages)) == 6
+    assert {run.info.status for run in (pipeline, *children)} == {"FINISHED"}
+    for run in children:
+        for name in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            assert len(steps) == len(set(steps)), name
+
+
 class TestStack:
     """One stack; the last tests change it."""
 
@@ -508,6 +540,29 @@ class TestStack:
             assert logged.artifact_location.startswith("mlflow-artifacts:/")
             mine = [key for key in stored if logged.model_id in key]
             assert any(key.endswith("model.safetensors") for key in mine)
+
+    def test_a_killed_worker_and_its_run_go_on_where_they_were(self, running, mlflow):
+        before = result(mlflow)
+        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 20})
+        in_stage(mlflow, "ppo")
+        running.kill("worker")
+        assert running.final_state(run, 300)["type"] == "CRASHED"  # its heartbeats are missed
+        running.start("worker")
+        (stopped,) = pipelines(mlflow, run)
+        said = running.rlhf("resume", stopped.info.run_id)
+        assert "has been given back to the workers" in said
+        assert running.final_state(run, 600)["type"] == "COMPLETED"
+        once(mlflow, run)
+        # SFT and reward model are those that were there.
+        kinds = {name.partition("/")[0] for name in {*result(mlflow)[0]} - {*before[0]}}
+        assert kinds == {"tiny-policy", "tiny-critic"}
+
+    def test_the_database_is_restarted_in_the_middle(self, running, mlflow):
+        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 21})
+        in_stage(mlflow, "ppo")
+        running.restart("postgres")
+        assert running.final_state(run, 600)["type"] == "COMPLETED"
+        once(mlflow, run)
 
     def test_two_workers_each_take_the_runs_of_their_queue(self, running):
         running.stop("worker")  # it takes from all queues
