@@ -1,7 +1,7 @@
 """What breaks while a pipeline runs, and what is there afterwards: one complete, single result.
 
-Real servers, a real worker, real signals. The first test is what CI has time for; the others run
-with RLHF_FAULTS=1. docs/operations.md has the table.
+Real servers, a real worker, real signals: minutes each, so they run with RLHF_FAULTS=1 alone.
+docs/operations.md has the table; tests/tasks/test_training.py kills trainings in CI.
 """
 
 import os
@@ -23,10 +23,13 @@ LONGER = {
     "ppo": {"iterations": 20, "rollout_size": 16, "batch_size": 8, "epochs": 2},
 }
 STAGES = ["sft", "reward_model", "ppo", "evaluation"]
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
-faults = pytest.mark.skipif(
-    not os.environ.get("RLHF_FAULTS"), reason="takes minutes: set RLHF_FAULTS=1 to break things"
-)
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not os.environ.get("RLHF_FAULTS"), reason="takes minutes: set RLHF_FAULTS=1 to break things"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +155,6 @@ def test_a_killed_flow_goes_on_when_it_is_resumed_at_once(servers, config, expec
     assert cached >= {"prepare data", "SFT", "reward model"}
 
 
-@faults
 def test_killed_in_each_stage(servers, config, expected):
     flow_run = start(servers, config, 12)
     for stage in STAGES:
@@ -162,7 +164,6 @@ def test_killed_in_each_stage(servers, config, expected):
     whole(servers, 12, expected(12))
 
 
-@faults
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_worker_and_flow_are_killed_together(servers, config, expected, stage):
     seed = 13 + STAGES.index(stage)
@@ -177,7 +178,6 @@ def test_worker_and_flow_are_killed_together(servers, config, expected, stage):
     whole(servers, seed, expected(seed))
 
 
-@faults
 @pytest.mark.parametrize("seconds", [5, 60])
 def test_the_prefect_server_is_restarted(servers, config, expected, seconds):
     flow_run = start(servers, config, 20 + seconds)
@@ -192,7 +192,6 @@ def test_the_prefect_server_is_restarted(servers, config, expected, seconds):
     whole(servers, 20 + seconds, expected(20 + seconds))
 
 
-@faults
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_mlflow_is_away_for_two_minutes(servers, config, expected, stage):
     seed = 30 + STAGES.index(stage)
@@ -205,7 +204,6 @@ def test_mlflow_is_away_for_two_minutes(servers, config, expected, stage):
     whole(servers, seed, expected(seed))
 
 
-@faults
 def test_the_same_is_triggered_twice_at_once(servers, config, expected):
     both = [start(servers, config, 40) for _ in "ab"]
     for flow_run in both:
@@ -214,7 +212,6 @@ def test_the_same_is_triggered_twice_at_once(servers, config, expected):
     assert servers.rows("select name from runs where status = 'RUNNING'") == []
 
 
-@faults
 def test_cancelling_stops_within_seconds_and_can_go_on(servers, config, expected):
     flow_run = start(servers, config, 51)
     servers.in_stage("ppo")
@@ -235,7 +232,6 @@ def test_cancelling_stops_within_seconds_and_can_go_on(servers, config, expected
     whole(servers, 51, expected(51))
 
 
-@faults
 def test_the_disk_is_full_while_checkpoints_are_written(servers, config, expected, tmp_path):
     """No file may grow beyond 100 kB for a while: smaller than a checkpoint, larger than a log."""
     flow_run = start(servers, config, 61)
