@@ -14,7 +14,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from prefect import task
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rlhf_core import gates
 from rlhf_core.errors import UserError
@@ -77,7 +77,10 @@ def promote(
     inputs: dict[str, Ref] = {"policy": candidate}
     if champion is not None:
         inputs[CHAMPION] = champion
-    beside = {} if answer is None else {"answer": answer}
+    # By version: another one with the same bits is another candidate.
+    beside: dict[str, BaseModel] = {"candidate": candidate}
+    if answer is not None:
+        beside["answer"] = answer
     with open_stage(
         "promotion", config=config, beside=beside, run=run, inputs=inputs, reuse="own"
     ) as stage:
