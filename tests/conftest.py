@@ -14,6 +14,14 @@ for _field in Settings.model_fields.values():
 os.environ.update(QUIET, RLHF_DEVICE="cpu")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that take minutes run on demand."""
+    if not os.environ.get("RLHF_FAULTS"):
+        for item in items:
+            if item.get_closest_marker("faults"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: set RLHF_FAULTS=1"))
+
+
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory):
     """An empty MLflow database with all its tables: making one takes seconds, copying it none."""

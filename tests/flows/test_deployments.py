@@ -207,6 +207,7 @@ def test_settings_that_contradict_each_other_fail_the_run_in_a_sentence(api, cap
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_prefect_deploy_stores_the_same_from_any_directory(api, folder, tmp_path):
     ours = {d.full_name: api.deployment(d.full_name) for d in deployments(folder)}

@@ -23,13 +23,7 @@ LONGER = {
     "ppo": {"iterations": 20, "rollout_size": 16, "batch_size": 8, "epochs": 2},
 }
 STAGES = ["sft", "reward_model", "ppo", "evaluation"]
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        not os.environ.get("RLHF_FAULTS"), reason="takes minutes: set RLHF_FAULTS=1 to break things"
-    ),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -436,6 +436,7 @@ def wait_for(what, then):
     return found
 
 
+@pytest.mark.faults
 def test_no_process_waits_and_a_worker_takes_the_run_up_again(
     prefect, client, store, settings, new_version, trigger, state, tmp_path
 ):

@@ -26,7 +26,7 @@ from rlhf_core.metrics import MemoryLogger
 from rlhf_core.recovery import Recovery
 from rlhf_core.session import Interrupted
 
-KILLS = int(os.environ.get("RLHF_KILLS", "3"))  # of each stage, at least
+KILLS = int(os.environ.get("RLHF_KILLS", "2"))  # of each stage, at least
 FINISHED, STOPPED = 0, 75
 
 pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
