@@ -48,12 +48,13 @@ def inside_a_flow(work):
 
 def sent(project, count):
     """The events of a project that the server has, the oldest first."""
-    question = {"filter": {"event": {"prefix": ["rlhf."]}, "order": "ASC"}, "limit": 50}
+    # The newest, as other tests have left theirs on the server.
+    question = {"filter": {"event": {"prefix": ["rlhf."]}, "order": "DESC"}, "limit": 50}
     deadline = time.monotonic() + 3 * FLUSH
     with get_client(sync_client=True) as prefect:
         while True:
             answer = prefect.request("POST", "/events/filter", json=question).json()["events"]
-            mine = [event for event in answer if event["payload"]["project"] == project]
+            mine = [event for event in answer if event["payload"]["project"] == project][::-1]
             if len(mine) >= count or time.monotonic() > deadline:
                 return mine
             time.sleep(0.2)
