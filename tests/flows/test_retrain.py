@@ -10,7 +10,7 @@ from flows.config import PipelineConfig
 from flows.retrain import RetrainConfig, retrain
 from tasks.new_data import count_preferences
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]  # some pipelines, one after the other
 
 REVIEWS = [f"Review of the hotel in town {n}:" for n in range(60)]
 

@@ -11,7 +11,7 @@ from rlhf_core.errors import DataError, ModelError
 from tasks.model_store import MlflowModelStore
 from tasks.promotion import CHAMPION
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.faults]  # some pipelines, one after the other
 
 NOBODY = "0" * 32
 

@@ -48,6 +48,7 @@ def test_the_points_that_no_other_beats():
     assert unbeaten([]) == []
 
 
+@pytest.mark.faults
 @pytest.mark.integration
 def test_points_share_their_stages_and_end_in_one_table(home, settings, prefect_server):
     report = sweep(as_sweep(PIPELINE, ["ppo.kl_coef=0.05,0.5"], 1))
