@@ -5,6 +5,11 @@
 SFT and PPO of a config run in turn with metrics to an MLflow server, as a stage logs them, and with
 a logger that keeps them in memory. The server is a process of its own on the same machine, with
 SQLite.
+
+A few per cent of two whole runs drown in the noise of most machines, so the work itself is counted
+as well: seconds that the training waits in the logger, CPU seconds of the thread that writes and of
+the server, and seconds until `close` has written the rest. Their sum over the time of a run without
+is `at_most`: what it would cost if nothing of it ran beside the training.
 """
 
 import argparse
@@ -14,11 +19,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+
+import psutil
+from mlflow import MlflowClient
 
 from flows.config import PipelineConfig
 from flows.loading import load_config
@@ -33,8 +42,26 @@ from rlhf_core.stages.sft import train_sft
 from tasks.tracking import MlflowLogger
 
 
+class Counted:
+    """A logger, and the seconds that its caller has spent in it."""
+
+    def __init__(self, logger: StageLogger) -> None:
+        self.logger = logger
+        self.seconds = 0.0
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        begun = time.perf_counter()
+        self.logger.metrics(values, step)
+        self.seconds += time.perf_counter() - begun
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        begun = time.perf_counter()
+        self.logger.progress(done, total, note)
+        self.seconds += time.perf_counter() - begun
+
+
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -48,7 +75,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     try:
         while unreachable(f"{address}/health"):
             time.sleep(0.2)
-        yield address
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -60,47 +87,70 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()
     config = load_config(arguments.config, (), PipelineConfig)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        train = trainings(config, folder)
-        with mlflow_server(folder) as address:
-            from mlflow import MlflowClient
-
-            client = MlflowClient(tracking_uri=address)
-            seconds: dict[str, dict[str, list[float]]] = {
-                name: {"mlflow": [], "memory": []} for name in train
-            }
-            values = {}
-            for _ in range(arguments.pairs):
-                for name, run in train.items():
-                    run_id = client.create_run("0").info.run_id
-                    logger = MlflowLogger(client, run_id)
-                    seconds[name]["mlflow"].append(timed(run, logger))
-                    begun = time.perf_counter()
-                    logger.close()
-                    seconds[name]["mlflow"][-1] += time.perf_counter() - begun
-                    seconds[name]["memory"].append(timed(run, MemoryLogger()))
-                    names = client.get_run(run_id).data.metrics
-                    values[name] = sum(len(client.get_metric_history(run_id, n)) for n in names)
-    line = {
-        name: {
-            "mlflow_s": median(took["mlflow"]),
-            "memory_s": median(took["memory"]),
-            "overhead": median(
-                with_it / without - 1
-                for with_it, without in zip(took["mlflow"], took["memory"], strict=True)
-            ),
-            "values": values[name],
-        }
-        for name, took in seconds.items()
-    }
+    line: dict[str, dict[str, float]] = {}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        mlflow_server(Path(scratch)) as (address, server),
+    ):
+        client = MlflowClient(tracking_uri=address)
+        for name, train in trainings(config, Path(scratch)).items():
+            runs = [pair(train, client, server, swap=i % 2 > 0) for i in range(arguments.pairs)]
+            line[name] = {key: round(median(run[key] for run in runs), 4) for key in runs[0]}
     print(json.dumps({"config": arguments.config.name, "pairs": arguments.pairs, **line}))
 
 
-def timed(run: Callable[[StageLogger], object], logger: StageLogger) -> float:
+def pair(
+    train: Callable[[StageLogger], object],
+    client: MlflowClient,
+    server: psutil.Process,
+    *,
+    swap: bool,
+) -> dict[str, float]:
+    """One run with MLflow and one without, in either order."""
+    found: dict[str, float] = {}
+    for side in ("with", "without") if swap else ("without", "with"):
+        if side == "with":
+            found |= with_mlflow(train, client, server)
+        else:
+            begun = time.perf_counter()
+            train(MemoryLogger())
+            found["without_s"] = time.perf_counter() - begun
+    parts = ("waits_s", "close_s", "writer_cpu_s", "server_cpu_s")
+    found["overhead"] = found["with_s"] / found["without_s"] - 1
+    found["at_most"] = sum(found[part] for part in parts) / found["without_s"]
+    return found
+
+
+def with_mlflow(
+    train: Callable[[StageLogger], object], client: MlflowClient, server: psutil.Process
+) -> dict[str, float]:
+    run_id = client.create_run("0").info.run_id
+    before, threads = cpu_seconds(server), set(threading.enumerate())
+    logger = MlflowLogger(client, run_id)
+    (writer,) = set(threading.enumerate()) - threads
+    counted = Counted(logger)
     begun = time.perf_counter()
-    run(logger)
-    return time.perf_counter() - begun
+    train(counted)
+    ended = time.perf_counter()
+    writer_cpu = time.clock_gettime(time.pthread_getcpuclockid(writer.ident or 0))
+    logger.close()
+    closed = time.perf_counter()
+    server_cpu = cpu_seconds(server) - before
+    names = client.get_run(run_id).data.metrics
+    return {
+        "values": sum(len(client.get_metric_history(run_id, name)) for name in names),
+        "with_s": closed - begun,
+        "waits_s": counted.seconds,
+        "close_s": closed - ended,
+        "writer_cpu_s": writer_cpu,
+        "server_cpu_s": server_cpu,
+    }
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Of a process and its children, so far."""
+    times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 def trainings(config: PipelineConfig, folder: Path) -> dict[str, Callable[[StageLogger], object]]:
