@@ -1,6 +1,6 @@
 """The config of a pipeline: the sections of its stages side by side, and what must fit between."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
+from tasks.policy import PolicyConfig
 
 
 class RunConfig(Section):
@@ -46,6 +47,17 @@ class RewardModelSection(RewardModelConfig):
     )
 
 
+# A form shows fields in the order of a class, so these are fields to share and not a base class.
+Algorithm = Annotated[
+    Literal["ppo", "rloo", "grpo", "dpo"],
+    Field(description="How the policy is optimised; the section of that name has the settings"),
+]
+PPOSection = Annotated[PPOConfig, Field(description="A policy and a critic, on a learnt reward")]
+RLOOSection = Annotated[RLOOConfig, Field(description="Responses to one prompt against each other")]
+GRPOSection = Annotated[GRPOConfig, Field(description="The same in units of their spread")]
+DPOSection = Annotated[DPOConfig, Field(description="On the preferences, without a learnt reward")]
+
+
 class PipelineConfig(RunConfig):
     """Everything that a run of the pipeline can be told."""
 
@@ -58,21 +70,11 @@ class PipelineConfig(RunConfig):
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Learning a reward from preferences"
     )
-    algorithm: Literal["ppo", "rloo", "grpo", "dpo"] = Field(
-        "ppo", description="How the policy is optimised; the section of that name has the settings"
-    )
-    ppo: PPOConfig = Field(
-        default_factory=PPOConfig, description="A policy and a critic, on a learnt reward"
-    )
-    rloo: RLOOConfig = Field(
-        default_factory=RLOOConfig, description="Responses to one prompt against each other"
-    )
-    grpo: GRPOConfig = Field(
-        default_factory=GRPOConfig, description="The same in units of their spread"
-    )
-    dpo: DPOConfig = Field(
-        default_factory=DPOConfig, description="On the preferences, without a learnt reward"
-    )
+    algorithm: Algorithm = "ppo"
+    ppo: PPOSection = Field(default_factory=PPOConfig)
+    rloo: RLOOSection = Field(default_factory=RLOOConfig)
+    grpo: GRPOSection = Field(default_factory=GRPOConfig)
+    dpo: DPOSection = Field(default_factory=DPOConfig)
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Comparing on held-out prompts"
     )
@@ -81,17 +83,10 @@ class PipelineConfig(RunConfig):
     )
 
     @property
-    def policy(self) -> PPOConfig | RLOOConfig | GRPOConfig | DPOConfig:
+    def policy(self) -> PolicyConfig:
         """The settings of the chosen algorithm."""
-        match self.algorithm:
-            case "ppo":
-                return self.ppo
-            case "rloo":
-                return self.rloo
-            case "grpo":
-                return self.grpo
-            case "dpo":
-                return self.dpo
+        section: PolicyConfig = getattr(self, self.algorithm)
+        return section
 
     @property
     def length_limits(self) -> LengthLimits:

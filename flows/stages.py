@@ -5,12 +5,19 @@ The data are those that the given model learnt from, or those of another run by 
 `prepare` brings new data to a model that is there.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
 
-from flows.config import RunConfig
+from flows.config import (
+    Algorithm,
+    DPOSection,
+    GRPOSection,
+    PPOSection,
+    RLOOSection,
+    RunConfig,
+)
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from rlhf_core.models import ModelConfig
@@ -95,32 +102,17 @@ class PolicyFlowConfig(RunConfig):
     sampling: SamplingConfig = Field(
         default_factory=SamplingConfig, description="How responses are drawn"
     )
-    algorithm: Literal["ppo", "rloo", "grpo", "dpo"] = Field(
-        "ppo", description="How the policy is optimised; the section of that name has the settings"
-    )
-    ppo: PPOConfig = Field(
-        default_factory=PPOConfig, description="A policy and a critic, on a learnt reward"
-    )
-    rloo: RLOOConfig = Field(
-        default_factory=RLOOConfig, description="Responses to one prompt against each other"
-    )
-    grpo: GRPOConfig = Field(
-        default_factory=GRPOConfig, description="The same in units of their spread"
-    )
-    dpo: DPOConfig = Field(
-        default_factory=DPOConfig, description="On the preferences, without a learnt reward"
-    )
+    algorithm: Algorithm = "ppo"
+    ppo: PPOSection = Field(default_factory=PPOConfig)
+    rloo: RLOOSection = Field(default_factory=RLOOConfig)
+    grpo: GRPOSection = Field(default_factory=GRPOConfig)
+    dpo: DPOSection = Field(default_factory=DPOConfig)
 
     @property
     def policy(self) -> PolicyConfig:
         """The settings of the chosen algorithm."""
-        sections: dict[str, PolicyConfig] = {
-            "ppo": self.ppo,
-            "rloo": self.rloo,
-            "grpo": self.grpo,
-            "dpo": self.dpo,
-        }
-        return sections[self.algorithm]
+        section: PolicyConfig = getattr(self, self.algorithm)
+        return section
 
 
 class EvaluationFlowConfig(RunConfig):
