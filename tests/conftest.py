@@ -1,7 +1,8 @@
-"""What the tests of tasks and flows share: an MLflow store for each test, one Prefect server."""
+"""What the tests of tasks and flows share: MLflow stores, and one Prefect server."""
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,8 @@ from tasks.settings import QUIET, Settings
 for _field in Settings.model_fields.values():
     os.environ.pop(str(_field.validation_alias), None)
 os.environ.update(QUIET, RLHF_DEVICE="cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores, and threads that wait spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -60,3 +63,16 @@ def prefect_server():
         temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
     ):
         yield
+
+
+@pytest.fixture(scope="module")
+def shared_home(tmp_path_factory, migrated_database, prefect_server) -> Iterator[Settings]:
+    """One home for the module: later runs meet what earlier ones registered."""
+    made = Settings.model_validate({"RLHF_HOME": tmp_path_factory.mktemp("shared") / "home"})
+    (made.home / "mlflow").mkdir(parents=True)
+    shutil.copy(migrated_database, made.home / "mlflow" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment().items():
+            if not name.startswith("PREFECT_"):  # the session's server stays in use
+                patch.setenv(name, value)
+        yield made

@@ -85,6 +85,8 @@ class Stack:
         self.variables = example()
         self.change(**variables)
         self._ports = {inside: str(free_port()) for inside in PORTS.values()}
+        # The store also listens 10,000 higher, and the system gives ports up to the very end.
+        self._ports[PORTS["s3"]] = str(wait_until(lambda: (p := free_port()) < 55_000 and p))
         self._token = uuid.uuid4().hex
         self._processes: dict[str, subprocess.Popen] = {}
         self._programs = postgres_programs()

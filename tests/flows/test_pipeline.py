@@ -18,7 +18,7 @@ from tasks.model_store import MlflowModelStore, ModelRef
 from tasks.policy import train_policy
 from tasks.promotion import promote
 from tasks.serving import export_servable
-from tasks.settings import Settings, read_settings
+from tasks.settings import read_settings
 from tasks.stage import open_run
 
 pytestmark = pytest.mark.integration
@@ -57,16 +57,9 @@ def config(algorithm="ppo", **sections):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, migrated_database, prefect_server):
+def settings(shared_home):
     """One home for the module: later runs meet what earlier ones registered."""
-    made = Settings.model_validate({"RLHF_HOME": tmp_path_factory.mktemp("pipeline") / "home"})
-    (made.home / "mlflow").mkdir(parents=True)
-    shutil.copy(migrated_database, made.home / "mlflow" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.environment().items():
-            if not name.startswith("PREFECT_"):  # the session's server stays in use
-                patch.setenv(name, value)
-        yield made
+    return shared_home
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +292,13 @@ def test_adapters_are_registered_with_their_models(store, first, tmp_path):
     assert [[text] for text in said] == asked
 
 
-def test_a_champion_that_moved_meanwhile_is_not_overruled(store, first):
+def test_a_champion_that_moved_meanwhile_is_not_overruled(client, store, first):
+    source = client.get_model_version("tiny-policy", str(first.policy.version)).source
+    made = client.create_model_version("tiny-policy", source)
+    stranger = ModelRef(name="tiny-policy", version=int(made.version))
+
     @flow
     def late_promotion():
-        stranger = ModelRef(name="tiny-policy", version=first.policy.version + 1)
         rules = PromotionConfig(**TINY["promotion"])
         return promote(rules, first.scorecard, stranger, None, first.run)
 

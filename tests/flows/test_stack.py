@@ -525,7 +525,8 @@ class TestStack:
         """Triggered through the API, trained by the worker, stored in S3: the same to the bit."""
         final = running.final_state(whole(running), 600)
         assert final["type"] == "COMPLETED", final["message"]
-        assert rlhf("run", TINY_FILE, home=tmp_path / "home").returncode == 0
+        threads = {"OMP_NUM_THREADS": running.environment("worker")["OMP_NUM_THREADS"]}
+        assert rlhf("run", TINY_FILE, home=tmp_path / "home", **threads).returncode == 0
         from mlflow import MlflowClient
 
         alone = result(MlflowClient(f"sqlite:///{tmp_path}/home/mlflow/mlflow.db"))

@@ -2,7 +2,6 @@
 line. Every run here is one of a deployment, and the last test has a worker of its own."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -41,16 +40,9 @@ LIMIT = 240.0  # s, of which a quiet machine needs a few
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, migrated_database, prefect_server):
+def settings(shared_home):
     """One home for the module; each test has versions of its own."""
-    made = Settings.model_validate({"RLHF_HOME": tmp_path_factory.mktemp("approval") / "home"})
-    (made.home / "mlflow").mkdir(parents=True)
-    shutil.copy(migrated_database, made.home / "mlflow" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.environment().items():
-            if not name.startswith("PREFECT_"):
-                patch.setenv(name, value)
-        yield made
+    return shared_home
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,139 @@
+"""The Prefect UI as a person uses it, in a real browser: start, cancel, approve, read the report.
+
+Needs chromium and playwright (`pip install -e '.[browser]'`), and minutes: runs with RLHF_FAULTS=1.
+With RLHF_SHOTS=FOLDER each test leaves pictures of what it saw there.
+"""
+
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from servers import Servers, wait_until
+
+CHROMIUM = shutil.which("chromium")
+TINY = Path(__file__).parent / "tiny.yaml"
+LONG = {"iterations": 2000, "rollout_size": 16, "batch_size": 16, "epochs": 1}
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.faults,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    playwright.expect.set_options(timeout=30_000)
+    with playwright.sync_playwright() as api:
+        running = api.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser, request):
+    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+    opened.set_default_timeout(30_000)
+    yield opened
+    if folder := os.environ.get("RLHF_SHOTS"):
+        opened.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser")
+    running = Servers(folder)
+    configs = folder / "configs"
+    configs.mkdir()
+    tiny = yaml.safe_load(TINY.read_text())
+    all_pass = {"min_win_rate": 0, "max_kl": 1000, "max_length_ratio": 100, "min_distinct_ratio": 0}
+    asking = {"approval": "person", **all_pass}
+    known = {"tiny": tiny, "long": {**tiny, "ppo": LONG}, "asking": {**tiny, "promotion": asking}}
+    for name, config in known.items():
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump({**config, "project": name}))
+    try:
+        for name in ("prefect", "mlflow"):
+            running.start(name)
+        running.rlhf("deploy", configs)
+        running.start("worker")
+        yield running
+    finally:
+        running.close()
+
+
+@contextmanager
+def form_of(page, servers, preset):
+    """The form that starts a run of a preset."""
+    found = servers.ask(f"/deployments/name/rlhf/{preset}")
+    page.goto(f"{servers.addresses.prefect}/deployments/deployment/{found['id']}/run")
+    yield (
+        lambda name: (
+            page.locator("span.schema-form-property__label", has_text=re.compile(rf"^{name}\b"))
+            .first.locator("xpath=ancestor::div[contains(@class, 'p-label')][1]")
+            .locator("input")
+            .first
+        )
+    )
+
+
+def test_a_run_from_its_form_to_its_report(page, servers):
+    with form_of(page, servers, "tiny") as field:
+        form = page.url
+        field("kl_coef").fill("-1")
+        page.get_by_role("button", name="Submit").click()
+        page.get_by_text("greater than or equal to 0").first.wait_for()
+        assert page.url == form
+        field("kl_coef").fill("0.17")
+        page.get_by_role("button", name="Submit").click()
+    page.wait_for_url(re.compile("/runs/flow-run/"))
+    (flow_run,) = re.findall("/flow-run/([0-9a-f-]+)", page.url)
+    assert servers.ask(f"/flow_runs/{flow_run}")["parameters"]["config"]["ppo"]["kl_coef"] == 0.17
+
+    page.get_by_text("tiny/tiny#1").first.wait_for()
+    assert servers.until(flow_run, "Completed", "Failed") == "Completed"
+    page.get_by_text("Completed", exact=True).first.wait_for()
+
+    query = {"artifacts": {"flow_run_id": {"any_": [flow_run]}}, "limit": 200}
+    artifacts = {a["key"]: a for a in servers.ask("/artifacts/filter", query)}
+    address = f"{servers.addresses.prefect}/artifacts/artifact"
+    page.goto(f"{address}/{artifacts['tiny-report']['id']}")
+    page.get_by_role("cell", name="kl_coef").or_(page.get_by_text("champion")).first.wait_for()
+    page.goto(f"{address}/{artifacts['tiny-ppo-mlflow']['id']}")
+    page.get_by_role("link", name="MLflow").first.click()
+    page.context.pages[-1].get_by_text("ppo-seed-0").first.wait_for()
+
+
+def test_cancel_stops_a_training_within_seconds(page, servers):
+    flow_run = servers.trigger("rlhf/long", {})
+    wait_until(lambda: servers.steps("ppo") > 0, 240)
+    page.goto(f"{servers.addresses.prefect}/runs/flow-run/{flow_run}")
+    page.get_by_role("button", name="Cancel").first.click()
+    page.get_by_role("button", name="Confirm").click()
+    ended = "select 1 from runs where name like 'ppo-%' and status = 'KILLED'"
+    wait_until(lambda: servers.rows(ended), 20)
+    assert servers.until(flow_run, "Cancelled", "Failed", "Crashed", seconds=60) == "Cancelled"
+    page.get_by_text("Cancelled", exact=True).first.wait_for()
+
+
+def test_a_person_approves_in_the_form(page, servers):
+    flow_run = servers.trigger("rlhf/asking", {})
+    servers.until(flow_run, "Suspended", "Failed", "Completed")
+    page.goto(f"{servers.addresses.prefect}/runs/flow-run/{flow_run}")
+    page.get_by_role("button", name="Resume").first.click()
+    choice = page.locator(".schema-form-property-string button.p-select-button__control")
+    choice.focus()
+    page.keyboard.press("ArrowDown")
+    page.get_by_role("option", name="yes").click()
+    texts = page.locator(".p-modal textarea")
+    texts.nth(0).fill("Ada")
+    texts.nth(1).fill("reads well")
+    page.get_by_role("button", name="Submit").click()
+    assert servers.until(flow_run, "Completed", "Failed") == "Completed"
+    said = servers.rows("select value from tags where key in ('approved', 'approved_by', 'reason')")
+    assert any("Ada" in value for (value,) in said)
