@@ -17,8 +17,8 @@ setup: .venv/installed ## install everything, pinned, into .venv
 demo: setup ## the whole pipeline on the embedded example, on the CPU
 	$(BIN)/rlhf run configs/demo.yaml
 
-test: setup ## all tests
-	$(BIN)/pytest
+test: setup ## all tests, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup ## lint, format, types, import contracts
 	$(BIN)/ruff check
