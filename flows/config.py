@@ -16,7 +16,6 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
-from tasks.policy import PolicyConfig
 
 
 class RunConfig(Section):
@@ -83,9 +82,9 @@ class PipelineConfig(RunConfig):
     )
 
     @property
-    def policy(self) -> PolicyConfig:
+    def policy(self) -> PPOConfig | RLOOConfig | GRPOConfig | DPOConfig:
         """The settings of the chosen algorithm."""
-        section: PolicyConfig = getattr(self, self.algorithm)
+        section: PPOConfig | RLOOConfig | GRPOConfig | DPOConfig = getattr(self, self.algorithm)
         return section
 
     @property

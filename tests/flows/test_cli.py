@@ -365,6 +365,13 @@ def test_a_run_that_is_stopped_says_so_and_can_go_on(finished, number, status, s
             continue
 
 
+def test_a_config_is_read_before_prefect_and_mlflow_know_where_their_servers_are():
+    """They read the environment at import, and `rlhf run` has a server of its own by then."""
+    code = "import sys, flows.config, flows.__main__; print({'prefect', 'mlflow'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_a_command_that_trains_keeps_its_memory():
     code = "import os; from flows import memory; memory.keep(); print(os.environ.get({name!r}))"
     name = "THP_MEM_ALLOC_ENABLE"
