@@ -158,7 +158,7 @@ def test_people_are_told_what_they_have_to_know(prefect, news):
     )
     for automation in automations.notifications(settings):
         automations.put(prefect, automation)
-    candidate = ModelRef(name="told-policy", version=2)
+    candidate = ModelRef(name="ready-policy", version=2)
 
     @flow(name="rlhf", flow_run_name="told/demo#1")
     def broken():
@@ -168,7 +168,7 @@ def test_people_are_told_what_they_have_to_know(prefect, news):
     def broken_too():
         raise ValueError("none of our business")
 
-    tell(lambda: events.gate_refused("told", candidate, ['FAIL: KL "to" SFT']))
+    tell(lambda: events.gate_refused("ready", candidate, ['FAIL: KL "to" SFT']))
     for failing in (broken_too, broken):
         with pytest.raises(ValueError, match=r"reason|business"):
             failing()
