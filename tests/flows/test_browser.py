@@ -74,8 +74,11 @@ def form_of(page, servers, preset):
     page.goto(f"{servers.addresses.prefect}/deployments/deployment/{found['id']}/run")
     yield (
         lambda name: (
-            page.locator("span.schema-form-property__label", has_text=re.compile(rf"^{name}\b"))
-            .first.locator("xpath=ancestor::div[contains(@class, 'p-label')][1]")
+            page.locator("span.schema-form-property__label", has_text=name)
+            .first.locator(
+                "xpath=ancestor::div[contains(@class, 'schema-form-property')]"
+                "[contains(@class, 'p-label')][1]"
+            )
             .locator("input")
             .first
         )
@@ -87,7 +90,9 @@ def test_a_run_from_its_form_to_its_report(page, servers):
         form = page.url
         field("kl_coef").fill("-1")
         page.get_by_role("button", name="Submit").click()
-        page.get_by_text("greater than or equal to 0").first.wait_for()
+        page.get_by_text(
+            re.compile("(greater than or equal to|less than the minimum of) 0")
+        ).first.wait_for()
         assert page.url == form
         field("kl_coef").fill("0.17")
         page.get_by_role("button", name="Submit").click()
@@ -117,7 +122,8 @@ def test_cancel_stops_a_training_within_seconds(page, servers):
     page.get_by_role("button", name="Confirm").click()
     ended = "select 1 from runs where name like 'ppo-%' and status = 'KILLED'"
     wait_until(lambda: servers.rows(ended), 20)
-    assert servers.until(flow_run, "Cancelled", "Failed", "Crashed", seconds=60) == "Cancelled"
+    # The process says Crashed at its end, and the worker has the last word.
+    servers.until(flow_run, "Cancelled", seconds=90)
     page.get_by_text("Cancelled", exact=True).first.wait_for()
 
 
