@@ -96,8 +96,10 @@ def test_a_run_from_its_form_to_its_report(page, servers):
         assert page.url == form
         field("kl_coef").fill("0.17")
         page.get_by_role("button", name="Submit").click()
-    page.wait_for_url(re.compile("/runs/flow-run/"))
-    (flow_run,) = re.findall("/flow-run/([0-9a-f-]+)", page.url)
+    page.wait_for_url(re.compile("tab=Runs"))
+    newest = {"limit": 1, "sort": "START_TIME_DESC"}
+    (flow_run,) = (run["id"] for run in servers.ask("/flow_runs/filter", newest))
+    page.goto(f"{servers.addresses.prefect}/runs/flow-run/{flow_run}")
     assert servers.ask(f"/flow_runs/{flow_run}")["parameters"]["config"]["ppo"]["kl_coef"] == 0.17
 
     page.get_by_text("tiny/tiny#1").first.wait_for()
