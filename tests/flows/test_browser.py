@@ -110,7 +110,7 @@ def test_a_run_from_its_form_to_its_report(page, servers):
     artifacts = {a["key"]: a for a in servers.ask("/artifacts/filter", query)}
     address = f"{servers.addresses.prefect}/artifacts/artifact"
     page.goto(f"{address}/{artifacts['tiny-report']['id']}")
-    page.get_by_role("cell", name="kl_coef").or_(page.get_by_text("champion")).first.wait_for()
+    page.get_by_text("promoted").first.wait_for()
     page.goto(f"{address}/{artifacts['tiny-ppo-mlflow']['id']}")
     page.get_by_role("link", name="MLflow").first.click()
     page.context.pages[-1].get_by_text("ppo-seed-0").first.wait_for()
