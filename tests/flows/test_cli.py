@@ -340,7 +340,7 @@ def test_a_run_that_is_stopped_says_so_and_can_go_on(finished, number, status, s
         os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: to the whole group
     else:
         process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (status, "")
     sentence = f"rlhf: {said}; the same command goes on from the last checkpoint."
     assert errors.splitlines()[-1] == sentence
