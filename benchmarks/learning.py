@@ -10,9 +10,10 @@ draws the curves.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -43,6 +44,16 @@ WAYS_TO_LEARN = {
         "lora_layers": 8,
     },
 }
+
+
+class Told(MemoryLogger):
+    """Says each score as it comes, as this takes a while."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        super().metrics(values, step)
+        if "objective/score" in values:
+            said = f"{values['objective/score']:7.3f}  KL {values['objective/kl']:.3f}"
+            print(f"iteration {len(self.series('objective/score')):3}  score {said}", file=sys.stderr)
 
 
 def sentiment(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
@@ -81,7 +92,7 @@ def learn(
     arguments: argparse.Namespace, settings: dict[str, float]
 ) -> tuple[list[float], float, float]:
     """Mean reward of each iteration, the last KL, and how long it took."""
-    logger = MemoryLogger()
+    logger = Told()
     config = PPOConfig(
         iterations=arguments.iterations,
         rollout_size=arguments.batch,

@@ -7,7 +7,6 @@ With RLHF_SHOTS=FOLDER each test leaves pictures of what it saw there.
 import os
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,35 +66,32 @@ def servers(tmp_path_factory):
         running.close()
 
 
-@contextmanager
-def form_of(page, servers, preset):
+def open_form(page, servers, preset):
     """The form that starts a run of a preset."""
     found = servers.ask(f"/deployments/name/rlhf/{preset}")
     page.goto(f"{servers.addresses.prefect}/deployments/deployment/{found['id']}/run")
-    yield (
-        lambda name: (
-            page.locator("span.schema-form-property__label", has_text=name)
-            .first.locator(
-                "xpath=ancestor::div[contains(@class, 'schema-form-property')]"
-                "[contains(@class, 'p-label')][1]"
-            )
-            .locator("input")
-            .first
-        )
+
+
+def field(page, name):
+    """The input of the form's first field of that name."""
+    of_field = (
+        "xpath=ancestor::div[contains(@class, 'schema-form-property')]"
+        "[contains(@class, 'p-label')][1]"
     )
+    label = page.locator("span.schema-form-property__label", has_text=name).first
+    return label.locator(of_field).locator("input").first
 
 
 def test_a_run_from_its_form_to_its_report(page, servers):
-    with form_of(page, servers, "tiny") as field:
-        form = page.url
-        field("kl_coef").fill("-1")
-        page.get_by_role("button", name="Submit").click()
-        page.get_by_text(
-            re.compile("(greater than or equal to|less than the minimum of) 0")
-        ).first.wait_for()
-        assert page.url == form
-        field("kl_coef").fill("0.17")
-        page.get_by_role("button", name="Submit").click()
+    open_form(page, servers, "tiny")
+    form = page.url
+    field(page, "kl_coef").fill("-1")
+    page.get_by_role("button", name="Submit").click()
+    refused = re.compile("(greater than or equal to|less than the minimum of) 0")
+    page.get_by_text(refused).first.wait_for()
+    assert page.url == form
+    field(page, "kl_coef").fill("0.17")
+    page.get_by_role("button", name="Submit").click()
     page.wait_for_url(re.compile("tab=Runs"))
     newest = {"limit": 1, "sort": "START_TIME_DESC"}
     (flow_run,) = (run["id"] for run in servers.ask("/flow_runs/filter", newest))
@@ -112,8 +108,8 @@ def test_a_run_from_its_form_to_its_report(page, servers):
     page.goto(f"{address}/{artifacts['tiny-report']['id']}")
     page.get_by_text("promoted").first.wait_for()
     page.goto(f"{address}/{artifacts['tiny-ppo-mlflow']['id']}")
-    page.get_by_role("link", name="MLflow").first.click()
-    page.context.pages[-1].get_by_text("ppo-seed-0").first.wait_for()
+    page.goto(page.get_by_role("link", name="tiny ppo in MLflow").get_attribute("href"))
+    page.get_by_text("ppo-seed-0").first.wait_for()
 
 
 def test_cancel_stops_a_training_within_seconds(page, servers):
