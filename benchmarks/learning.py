@@ -36,7 +36,7 @@ from rlhf_core.stages.ppo import PPOConfig, train_ppo
 PLACES = ("hotel", "restaurant", "film", "phone", "museum", "train", "book", "garden")
 WAYS = ("One sentence about the {}:", "My opinion of the {} is that it", "The {} was", "This {}")
 WAYS_TO_LEARN = {
-    "all weights": {"learning_rate": 3e-6, "critic_learning_rate": 1e-5},
+    "all weights": {"learning_rate": 3e-5, "critic_learning_rate": 3e-5},
     "LoRA": {
         "learning_rate": 3e-4,
         "critic_learning_rate": 3e-4,
@@ -52,8 +52,9 @@ class Told(MemoryLogger):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         super().metrics(values, step)
         if "objective/score" in values:
-            said = f"{values['objective/score']:7.3f}  KL {values['objective/kl']:.3f}"
-            print(f"iteration {len(self.series('objective/score')):3}  score {said}", file=sys.stderr)
+            score, kl = values["objective/score"], values["objective/kl"]
+            number = len(self.series("objective/score"))
+            print(f"iteration {number:3}  score {score:6.3f}  KL {kl:6.3f}", file=sys.stderr)
 
 
 def sentiment(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--reward", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--response-length", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
