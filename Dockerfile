@@ -22,7 +22,7 @@ ARG TORCH=cpu
 COPY constraints.txt ./
 RUN if [ "$TORCH" = cpu ]; then set -- --extra-index-url https://download.pytorch.org/whl/cpu; fi \
     && pip install --no-cache-dir --constraint constraints.txt torch "$@"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE rlhf_command.py ./
 COPY rlhf_core rlhf_core
 COPY tasks tasks
 COPY flows flows
@@ -30,7 +30,7 @@ COPY configs configs
 RUN pip install --no-cache-dir --constraint constraints.txt '.[stack]'
 
 # The root file system is read-only; what a library wants to keep for itself goes away with /tmp.
-ENV HOME=/tmp
+ENV HOME=/tmp PYTHONSAFEPATH=1
 USER 10001
-ENTRYPOINT ["python", "-m", "flows.entry"]
+ENTRYPOINT ["python", "-P", "-m", "flows.entry"]
 CMD ["rlhf", "--help"]

@@ -24,7 +24,10 @@ from flows.loading import presets
 from flows.printing import (
     err,
     line,
+    say_aloud,
     show_comparison,
+    show_error,
+    show_links,
     show_report,
     show_services,
     show_start,
@@ -188,7 +191,11 @@ def up(
 
     In the Prefect UI each preset is a deployment: a form that is filled in, to change and to start,
     or to give a schedule. So are the stages, one by one, and retraining. Everything listens on the
-    loopback address alone and is stopped together. What `rlhf run` did before is there too.
+    loopback address only and is stopped together. What `rlhf run` did before is there too.
+
+    Both pages ask for a password that is made at each start. Open them by the links that are
+    printed, each of which signs in one browser; `rlhf sign-in` prints new ones. Other commands find
+    the password by themselves.
     """
     err.print("Starting Prefect, MLflow and a worker …", highlight=False)
     try:
@@ -198,9 +205,30 @@ def up(
             mlflow_port=mlflow_port,
             configs=configs or presets(),
             on_ready=show_services,
+            on_error=show_error,
         )
     except KeyboardInterrupt:
         err.print("All services have been stopped.", highlight=False)
+
+
+@app.command(name="sign-in", epilog="Example: rlhf sign-in")
+def sign_in() -> None:
+    """Print links that open the pages of a running `rlhf up`; each signs in one browser, once."""
+    show_links(*services.signed_in(read_settings()))
+
+
+@app.command(
+    name="exec",
+    epilog="Example: rlhf exec prefect deployment run rlhf/demo",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run_program(
+    program: Annotated[str, typer.Argument(help="A program, such as prefect or mlflow.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What it is called with.")] = None,
+) -> None:
+    """Run another program with the addresses and the password of this home's servers."""
+    services.join(read_settings(), prefect=True)
+    services.become(program, arguments or [])
 
 
 @app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy")
@@ -429,7 +457,7 @@ def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> 
 @contextmanager
 def _prefect(settings: "Settings") -> Iterator[None]:
     """A Prefect server for flows of this process, where none is in use; it starts meanwhile."""
-    with services.prefect_server(settings) as ready:
+    with services.prefect_server(settings, say_aloud) as ready:
         from flows import logs
 
         logs.shorten_user_errors()

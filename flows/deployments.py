@@ -5,7 +5,8 @@ One list of deployments serves `rlhf deploy`, which registers them, and `prefect
 is stored: a worker imports the flows from the package that is installed where it runs.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from inspect import cleandoc
@@ -21,6 +22,7 @@ from prefect.client.schemas.actions import (
     DeploymentUpdate,
     GlobalConcurrencyLimitCreate,
     WorkPoolCreate,
+    WorkPoolUpdate,
 )
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, VersionInfo
 from prefect.client.schemas.responses import DeploymentResponse
@@ -44,6 +46,14 @@ from tasks.accelerator import LIMIT
 VERSION = version("rlhf-pipeline")
 VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around the deployer
 FIRST_PRESET = "demo"
+# What a run may not choose, and what it is then. No command is that of the worker. No working
+# directory is an empty one: in a folder of a user Prefect would import what lies there, and install
+# what its pyproject.toml asks for. Flows go to the user's folder by themselves.
+FIXED: Final[dict[str, Any]] = {
+    "command": None,
+    "env": {"RLHF_WORKING_DIR": "{{ working_dir }}"},
+    "working_dir": None,
+}
 NIGHTLY: Final = {"cron": "0 3 * * *", "timezone": "UTC", "slug": "nightly", "active": False}
 SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameters", "slug"}
 
@@ -178,11 +188,33 @@ def _about(flow: Flow[..., Any]) -> str:
 
 
 def _make_pool(client: SyncPrefectClient) -> None:
-    template = ProcessWorker.get_default_base_job_template()
-    with suppress(ObjectAlreadyExists):
-        client.create_work_pool(
-            WorkPoolCreate(name=POOL, type="process", base_job_template=template)
+    new = closed(ProcessWorker.get_default_base_job_template())
+    try:
+        pool = client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", base_job_template=new)
         )
+    except ObjectAlreadyExists:
+        pool = client.read_work_pool(POOL)
+    template = closed(pool.base_job_template)
+    if template != pool.base_job_template:
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
+
+
+def closed(template: Mapping[str, Any]) -> dict[str, Any]:
+    """A work pool's template whose runs choose neither their command nor their environment.
+
+    Prefect's own lets whoever starts a run replace both by variables of the job. What is left is
+    the folder that relative paths refer to. What people have changed otherwise stays.
+    """
+    job = dict(template["job_configuration"])
+    properties = dict(template["variables"]["properties"])
+    for name, fixed in FIXED.items():
+        if name != "working_dir":
+            properties.pop(name, None)
+        if re.search(r"\{\{\s*" + name + r"\s*\}\}", str(job.get(name))):
+            job[name] = fixed
+    variables = template["variables"] | {"properties": properties, "additionalProperties": False}
+    return {**template, "job_configuration": job, "variables": variables}
 
 
 def _make_limit(client: SyncPrefectClient) -> None:

@@ -9,6 +9,8 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
+from tasks.servers import sign_in
+
 if TYPE_CHECKING:
     from flows.services import Services
     from rlhf_core.validation import Validation
@@ -40,8 +42,9 @@ def show_report(report: str) -> None:
         line("")
 
 
-def show_services(services: "Services", logs: Path) -> None:
+def show_services(services: "Services", settings: "Settings") -> None:
     """Where everything is, once it runs."""
+    logs = settings.home / "logs"
     _table(
         "Running; Ctrl-C stops all",
         ("Service", "Address", "Log"),
@@ -51,6 +54,25 @@ def show_services(services: "Services", logs: Path) -> None:
             ("worker", "polls Prefect for runs", logs / "worker.log"),
         ],
     )
+    show_links(services, settings)
+
+
+def show_links(services: "Services", settings: "Settings") -> None:
+    """Links that sign a browser in, each on a line of its own."""
+    line("Open the pages by these links, each of which signs in one browser, once:")
+    for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
+        line(f"  {name:8}{sign_in.link(address, settings.account)}")
+    line("`rlhf sign-in` prints new ones.")
+
+
+def say_aloud(text: str) -> None:
+    """Something that cannot wait, beside progress bars."""
+    err.print(f"rlhf: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_error(server: str, error: str, log: Path) -> None:
+    """What a server that runs has logged as an error."""
+    say_aloud(f"{server} has logged an error: {error} (more in {log})")
 
 
 def show_validation(validation: "Validation") -> None:

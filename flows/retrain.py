@@ -11,6 +11,7 @@ from flows.config import PipelineConfig
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.rlhf import PipelineResult, rlhf
+from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from tasks.new_data import PreferenceCount, count_preferences
 
@@ -29,6 +30,7 @@ class RetrainConfig(Section):
 
 
 @flow(name="retrain", flow_run_name=run_name)
+@in_working_dir
 def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":
     """Run the pipeline if enough preferences are new; else end as Skipped and say how many miss.
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.config import PipelineConfig
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
+from flows.working_dir import in_working_dir
 from rlhf_core.gates import Verdict
 from rlhf_core.stages.evaluation import Scorecard
 from tasks.approval import ask_person
@@ -56,6 +57,7 @@ class PipelineResult(Trained):
 
 
 @flow(name="rlhf", flow_run_name=run_name)
+@in_working_dir
 def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better.
 

@@ -1,7 +1,9 @@
 """The local services: how a command finds MLflow and Prefect, and `rlhf up`, which runs them.
 
-All listen on the loopback address alone. They keep their data where `rlhf run` keeps it when no
-server runs, so one history is seen either way.
+All listen on the loopback address only, and ask for a password that is made at each start and kept
+in a file of the home which its owner alone can read: other users and web pages reach that address
+too. They keep their data where `rlhf run` keeps it when no server runs, so one history is seen
+either way.
 """
 
 import errno
@@ -13,16 +15,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import IO, NamedTuple
+from shutil import which
+from typing import IO, NamedTuple, NoReturn
+from uuid import uuid4
+
+from pydantic import SecretStr
 
 from flows import memory
+from flows.keeper import Keeper
 from flows.loading import config_files
 from flows.supervisor import Service, Supervisor, ask, unreachable
 from rlhf_core.errors import UserError
+from tasks.servers import error_log
 from tasks.settings import PASSWORD_LENGTH, Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
@@ -55,20 +64,25 @@ def join(settings: Settings, *, prefect: bool = False) -> Settings:
     """
     for name, value in _addresses(settings, prefect).items():
         os.environ.setdefault(name, value)
+    settings = read_settings()
     apply_environment(settings)
     make_home(settings)
-    return read_settings()
+    return settings
 
 
 def make_home(settings: Settings) -> None:
-    """Create the folders under the home.
+    """Create the folders under the home, which is its owner's alone.
 
     Raises:
         UserError: they cannot be made.
     """
+    home = settings.home
     try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if home.stat().st_uid == os.getuid():
+            home.chmod(0o700)
         for folder in ("mlflow/artifacts", "prefect", "logs"):
-            (settings.home / folder).mkdir(parents=True, exist_ok=True)
+            (home / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"{settings.home} cannot be used to keep things in ({error.strerror}): set RLHF_HOME "
@@ -77,20 +91,51 @@ def make_home(settings: Settings) -> None:
 
 
 def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
-    """The variables that say where the servers are, once each has answered."""
+    """The variables that say where the servers are, once each has answered, and their password.
+
+    The password of a running `rlhf up` goes to its own two addresses and nowhere else.
+    """
     given = settings.tracking_uri and (settings.prefect_api_url or not with_prefect)
-    services = None if given else running(settings)
+    services = None if given and settings.account else running(settings)
     mlflow = settings.tracking_uri or (services.mlflow if services else "")
     prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
     found: dict[str, str] = {}
     if mlflow.startswith(("http://", "https://")):
-        _expect(settings, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
+        theirs = services is not None and mlflow.rstrip("/") == services.mlflow
+        known = _with_password(settings) if theirs else settings
+        _expect(known, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
         found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
+        found |= known.mlflow_credentials()
     if prefect and with_prefect:
-        _expect(settings, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
+        theirs = services is not None and prefect.rstrip("/") == f"{services.prefect}/api"
+        known = _with_password(settings) if theirs else settings
+        _expect(known, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
         page = prefect.rstrip("/").removesuffix("/api")
         found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
+        found |= known.prefect_credentials()
     return found
+
+
+def _with_password(settings: Settings, password: str = "") -> Settings:
+    """The settings with a password: the user's own, else the given one, else that of the home."""
+    if settings.account:
+        return settings
+    secret = SecretStr(password or _read_password(settings))
+    return settings.model_copy(update={"password": secret})
+
+
+def _read_password(settings: Settings) -> str:
+    try:
+        return _password_file(settings).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(
+            f"`rlhf up` runs for {settings.home}, but its password cannot be read "
+            f"({error.strerror}): be the user who started it, or set RLHF_PASSWORD."
+        ) from None
+
+
+def _password_file(settings: Settings) -> Path:
+    return settings.home / "password"
 
 
 def running(settings: Settings) -> Services | None:
@@ -137,6 +182,34 @@ def _expect(settings: Settings, address: str, path: str, name: str, variable: st
         )
 
 
+def signed_in(settings: Settings) -> tuple[Services, Settings]:
+    """The servers that a browser can sign in to, and the settings with their password.
+
+    Those of the stack are known where its password is in the environment, else those of the running
+    `rlhf up` of this home.
+
+    Raises: UserError when there are none.
+    """
+    if settings.account and settings.prefect_api_url:
+        return Services(settings.prefect_public_url, settings.mlflow_public_url, 0), settings
+    services = running(settings)
+    if services is None:
+        raise UserError(f"No `rlhf up` runs for {settings.home}: start it, or set RLHF_HOME.")
+    return services, _with_password(settings)
+
+
+def become(program: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a program of this environment, else of the PATH.
+
+    Raises: UserError when there is none of this name.
+    """
+    here = str(Path(sys.executable).parent)
+    found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise UserError(f"There is no program {program} here.")
+    os.execv(found, [program, *arguments])
+
+
 # ---- running them ----
 
 
@@ -146,12 +219,14 @@ def up(
     prefect_port: int,
     mlflow_port: int,
     configs: Path,
-    on_ready: Callable[[Services, Path], None],
+    on_ready: Callable[[Services, Settings], None],
+    on_error: Callable[[str, str, Path], None],
 ) -> None:
     """Run Prefect, MLflow and a worker with a deployment for each config, until interrupted.
 
-    `on_ready` is called once with the addresses and the folder of the logs. Whichever way this
-    ends, no process that it started is left.
+    `on_ready` is called once with the addresses and the settings that have the password; `on_error`
+    with the name of a server, what it has logged as an error, and its log. Whichever way this ends,
+    no process that it started is left.
 
     Raises:
         UserError: a port is taken, there is no config, or the services of this home run already.
@@ -168,10 +243,10 @@ def up(
     services = Services(
         f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}", os.getpid()
     )
-    with _claim(settings) as state:
+    with _claim(settings) as state, _password(settings) as settings:
         config_files(configs)
         _check_ports(prefect_port, mlflow_port)
-        with Supervisor(settings.home / "logs", ("worker", "deploy", "mlflow", "prefect")) as group:
+        with Supervisor(settings.home, ("worker", "deploy", "mlflow", "prefect")) as group:
             servers = _prefect(settings, services.prefect), _mlflow(settings, services.mlflow)
             for server in servers:
                 group.start(server)
@@ -183,21 +258,85 @@ def up(
             group.until_ready(worker)
             json.dump(services._asdict(), state)
             state.flush()
-            on_ready(services, settings.home / "logs")
+            on_ready(services, settings)
+            reports = _ErrorReports(services, settings, on_error)
             while True:
                 group.check()
+                reports.look()
                 time.sleep(0.5)
 
 
+class _ErrorReports:
+    """Tells what the servers log as errors, each once: a service in them may fail and not end."""
+
+    EVERY_SECONDS = 5.0
+
+    def __init__(
+        self, services: Services, settings: Settings, tell: Callable[[str, str, Path], None]
+    ) -> None:
+        self._servers = {"prefect": services.prefect, "mlflow": services.mlflow}
+        self._settings = settings
+        self._tell = tell
+        self._told: set[tuple[str, str]] = set()
+        self._next = 0.0
+
+    def look(self) -> None:
+        """Ask both servers, not more often than it is useful."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self.EVERY_SECONDS
+        for name, address in self._servers.items():
+            for error in _errors(address, self._settings.account):
+                if (name, error) not in self._told:
+                    self._told.add((name, error))
+                    self._tell(name, error, self._settings.home / "logs" / f"{name}.log")
+
+
+def _errors(address: str, account: str) -> list[str]:
+    """What a server has logged as errors lately; a server that is busy is asked again later."""
+    try:
+        return [str(line) for line in json.loads(ask(address + error_log.PATH, account=account))]
+    except (OSError, ValueError, HTTPException):
+        return []
+
+
 @contextmanager
-def prefect_server(settings: Settings) -> Iterator[Callable[[], None]]:
+def _password(settings: Settings) -> Iterator[Settings]:
+    """The settings with the password of this start, which other commands find in a file."""
+    settings = _with_password(settings, secrets.token_urlsafe(32))
+    password = settings.password.get_secret_value()
+    if len(password) < PASSWORD_LENGTH:
+        raise UserError(
+            f"RLHF_PASSWORD has {len(password)} characters: take {PASSWORD_LENGTH} or more, or "
+            "unset it to have one made at each start."
+        )
+    path = _password_file(settings)
+    path.unlink(missing_ok=True)  # one that others could read stays readable when written again
+    path.touch(0o600, exist_ok=False)
+    path.write_text(password, encoding="utf-8")
+    try:
+        yield settings
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def prefect_server(
+    settings: Settings, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Callable[[], None]]:
     """Prefect for the length of the block; nothing is started where a server is in use already.
 
     Unlike the server that Prefect itself starts on demand, this one is out of reach of Ctrl-C in
-    the terminal, so that an interrupted run can still report its end; and it ends with this process
-    however that ends.
+    the terminal, so that an interrupted run can still report its end; it ends with this process
+    however that ends; and it is started again when it ends before.
+
+    Args:
+        say: hears that the server has ended and what is done about it.
 
     Yields: what waits until the server is ready, to be called before the first flow starts.
+
+    Raises:
+        ServiceError: the server has ended, and could not be started again.
     """
     if settings.prefect_api_url:
         yield lambda: None
@@ -205,11 +344,21 @@ def prefect_server(settings: Settings) -> Iterator[Callable[[], None]]:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         address = f"http://{HOST}:{probe.getsockname()[1]}"
-    os.environ["PREFECT_API_URL"] = f"{address}/api"
+    settings = _with_password(settings, secrets.token_urlsafe(32))
+    os.environ |= {
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_API_AUTH_STRING": settings.account,
+    }
     server = _prefect(settings, address, name="prefect-of-run")
-    with Supervisor(settings.home / "logs", (server.name,)) as group:
+    with Supervisor(settings.home, (server.name,)) as group:
         group.start(server)
-        yield partial(group.until_ready, server)
+        with Keeper(group, server, say) as keeper:
+
+            def ready() -> None:
+                group.until_ready(server)
+                keeper.watch()
+
+            yield ready
 
 
 @contextmanager
@@ -260,51 +409,39 @@ def _check_ports(prefect_port: int, mlflow_port: int) -> None:
 
 def _prefect(settings: Settings, address: str, name: str = "prefect") -> Service:
     port = address.rpartition(":")[2]
-    # Without it, the pages of a server on another port ask port 4200 for their data.
-    environment = {**settings.environment(), "PREFECT_SERVER_UI_API_URL": f"{address}/api"}
-    if settings.account:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = settings.account
-    return Service(
-        name,
-        _python("prefect", "server", "start", "--host", HOST, "--port", port),
-        environment,
-        partial(unreachable, f"{address}/api/health"),
-    )
+    environment = {
+        **settings.environment(),
+        "RLHF_PREFECT_URL": address,
+        # Without it, the pages of a server on another port ask port 4200 for their data.
+        "PREFECT_SERVER_UI_API_URL": f"{address}/api",
+        "PREFECT_SERVER_API_AUTH_STRING": settings.account,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
+    command = _python("tasks.servers.prefect_app", "--port", port)
+    return Service(name, command, environment, partial(unreachable, f"{address}/api/health"))
 
 
 def _mlflow(settings: Settings, address: str) -> Service:
     local = settings.model_copy(update={"tracking_uri": ""})
+    port = address.rpartition(":")[2]
+    artifacts = str(local.artifact_root)
     command = _python(
-        *("mlflow", "server", "--host", HOST, "--port", address.rpartition(":")[2], "-w", "1"),
-        *("--backend-store-uri", local.mlflow_uri, "--serve-artifacts"),
-        # Experiments keep their plain path, so that they can be read without a server too.
-        *("--default-artifact-root", str(local.artifact_root)),
+        *("mlflow", "server", "--app-name", "rlhf", "--host", HOST, "--port", port, "-w", "1"),
+        *("--backend-store-uri", local.mlflow_uri),
+        # Experiments keep their plain path, so that they can be read without a server too; what a
+        # client sends through the server lands there as well, and not in its working folder.
+        *("--default-artifact-root", artifacts),
+        *("--serve-artifacts", "--artifacts-destination", artifacts),
     )
-    environment = {**local.environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    if settings.account:
-        command += ["--app-name", "basic-auth"]
-        environment |= _mlflow_account(settings)
-    return Service("mlflow", command, environment, partial(unreachable, f"{address}/health"))
-
-
-def _mlflow_account(settings: Settings) -> dict[str, str]:
-    """One account, made anew at each start: MLflow would keep the password of the first."""
-    user, _, password = settings.account.partition(":")
-    if len(password) < PASSWORD_LENGTH:
-        raise UserError(
-            f"RLHF_PASSWORD has {len(password)} characters, and MLflow wants {PASSWORD_LENGTH} at "
-            "least: take a longer one, or unset it to be asked for none."
-        )
-    accounts = settings.home / "mlflow" / "accounts.db"
-    accounts.unlink(missing_ok=True)
-    config = accounts.with_suffix(".ini")
-    config.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{accounts}\n")
-    return {
-        "MLFLOW_AUTH_CONFIG_PATH": str(config),
-        "MLFLOW_AUTH_ADMIN_USERNAME": user,
-        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),
+    environment = {
+        **local.environment(),
+        "RLHF_MLFLOW_URL": address,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:{port},localhost:{port}",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
     }
+    return Service("mlflow", command, environment, partial(unreachable, f"{address}/health"))
 
 
 def _client_environment(settings: Settings, services: Services) -> dict[str, str]:
@@ -320,7 +457,7 @@ def _client_environment(settings: Settings, services: Services) -> dict[str, str
 
 def _deploy(configs: Path, environment: Mapping[str, str]) -> Service:
     here = str(Path.cwd())
-    command = _python("flows", "deploy", str(configs), "--working-dir", here)
+    command = _python("flows", "deploy", str(configs.resolve()), "--working-dir", here)
     return Service("deploy", command, environment)
 
 
@@ -335,9 +472,13 @@ def _worker(services: Services, environment: Mapping[str, str]) -> Service:
 
 def _absent(services: Services, worker: str, account: str) -> str:
     """Empty once Prefect has heard from the worker."""
-    workers = f"{services.prefect}/api/work_pools/{POOL}/workers/filter"
+    api = f"{services.prefect}/api"
+    client = uuid4().hex  # what changes something, or is a POST as here, needs a token against CSRF
     try:
-        answer = ask(workers, {}, account=account)
+        token = json.loads(ask(f"{api}/csrf-token?client={client}", account=account))["token"]
+        proof = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
+        workers = f"{api}/work_pools/{POOL}/workers/filter"
+        answer = ask(workers, {}, account=account, **proof)
     except OSError as error:
         return str(error)
     names = [known["name"] for known in json.loads(answer)]
@@ -345,4 +486,5 @@ def _absent(services: Services, worker: str, account: str) -> str:
 
 
 def _python(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
+    """A module as a program; -P: a `tasks.py` in the working folder is not ours."""
+    return [sys.executable, "-P", "-m", module, *arguments]

@@ -27,7 +27,7 @@ def check(stack: StackSettings) -> None:
                 f"{name} becomes a part of addresses: use letters, digits and . _ ~ - alone"
             )
     if len(stack.password.get_secret_value()) < PASSWORD_LENGTH:
-        raise ConfigError(f"RLHF_PASSWORD needs {PASSWORD_LENGTH} characters at least, for MLflow")
+        raise ConfigError(f"RLHF_PASSWORD needs {PASSWORD_LENGTH} characters at least")
     if urlsplit(stack.mlflow_url).netloc != stack.mlflow_host:
         raise ConfigError(
             f"RLHF_MLFLOW_HOST is '{stack.mlflow_host}' and RLHF_MLFLOW_URL '{stack.mlflow_url}': "

@@ -20,6 +20,7 @@ from flows.config import (
 )
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
+from flows.working_dir import in_working_dir
 from rlhf_core.models import ModelConfig
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
@@ -139,6 +140,7 @@ class EvaluationFlowConfig(RunConfig):
 
 
 @flow(name="prepare", flow_run_name=run_name)
+@in_working_dir
 def prepare(config: PrepareFlowConfig) -> DatasetRef:
     """Check and split data, and store them for the other stages."""
     with open_run(config.project, config, config.seed) as run:
@@ -146,6 +148,7 @@ def prepare(config: PrepareFlowConfig) -> DatasetRef:
 
 
 @flow(name="sft", flow_run_name=run_name)
+@in_working_dir
 def sft(config: SFTFlowConfig) -> ModelRef:
     """Fine-tune a base model on demonstrations."""
     longest = config.sft.max_length
@@ -156,6 +159,7 @@ def sft(config: SFTFlowConfig) -> ModelRef:
 
 
 @flow(name="reward-model", flow_run_name=run_name)
+@in_working_dir
 def reward_model(config: RewardModelFlowConfig) -> ModelRef:
     """Learn a reward from preferences, starting from a registered SFT policy."""
     start = find_model(config.sft)
@@ -165,6 +169,7 @@ def reward_model(config: RewardModelFlowConfig) -> ModelRef:
 
 
 @flow(name="policy", flow_run_name=run_name)
+@in_working_dir
 def policy(config: PolicyFlowConfig) -> TrainedPolicy:
     """Optimise a registered SFT policy on a registered reward model."""
     reward = find_model(config.reward_model)
@@ -178,6 +183,7 @@ def policy(config: PolicyFlowConfig) -> TrainedPolicy:
 
 
 @flow(name="evaluation", flow_run_name=run_name)
+@in_working_dir
 def evaluation(config: EvaluationFlowConfig) -> Scorecard:
     """Hold a registered policy against SFT, best-of-n and the champion; nothing is promoted."""
     judged = find_model(config.policy)

@@ -51,12 +51,12 @@ def unreachable(url: str, account: str = "") -> str:
     return ""
 
 
-def ask(url: str, question: object = None, *, account: str = "") -> bytes:
+def ask(url: str, question: object = None, *, account: str = "", **headers: str) -> bytes:
     """What `url` answers to a GET, or to a POST of a question as JSON, for a `user:password`."""
     local = "//127.0.0.1" in url or "//localhost" in url
     opener = build_opener(ProxyHandler({}) if local else ProxyHandler())
     body = None if question is None else json.dumps(question).encode()
-    request = Request(url, data=body, headers={"Content-Type": "application/json"})
+    request = Request(url, data=body, headers={"Content-Type": "application/json", **headers})
     if account:
         token = b64encode(account.encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
@@ -67,8 +67,14 @@ def ask(url: str, question: object = None, *, account: str = "") -> bytes:
 class Supervisor:
     """Starts services with a log file each, and ends all of them when its block is left."""
 
-    def __init__(self, logs: Path, stop_order: Sequence[str]) -> None:
-        self._logs = logs
+    def __init__(self, home: Path, stop_order: Sequence[str]) -> None:
+        """Args: home: where they work, with their logs below it; the order in which they stop.
+
+        Nothing is found in a home: in the folder of a user they would read settings of other
+        programs (`.env`, `prefect.toml`).
+        """
+        self._home = home
+        self._logs = home / "logs"
         self._token = uuid4().hex
         self._stop_order = stop_order
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -76,7 +82,7 @@ class Supervisor:
     def __enter__(self) -> Self:
         marks = [self._mark(name) for name in self._stop_order]
         self._guard = subprocess.Popen(
-            [sys.executable, "-m", "flows.guard", *marks],
+            [sys.executable, "-P", "-m", "flows.guard", *marks],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -96,10 +102,14 @@ class Supervisor:
         self._guard.stdin.close()
         self._guard.wait()
 
-    def start(self, service: Service) -> None:
-        """Start it in a session of its own, so that Ctrl-C in the terminal does not reach it."""
+    def start(self, service: Service, *, again: bool = False) -> None:
+        """Start it in a session of its own, so that Ctrl-C in the terminal does not reach it.
+
+        Args:
+            again: it has run before; its log goes on.
+        """
         self._logs.mkdir(parents=True, exist_ok=True)
-        with self.log(service.name).open("wb") as log:
+        with self.log(service.name).open("ab" if again else "wb") as log:
             self._processes[service.name] = subprocess.Popen(
                 service.command,
                 env={
@@ -112,6 +122,7 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                cwd=self._home,
             )
 
     def log(self, name: str) -> Path:
@@ -128,11 +139,11 @@ class Supervisor:
         if process.returncode:
             raise self._death(service.name, process.returncode)
 
-    def until_ready(self, *services: Service) -> None:
-        """Wait until each service has no problem any more."""
+    def until_ready(self, *services: Service, stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait until each service has no problem any more, or until `stop` says so."""
         deadline = time.monotonic() + START_SECONDS
         for service in services:
-            while problem := service.problem():
+            while (problem := service.problem()) and not stop():
                 self.check()
                 if time.monotonic() > deadline:
                     raise ServiceError(

@@ -12,6 +12,7 @@ from flows.loading import parse_override
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.rlhf import evaluate_policy, train_models
+from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
 from tasks.stage import open_run
@@ -77,6 +78,7 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 @flow(name="sweep", flow_run_name=run_name)
+@in_working_dir
 def sweep(config: SweepConfig) -> str:
     """Run every point, one after the other, and hold their KL and reward against each other.
 
@@ -107,6 +109,7 @@ def _try_point(point: Point, parent: str) -> Outcome:
 
 
 @flow(name="sweep-point", flow_run_name="{about.label}")
+@in_working_dir
 def sweep_point(config: PipelineConfig, about: SweepPoint, parent: str) -> Outcome:
     """A pipeline without promotion."""
     with open_run(config.project, config, config.seed, parent=parent) as run:

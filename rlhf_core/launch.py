@@ -100,7 +100,7 @@ def launch(job: Job, logger: StageLogger) -> "Report":
         folder = Path(name)
         path = folder / "job.json"
         path.write_text(job.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "rlhf_core.launch", str(path)]
+        command = [sys.executable, "-P", "-m", "rlhf_core.launch", str(path)]
         # In a session of its own: a Ctrl-C reaches this process alone, which passes it on once.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -206,6 +206,9 @@ def load_function(path: str, *, setting: str) -> RewardFunction:
     Raises: ConfigError when the module cannot be imported or has no such function in it.
     """
     module, _, name = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # a module of the user's folder, but only one that nothing else has
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -29,6 +29,8 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "TOKENIZERS_PARALLELISM": "false",
+        # A `tasks.py` in the folder that a process works in must not be taken for this package's.
+        "PYTHONSAFEPATH": "1",
         # A tracking server that restarts is waited for: the pauses double, four minutes in all.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
@@ -42,7 +44,7 @@ QUIET: Mapping[str, str] = MappingProxyType(
 
 
 ACCOUNT = "rlhf"  # the user of both servers, where a password is set
-PASSWORD_LENGTH = 12  # characters, the least that MLflow takes
+PASSWORD_LENGTH = 12  # characters at least: it signs the sessions of browsers too
 
 
 class Settings(BaseSettings):
@@ -107,6 +109,11 @@ class Settings(BaseSettings):
         validation_alias="RLHF_CHECKPOINT_SECONDS",
         ge=0,
         description="Least time between two checkpoints of a training (s); 0 = at every step",
+    )
+    working_dir: str = Field(
+        "",
+        validation_alias="RLHF_WORKING_DIR",
+        description="What relative paths in a config refer to; empty = where the process works",
     )
     notify_webhook: SecretStr = Field(
         SecretStr(""),
@@ -203,17 +210,24 @@ class Settings(BaseSettings):
         password = self.password.get_secret_value()
         return f"{ACCOUNT}:{password}" if password else ""
 
-    def _credentials(self) -> dict[str, str]:
-        """The same under the names that the clients of Prefect and MLflow read."""
+    def prefect_credentials(self) -> dict[str, str]:
+        """The account under the name that Prefect's client reads."""
+        return {"PREFECT_API_AUTH_STRING": self.account} if self.account else {}
+
+    def mlflow_credentials(self) -> dict[str, str]:
+        """The account under the names that MLflow's client reads."""
         if not self.account:
             return {}
-        password = self.password.get_secret_value()
         return {
-            "RLHF_PASSWORD": password,
-            "PREFECT_API_AUTH_STRING": self.account,
             "MLFLOW_TRACKING_USERNAME": ACCOUNT,
-            "MLFLOW_TRACKING_PASSWORD": password,
+            "MLFLOW_TRACKING_PASSWORD": self.password.get_secret_value(),
         }
+
+    def _credentials(self) -> dict[str, str]:
+        if not self.account:
+            return {}
+        own = {"RLHF_PASSWORD": self.password.get_secret_value()}
+        return own | self.prefect_credentials() | self.mlflow_credentials()
 
 
 class StackSettings(BaseSettings):
@@ -228,7 +242,6 @@ class StackSettings(BaseSettings):
     mlflow_url: str = Field("http://127.0.0.1:5000", validation_alias="RLHF_MLFLOW_URL")
     mlflow_host: str = Field("127.0.0.1:5000", validation_alias="RLHF_MLFLOW_HOST")
     password: SecretStr = Field(validation_alias="RLHF_PASSWORD")
-    mlflow_key: SecretStr = Field(validation_alias="MLFLOW_FLASK_SERVER_SECRET_KEY")
     postgres_password: SecretStr = Field(validation_alias="POSTGRES_PASSWORD")
     prefect_database: SecretStr = Field(validation_alias="POSTGRES_PREFECT_PASSWORD")
     mlflow_database: SecretStr = Field(validation_alias="POSTGRES_MLFLOW_PASSWORD")

@@ -1,0 +1,154 @@
+"""What stands in front of Prefect's and MLflow's own servers: who may ask them, and how to sign in.
+
+A browser lets any web page send requests to the loopback address, and a name whose owner lets it
+point there (DNS rebinding) even read the answers. So a request has to name this server in `Host`,
+and one that a page sends has to come from this server's own pages (`Origin`). Other users of the
+machine reach the port too, which is what the password is for.
+"""
+
+import secrets
+from base64 import b64decode
+from collections.abc import Callable, Collection, Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.sessions import SessionMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from tasks.servers import sign_in
+from tasks.servers.error_log import PATH as ERRORS
+from tasks.servers.error_log import ErrorLog
+
+LOOPBACK = ("127.0.0.1", "localhost")
+HEALTH = "/health"  # says nothing but that there is a server
+UNKNOWN_LINK = "This sign-in link has been used or is too old: `rlhf sign-in` prints a new one."
+SIGNED_OUT = "Sign in first: `rlhf sign-in` prints a link that does it."
+Welcome = Callable[[Request], Response]
+
+
+def guard(
+    app: ASGIApp,
+    *,
+    names: Iterable[str],
+    origins: Iterable[str],
+    account: str,
+    welcome: Welcome,
+    cookie: str = "",
+) -> ASGIApp:
+    """The app behind the checks, with two pages of its own: `/sign-in` and `/errors`.
+
+    Args:
+        names: hosts, without a port, that this server may be called by.
+        origins: addresses whose pages may send requests: those of this server.
+        account: `user:password`, which signs the links.
+        welcome: answers a sign-in link that is good.
+        cookie: for an app that does not ask for the password itself; its requests then need the
+            password (Basic), or this cookie, which a sign-in link leaves in the browser. It goes
+            along when somebody follows a link from another site, and with nothing else of another
+            site (`SameSite=Lax`).
+    """
+    errors = ErrorLog.of_this_process()
+    known = frozenset(urlsplit(origin)._replace(path="").geturl() for origin in origins)
+    inner: ASGIApp = _OwnPages(_Doors(app, account, welcome, errors, closed=bool(cookie)), known)
+    if cookie:
+        inner = SessionMiddleware(inner, secret_key=account, session_cookie=cookie)
+    return TrustedHostMiddleware(inner, allowed_hosts=list(names), www_redirect=False)
+
+
+def own_names(page: str, *more: str) -> set[str]:
+    """What a server is called: the loopback address, the host of its public page, and others."""
+    return {*LOOPBACK, urlsplit(page).hostname or LOOPBACK[0], *more}
+
+
+def own_origins(page: str, port: int) -> set[str]:
+    """What a browser calls its pages: by the public address, or by the loopback address."""
+    return {page, *(f"http://{name}:{port}" for name in LOOPBACK)}
+
+
+class _OwnPages:
+    """Refuses what pages of others send, and to be shown inside them; programs name no origin."""
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = "frame-ancestors 'self'"
+                headers["Referrer-Policy"] = "same-origin"
+            await send(message)
+
+        if scope["type"] in ("http", "websocket"):
+            origin = Headers(scope=scope).get("origin")
+            if origin is not None and origin not in self._origins:
+                refusal = PlainTextResponse(f"Refused: sent by a page of {origin}.", 403)
+                await _answer(refusal, scope, receive, send)
+                return
+        await self._app(scope, receive, unframed)
+
+
+class _Doors:
+    """The two pages of its own, and the app, which is `closed` to those who are not signed in."""
+
+    def __init__(
+        self, app: ASGIApp, account: str, welcome: Welcome, errors: ErrorLog, *, closed: bool
+    ) -> None:
+        self._app = app
+        self._account = account
+        self._welcome = welcome
+        self._errors = errors
+        self._closed = closed
+        self._links = sign_in.Links(account)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and path == sign_in.PATH:
+            await _answer(self._sign_in(Request(scope)), scope, receive, send)
+        elif scope["type"] == "http" and path == ERRORS:
+            known = self._is_known(scope)
+            answer = JSONResponse(self._errors.recent()) if known else _challenge()
+            await _answer(answer, scope, receive, send)
+        elif (
+            not self._closed
+            or scope["type"] == "lifespan"
+            or self._is_known(scope)
+            or path == "/health"
+        ):
+            await self._app(scope, receive, send)
+        else:
+            await _answer(_challenge(), scope, receive, send)
+
+    def _sign_in(self, request: Request) -> Response:
+        token = request.query_params.get("token", "")
+        good = request.method == "GET" and self._links.accept(token)
+        response = self._welcome(request) if good else PlainTextResponse(UNKNOWN_LINK, 403)
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    def _is_known(self, scope: Scope) -> bool:
+        if scope.get("session", {}).get(sign_in.SIGNED_IN):
+            return True
+        scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
+        try:
+            given = b64decode(credentials, validate=True)
+        except ValueError:
+            return False
+        return scheme.lower() == "basic" and secrets.compare_digest(given, self._account.encode())
+
+
+def _challenge() -> Response:
+    """A browser shows its own form for it, so that a password that is known can be typed too."""
+    return PlainTextResponse(SIGNED_OUT, 401, headers={"WWW-Authenticate": 'Basic realm="rlhf"'})
+
+
+async def _answer(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await WebSocketClose(code=1008)(scope, receive, send)
+    else:
+        await response(scope, receive, send)
