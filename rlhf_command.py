@@ -45,7 +45,7 @@ def _sentence(name: str, place: str) -> str:
     if others:
         return (
             f"The distribution {others[0]} has a package {name} too ({place}), and Python takes "
-            f"that one: uninstall it here, or install {DISTRIBUTION} into an environment of its own."
+            f"that one: uninstall it, or install {DISTRIBUTION} into an environment of its own."
         )
     return (
         f"Python takes the package {name} from {place}: take that folder out of PYTHONPATH, or "

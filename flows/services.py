@@ -64,10 +64,9 @@ def join(settings: Settings, *, prefect: bool = False) -> Settings:
     """
     for name, value in _addresses(settings, prefect).items():
         os.environ.setdefault(name, value)
-    settings = read_settings()
     apply_environment(settings)
     make_home(settings)
-    return settings
+    return read_settings()
 
 
 def make_home(settings: Settings) -> None:

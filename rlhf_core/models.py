@@ -359,6 +359,11 @@ def _locate(source: str) -> tuple[str, str]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {path}; check model.source")
+        if find_spec("gguf") is None:
+            raise ModelError(
+                "reading a GGUF file needs the package gguf: run "
+                "pip install 'rlhf-pipeline[gguf]'"
+            )
         return str(path.parent), path.name
     looks_local = source.startswith((".", "/", "~")) or path.is_dir()
     if looks_local and not path.is_dir():

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
+from rlhf_core.errors import ConfigError
 from rlhf_core.simulation.grammar import KIND_OF_FEATURE, kind_of, words_of
+
+if TYPE_CHECKING:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 COMFORTABLE_LENGTH = 24  # words
 RAMBLING_RATE = 0.03  # per word beyond the comfortable length
@@ -72,5 +75,12 @@ def _reward(prompt: str, text: str) -> float:
 
 
 @cache
-def _analyzer() -> SentimentIntensityAnalyzer:
+def _analyzer() -> "SentimentIntensityAnalyzer":
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise ConfigError(
+            "the simulated reviews need the package vaderSentiment: run "
+            "pip install 'rlhf-pipeline[demo]', or set data.source to files"
+        ) from None
     return SentimentIntensityAnalyzer()

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.sessions import SessionMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,10 +52,10 @@ def guard(
     """
     errors = ErrorLog.of_this_process()
     known = frozenset(urlsplit(origin)._replace(path="").geturl() for origin in origins)
-    inner: ASGIApp = _OwnPages(_Doors(app, account, welcome, errors, closed=bool(cookie)), known)
+    inner: ASGIApp = _Doors(app, account, welcome, errors, closed=bool(cookie))
     if cookie:
         inner = SessionMiddleware(inner, secret_key=account, session_cookie=cookie)
-    return TrustedHostMiddleware(inner, allowed_hosts=list(names), www_redirect=False)
+    return _OwnPages(inner, frozenset(names), known)
 
 
 def own_names(page: str, *more: str) -> set[str]:
@@ -70,10 +69,11 @@ def own_origins(page: str, port: int) -> set[str]:
 
 
 class _OwnPages:
-    """Refuses what pages of others send, and to be shown inside them; programs name no origin."""
+    """Refuses names that are not its own and what pages of others send; they cannot frame it."""
 
-    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str]) -> None:
         self._app = app
+        self._names = names
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,13 +84,27 @@ class _OwnPages:
                 headers["Referrer-Policy"] = "same-origin"
             await send(message)
 
-        if scope["type"] in ("http", "websocket"):
-            origin = Headers(scope=scope).get("origin")
-            if origin is not None and origin not in self._origins:
-                refusal = PlainTextResponse(f"Refused: sent by a page of {origin}.", 403)
-                await _answer(refusal, scope, receive, send)
-                return
-        await self._app(scope, receive, unframed)
+        if scope["type"] in ("http", "websocket") and (why := self._refusal(Headers(scope=scope))):
+            await _answer(PlainTextResponse(f"Refused: {why}.", 403), scope, receive, send)
+        else:
+            await self._app(scope, receive, unframed)
+
+    def _refusal(self, headers: Headers) -> str:
+        """Why a request is refused; empty when it is not. A program names no origin."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if _name(host) not in self._names:
+            return f"this server is not called {host}"
+        if origin is not None and origin not in self._origins:
+            return f"it was sent by a page of {origin}"
+        return ""
+
+
+def _name(host: str) -> str:
+    """A host without its port; empty when it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class _Doors:

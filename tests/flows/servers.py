@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -21,7 +22,10 @@ from urllib.request import Request, urlopen
 import psutil
 
 from flows import services
+from tasks.servers import sign_in
 from tasks.settings import Settings
+
+PASSWORD = "of-the-tests-of-servers"
 
 
 def wait_until(condition, seconds=60.0, every=0.2):
@@ -46,7 +50,7 @@ class Servers:
         self.home = folder / "home"
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True)
-        self.settings = Settings.model_validate({"RLHF_HOME": self.home})
+        self.settings = Settings.model_validate({"RLHF_HOME": self.home, "RLHF_PASSWORD": PASSWORD})
         services.make_home(self.settings)
         self.addresses = services.Services(
             f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", os.getpid()
@@ -59,6 +63,7 @@ class Servers:
             **variables,
         }
         self.running: dict[str, subprocess.Popen] = {}
+        self._proof: dict[str, str] = {}
 
     # ---- the processes ----
 
@@ -73,6 +78,7 @@ class Servers:
             self.running[name] = subprocess.Popen(
                 service.command,
                 env={**os.environ, **service.environment},
+                cwd=self.home,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -109,7 +115,7 @@ class Servers:
     def rlhf(self, *arguments: str, seconds: float = 400, **variables: str) -> str:
         """What the command prints; it must succeed."""
         done = subprocess.run(
-            [sys.executable, "-m", "flows", *map(str, arguments)],
+            [sys.executable, "-P", "-m", "rlhf_command", *map(str, arguments)],
             env={**self.clients, "COLUMNS": "200", **variables},
             capture_output=True,
             text=True,
@@ -119,20 +125,36 @@ class Servers:
         return done.stdout
 
     def ask(self, path: str, question: object = None) -> object:
-        request = Request(
-            f"{self.addresses.prefect}/api{path}",
-            data=None if question is None else json.dumps(question).encode(),
-            headers={"Content-Type": "application/json"},
-        )
+        """What Prefect answers to somebody with the password and, for changes, a token."""
         for pause in (0.2, 0.5, 1, 2, 4):  # SQLite was locked: clients of Prefect try again too
             try:
-                with urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
+                if question is not None and not self._proof:
+                    token = self._request("/csrf-token?client=test", None)["token"]
+                    proof = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+                    self._proof = proof
+                return self._request(path, question)
             except HTTPError as error:
                 if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
                     raise
             time.sleep(pause)
         raise TimeoutError(f"{path} is not served")
+
+    def _request(self, path: str, question: object) -> object:
+        request = Request(
+            f"{self.addresses.prefect}/api{path}",
+            data=None if question is None else json.dumps(question).encode(),
+            headers={
+                "Authorization": f"Basic {b64encode(self.settings.account.encode()).decode()}",
+                "Content-Type": "application/json",
+                **self._proof,
+            },
+        )
+        with urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def link(self, name: str) -> str:
+        """What signs a browser in at `prefect` or `mlflow`."""
+        return sign_in.link(getattr(self.addresses, name), self.settings.account)
 
     def trigger(self, deployment: str, parameters: dict) -> str:
         """Start a run as the button in the UI does; its id."""

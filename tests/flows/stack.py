@@ -291,9 +291,21 @@ class Stack:
 
     # ---- what one can ask ----
 
-    def ask(self, path: str, question: object = None, account: str | None = None) -> object:
-        """A question to the Prefect API as the page asks it; of the account unless told another."""
-        return _ask(self.prefect_api + path, question, self.account if account is None else account)
+    def ask(self, path: str, question: object = None, method: str = "") -> object:
+        """A question to the Prefect API as the page asks it."""
+        proof = {} if question is None else self.proof()
+        return _ask(self.prefect_api + path, question, self.account, method, **proof)
+
+    def proof(self) -> dict[str, str]:
+        """What Prefect wants with a change, against requests that other pages forge."""
+        token = _ask(f"{self.prefect_api}/csrf-token?client=test", None, self.account)["token"]
+        return {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+
+    def python(self, code: str) -> None:
+        """Run code as a program of somebody who works with the stack."""
+        environment = {**os.environ, **self.environment("worker")}
+        account = {"PREFECT_API_AUTH_STRING": self.account}
+        subprocess.run([sys.executable, "-c", code], env=environment | account, check=True)
 
     def rlhf(self, *arguments: str) -> str:
         """What the command prints for somebody who works with the stack; it must succeed."""
@@ -341,19 +353,21 @@ class Stack:
 def status(url: str, account: str = "", question: object = None, **headers: str) -> int:
     """The status of an answer."""
     try:
-        _ask(url, question, account, **headers)
+        _ask(url, question, account, "", **headers)
     except HTTPError as error:
         return error.code
     return 200
 
 
-def _ask(url: str, question: object, account: str, **headers: str) -> object:
+def _ask(url: str, question: object, account: str, method: str = "", **headers: str) -> object:
     body = None if question is None else json.dumps(question).encode()
-    request = Request(url, data=body, headers={"Content-Type": "application/json", **headers})
+    kind = {"Content-Type": "application/json", **headers}
+    request = Request(url, data=body, headers=kind, method=method or None)
     if account:
         request.add_header("Authorization", f"Basic {b64encode(account.encode()).decode()}")
     with urlopen(request, timeout=60) as answer:
-        return json.load(answer) if "json" in answer.headers["Content-Type"] else answer.read()
+        is_json = "json" in (answer.headers["Content-Type"] or "")
+        return json.load(answer) if is_json else answer.read()
 
 
 def _unprivileged() -> str | None:

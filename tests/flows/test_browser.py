@@ -35,9 +35,14 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, request):
+def page(browser, request, servers):
+    """A page of a browser that was signed in by links, as a person does it."""
     opened = browser.new_page(viewport={"width": 1400, "height": 1000})
     opened.set_default_timeout(30_000)
+    opened.goto(servers.link("mlflow"))
+    opened.get_by_text("Experiments").first.wait_for()
+    opened.goto(servers.link("prefect"))
+    opened.get_by_text("Deployments").first.wait_for()
     yield opened
     if folder := os.environ.get("RLHF_SHOTS"):
         opened.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
@@ -64,6 +69,39 @@ def servers(tmp_path_factory):
         yield running
     finally:
         running.close()
+
+
+def test_without_a_link_nothing_is_shown(browser, servers):
+    stranger = browser.new_context().new_page()
+    stranger.goto(servers.addresses.prefect)
+    stranger.get_by_text(re.compile("password|login", re.IGNORECASE)).first.wait_for()
+    with pytest.raises(Exception, match="ERR_INVALID_AUTH_CREDENTIALS"):
+        stranger.goto(servers.addresses.mlflow)
+    used = servers.link("mlflow")
+    assert browser.new_context().new_page().goto(used).ok
+    assert browser.new_context().new_page().goto(used).status == 403
+    stranger.context.close()
+
+
+def test_a_page_of_others_in_the_same_browser_starts_nothing(page, servers):
+    """The browser is signed in, and the page knows the address of a deployment."""
+    deployment = servers.ask("/deployments/name/rlhf/tiny")["id"]
+    before = servers.ask("/flow_runs/count", {})
+    url = f"{servers.addresses.prefect}/api/deployments/{deployment}/create_flow_run"
+    runs = f"{servers.addresses.mlflow}/api/2.0/mlflow/experiments/create"
+    page.goto("data:text/html,<title>evil</title>")
+    answers = page.evaluate(
+        """async (urls) => Promise.all(urls.flatMap(url => ["text/plain", "application/json"].map(
+            type => fetch(url, {
+                method: "POST", credentials: "include",
+                headers: {"Content-Type": type}, body: '{"name": "evil"}',
+            }).then(answer => answer.status, error => "refused")
+        )))""",
+        [url, runs],
+    )
+    assert answers == ["refused"] * 4
+    assert servers.ask("/flow_runs/count", {}) == before
+    assert servers.rows("select count(*) from experiments where name = 'evil'") == [(0,)]
 
 
 def open_form(page, servers, preset):

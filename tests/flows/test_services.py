@@ -3,14 +3,20 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -18,7 +24,7 @@ import pytest
 from flows import guard, services
 from flows.config import PipelineConfig
 from flows.loading import load_config
-from flows.supervisor import Service, ServiceError, Supervisor
+from flows.supervisor import Service, ServiceError, Supervisor, ask
 from rlhf_core.errors import UserError
 from tasks.settings import Settings
 
@@ -135,7 +141,7 @@ def test_a_service_that_ends_is_reported_with_the_end_of_its_log(tmp_path):
     with pytest.raises(ServiceError) as caught:
         run()
     assert str(caught.value).splitlines() == [
-        f"b ended (exit status 3). The end of {tmp_path / 'b.log'}:",
+        f"b ended (exit status 3). The end of {tmp_path / 'logs' / 'b.log'}:",
         "first",
         "the reason",
     ]
@@ -252,10 +258,11 @@ def test_a_state_file_is_believed_only_while_its_writer_lives(tmp_path):
 
 
 def rlhf(*arguments: str, home: Path, **options) -> subprocess.Popen:
+    """The command as its script starts it: without the working folder among Python's folders."""
     names = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RLHF_MLFLOW_URL", "RLHF_PREFECT_URL")
     environment = {key: value for key, value in os.environ.items() if key not in names}
     return subprocess.Popen(
-        [sys.executable, "-m", "flows", *arguments],
+        [sys.executable, "-P", "-m", "rlhf_command", *arguments],
         env={**environment, "RLHF_HOME": str(home), "COLUMNS": "200"},
         text=True,
         **options,
@@ -271,21 +278,39 @@ def captured(*arguments: str, home: Path) -> tuple[int, str, str]:
     return finish(rlhf(*arguments, home=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
 
 
+HOSTILE = {"tasks.py", "flows", "rlhf_core", ".env", "prefect.toml", "pyproject.toml", "my-configs"}
+
+
+def make_hostile(folder: Path) -> None:
+    """What a user's folder may hold: our names, and settings that Prefect would read there."""
+    (folder / "tasks.py").write_text("raise SystemExit('the tasks.py of the user')")
+    (folder / "flows").mkdir()
+    (folder / "flows" / "__init__.py").write_text("raise SystemExit('the flows of the user')")
+    (folder / "rlhf_core").mkdir()
+    (folder / ".env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")
+    (folder / "prefect.toml").write_text('[api]\nurl = "http://127.0.0.1:9/api"\n')
+    (folder / "pyproject.toml").write_text('[project]\nname = "theirs"\nversion = "1"\n')
+
+
 class Up:
-    """A running `rlhf up` with free ports, a home and a folder of configs of its own."""
+    """A running `rlhf up` with free ports, in a folder of a user that has our names in it."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder / "user"
         self.home = folder / "home"
-        self.configs = folder / "configs"
+        self.configs = self.folder / "my-configs"
         self.configs.mkdir(parents=True)
+        make_hostile(self.folder)
         shutil.copy(TINY, self.configs)
         self.prefect, self.mlflow = free_port(), free_port()
         self.output = folder / "output"
+        self._proof: dict[str, str] = {}
         with self.output.open("w") as output:
             self.process = rlhf(
-                *("up", "--configs", str(self.configs)),
+                *("up", "--configs", "my-configs"),
                 *("--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow)),
                 home=self.home,
+                cwd=self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -293,7 +318,7 @@ class Up:
     def ready(self) -> "Up":
         def check():
             assert self.process.poll() is None, self.output.read_text()
-            return "Ctrl-C" in self.output.read_text()
+            return "prints new ones" in self.output.read_text()
 
         wait_until(check, 180)
         return self
@@ -301,14 +326,31 @@ class Up:
     def processes(self) -> list[int]:
         return with_variable(f"RLHF_HOME={self.home}")
 
-    def ask(self, path: str, question: object) -> list[dict]:
+    @property
+    def settings(self) -> Settings:
+        password = (self.home / "password").read_text()
+        return local(self.home, RLHF_PASSWORD=password)
+
+    def ask(self, path: str, question: object = None, method: str = "") -> object:
+        """What Prefect answers to somebody with the password and a token against CSRF."""
+        api, account = f"http://127.0.0.1:{self.prefect}/api", self.settings.account
+        if not self._proof:
+            token = json.loads(ask(f"{api}/csrf-token?client=test", account=account))["token"]
+            self._proof = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
+        body = None if question is None else json.dumps(question).encode()
+        credentials = b64encode(account.encode()).decode()
         request = Request(
-            f"http://127.0.0.1:{self.prefect}/api{path}",
-            data=json.dumps(question).encode(),
-            headers={"Content-Type": "application/json"},
+            api + path,
+            data=body,
+            method=method or None,
+            headers={
+                "Authorization": f"Basic {credentials}",
+                "Content-Type": "application/json",
+                **self._proof,
+            },
         )
         with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+            return json.loads(answer.read() or "null")
 
     def kill(self) -> None:
         self.process.kill()
@@ -361,7 +403,7 @@ def test_up_makes_a_deployment_of_each_config(up):
     assert deployment["tags"] == ["rlhf", "tiny", "owner:rlhf-team"]
     config = load_config(TINY, (), PipelineConfig).model_dump(mode="json")
     assert deployment["parameters"] == {"config": config}
-    assert deployment["job_variables"] == {"working_dir": str(Path.cwd())}
+    assert deployment["job_variables"] == {"working_dir": str(up.folder)}
 
 
 @pytest.mark.integration
@@ -371,6 +413,180 @@ def test_other_commands_find_the_services_of_their_home(up, own_environment):
     assert found.prefect_api_url == f"http://127.0.0.1:{up.prefect}/api"
     assert found.mlflow_public_url == f"http://127.0.0.1:{up.mlflow}"
     assert found.prefect_public_url == f"http://127.0.0.1:{up.prefect}"
+    assert os.environ["PREFECT_API_AUTH_STRING"] == up.settings.account
+    assert f"rlhf:{os.environ['MLFLOW_TRACKING_PASSWORD']}" == up.settings.account
+
+
+@pytest.mark.integration
+def test_the_password_goes_to_the_servers_of_the_home_and_to_no_other(up, own_environment):
+    heard = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        other = f"http://127.0.0.1:{server.server_port}"
+        services.join(local(up.home, MLFLOW_TRACKING_URI=other), prefect=True)
+        server.shutdown()
+    assert heard == [None]
+    assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+    assert os.environ["PREFECT_API_AUTH_STRING"] == up.settings.account
+
+
+# ---- what web pages and other users of the machine may do to it ----
+
+
+def curl(*arguments: str) -> tuple[int, str, str]:
+    """Status, headers and body of an answer, as a program of anybody gets it."""
+    command = ["curl", "--silent", "--include", "--max-time", "30", "--header", "Expect:"]
+    command += arguments
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    head, _, body = text.partition("\n\n" if "\r\n" not in text else "\r\n\r\n")
+    return int(head.split()[1]), head, body
+
+
+JSON = ("--header", "Content-Type: application/json")
+EVIL = "https://evil.example"
+
+
+def attack(up: Up, *headers: str) -> tuple[int, str]:
+    """Start a run whose command is another one, knowing the id of a deployment."""
+    deployment = up.ask("/deployments/name/rlhf/tiny")["id"]
+    mark = up.folder.parent / "attacked"
+    question = json.dumps({"job_variables": {"command": f"touch {mark}"}})
+    url = f"http://127.0.0.1:{up.prefect}/api/deployments/{deployment}/create_flow_run"
+    status, _, body = curl("--request", "POST", url, *JSON, "--data", question, *headers)
+    time.sleep(8)  # the worker asks every three seconds
+    assert not mark.exists()
+    assert not up.ask(
+        "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    )
+    return status, body
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("server", ["prefect", "mlflow"])
+def test_a_page_of_others_may_not_even_ask_whether_it_may_ask(up, server):
+    path = {"prefect": "/api/deployments/filter", "mlflow": "/api/2.0/mlflow/runs/search"}[server]
+    url = f"http://127.0.0.1:{getattr(up, server)}{path}"
+    wants = ("Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type")
+    headers = [word for text in (f"Origin: {EVIL}", *wants) for word in ("--header", text)]
+    status, head, _ = curl("--request", "OPTIONS", url, *headers)
+    assert status == 403
+    assert "access-control-allow-origin" not in head.lower()
+    for origin in (
+        EVIL,
+        "null",
+        f"http://127.0.0.1:{free_port()}",
+        "http://127.0.0.1.evil.example",
+    ):
+        status, head, _ = curl(url, "--request", "POST", *JSON, "--header", f"Origin: {origin}")
+        assert (status, "access-control-allow-origin" in head.lower()) == (403, False), origin
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("host", ["evil.example", "10.evil.example", "127.0.0.1.evil.example"])
+def test_a_name_that_somebody_lets_point_here_is_not_answered(up, host):
+    password = up.settings.account
+    for port, path in ((up.prefect, "/api/health"), (up.mlflow, "/version")):
+        url = f"http://127.0.0.1:{port}{path}"
+        for name in (host, f"{host}:{port}"):
+            assert curl(url, "--user", password, "--header", f"Host: {name}")[0] == 403, name
+        for name in ("127.0.0.1", "localhost"):
+            header = f"Host: {name}:{port}"
+            assert curl(url, "--user", password, "--header", header)[0] == 200, name
+
+
+@pytest.mark.integration
+def test_a_page_of_others_cannot_start_a_command(up):
+    status, body = attack(up, "--header", f"Origin: {EVIL}")
+    assert status == 403
+    assert EVIL in body
+
+
+@pytest.mark.integration
+def test_another_user_of_the_machine_cannot_start_a_command(up):
+    assert attack(up)[0] in (401, 403)
+    wrong = ("--user", "rlhf:wrong")
+    assert attack(up, *wrong)[0] in (401, 403)
+    for page in (
+        f"http://127.0.0.1:{up.prefect}/api/flow_runs/count",
+        f"http://127.0.0.1:{up.prefect}/api/csrf-token?client=x",
+        f"http://127.0.0.1:{up.prefect}/errors",
+        f"http://127.0.0.1:{up.mlflow}/",
+        f"http://127.0.0.1:{up.mlflow}/errors",
+        f"http://127.0.0.1:{up.mlflow}/version",
+        f"http://127.0.0.1:{up.mlflow}/api/2.0/mlflow/experiments/search?max_results=1",
+        f"http://127.0.0.1:{up.mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=1",
+        f"http://127.0.0.1:{up.mlflow}/api/2.0/mlflow-artifacts/artifacts",
+    ):
+        assert curl(page)[0] in (401, 403, 405), page
+        assert curl(page, *wrong)[0] in (401, 403, 405), page
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "variables",
+    [{"command": "touch attacked"}, {"env": {"PYTHONPATH": "/tmp"}}, {"image": "theirs"}],
+)
+def test_job_variables_choose_neither_command_nor_environment(up, variables):
+    """Not even of somebody with the password."""
+    deployment = up.ask("/deployments/name/rlhf/tiny")["id"]
+    question = {"job_variables": variables, "state": {"type": "SCHEDULED"}}
+    with pytest.raises(HTTPError) as refused:
+        up.ask(f"/deployments/{deployment}/create_flow_run", question)
+    assert refused.value.code == 422
+    assert f"'{next(iter(variables))}' was unexpected" in refused.value.read().decode()
+
+
+@pytest.mark.integration
+def test_what_is_sent_through_mlflow_lands_in_the_home(up):
+    address = f"http://127.0.0.1:{up.mlflow}/api/2.0/mlflow-artifacts/artifacts/of/a/note.txt"
+    user = ("--user", up.settings.account)
+    assert curl("--upload-file", str(TINY), address, *user)[0] == 200
+    assert (up.home / "mlflow/artifacts/of/a/note.txt").read_bytes() == TINY.read_bytes()
+
+
+@pytest.mark.integration
+def test_a_link_signs_in_one_browser_once(up):
+    code, output, errors = captured("sign-in", home=up.home)
+    assert (code, errors) == (0, "")
+    links = [word for word in output.split() if "/sign-in?token=" in word]
+    prefect, mlflow = links
+    assert prefect.startswith(f"http://127.0.0.1:{up.prefect}/")
+    assert mlflow.startswith(f"http://127.0.0.1:{up.mlflow}/")
+
+    stored = b64encode(up.settings.account.encode()).decode()
+    status, head, body = curl(prefect)
+    assert (status, "no-store" in head.lower()) == (200, True)
+    assert f'localStorage.setItem("prefect-password", "{stored}")' in body
+    status, raw, body = curl(mlflow)
+    (cookie,) = (line for line in raw.lower().splitlines() if line.startswith("set-cookie:"))
+    assert (status, "httponly" in cookie, "samesite=lax" in cookie) == (303, True, True)
+    session = re.search(r"(?i)set-cookie: ([^;]+)", raw)[1]
+    page = f"http://127.0.0.1:{up.mlflow}/version"
+    assert curl(page, "--cookie", session)[0] == 200
+    assert curl(page, "--cookie", session[:-3] + "xyz")[0] == 401
+    foreign = ("--header", f"Origin: {EVIL}")  # not even with the cookie
+    assert curl(page, "--cookie", session, *foreign)[0] == 403
+    for link in links:
+        status, _, body = curl(link)
+        assert (status, "`rlhf sign-in` prints a new one" in body) == (403, True)
+        assert stored not in body
+
+
+@pytest.mark.integration
+def test_the_home_and_the_password_are_the_owners_alone(up):
+    assert stat.S_IMODE(up.home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((up.home / "password").stat().st_mode) == 0o600
+    assert len((up.home / "password").read_text()) >= 40
 
 
 @pytest.mark.integration
@@ -421,7 +637,12 @@ client.log_text(run.info.run_id, "hello", "note.txt")
 print(run.info.run_id)
 """
     made = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | up.settings.mlflow_credentials(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     run_id = made.stdout.split()[-1]
     from mlflow import MlflowClient
@@ -432,27 +653,50 @@ print(run.info.run_id)
 
 
 @pytest.mark.integration
-def test_the_worker_runs_a_deployment_into_the_same_mlflow_and_home(up):
-    (deployment,) = up.ask("/deployments/filter", PIPELINES)
-    run = up.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
+def test_a_schedule_retrains_from_nothing_to_a_new_version(up):
+    """By itself, from a folder of a user that has a `tasks.py`, into the MLflow of this home."""
+    deployment = up.ask("/deployments/name/retrain/tiny")
+    (schedule,) = deployment["schedules"]
+    assert not schedule["active"]
+    place = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+    every_minute = {"cron": "* * * * *", "timezone": "UTC"}
+    up.ask(place, {"active": True, "schedule": every_minute}, "PATCH")
+    ours = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}}
 
-    def state():
-        (found,) = up.ask("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    def upcoming():
+        found = up.ask("/flow_runs/filter", ours)
+        return [run for run in found if run["auto_scheduled"] and run["state_type"] == "SCHEDULED"]
+
+    assert len(wait_until(upcoming, 60)) >= 2
+
+    def first():
+        started = [run for run in up.ask("/flow_runs/filter", ours) if run["start_time"]]
+        return started[0] if started else None
+
+    run = wait_until(first, 180)
+    up.ask(place, {"active": False, "schedule": every_minute}, "PATCH")
+
+    def final():
+        found = up.ask(f"/flow_runs/{run['id']}")
         return found["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING") and found["state"]
 
-    final = wait_until(state, 240)
-    assert final["type"] == "COMPLETED", final["message"]
+    state = wait_until(final, 240)
+    assert state["type"] == "COMPLETED", state["message"]
+    assert not upcoming()  # switched off is switched off
     with sqlite3.connect(up.home / "mlflow" / "mlflow.db") as database:
         query = "select name, status from runs where name <> 'bare'"
         statuses = dict(database.execute(query))
-        tagged = database.execute(
-            "select count(*) from tags where key = 'prefect.flow_run_id' and value = ?", [run["id"]]
-        ).fetchone()
+        versions = dict(
+            database.execute("select name, max(version) from model_versions group by 1")
+        )
     stages = {name.partition("-seed-")[0] for name in statuses}
     assert {"prepare", "sft", "reward_model", "ppo", "evaluation"} < stages
     assert set(statuses.values()) == {"FINISHED"}
-    assert tagged[0] >= 6
+    assert versions == dict.fromkeys(("tiny-sft", "tiny-reward", "tiny-policy", "tiny-critic"), 1)
     assert list((up.home / "work").iterdir()) == []  # every stage has cleared its folder
+    assert {
+        path.name for path in up.folder.iterdir()
+    } == HOSTILE  # and nothing came into the user's
 
 
 FAILING_FLOW = """
@@ -485,6 +729,7 @@ def run_failing(up: Up, kind: str, terminal: str) -> tuple[str, str, list[str]]:
     before = {run["id"] for run in up.ask("/flow_runs/filter", {})}
     environment = {
         **os.environ,
+        **up.settings.prefect_credentials(),
         "PREFECT_API_URL": f"http://127.0.0.1:{up.prefect}/api",
         "PREFECT_HOME": str(up.home / "prefect"),
     }
@@ -532,6 +777,7 @@ def test_interrupt_stops_everything_and_says_so(up):
     assert "All services have been stopped." in up.output.read_text()
     assert "Traceback" not in up.output.read_text()
     assert services.running(local(up.home)) is None
+    assert not (up.home / "password").exists()
 
 
 @pytest.mark.integration

@@ -27,9 +27,8 @@ from rlhf_core.errors import ConfigError, UserError
 from tasks.settings import Settings, StackSettings
 
 OWN = {name: f"own-{name.lower()}-0123456789".replace("_", "-") for name in (
-    "RLHF_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "POSTGRES_PASSWORD",
-    "POSTGRES_PREFECT_PASSWORD", "POSTGRES_MLFLOW_PASSWORD", "POSTGRES_FEEDBACK_PASSWORD",
-    "S3_ACCESS_KEY", "S3_SECRET_KEY",
+    "RLHF_PASSWORD", "POSTGRES_PASSWORD", "POSTGRES_PREFECT_PASSWORD",
+    "POSTGRES_MLFLOW_PASSWORD", "POSTGRES_FEEDBACK_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY",
 )}  # fmt: skip
 TINY_FILE = Path(__file__).parent / "tiny.yaml"
 TINY = yaml.safe_load(TINY_FILE.read_text())
@@ -302,32 +301,15 @@ def local(home: Path, **variables: str) -> Settings:
     return Settings.model_validate({"RLHF_HOME": home, **variables})
 
 
-def test_local_servers_ask_for_a_password_if_one_is_set(tmp_path):
-    open_, closed = local(tmp_path), local(tmp_path, RLHF_PASSWORD="p%w:d-and-more")
-    services.make_home(closed)
-    address = "http://127.0.0.1:1"
-    prefect, mlflow = (make(closed, address) for make in (services._prefect, services._mlflow))
-    assert prefect.environment["PREFECT_SERVER_API_AUTH_STRING"] == "rlhf:p%w:d-and-more"
-    assert mlflow.environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "p%w:d-and-more"
-    assert mlflow.command[-2:] == ["--app-name", "basic-auth"]
-    prefect, mlflow = (make(open_, address) for make in (services._prefect, services._mlflow))
-    assert "PREFECT_SERVER_API_AUTH_STRING" not in prefect.environment
-    assert "--app-name" not in mlflow.command
-
-
-def test_a_password_that_mlflow_would_not_take_is_refused_at_once(tmp_path):
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import _validate_password
-
+def test_a_password_that_is_too_short_is_refused_at_once(tmp_path):
     short, enough = "eleven-char", "twelve-chars"
-    with pytest.raises(UserError, match="RLHF_PASSWORD has 11 characters, and MLflow wants 12"):
-        services._mlflow(local(tmp_path, RLHF_PASSWORD=short), "http://127.0.0.1:1")
     with pytest.raises(ConfigError, match="RLHF_PASSWORD needs 12 characters at least"):
         check(stack_settings(RLHF_PASSWORD=short))
     check(stack_settings(RLHF_PASSWORD=enough))
-    with pytest.raises(MlflowException):
-        _validate_password(short)
-    _validate_password(enough)
+    done = rlhf("up", home=tmp_path, RLHF_PASSWORD=short)
+    assert done.returncode == 2
+    assert "RLHF_PASSWORD has 11 characters: take 12 or more, or unset it" in done.stderr
+    assert short not in done.stderr
 
 
 class Guarded(BaseHTTPRequestHandler):
@@ -491,16 +473,27 @@ class TestStack:
             assert status(page, "rlhf:wrong") == 401
             assert status(page, running.account) == 200
 
-    def test_mlflow_answers_to_its_own_names_alone(self, running):
-        page = f"{running.mlflow_uri}/api/2.0/mlflow/experiments/search?max_results=1"
-        assert status(page, running.account, Host="evil.example") == 403
-        assert status(page, running.account, Host=running.mlflow_uri.partition("//")[2]) == 200
+    def test_the_servers_answer_to_their_own_names_only(self, running):
+        for page in (
+            f"{running.mlflow_uri}/api/2.0/mlflow/experiments/search?max_results=1",
+            f"{running.prefect_api}/admin/version",
+        ):
+            for name in ("evil.example", "10.evil.example"):
+                assert status(page, running.account, Host=name) == 403
+            address = page.split("/")[2]
+            for name in (address, f"localhost:{address.partition(':')[2]}"):
+                assert status(page, running.account, Host=name) == 200
 
     def test_the_pages_of_others_may_not_ask(self, running):
         page = f"{running.mlflow_uri}/api/2.0/mlflow/experiments/update"
         question = {"experiment_id": "0", "new_name": "changed"}
-        assert status(page, running.account, question, Origin="https://evil.example") == 403
+        evil = "https://evil.example"
+        assert status(page, running.account, question, Origin=evil) == 403
         assert status(page, running.account, question, Origin=running.mlflow_uri) == 200
+        page = f"{running.prefect_api}/flow_runs/count"
+        assert status(page, running.account, {}, Origin=evil, **running.proof()) == 403
+        assert status(page, running.account, {}) == 403  # no token against CSRF
+        assert status(page, running.account, {}, **running.proof()) == 200
 
     def test_each_database_has_its_own_role(self, running):
         from sqlalchemy import create_engine, make_url
@@ -541,6 +534,57 @@ class TestStack:
             assert logged.artifact_location.startswith("mlflow-artifacts:/")
             mine = [key for key in stored if logged.model_id in key]
             assert any(key.endswith("model.safetensors") for key in mine)
+
+    def test_a_schedule_retrains_on_postgres(self, running, mlflow):
+        """Switched on as a person does it; from there to a new version nobody does anything."""
+        before = len(mlflow.search_model_versions("name = 'tiny-policy'"))
+        deployment = running.ask("/deployments/name/retrain/demo")
+        config = {"pipeline": {**TINY, "seed": 3}, "min_new_preferences": 0}
+        (schedule,) = deployment["schedules"]
+        place = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+        every_minute = {"cron": "* * * * *", "timezone": "UTC"}
+        changes = {"schedule": every_minute, "parameters": {"config": config}}
+        running.ask(place, {**changes, "active": True}, method="PATCH")
+        ours = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}}
+
+        def upcoming():
+            return [r for r in running.ask("/flow_runs/filter", ours) if r["auto_scheduled"]]
+
+        assert len(wait_until(upcoming, 90)) >= 2
+        run = wait_until(lambda: [r for r in upcoming() if r["start_time"]], 240)[0]
+        running.ask(place, {**changes, "active": False}, method="PATCH")
+        final = running.final_state(run["id"], 600)
+        assert final["type"] == "COMPLETED", final["message"]
+        assert len(mlflow.search_model_versions("name = 'tiny-policy'")) == before + 1
+
+    def test_an_event_retrains_on_postgres(self, running, mlflow):
+        """The automation of `rlhf deploy`: new preferences are ready, and a run starts and ends."""
+        before = len(mlflow.search_model_versions("name = 'tiny-policy'"))
+        deployment = running.ask("/deployments/name/retrain/demo")
+        parameters = deployment["parameters"]
+        config = {"pipeline": {**TINY, "seed": 4}, "min_new_preferences": 0}
+        place = f"/deployments/{deployment['id']}"
+        running.ask(place, {"parameters": {"config": config}}, method="PATCH")
+        running.python(
+            "from flows import logs; from tasks import events; "
+            "events.preferences_ready('demo', 250); logs.deliver()"
+        )
+        ours = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}}
+        creator = {"automation", "AUTOMATION"}
+
+        def started():
+            found = running.ask("/flow_runs/filter", ours)
+            return [r for r in found if (r["created_by"] or {}).get("type") in creator]
+
+        (run,) = wait_until(started, 120)
+        final = running.final_state(run["id"], 600)
+        running.ask(place, {"parameters": parameters}, method="PATCH")
+        assert final["type"] == "COMPLETED", final["message"]
+        assert len(mlflow.search_model_versions("name = 'tiny-policy'")) == before + 1
+
+    def test_the_servers_have_logged_no_error(self, running):
+        for address in (running.mlflow_uri, running.prefect_api.removesuffix("/api")):
+            assert json.loads(services.ask(f"{address}/errors", account=running.account)) == []
 
     def test_a_killed_worker_and_its_run_go_on_where_they_were(self, running, mlflow):
         before = result(mlflow)
@@ -610,11 +654,11 @@ class TestStack:
 
 
 class TestUp:
-    """The password of `rlhf up`."""
+    """A password of the user's own for `rlhf up`."""
 
     pytestmark = faults
 
-    def test_up_asks_for_the_password(self, tmp_path):
+    def test_up_takes_the_password_that_is_given(self, tmp_path):
         (tmp_path / "configs").mkdir()
         shutil.copy(TINY_FILE, tmp_path / "configs")
         prefect, mlflow = free_port(), free_port()
@@ -634,10 +678,10 @@ class TestUp:
             for page in (f"{prefect}/api/admin/version", f"{mlflow}/version"):
                 assert status(f"http://127.0.0.1:{page}") == 401
                 assert status(f"http://127.0.0.1:{page}", f"rlhf:{secret}") == 200
-            refused = rlhf("config", TINY_FILE, home=home)
-            assert refused.returncode == 2
-            assert "asks for a password: set RLHF_PASSWORD" in refused.stderr
-            assert rlhf("config", TINY_FILE, home=home, RLHF_PASSWORD=secret).returncode == 0
+            assert rlhf("config", TINY_FILE, home=home).returncode == 0  # it finds the password
+            other = rlhf("config", TINY_FILE, home=home, RLHF_PASSWORD="not-the-right-one")
+            assert other.returncode == 2
+            assert "asks for a password: set RLHF_PASSWORD" in other.stderr
         finally:
             up.send_signal(signal.SIGINT)
             assert up.wait(60) == 0
