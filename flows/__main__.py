@@ -316,9 +316,16 @@ def generate(
 def compare(
     first: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
     second: Annotated[str, typer.Argument(help="Another one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show also what the runs have in common.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
 ) -> None:
-    """Hold two pipeline runs against each other: settings that differ, and metrics, by stage."""
+    """Compare two pipeline runs: the settings, stages and metrics that differ.
+
+    A metric stands with its 95 % interval, and a stage that was taken from another run with the
+    metrics of that run.
+    """
     settings = services.join(read_settings())
     from tasks.comparison import compare as hold
 
@@ -326,7 +333,7 @@ def compare(
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
-        show_comparison(comparison)
+        show_comparison(comparison, everything=everything)
 
 
 @app.command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')

@@ -294,7 +294,12 @@ def test_a_run_compares_with_itself(rlhf, finished):
     name = "tiny#1"
     shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output
+    assert re.match(r"Nothing differs .*: \d+ settings, 7 stages and \d+ metrics ", shown.stdout)
+    assert len(shown.stdout.splitlines()) == 4
     assert "compare-runs?runs=" in shown.stdout
+    everything = rlhf("compare", name, name, "--all").stdout
+    assert "evaluation summary/win_rate/policy_over_best_of_n" in everything
+    assert "ppo.kl_coef" in everything
     data = json.loads(rlhf("compare", name, name, "--json").stdout)
     assert data["params"] == []
     assert {row["stage"] for row in data["metrics"]} >= {"sft", "reward_model", "ppo"}
