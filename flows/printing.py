@@ -1,5 +1,6 @@
 """What the command shows, as tables for a terminal. Knows rich; computes nothing."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,6 +164,30 @@ def _change(measure: "Measure") -> str:
     if measure.difference is None or not measure.differs:
         return ""
     return f"{measure.difference:+.3g}" if measure.difference else "0"
+
+
+def responses_as_text(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """Each prompt after `>` above its responses, which are indented; a single response alone."""
+    if [len(group) for group in responses] == [1]:
+        return responses[0][0]
+    blocks = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        marks = [f"[{n}] " for n in range(1, len(group) + 1)] if len(group) > 1 else ["    "]
+        answers = [
+            mark + text.replace("\n", "\n" + " " * len(mark))
+            for mark, text in zip(marks, group, strict=True)
+        ]
+        blocks.append("\n".join(["> " + prompt.replace("\n", "\n> "), *answers]))
+    return "\n\n".join(blocks)
+
+
+def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """An object for each response, one a line."""
+    return "\n".join(
+        json.dumps({"prompt": prompt, "sample": n, "response": text}, ensure_ascii=False)
+        for prompt, group in zip(prompts, responses, strict=True)
+        for n, text in enumerate(group, 1)
+    )
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
