@@ -42,6 +42,7 @@ SUSPENSION = Pause  # what a flow that suspends itself is ended by
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
+NAME_LENGTH = 250  # what a database of MLflow takes for the name of a run
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class PrefectRun:
 
 
 def run_name() -> str:
-    """What the flow run of this thread is called; empty outside Prefect."""
-    return str(flow_run.name or "") if PrefectRun.current() else ""
+    """The name of the flow run of this thread, as long as MLflow takes; empty outside Prefect."""
+    return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
 
 
 def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
