@@ -137,6 +137,14 @@ class Settings(BaseSettings):
         return url.rstrip("/")
 
     @property
+    def prefect_stays(self) -> bool:
+        """Whether Prefect's pages outlive the run: its address is given, as by `rlhf up`.
+
+        The server that `rlhf run` starts for itself has none.
+        """
+        return "prefect_public_url" in self.model_fields_set
+
+    @property
     def mlflow_uri(self) -> str:
         """`tracking_uri`, or the SQLite file under `home`."""
         return self.tracking_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"

@@ -285,6 +285,9 @@ def test_a_run_ends_with_its_table_and_says_little_else(finished):
     assert output.startswith("# tiny, seed 3: models:/tiny-policy/1 ")
     for line in ("| true reward |", "| KL to SFT", "| win rate over SFT", "Registered: `models:/"):
         assert line in output
+    # Prefect's server has ended with the run: the last link leads to MLflow.
+    assert re.findall(r"http\S+", output)[-1].startswith("http://127.0.0.1:5000/#/experiments/")
+    assert "`rlhf up` serves" in output.splitlines()[-2]
     steps = [line for line in errors.splitlines() if re.match(r"\w+: \d+/\d+ ", line)]
     assert {line.partition(":")[0] for line in steps} >= {"prepare", "sft", "ppo", "evaluation"}
     assert "prefect" not in errors.replace("Prefect: started for this run", "")
