@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     prefect_api_url: str = Field(
         "",
         validation_alias="PREFECT_API_URL",
-        description="API of the Prefect server; empty = none, Prefect starts one for the run",
+        description="API of the Prefect server; empty = one is started for the length of the run",
     )
     mlflow_public_url: str = Field(
         "http://127.0.0.1:5000",
