@@ -30,7 +30,9 @@ class SamplingConfig(Section):
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
     temperature: float = Field(
-        1.0, gt=0, description="Divides the logits, in sampling and in log-probabilities of what was sampled"
+        1.0,
+        gt=0,
+        description="Divides the logits, in sampling and in the log-probabilities of samples",
     )
     batch_size: int = Field(128, ge=1, description="Prompts that are continued side by side")
 

@@ -453,7 +453,8 @@ def test_pieces_that_do_not_fit_are_named(saved, learners, positions, reason):
 
 def test_a_state_without_a_part_is_refused(checkpoints):
     checkpoints.save(1, {"step": 1, "learners": {}, "positions": {}, "extra": 0}, RUN)
-    with pytest.raises(CheckpointError, match="history is missing, rng is missing, extra is unexpected"):
+    faults = "history is missing, rng is missing, extra is unexpected"
+    with pytest.raises(CheckpointError, match=faults):
         session_of(checkpoints).resume()
 
 
