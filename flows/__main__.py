@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from getpass import getuser
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
@@ -24,6 +26,8 @@ from flows.loading import presets
 from flows.printing import (
     err,
     line,
+    responses_as_json,
+    responses_as_text,
     say_aloud,
     show_comparison,
     show_error,
@@ -78,6 +82,27 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        versions = {name: version(name) for name in ("torch", "prefect", "mlflow")}
+        beside = ", ".join(f"{name} {number}" for name, number in versions.items())
+        typer.echo(f"rlhf {version('rlhf-pipeline')} (Python {python_version()}, {beside})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take what concerns no single command."""
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 Overrides = Annotated[
@@ -320,8 +345,19 @@ def generate(
             help="Ask as a user's message; a policy trained on messages is asked so anyway.",
         ),
     ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print an object a line: prompt, sample (from 1) and response."
+        ),
+    ] = False,
 ) -> None:
-    """Let a policy continue prompts, and print its texts, one after the other."""
+    """Let a policy continue prompts, and print its responses.
+
+    One response to one prompt is printed as it is. Of several, each prompt stands above its
+    responses, on lines that begin with `>`; the responses are indented, and numbered where a prompt
+    has more than one.
+    """
     texts = prompts or _lines()
     settings = services.join(read_settings())
     from tasks.generation import generate as ask
@@ -336,17 +372,23 @@ def generate(
         seed=seed,
         chat=chat,
     )
-    for answer in (text for group in answers for text in group):
-        typer.echo(answer)
+    typer.echo(responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers))
 
 
 @app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")
 def compare(
     first: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
     second: Annotated[str, typer.Argument(help="Another one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show also what the runs have in common.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
 ) -> None:
-    """Hold two pipeline runs against each other: settings that differ, and metrics, by stage."""
+    """Compare two pipeline runs: the settings, stages and metrics that differ.
+
+    A metric stands with its 95 % interval, and a stage that was taken from another run with the
+    metrics of that run.
+    """
     settings = services.join(read_settings())
     from tasks.comparison import compare as hold
 
@@ -354,7 +396,7 @@ def compare(
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
-        show_comparison(comparison)
+        show_comparison(comparison, everything=everything)
 
 
 @app.command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')

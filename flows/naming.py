@@ -4,6 +4,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.runtime import deployment, flow_run
 
+from flows.generated_names import is_generated
+
 PIPELINE = "rlhf"
 
 
@@ -12,10 +14,12 @@ def run_name() -> str:
 
     Runs of the pipeline bear the name of their deployment, the preset, and the other flows their
     own: `demo/sft#3`. The number says how many runs of that name there have been on this Prefect
-    server. A run that goes on after a crash or a suspension keeps its name.
+    server. A name that a person has given is kept, and a run that goes on after a crash or a
+    suspension keeps what it has.
     """
-    if flow_run.run_count:
-        return str(flow_run.name)
+    name = str(flow_run.name or "")
+    if flow_run.run_count or not is_generated(name):
+        return name
     config = flow_run.parameters["config"]
     project = getattr(config, "pipeline", config).project  # a flow around it has its config
     what = deployment.name if flow_run.flow_name == PIPELINE else flow_run.flow_name

@@ -1,12 +1,13 @@
 """What the command shows, as tables for a terminal. Knows rich; computes nothing."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.markdown import Markdown
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tasks.servers import sign_in
@@ -14,8 +15,11 @@ from tasks.servers import sign_in
 if TYPE_CHECKING:
     from flows.services import Services
     from rlhf_core.validation import Validation
-    from tasks.comparison import RunComparison
+    from tasks.comparison import Measure, RunComparison, Value
     from tasks.settings import Settings
+
+ABSENT = "–"
+WIDEST = 10_000  # columns: what is piped is not folded
 
 out = Console()
 err = Console(stderr=True)
@@ -23,7 +27,7 @@ err = Console(stderr=True)
 
 def line(text: str) -> None:
     """A line as it is: no markup, no colours, no breaks that would cut an address."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_start(settings: "Settings") -> None:
@@ -102,19 +106,110 @@ def show_validation(validation: "Validation") -> None:
     )
 
 
-def show_comparison(comparison: "RunComparison") -> None:
-    """Two runs side by side."""
-    left, right = comparison.runs
-    names = [f"{run.name} {run.run_id[:8]}" for run in (left, right)]
-    params = [(row.stage, row.name, row.first, row.second) for row in comparison.params]
-    _table("Settings that differ", ("Section", "Setting", *names), params)
-    metrics = [
-        (row.stage, row.name, row.first, row.second, row.difference) for row in comparison.metrics
-    ]
-    _table("Metrics", ("Stage", "Metric", *names, "Difference"), metrics)
+def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
+    """What differs between two runs; with `everything` also what does not."""
+    left, right = (f"{run.name} {run.run_id[:8]}" for run in comparison.runs)
+    settings, stages = comparison.params, comparison.differing_stages()
+    measures, all_measures = comparison.differing_measures(), comparison.measures()
+    same = (
+        f"{len(comparison.same_params)} settings, "
+        f"{len(comparison.stages) - len(stages)} stages and "
+        f"{sum(not measure.differs for measure in all_measures)} metrics are the same"
+    )
+    if differs := bool(settings or stages or measures):
+        line(f"{left} and {right} differ; {same}.")
+    else:
+        line(f"Nothing differs between {left} and {right}: {same}.")
+    if everything:
+        settings = (*settings, *comparison.same_params)
+        stages, measures = list(comparison.stages), all_measures
+    _side_by_side(
+        ("Setting", left, right),
+        [(f"{row.stage}.{row.name}".lstrip("."), row.first, row.second) for row in settings],
+    )
+    _side_by_side(
+        ("Stage", left, right),
+        [
+            (row.stage, *((end or ABSENT).lower() for end in (row.first, row.second)))
+            for row in stages
+        ],
+    )
+    _side_by_side(
+        ("Metric", left, right, "Difference"),
+        [
+            (f"{row.stage} {row.name}", _value(row.first), _value(row.second), _change(row))
+            for row in measures
+        ],
+    )
+    if differs and not everything:
+        line("`--all` lists the rest, and the metrics of stages that only one run has.")
     for run in comparison.runs:
-        line(f"{run.name} ({run.status.lower()}): {run.url}")
+        line(f"{run.name} ({run.status.lower()}; {run.code}): {run.url}")
     line(f"side by side: {comparison.url}")
+
+
+def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose cells are whole; where the terminal is too narrow, two lines a row."""
+    if not rows:
+        return
+    table = Table(*(Column(name, no_wrap=True) for name in columns))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    wide = Console(width=WIDEST)
+    if not out.is_terminal:
+        wide.print(table)
+    elif table.__rich_measure__(wide, wide.options).maximum <= out.width:
+        out.print(table)
+    else:
+        line(f"{columns[0]}: {' → '.join(columns[1:3])}")
+        for name, first, second, *change in rows:
+            line(f"{name}\n    {first} → {second}{''.join(f'  ({c})' for c in change if c)}")
+
+
+def _value(value: "Value | None") -> str:
+    """`0.83 [0.82, 0.84]`, and without an interval `0.8312`."""
+    if value is None:
+        return ABSENT
+    number, low, high = value
+    if low is None or high is None or low == high:
+        return _number(number)
+    return f"{number:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _number(value: float) -> str:
+    """Counts whole, and other numbers short."""
+    return str(int(value)) if value.is_integer() else f"{value:.4g}"
+
+
+def _change(measure: "Measure") -> str:
+    """The difference with its sign; empty where there is none to tell."""
+    if measure.difference is None or not measure.differs:
+        return ""
+    return f"{measure.difference:+.3g}" if measure.difference else "0"
+
+
+def responses_as_text(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """Each prompt after `>` above its responses, which are indented; a single response alone."""
+    if [len(group) for group in responses] == [1]:
+        return responses[0][0]
+    blocks = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        marks = [f"[{n}] " for n in range(1, len(group) + 1)] if len(group) > 1 else ["    "]
+        answers = [
+            mark + text.replace("\n", "\n" + " " * len(mark))
+            for mark, text in zip(marks, group, strict=True)
+        ]
+        blocks.append("\n".join(["> " + prompt.replace("\n", "\n> "), *answers]))
+    return "\n\n".join(blocks)
+
+
+def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """An object for each response, one a line."""
+    return "\n".join(
+        json.dumps({"prompt": prompt, "sample": n, "response": text}, ensure_ascii=False)
+        for prompt, group in zip(prompts, responses, strict=True)
+        for n, text in enumerate(group, 1)
+    )
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -23,14 +23,16 @@ BLOCK = 256  # tokens of the vocabulary whose probability is added up first
 
 
 class SamplingConfig(Section):
-    """How responses are drawn, alike in the reward model's normalisation, PPO and evaluation."""
+    """How responses are drawn in the reward model's normalisation, on-policy stages, evaluation."""
 
     max_prompt_length: int = Field(
         256, ge=1, description="Longest prompt (tokens); a longer one loses its beginning"
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
     temperature: float = Field(
-        1.0, gt=0, description="Divides the logits, in sampling and in every log-probability"
+        1.0,
+        gt=0,
+        description="Divides the logits, in sampling and in the log-probabilities of samples",
     )
     batch_size: int = Field(128, ge=1, description="Prompts that are continued side by side")
 

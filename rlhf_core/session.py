@@ -304,6 +304,7 @@ def _put_back(
 
 def _require_names(found: Iterable[str], wanted: Iterable[str]) -> None:
     missing, surplus = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
-    faults = [f"{name} is missing" for name in missing] + [f"{name} is alien" for name in surplus]
+    faults = [f"{name} is missing" for name in missing]
+    faults += [f"{name} is unexpected" for name in surplus]
     if faults:
         raise ValueError(", ".join(faults))

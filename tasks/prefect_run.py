@@ -34,6 +34,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
+from tasks.settings import Settings
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ SUSPENSION = Pause  # what a flow that suspends itself is ended by
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
+NAME_LENGTH = 250  # what a database of MLflow takes for the name of a run
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,27 @@ class PrefectRun:
             "task_run_id": self.task_run_id,
             "flow_name": self.flow_name,
         }
-        url = f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
-        return {f"prefect.{k}": v for k, v in {**ids, "flow_run_url": url}.items() if v}
+        content = {**ids, "flow_run_url": self.url(public_url)}
+        return {f"prefect.{k}": v for k, v in content.items() if v}
+
+    def url(self, public_url: str) -> str:
+        """The page of the flow run; empty where this is no part of one."""
+        return f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
 
 
 def run_name() -> str:
-    """What the flow run of this thread is called; empty outside Prefect."""
-    return str(flow_run.name or "") if PrefectRun.current() else ""
+    """The name of the flow run of this thread, as long as MLflow takes; empty outside Prefect."""
+    return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
+
+
+def closing_lines(settings: Settings) -> list[str]:
+    """The end of a report: the flow run's page, where there is one that stays."""
+    prefect = PrefectRun.current()
+    if prefect and settings.prefect_stays:
+        return [f"- The flow run in Prefect: {prefect.url(settings.prefect_public_url)}"]
+    if settings.artifact_root:  # MLflow is a file, which nobody serves now
+        return ["- `rlhf up` serves these pages, and the flow run in Prefect."]
+    return []
 
 
 def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

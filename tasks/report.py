@@ -14,7 +14,7 @@ from rlhf_core.functional.ranking import Interval
 from rlhf_core.gates import Verdict
 from rlhf_core.stages.evaluation import Arm, EvaluationReport, Scorecard
 from tasks.model_store import ModelRef, PipelineRun
-from tasks.prefect_run import PrefectRun
+from tasks.prefect_run import PrefectRun, closing_lines
 from tasks.settings import Settings, read_settings
 from tasks.stage import run_url
 from tasks.tracking import connect
@@ -68,8 +68,7 @@ def render(
             "",
             f"- Curves, plots (`figures/`) and sample texts (`tables/`), stage by stage: "
             f"{run_url(run.run_id, run.experiment_id, settings)}",
-            f"- Prefect: {settings.prefect_public_url}",
-            "- Both UIs are open while `rlhf up` runs.",
+            *closing_lines(settings),
         ]
     )
 

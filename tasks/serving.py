@@ -5,8 +5,9 @@
 (in an activated environment: MLflow starts `uvicorn` by name.)
 
 Policy: column `prompt` -> texts. Reward model: columns `prompt` and `response` -> rewards, the
-normalised reward and not its sigmoid. A prompt is the text that the model reads: no chat template
-is applied to it. The directory stands alone: this package is not needed there.
+normalised reward and not its sigmoid. A policy that was trained on messages is asked a prompt as a
+user's message; a reward model reads texts as they are. The directory stands alone: this package is
+not needed there.
 """
 
 import json

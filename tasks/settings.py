@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     prefect_api_url: str = Field(
         "",
         validation_alias="PREFECT_API_URL",
-        description="API of the Prefect server; empty = none, Prefect starts one for the run",
+        description="API of the Prefect server; empty = one is started for the length of the run",
     )
     mlflow_public_url: str = Field(
         "http://127.0.0.1:5000",
@@ -142,6 +142,14 @@ class Settings(BaseSettings):
     @classmethod
     def _without_slash(cls, url: str) -> str:
         return url.rstrip("/")
+
+    @property
+    def prefect_stays(self) -> bool:
+        """Whether Prefect's pages outlive the run: its address is given, as by `rlhf up`.
+
+        The server that `rlhf run` starts for itself has none.
+        """
+        return "prefect_public_url" in self.model_fields_set
 
     @property
     def mlflow_uri(self) -> str:

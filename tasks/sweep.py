@@ -10,7 +10,8 @@ from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.evaluation import Scorecard
 from rlhf_core.types import Report
 from tasks.model_store import ModelRef, PipelineRun
-from tasks.settings import read_settings
+from tasks.prefect_run import closing_lines
+from tasks.settings import Settings, read_settings
 from tasks.stage import open_stage, run_url
 from tasks.tracking import connect
 
@@ -71,8 +72,8 @@ def record_sweep(outcomes: list[Outcome], run: PipelineRun) -> str:
     done = [outcome for outcome in outcomes if not outcome.problem]
     name = "true reward" if all(outcome.is_true for outcome in done) else "reward model"
     rows = [_row(outcome) for outcome in outcomes]
-    text = _page(outcomes, name, run)
-    client = connect(read_settings())
+    settings = read_settings()
+    client = connect(settings)
     with open_stage("frontier", config=_Record(), run=run, inputs={}) as stage:
         stage.record(
             Report(
@@ -80,6 +81,8 @@ def record_sweep(outcomes: list[Outcome], run: PipelineRun) -> str:
                 figures={"frontier": figures.frontier(_points(done), name)},
             )
         )
+    plot = run_url(stage.run_id, run.experiment_id, settings)
+    text = _page(outcomes, name, run, plot, settings)
     client.log_text(run.run_id, text, "report.md")
     client.set_tag(run.run_id, "mlflow.note.content", text)
     return text
@@ -107,8 +110,9 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _page(outcomes: list[Outcome], name: str, run: PipelineRun) -> str:
-    settings = read_settings()
+def _page(
+    outcomes: list[Outcome], name: str, run: PipelineRun, plot: str, settings: Settings
+) -> str:
     lines = [
         f"# {run.project}: a sweep of {len(outcomes)} points",
         "",
@@ -121,7 +125,8 @@ def _page(outcomes: list[Outcome], name: str, run: PipelineRun) -> str:
         point = outcome.point
         lines.append(f"| {point.setting} | {point.seed} | {' | '.join(cells)} | {last} |")
     url = run_url(run.run_id, run.experiment_id, settings)
-    return "\n".join([*lines, "", f"Plot (`figures/frontier.png`) and every run: {url}"])
+    lines += ["", f"- Every run: {url}", f"- Plot (`figures/frontier.png`): {plot}"]
+    return "\n".join([*lines, *closing_lines(settings)])
 
 
 def _cell(interval: Interval | None) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation: SFT, PPO and best-of-n answer the same held-out prompts, and are compared.
+"""Evaluation: SFT, the policy, best-of-n and the champion answer the same held-out prompts.
 
 Every arm is judged by the texts it writes, with the same reward model, at the same temperature.
 Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt resemble each

@@ -65,7 +65,9 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         return [float(reward) for reward in rewards]
 
     def encode(self, prompt: str, response: str) -> list[int]:
-        """Tokens of a pair; a text that is too long is cut as it was in training."""
+        """Tokens of a pair. One that is longer than the context is cut there, by the rule that
+        training applies at `reward_model.max_length`.
+        """
         head: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         bos = self.tokenizer.bos_token_id
         if bos is not None and self.tokenizer("").input_ids[:1] == [bos] and head[:1] != [bos]:

@@ -433,11 +433,11 @@ def saved(checkpoints):
 @pytest.mark.parametrize(
     ("learners", "positions", "reason"),
     [
-        ({}, {}, "does not fit: head is alien"),
+        ({}, {}, "does not fit: head is unexpected"),
         ({"head": nn.Linear(2, 1), "critic": nn.Linear(2, 1)}, {}, "critic is missing"),
         ({"head": nn.Linear(3, 1)}, {}, "head: .* size mismatch for weight"),
         ({"head": nn.Sequential(nn.Linear(2, 1))}, {}, r'head: .* Missing key\(s\) .*"0\.weight"'),
-        ({"head": nn.Linear(2, 1)}, {"draws": torch.Generator()}, "kl is alien"),
+        ({"head": nn.Linear(2, 1)}, {"draws": torch.Generator()}, "kl is unexpected"),
         (
             {"head": nn.Linear(2, 1)},
             {"draws": AdaptiveKL(1, 1, 1), "kl": AdaptiveKL(1, 1, 1)},
@@ -453,7 +453,8 @@ def test_pieces_that_do_not_fit_are_named(saved, learners, positions, reason):
 
 def test_a_state_without_a_part_is_refused(checkpoints):
     checkpoints.save(1, {"step": 1, "learners": {}, "positions": {}, "extra": 0}, RUN)
-    with pytest.raises(CheckpointError, match="history is missing, rng is missing, extra is alien"):
+    faults = "history is missing, rng is missing, extra is unexpected"
+    with pytest.raises(CheckpointError, match=faults):
         session_of(checkpoints).resume()
 
 

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.__main__ import app
+from flows.printing import responses_as_text
 
 TINY = Path(__file__).parent / "tiny.yaml"
 SERVERS = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RLHF_MLFLOW_URL", "RLHF_PREFECT_URL")
@@ -76,6 +78,18 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert time.monotonic() - started < 4  # 0.4 s of work; the rest is for a busy machine
     for command in ("run", "up", "deploy", "generate", "compare", "validate", "export", "config"):
         assert re.search(rf"│ {command} ", done.stdout)
+
+
+def test_the_version_is_said_without_a_server_or_torch():
+    code = (
+        "import sys; from flows.__main__ import app\n"
+        "try: app(['--version'])\n"
+        "finally: print({'torch', 'mlflow', 'prefect'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+    python = platform.python_version()
+    assert done.stdout.startswith(f"rlhf {version('rlhf-pipeline')} (Python {python}, torch ")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +222,17 @@ def test_interrupted_while_reading_prompts():
 # ---- what works ----
 
 
+def test_it_can_be_told_which_response_is_to_which_prompt():
+    responses = [["quiet\n> and", ""], ["long", "dull"]]
+    assert responses_as_text(["the hotel\nin Rome", "the film"], responses) == (
+        "> the hotel\n> in Rome\n[1] quiet\n    > and\n[2] \n\n> the film\n[1] long\n[2] dull"
+    )
+    # A single response to each needs no number, and to a single prompt nothing at all.
+    assert responses_as_text(["a", "b"], [["c"], ["d\ne"]]) == "> a\n    c\n\n> b\n    d\n    e"
+    assert responses_as_text(["a"], [["b\n  c"]]) == "b\n  c"
+    assert responses_as_text(["a"], [["b", "c"]]) == "> a\n[1] b\n[2] c"
+
+
 def test_config_prints_a_config_that_means_the_same(rlhf):
     first = rlhf("config", "tiny.yaml", "--set", "ppo.kl_coef=1e-3")
     assert first.exit_code == 0
@@ -260,6 +285,9 @@ def test_a_run_ends_with_its_table_and_says_little_else(finished):
     assert output.startswith("# tiny, seed 3: models:/tiny-policy/1 ")
     for line in ("| true reward |", "| KL to SFT", "| win rate over SFT", "Registered: `models:/"):
         assert line in output
+    # Prefect's server has ended with the run: the last link leads to MLflow.
+    assert re.findall(r"http\S+", output)[-1].startswith("http://127.0.0.1:5000/#/experiments/")
+    assert "`rlhf up` serves" in output.splitlines()[-2]
     steps = [line for line in errors.splitlines() if re.match(r"\w+: \d+/\d+ ", line)]
     assert {line.partition(":")[0] for line in steps} >= {"prepare", "sft", "ppo", "evaluation"}
     assert "prefect" not in errors.replace("Prefect: started for this run", "")
@@ -287,6 +315,15 @@ def test_what_was_registered_generates(rlhf, finished):
     greedy = generate("--temperature", 0, "the hotel", "the film")
     assert generate("--temperature", 0, stdin="the hotel\n\nthe film\n") == greedy
     assert generate("--chat", "--temperature", 0, "--samples", 2, "the hotel") != greedy
+    alone = generate("--temperature", 0, "the hotel")
+    as_json = generate("--temperature", 0, "--samples", 2, "--json", "the hotel", "the film")
+    told = [json.loads(line) for line in as_json.splitlines()]
+    assert [(t["prompt"], t["sample"]) for t in told] == [
+        (prompt, sample) for prompt in ("the hotel", "the film") for sample in (1, 2)
+    ]
+    assert {t["response"] for t in told[:2]} == {alone.removesuffix("\n")}
+    lines = greedy.splitlines()
+    assert [line for line in lines if line.startswith(">")] == ["> the hotel", "> the film"]
 
 
 @pytest.mark.integration
@@ -294,7 +331,12 @@ def test_a_run_compares_with_itself(rlhf, finished):
     name = "tiny#1"
     shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output
+    assert re.match(r"Nothing differs .*: \d+ settings, 7 stages and \d+ metrics ", shown.stdout)
+    assert len(shown.stdout.splitlines()) == 4
     assert "compare-runs?runs=" in shown.stdout
+    everything = rlhf("compare", name, name, "--all").stdout
+    assert "evaluation summary/win_rate/policy_over_best_of_n" in everything
+    assert "ppo.kl_coef" in everything
     data = json.loads(rlhf("compare", name, name, "--json").stdout)
     assert data["params"] == []
     assert {row["stage"] for row in data["metrics"]} >= {"sft", "reward_model", "ppo"}

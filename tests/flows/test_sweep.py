@@ -1,6 +1,7 @@
 """A grid of settings becomes pipelines, which share what they can and are compared in the end."""
 
 import math
+import re
 
 import pytest
 from mlflow import MlflowClient
@@ -67,6 +68,9 @@ def test_points_share_their_stages_and_end_in_one_table(home, settings, prefect_
     for folder, file in (("tables", "frontier.json"), ("figures", "frontier.png")):
         kept = client.list_artifacts(frontier.info.run_id, folder)
         assert f"{folder}/{file}" in [artifact.path for artifact in kept]
+    # The plot is with the child, and its link leads there.
+    assert re.search(rf"frontier\.png`\): http\S+/runs/{frontier.info.run_id}\?", report)
+    assert re.search(rf"Every run: http\S+/runs/{parent.info.run_id}\?", report)
     for words in ("| kl_coef=0.05 | 0 |", "`models:/swept-policy/2`", "true reward"):
         assert words in report
     # Again: everything is there already.
