@@ -361,8 +361,7 @@ def _locate(source: str) -> tuple[str, str]:
             raise ModelError(f"there is no GGUF file {path}; check model.source")
         if find_spec("gguf") is None:
             raise ModelError(
-                "reading a GGUF file needs the package gguf: run "
-                "pip install 'rlhf-pipeline[gguf]'"
+                "reading a GGUF file needs the package gguf: run pip install 'rlhf-pipeline[gguf]'"
             )
         return str(path.parent), path.name
     looks_local = source.startswith((".", "/", "~")) or path.is_dir()
