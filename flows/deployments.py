@@ -46,14 +46,10 @@ from tasks.accelerator import LIMIT
 VERSION = version("rlhf-pipeline")
 VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around the deployer
 FIRST_PRESET = "demo"
-# What a run may not choose, and what it is then. No command is that of the worker. No working
-# directory is an empty one: in a folder of a user Prefect would import what lies there, and install
-# what its pyproject.toml asks for. Flows go to the user's folder by themselves.
-FIXED: Final[dict[str, Any]] = {
-    "command": None,
-    "env": {"RLHF_WORKING_DIR": "{{ working_dir }}"},
-    "working_dir": None,
-}
+# What a run may not choose. Without a command it is that of the worker, without an environment too,
+# and without a working directory it starts in an empty one: in a folder of a user Prefect would
+# import what lies there, and install what its pyproject.toml asks for.
+FIXED: Final = ("command", "env", "working_dir")
 NIGHTLY: Final = {"cron": "0 3 * * *", "timezone": "UTC", "slug": "nightly", "active": False}
 SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameters", "slug"}
 
@@ -208,11 +204,11 @@ def closed(template: Mapping[str, Any]) -> dict[str, Any]:
     """
     job = dict(template["job_configuration"])
     properties = dict(template["variables"]["properties"])
-    for name, fixed in FIXED.items():
-        if name != "working_dir":
-            properties.pop(name, None)
+    for name in FIXED:
         if re.search(r"\{\{\s*" + name + r"\s*\}\}", str(job.get(name))):
-            job[name] = fixed
+            del job[name]
+    for name in ("command", "env"):  # `working_dir` is what the flow goes to by itself
+        properties.pop(name, None)
     variables = template["variables"] | {"properties": properties, "additionalProperties": False}
     return {**template, "job_configuration": job, "variables": variables}
 

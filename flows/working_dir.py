@@ -4,16 +4,19 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.runtime import deployment, flow_run
 
 from rlhf_core.errors import UserError
-from tasks.settings import read_settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
-    """Go to the folder that RLHF_WORKING_DIR names, if any, before the flow begins.
+    """Go to the folder of the deployment, `working_dir` of its job variables, before a flow begins.
 
     The process of a worker starts in an empty folder and has imported everything by then, so that
     nothing which lies in the user's folder can take the place of a package.
@@ -23,7 +26,7 @@ def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:
-        if folder := read_settings().working_dir:
+        if folder := _folder():
             try:
                 os.chdir(folder)
             except OSError as error:
@@ -34,3 +37,13 @@ def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return inside
+
+
+def _folder() -> str:
+    """What the run was given, else its deployment; empty for a run of no deployment."""
+    if not deployment.id:
+        return ""
+    with get_client(sync_client=True) as client:
+        variables = client.read_deployment(UUID(deployment.id)).job_variables
+        own = client.read_flow_run(UUID(flow_run.id)).job_variables or {}
+    return str((variables | own).get("working_dir") or "")

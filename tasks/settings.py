@@ -110,11 +110,6 @@ class Settings(BaseSettings):
         ge=0,
         description="Least time between two checkpoints of a training (s); 0 = at every step",
     )
-    working_dir: str = Field(
-        "",
-        validation_alias="RLHF_WORKING_DIR",
-        description="What relative paths in a config refer to; empty = where the process works",
-    )
     notify_webhook: SecretStr = Field(
         SecretStr(""),
         validation_alias="RLHF_NOTIFY_WEBHOOK",

@@ -1,5 +1,6 @@
 """The deployments: what is declared, that both ways of deploying store it, and what is refused."""
 
+import asyncio
 import getpass
 import importlib
 import json
@@ -16,9 +17,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from flows.config import PipelineConfig
-from flows.deployments import deploy, deployments, prefect_yaml
+from flows.deployments import closed, deploy, deployments, prefect_yaml
 from flows.loading import load_config
 from flows.rlhf import rlhf
 from tasks.accelerator import LIMIT
@@ -97,6 +99,48 @@ def test_stages_start_with_the_demo_or_else_with_the_first_preset(tmp_path):
     assert [d.name for d in deployments(tmp_path) if d.flow.name == stage] == ["a"]
 
 
+# ---- what a run may choose about its process ----
+
+
+def configuration(template: dict, **variables: object) -> ProcessJobConfiguration:
+    made = ProcessJobConfiguration.from_template_and_values(
+        base_job_template=template, values=variables
+    )
+    return asyncio.run(made)
+
+
+def test_prefects_own_template_lets_a_run_choose_its_command():
+    """What is closed here is open there."""
+    theirs = ProcessWorker.get_default_base_job_template()
+    chosen = configuration(theirs, command="touch x", env={"PYTHONPATH": "/tmp"})
+    assert (chosen.command, chosen.env) == ("touch x", {"PYTHONPATH": "/tmp"})
+
+
+def test_a_run_chooses_neither_its_command_nor_its_environment_nor_where_it_starts():
+    template = closed(ProcessWorker.get_default_base_job_template())
+    variables = {"command": "touch x", "env": {"PYTHONPATH": "/tmp"}, "working_dir": "/somewhere"}
+    chosen = configuration(template, **variables, name="mine")
+    assert chosen.command is None
+    assert chosen.working_dir is None  # an empty folder
+    assert chosen.env == {}
+    assert chosen.name == "mine"
+    assert template["variables"]["additionalProperties"] is False
+    assert set(template["variables"]["properties"]) == {
+        *("name", "labels", "stream_output", "working_dir")
+    }
+
+
+def test_what_people_have_fixed_in_a_template_stays():
+    template = ProcessWorker.get_default_base_job_template()
+    template["job_configuration"] |= {"command": "nice python -m prefect.engine", "env": {"A": "1"}}
+    template["variables"]["properties"]["labels"]["default"] = {"team": "a"}
+    changed = closed(template)
+    assert changed["job_configuration"]["command"] == "nice python -m prefect.engine"
+    assert changed["job_configuration"]["env"] == {"A": "1"}
+    assert changed["variables"]["properties"]["labels"]["default"] == {"team": "a"}
+    assert closed(changed) == changed
+
+
 # ---- a real server ----
 
 
@@ -151,6 +195,15 @@ def api(prefect_server, folder):
 def changed(api, name="rlhf/tiny", **sections):
     config = api.deployment(name)["parameters"]["config"]
     return {"config": config | {s: config[s] | values for s, values in sections.items()}}
+
+
+@pytest.mark.integration
+def test_deploying_closes_a_pool_that_is_there(api, folder):
+    theirs = {"base_job_template": ProcessWorker.get_default_base_job_template()}
+    assert api.send("PATCH", "/work_pools/rlhf", theirs)[0] == 204
+    deploy(folder, working_dir="/somewhere")
+    pool = json.loads(api.send("GET", "/work_pools/rlhf")[1])
+    assert pool["base_job_template"] == closed(theirs["base_job_template"])
 
 
 @pytest.mark.integration

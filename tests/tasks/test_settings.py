@@ -45,7 +45,6 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_OUTAGE_SECONDS": "10",
         "RLHF_PASSWORD": "secret",
         "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",
-        "RLHF_WORKING_DIR": "/somewhere",
     }
     assert sorted(given) == sorted(VARIABLES)
     for name, value in given.items():
@@ -62,7 +61,6 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.checkpoint_seconds == 0.5
     assert settings.keep_work_days == 30
     assert settings.outage_seconds == 10
-    assert settings.working_dir == "/somewhere"
     assert settings.account == "rlhf:secret"
     assert settings.notify_webhook.get_secret_value() == "https://hooks.example.org/x"
 
