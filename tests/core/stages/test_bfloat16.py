@@ -22,6 +22,7 @@ from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.networks import Policy
 from rlhf_core.pairs import Pair
+from rlhf_core.recovery import Recovery
 from rlhf_core.rollout import lay_out, response_logprobs, rounding
 from rlhf_core.sampling import respond, sample, uniforms
 from rlhf_core.seeding import generator
@@ -195,9 +196,22 @@ def test_first_dpo_loss_is_log_2_within_what_rounding_may_do(world, tmp_path):
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_the_same_run_gives_the_same_bits(world, tmp_path, stage):
-    for name in ("one", "other"):
-        history(stage, world, tmp_path / name)
+def test_a_run_that_was_broken_off_and_resumed_has_the_bits_of_one_that_was_not(
+    world, tmp_path, stage
+):
+    class BreaksOff(MemoryLogger):
+        def progress(self, done, total, note=""):
+            if done == max(total // 2, 1):
+                raise RuntimeError("broken off")
+
+    history(stage, world, tmp_path / "one")
+    recovery = Recovery(tmp_path / "checkpoints", every_seconds=0)
+    other = {"output": tmp_path / "other", "recovery": recovery}
+    narrow = change(CONFIGS[stage], precision="bfloat16")
+    with pytest.raises(RuntimeError, match="broken off"):
+        run(narrow, world, **other, logger=BreaksOff())
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+    run(narrow, world, **other)
     assert digest(tmp_path / "one") == digest(tmp_path / "other")
 
 
