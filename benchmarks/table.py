@@ -313,8 +313,8 @@ def circumstances(entries: Sequence[Line]) -> list[str]:
         f"{all_of('date')}, commit {all_of('commit')}; {all_of('cpu')} with {all_of('features')}, "
         f"{all_of('cores')} cores, {all_of('threads')} threads; torch {all_of('torch')}, "
         f"transformers {all_of('transformers')}, {' and '.join(peers)}. Tokens a second: median "
-        "of the rounds (least to most). A round runs the three sides one after the other, each of them "
-        "first in turn and in a process of its own; a ratio compares the runs of one round."
+        "of the rounds (least to most). A round runs the three sides one after the other, each of "
+        "them first in turn and in a process of its own; a ratio compares the runs of one round."
     ]
 
 
