@@ -13,6 +13,7 @@ stopped, and the same command goes on with what is missing for the present commi
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -53,7 +54,7 @@ SIZES = {
     ),
     *("max_length", "max_steps", "micro_batch_size", "mini_batch_size", "num_ppo_epochs"),
     *("num_total_batches", "per_device_train_batch_size", "response_length", "seed"),
-    *("total_episodes", "world_size", "activation_checkpointing"),
+    *("packing", "total_episodes", "world_size", "activation_checkpointing"),
 }
 
 
@@ -82,8 +83,8 @@ ROWS = {  # the most important first: whoever stops early has these
     "sft-gpt2": Row("SFT, gpt2", "sft", "gpt2", "--iterations 4", 3),
     "reward-gpt2": Row("reward model, gpt2", "reward", "gpt2", "--iterations 4", 3),
     "ppo-smol": Row("PPO, smol, 8 samples", "ppo", "smol", "--batch 8 --iterations 1", 1),
-    "sft-smol": Row("SFT, smol", "sft", "smol", "--iterations 2", 1),
-    "reward-smol": Row("reward model, smol", "reward", "smol", "--iterations 2", 1),
+    "sft-smol": Row("SFT, smol", "sft", "smol", "--iterations 1", 1),
+    "reward-smol": Row("reward model, smol", "reward", "smol", "--iterations 1", 1),
     "ppo-smol-lora": Row(
         "PPO, smol, 8 samples, LoRA rank 16 in the last 8 of 30 blocks",
         "ppo",
@@ -91,27 +92,20 @@ ROWS = {  # the most important first: whoever stops early has these
         f"--batch 8 --iterations 1 {LORA}",
         1,
     ),
-    "sft-gpt2-bf16": Row("SFT, gpt2, bfloat16", "sft", "gpt2", f"--iterations 4 {BF16}", 3),
-    "reward-gpt2-bf16": Row(
-        "reward model, gpt2, bfloat16", "reward", "gpt2", f"--iterations 4 {BF16}", 3
-    ),
     "ppo-gpt2-bf16": Row("PPO, gpt2, bfloat16", "ppo", "gpt2", f"--iterations 2 {BF16}", 2),
-    "sft-smol-bf16": Row("SFT, smol, bfloat16", "sft", "smol", f"--iterations 2 {BF16}", 1),
+    "sft-gpt2-bf16": Row("SFT, gpt2, bfloat16", "sft", "gpt2", f"--iterations 4 {BF16}", 2),
+    "reward-gpt2-bf16": Row(
+        "reward model, gpt2, bfloat16", "reward", "gpt2", f"--iterations 4 {BF16}", 2
+    ),
+    "sft-smol-bf16": Row("SFT, smol, bfloat16", "sft", "smol", f"--iterations 1 {BF16}", 1),
     "reward-smol-bf16": Row(
-        "reward model, smol, bfloat16", "reward", "smol", f"--iterations 2 {BF16}", 1
+        "reward model, smol, bfloat16", "reward", "smol", f"--iterations 1 {BF16}", 1
+    ),
+    "sft-gpt2-packed": Row(
+        "SFT, gpt2, packed blocks of the peer", "sft", "gpt2", "--packing --iterations 3", 1
     ),
     "ppo-smol-bf16": Row(
         "PPO, smol, 8 samples, bfloat16", "ppo", "smol", f"--batch 8 --iterations 1 {BF16}", 1
-    ),
-    "sft-gpt2-packed": Row(
-        "SFT, gpt2, packed blocks of the peer", "sft", "gpt2", "--packing --iterations 3", 2
-    ),
-    "sft-smol-packed": Row(
-        "SFT, smol, packed blocks of the peer",
-        "sft",
-        "smol",
-        "--packing --batch 4 --iterations 1",
-        1,
     ),
 }
 
@@ -184,10 +178,16 @@ def machine() -> dict[str, str]:
 
 
 def run(
-    rows: Sequence[str], rounds: int | None, models: Path, output: Path, options: Mapping[str, str]
+    rows: Sequence[str],
+    rounds: int | None,
+    models: Path,
+    output: Path,
+    options: Mapping[str, str],
+    *,
+    minutes: float = math.inf,
 ) -> bool:
-    """Measure what is missing; whether every cell could be measured."""
-    complete, now, where = True, commit(), machine()
+    """Measure what is missing, and begin nothing after so many minutes; whether nothing failed."""
+    complete, now, where, started = True, commit(), machine(), time.monotonic()
     for name in rows:
         row = ROWS[name]
         for number in range(rounds or row.rounds):
@@ -196,6 +196,9 @@ def run(
                 done = {(e["row"], e["side"], e["round"], e["commit"]) for e in read(output)}
                 if (name, side, number, now) in done:
                     continue
+                if time.monotonic() - started > 60 * minutes:
+                    say(f"the time is up before {name}, round {number + 1}: {side}\n")
+                    return complete
                 say(f"{name}, round {number + 1}: {side} ... ")
                 begun = time.monotonic()
                 try:
@@ -355,6 +358,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=ROOT / ".rlhf" / "bench")
     parser.add_argument("--output", type=Path, default=HERE / "table.jsonl")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after that")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--try", dest="tiny", action="store_true", help="tiny work, kept nowhere")
     what.add_argument("--write", action="store_true", help="measure nothing; write README.md")
@@ -372,7 +376,7 @@ def main() -> None:
             work: f"--threads {arguments.threads} {tiny if arguments.tiny else ''}"
             for work, tiny in TINY.items()
         }
-        complete = run(rows, rounds, arguments.models, output, options)
+        complete = run(rows, rounds, arguments.models, output, options, minutes=arguments.minutes)
         print(render(read(output)))
     sys.exit(0 if complete else 1)
 

@@ -166,6 +166,13 @@ def test_sides_take_turns_and_each_line_is_kept_as_it_comes(table, asked, tmp_pa
     assert len(asked) == 3  # the fourth round alone
 
 
+def test_nothing_begins_when_the_time_is_up(table, asked, tmp_path, capsys):
+    output = tmp_path / "table.jsonl"
+    assert table.run(["ppo-smol"], 1, tmp_path, output, {}, minutes=0)
+    assert asked == []
+    assert "the time is up before ppo-smol, round 1: ours" in capsys.readouterr().err
+
+
 def test_a_side_that_fails_is_said_and_measured_the_next_time(table, asked, tmp_path, capsys):
     (tmp_path / "fails").touch()
     output = tmp_path / "table.jsonl"
