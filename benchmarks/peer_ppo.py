@@ -7,6 +7,9 @@ reference, critic and reward model, advantages); update is all from there to the
 Responses have full length: no token ends one. TRL computes in the dtype that the models are loaded
 in, which --dtype says; its settings `bf16` and `gradient_checkpointing`, on by default, reach
 nothing. With ACCELERATE_MIXED_PRECISION=bf16 in the environment its update runs under autocast.
+
+--lora-rank trains adapters of the policy; the reference is then the policy without them. The critic
+trains all its weights in any case, and the reward model is a model of its own: TRL has no more.
 """
 
 import argparse
@@ -18,7 +21,8 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from report import Clock, report
+from peer_lora import adapters
+from report import Clock, changed, report
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -65,9 +69,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype) for _ in range(2)
-    )
+    policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    lora = adapters(policy, arguments)
+    # With adapters the reference is the policy without them.
+    reference = None if lora else AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     critic, reward_model = (
         AutoModelForSequenceClassification.from_pretrained(arguments.reward, dtype=dtype)
         for _ in range(2)
@@ -103,6 +108,7 @@ def main() -> None:
             ref_model=reference,
             reward_model=reward_model,
             value_model=critic,
+            peft_config=lora,
             train_dataset=Dataset.from_dict({"input_ids": rows}),
         )
         # TRL would step once an epoch where there are micro-batches; so it steps every minibatch.
@@ -117,6 +123,7 @@ def main() -> None:
         clock,
         [responses] * len(clock.laps),
         mixed_precision=trainer.accelerator.mixed_precision,
+        changed=changed(trainer.args),
     )
 
 

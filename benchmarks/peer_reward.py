@@ -12,8 +12,9 @@ import tempfile
 import torch
 import trl
 from datasets import Dataset
+from peer_lora import adapters
 from peer_steps import StepClock
-from report import Clock, report
+from report import Clock, changed, report
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 from work import add_arguments, pairs
@@ -56,12 +57,14 @@ def main() -> None:
             processing_class=AutoTokenizer.from_pretrained(arguments.model),
             train_dataset=Dataset.from_list(rows),
             callbacks=[StepClock(clock)],
+            peft_config=adapters(model, arguments),
         )
         trainer.train()
     lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     batches = range(0, len(rows), arguments.batch)
     tokens = [sum(lengths[i : i + arguments.batch]) for i in batches]
-    report(f"trl {trl.__version__}", "reward", arguments, clock, tokens)
+    changes = changed(trainer.args)
+    report(f"trl {trl.__version__}", "reward", arguments, clock, tokens, changed=changes)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peer_lora import adapters
 from peer_steps import StepClock
-from report import Clock, report
+from report import Clock, changed, report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from work import COMPLETION, PROMPT, add_arguments, sft_rows
@@ -62,6 +63,7 @@ def main() -> None:
                 }
             ),
             callbacks=[StepClock(clock)],
+            peft_config=adapters(model, arguments),
         )
         read: list[tuple[int, int]] = []  # tokens and texts of every micro-batch
         collate = trainer.data_collator
@@ -87,6 +89,7 @@ def main() -> None:
         clock,
         tokens,
         texts_per_iteration=sum(texts) / steps,
+        changed=changed(trainer.args),
     )
 
 

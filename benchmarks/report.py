@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import TrainingArguments
 from work import Work
 
 
@@ -76,6 +77,13 @@ def report(
         **more,
     }
     print(json.dumps(line))
+
+
+def changed(settings: TrainingArguments) -> dict[str, Any]:
+    """What the settings of a Hugging Face trainer are, where they are not its defaults."""
+    plain = type(settings)(output_dir=settings.output_dir, use_cpu=settings.use_cpu)
+    ours, theirs = settings.to_dict(), plain.to_dict()
+    return {name: value for name, value in ours.items() if value != theirs.get(name)}
 
 
 def _peak_memory_mb() -> float:

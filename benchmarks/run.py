@@ -240,8 +240,6 @@ def main() -> None:
         sub = subparsers.add_parser(work)
         add_arguments(sub, work)
         sub.add_argument("--peer", action="store_true", help="run TRL on the same work instead")
-        sub.add_argument("--lora-rank", type=int, default=0, help="adapters instead of all weights")
-        sub.add_argument("--lora-layers", type=int, default=0, help="the last so many blocks alone")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.peer:

@@ -40,6 +40,8 @@ def add_arguments(parser: ArgumentParser, work: Work) -> None:
     add("--warmup", type=int, default=1, help="how many go before, unmeasured")
     add("--threads", type=int, default=2)
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--lora-rank", type=int, default=0, help="adapters of that rank instead of all weights")
+    add("--lora-layers", type=int, default=0, help="adapters in the last so many blocks; 0 = all")
     add("--seed", type=int, default=0)
 
 

@@ -3,10 +3,16 @@ values. Both read packed texts, and both are modules whose `forward` is all that
 
 A network is a transformer, the adapter that is switched on in it (or none), and a head. Several
 networks may share one transformer. Knows nothing about optimisation.
+
+In bfloat16 every product of matrices is computed in it, that with the vocabulary included, forward
+and backward; norms, softmax, losses, weights and their gradients stay in float32, and so does the
+scalar head: it is a single row, and a score of 8 bits would make ties of texts that differ.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -50,6 +56,9 @@ from rlhf_core.packing import Packed, hidden_states
 Precision = Literal["float32", "bfloat16"]
 ADAPTER = "adapter"  # its folder in a model directory, and its base in the card
 CHUNK = 128  # tokens whose logits exist at a time
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # its instructions on x86 and ARM
+
+_log = logging.getLogger(__name__)
 
 
 class Network(nn.Module):
@@ -73,11 +82,34 @@ class Network(nn.Module):
         """Turn on this network's adapter in the transformer that it may share."""
         use_adapter(self.model, self.adapter)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products of matrices are computed in."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
     def autocast(self) -> Any:
         """The context that computes in `precision`; the weights stay in float32."""
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+        _warn_if_slow(self.model.device.type)
+        return torch.autocast(self.model.device.type, dtype=self.dtype)
+
+    @contextmanager
+    def autocast_once(self) -> Iterator[None]:
+        """The same for many forward passes without gradients: each weight is cast once for all.
+
+        Autocast remembers the cast of a weight only if it requires a gradient, so meanwhile all do.
+        """
+        casts = self.precision != "float32"
+        frozen = [p for p in self.model.parameters() if casts and not p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            with self.autocast():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """What training changes: the adapter, or every weight where there is none."""
@@ -122,7 +154,8 @@ class Policy(Network):
         Without a `token_loss` the log-probabilities can be differentiated; with one, the loss.
         Only those places go through the head, and only the logits of a chunk exist at a time.
         """
-        hidden = self.hidden(packed)[places]
+        # The last norm returns float32 under autocast, and the head computes in what it is given.
+        hidden = self.hidden(packed)[places].to(self.dtype)
         head = cast(nn.Linear, self.model.get_output_embeddings())
         if token_loss is None:
             logprobs = chunked_token_logprobs(
@@ -291,6 +324,18 @@ def start_adapter(
     """Train a network through a fresh adapter from here on: it computes what it did before."""
     add_adapter(network.model, name, rank=rank, alpha=alpha, layers=layers, seed=seed)
     network.adapter = name
+
+
+@cache
+def _warn_if_slow(device: str) -> None:
+    """Say so, once a process, where bfloat16 takes longer than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    if device == "cpu" and not any(capabilities.get(name) for name in BFLOAT16):
+        _log.warning(
+            "precision is bfloat16, but this CPU has no instructions for it (avx512_bf16, amx_bf16 "
+            "or ARM's bf16): training takes 2 to 6 times as long as in float32. Set precision to "
+            "float32 here"
+        )
 
 
 def _twin_head(head: nn.Linear) -> nn.Linear:

@@ -30,7 +30,7 @@ from rlhf_core.functional.rewards import (
 )
 from rlhf_core.metrics import StageLogger
 from rlhf_core.models import read_card, require_context
-from rlhf_core.networks import Policy, ScalarModel, on_trunk, start_adapter
+from rlhf_core.networks import Policy, Precision, ScalarModel, on_trunk, start_adapter
 from rlhf_core.optim import Batches, Learner, TrainingSection, chunks, require_finite
 from rlhf_core.ranks import Ranks
 from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
@@ -213,7 +213,7 @@ class Iteration:
         Raises: NumericsError when it is the first and the policy is not yet its reference.
         """
         if self.number == 1:
-            require_kl_zero(rollout)
+            require_kl_zero(rollout, self.config.precision)
         self.rollout, self.used, self.minibatches = rollout, [], self._all_minibatches()
 
     def finish(self, *, last: bool) -> dict[str, float]:
@@ -339,7 +339,7 @@ class Sampler:
         """A response to each prompt, with log-probabilities, values and scores.
 
         Log-probabilities are those of a forward pass like that of the update, over the same rows in
-        the same micro-batches, and not those of sampling.
+        the same micro-batches, and not those of sampling, which in bfloat16 are rounded otherwise.
 
         Raises: NumericsError naming what is not finite.
         """
@@ -588,13 +588,13 @@ def group_spread(scores: Tensor, group_size: int) -> float:
     return scores.view(-1, group_size).std(1).mean().item()
 
 
-def require_kl_zero(rollout: Rollout) -> None:
+def require_kl_zero(rollout: Rollout, precision: Precision) -> None:
     """Invariant: before its first update the policy is its reference, so their KL is 0.
 
     Raises: NumericsError naming it.
     """
     apart = (rollout.logprobs - rollout.ref_logprobs)[rollout.responses.mask].abs().max().item()
-    if apart > rounding(rollout.logprobs):
+    if apart > rounding(rollout.logprobs, precision):
         raise NumericsError(
             f"a broken invariant: the KL to the reference is not 0 at step 0 (log-probabilities "
             f"differ by {apart:.3g}); policy and reference must be the same model. This is a "

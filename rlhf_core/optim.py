@@ -35,8 +35,9 @@ class TrainingSection(Section):
     )
     precision: Precision = Field(
         "float32",
-        description="What forward passes compute in; bfloat16 is for GPUs. Weights and optimizer "
-        "stay in float32",
+        description="What matrix products are computed in. bfloat16 is faster on GPUs and on CPUs "
+        "that have instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
+        "their gradients and the optimizer stay in float32",
     )
     lora_rank: int = Field(
         0,

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import ChunkedLoss, kl_estimate
 from rlhf_core.functional.losses import clipped_policy
+from rlhf_core.networks import Precision
 from rlhf_core.onpolicy import OnPolicySection
 from rlhf_core.optim import Learner
 from rlhf_core.ranks import Ranks
@@ -73,7 +74,7 @@ def update_policy(
             )
             learner.backward(out.loss, "the policy loss")
         if first and micro.weight:
-            _require_ratio_one(out.logprobs, experience.logprobs[mask])
+            _require_ratio_one(out.logprobs, experience.logprobs[mask], config.precision)
         for name, value in _policy_stats(out, experience, advantages[rows], config).items():
             sums[name] = sums.get(name, 0.0) + value * micro.weight / tokens
         sums["policy/loss"] = sums.get("policy/loss", 0.0) + out.loss.item()
@@ -172,9 +173,9 @@ def _policy_stats(
     }
 
 
-def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor) -> None:
+def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor, precision: Precision) -> None:
     apart = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
-    if apart > rounding(logprobs):
+    if apart > rounding(logprobs, precision):
         raise NumericsError(
             "a broken invariant: the ratio is not 1 on the first minibatch of an iteration "
             f"(log-probabilities differ by {apart:.3g}), though the policy is the one that "

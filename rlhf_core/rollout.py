@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.adapters import adapted_from
-from rlhf_core.networks import Network, Policy, ScalarModel
+from rlhf_core.networks import Network, Policy, Precision, ScalarModel
 from rlhf_core.packing import Below, Packed, pack, states_below
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
@@ -91,6 +91,12 @@ def response_scores(reward_model: ScalarModel, written: Written) -> Tensor:
     return reward_model.scores(written.packed)
 
 
-def rounding(logprobs: Tensor) -> float:
-    """0 on the CPU, where the same work gives the same bits; rounding of bfloat16 elsewhere."""
-    return 0.0 if logprobs.device.type == "cpu" else 0.05
+def rounding(logprobs: Tensor, precision: Precision) -> float:
+    """How far log-probabilities of the same work may lie apart, in nats.
+
+    Not at all on the CPU, where the same work gives the same bits in either precision. Elsewhere it
+    may not: bfloat16 logits between 16 and 32 are 1/8 apart, and two of them make a quarter.
+    """
+    if logprobs.device.type == "cpu":
+        return 0.0
+    return 0.05 if precision == "float32" else 0.25

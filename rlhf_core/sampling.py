@@ -110,9 +110,9 @@ def sample(
     alive = torch.arange(rows, device=draws.device)  # the rows that are still written
     memory = _KeyValues(prompts.mask, steps)
     step_ids, positions = prompts.input_ids, position_ids(prompts.mask)
-    for t in range(steps):
-        between()
-        with policy.autocast():
+    with policy.autocast_once():
+        for t in range(steps):
+            between()
             hidden = model.base_model(
                 input_ids=step_ids,
                 position_ids=positions,
@@ -120,18 +120,17 @@ def sample(
                 use_cache=False,
                 memory=memory,
             ).last_hidden_state[:, -1]
-            logits = head(hidden)
-        token = draw(logits, draws[alive, t], temperature)
-        tokens[alive, t], mask[alive, t] = token, True
-        ended = token == eos_token_id
-        finished[alive] = ended
-        going = ~ended
-        step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
-        if bool(ended.any()):
-            if not bool(going.any()):
-                break
-            alive, step_ids, positions = alive[going], step_ids[going], positions[going]
-            memory.keep(going)
+            token = draw(head(hidden), draws[alive, t], temperature)
+            tokens[alive, t], mask[alive, t] = token, True
+            ended = token == eos_token_id
+            finished[alive] = ended
+            going = ~ended
+            step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
+            if bool(ended.any()):
+                if not bool(going.any()):
+                    break
+                alive, step_ids, positions = alive[going], step_ids[going], positions[going]
+                memory.keep(going)
     length = int(mask.any(0).sum())
     return Responses(tokens[:, :length], mask[:, :length], finished)
 

@@ -37,7 +37,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
 from rlhf_core.metrics import StageLogger
 from rlhf_core.models import ModelConfig, context_of, load_tokenizer, require_context
-from rlhf_core.networks import Policy, ScalarModel
+from rlhf_core.networks import Policy, Precision, ScalarModel
 from rlhf_core.rollout import Written, lay_out, response_logprobs
 from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.scoring import (
@@ -67,6 +67,11 @@ class EvaluationConfig(Section):
         "responses (lists of str), returning one number each; empty = there is none",
     )
     sample_rows: int = Field(32, ge=1, description="Prompts shown in the table of samples")
+    precision: Precision = Field(
+        "float32",
+        description="What matrix products are computed in, in every arm and in the reward model; "
+        "bfloat16 is faster on GPUs and on CPUs that have instructions for it",
+    )
 
 
 class Arm(BaseModel):
@@ -195,12 +200,12 @@ def evaluate(
     table = read_table(data, "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
-    sft_policy, tokenizer = Policy.load(sft, device)
+    sft_policy, tokenizer = Policy.load(sft, device, config.precision)
     bench = _Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
         sft=sft_policy,
         tokenizer=tokenizer,
-        reward_model=ScalarModel.load(reward_model, device),
+        reward_model=ScalarModel.load(reward_model, device, config.precision),
         reward_tokenizer=load_tokenizer(ModelConfig(source=str(reward_model)), ()),
         truth=_known_truth(config),
         sampling=sampling,
@@ -216,7 +221,8 @@ def evaluate(
     for done, (name, directory) in enumerate(directories.items(), start=2):
         logger.progress(done, 4, name)
         if directory is not None:
-            answers[name] = _answer(bench, name, *Policy.load(directory, device), k)
+            actor = Policy.load(directory, device, config.precision)
+            answers[name] = _answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
     return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})
 

@@ -20,6 +20,7 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
+from rlhf_core import networks
 from rlhf_core.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError
 from rlhf_core.models import load_policy, position_ids, read_card, save_model, weights_digest
@@ -450,6 +451,65 @@ def test_bfloat16_stays_close_and_keeps_its_weights_in_float32(causal, saved, ki
     for name, p in network.learnable().items():
         assert p.dtype == p.grad.dtype == torch.float32, name
         assert p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_bfloat16_is_as_exact_as_plain_transformers_under_autocast(causal, plain, with_loss):
+    eager = plain(causal[0])
+    weights = torch.linspace(-1, 2, TARGETS)
+
+    def ours(precision):
+        loss = {"token_loss": lambda x, i: (weights[i] * x).sum()} if with_loss else {}
+        causal[0].zero_grad()
+        out = Policy(causal[0], precision=precision)(*predictions(), **loss)
+        (out.loss if with_loss else (out.logprobs * weights).sum()).backward()
+        return out.logprobs.detach(), {n: p.grad for n, p in causal[0].named_parameters()}
+
+    exact, exact_gradient = ours("float32")
+    found, gradient = ours("bfloat16")
+    theirs = []
+    for text, start in zip(TEXTS, STARTS, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = eager(torch.tensor([text])).logits[0]
+        assert logits.dtype == torch.bfloat16
+        logprobs = logits.float().log_softmax(-1)
+        theirs += [logprobs[i - 1, text[i]] for i in range(start, len(text))]
+    theirs = torch.stack(theirs)
+    (theirs * weights).sum().backward()
+    expected = {n: p.grad for n, p in eager.named_parameters()}
+
+    def apart(one, other):
+        whole = [torch.cat([g[name].flatten() for name in exact_gradient]) for g in (one, other)]
+        return ((whole[0] - whole[1]).norm() / whole[1].norm()).item()
+
+    assert 0 < (found - exact).abs().max() < 0.02
+    assert_close(found, theirs.detach(), rtol=0, atol=0.02)
+    assert 0 < apart(gradient, exact_gradient) < 0.02
+    assert apart(gradient, exact_gradient) < 1.5 * apart(expected, exact_gradient)
+    assert {g.dtype for g in gradient.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "slow"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, True),
+    ],
+)
+def test_bfloat16_on_a_cpu_without_it_is_said_once(causal, monkeypatch, caplog, capabilities, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    for precision, times in (("float32", 0), ("bfloat16", int(slow))):
+        networks._warn_if_slow.cache_clear()
+        policy = Policy(causal[0], precision=precision)
+        for _ in range(2):
+            policy(*predictions())
+        said = [record.message for record in caplog.records]
+        assert len(said) == times
+    networks._warn_if_slow.cache_clear()
+    assert all("this CPU has no instructions for it" in line for line in said)
 
 
 def test_precision_goes_with_the_network_into_loading(saved, scalar, causal, tmp_path):

@@ -237,13 +237,13 @@ def test_policy_that_has_moved_before_its_first_update_stops_the_run(causal):
 def test_kl_that_is_not_0_at_step_0_stops_the_run(causal):
     # Invariant (b); what lies under the mask is no matter.
     rollout = experience(Policy(causal[0]))
-    require_kl_zero(rollout)
+    require_kl_zero(rollout, "float32")
     rollout.ref_logprobs[2, 1] = 9.0
     assert not rollout.responses.mask[2, 1]
-    require_kl_zero(rollout)
+    require_kl_zero(rollout, "float32")
     rollout.ref_logprobs[3, 4] += 1e-6
     with pytest.raises(NumericsError, match="the KL to the reference is not 0 at step 0"):
-        require_kl_zero(rollout)
+        require_kl_zero(rollout, "float32")
 
 
 def test_loss_that_is_not_finite_is_named(causal):
