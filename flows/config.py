@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.config import Section
-from rlhf_core.gates import PromotionConfig
+from rlhf_core.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.models import ModelConfig
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
@@ -68,6 +68,10 @@ class PipelineConfig(RunConfig):
     sft: SFTSection = Field(default_factory=SFTSection, description="Supervised fine-tuning")
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Learning a reward from preferences"
+    )
+    reward_gate: RewardGateConfig = Field(
+        default_factory=RewardGateConfig,
+        description="What the reward model has to show before a policy is trained",
     )
     algorithm: Algorithm = "ppo"
     ppo: PPOSection = Field(default_factory=PPOConfig)

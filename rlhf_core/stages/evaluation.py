@@ -95,7 +95,17 @@ class Comparison(BaseModel):
     wins: int
     ties: int
     losses: int
+    prompts: int  # that were answered
     win_rate: Interval  # a tie is half a win
+
+    @property
+    def basis(self) -> str:
+        """What it rests on, in words: `4 answers to each of 91 held-out prompts`."""
+        answers = (self.wins + self.ties + self.losses) // self.prompts
+        each = (
+            "1 held-out prompt" if self.prompts == 1 else f"each of {self.prompts} held-out prompts"
+        )
+        return f"{answers} answer{'s' if answers > 1 else ''} to {each}"
 
 
 class Scorecard(BaseModel):
@@ -399,6 +409,7 @@ def _compare(
         wins=int((outcome > 0).sum()),
         ties=int((outcome == 0).sum()),
         losses=int((outcome < 0).sum()),
+        prompts=len(outcome) // k,
         win_rate=clustered_bootstrap((outcome + 1) / 2, ours.prompt, generator=draws),
     )
 

@@ -85,6 +85,8 @@ class RewardModelReport(Report):
     reward_std: float
     train_pairs: int
     held_out_pairs: int
+    held_out_votes: int  # those with a winner: what the accuracies are measured on
+    held_out_prompts: int  # of these votes: what the interval draws
     truncated: int  # pairs with a text cut to max_length
 
 
@@ -223,6 +225,8 @@ def _report(
         reward_std=std,
         train_pairs=len(train),
         held_out_pairs=len(held_out),
+        held_out_votes=len(gap),
+        held_out_prompts=len(prompts[decided].unique()),
         truncated=sum(pair.truncated for pair in [*train, *held_out]),
         figures={
             "reward_calibration": figures.calibration(
