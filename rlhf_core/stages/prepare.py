@@ -12,6 +12,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +25,7 @@ from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_tab
 from rlhf_core.encoding import Prompt
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.formats import FIELDS, Table, parse
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.models import ModelConfig, load_tokenizer
 from rlhf_core.simulation import SimulationConfig, simulate
 from rlhf_core.sources import read_rows
@@ -198,13 +199,14 @@ def prepare_data(
     Raises: ConfigError or DataError, which name file, line and field, before anything is written.
     """
     logger.progress(0, 3, "reading the data")
-    tables = _assemble(config, seed)
+    tables = _assemble(config, seed, logger)
     logger.progress(1, 3, "measuring lengths")
-    counts = _count_tokens(tables, model)
+    counts = _count_tokens(tables, model, logger)
     validation = _validate(tables, counts, limits)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)
     for kind, table in tables.items():
+        logger.phase(f"writing the {kind}")
         for split in SPLITS:
             write_table(table.side(split), output, kind, split)
     text = validation.model_dump_json(indent=2) + "\n"
@@ -213,17 +215,26 @@ def prepare_data(
     return _report(validation, _length_histograms(counts))
 
 
-def inspect(config: DataConfig, model: ModelConfig, limits: LengthLimits, seed: int) -> Validation:
+def inspect(
+    config: DataConfig,
+    model: ModelConfig,
+    limits: LengthLimits,
+    seed: int,
+    logger: StageLogger | None = None,
+) -> Validation:
     """The validation report alone; nothing is written.
 
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
-    tables = _assemble(config, seed)
-    return _validate(tables, _count_tokens(tables, model), limits)
+    logger = logger or SilentLogger()
+    tables = _assemble(config, seed, logger)
+    return _validate(tables, _count_tokens(tables, model, logger), limits)
 
 
-def _assemble(config: DataConfig, seed: int) -> Tables:
-    given = _simulated(config, seed) if config.source == "simulated" else _from_files(config)
+def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
+    simulated = config.source == "simulated"
+    given = _simulated(config, seed) if simulated else _from_files(config, logger)
+    logger.phase("splitting by prompt")
     tables = fill(split_by_prompt(given, config.eval_fraction, seed))
     _check_sides(tables, config)
     _check_shared(tables, config)
@@ -249,13 +260,18 @@ def _simulated(config: DataConfig, seed: int) -> Tables:
     }
 
 
-def _from_files(config: DataConfig) -> Tables:
+def _from_files(config: DataConfig, logger: StageLogger) -> Tables:
     if not config.preferences.path:
         raise ConfigError(
             "data.source is 'files' but no preferences are given; name them in "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    return {kind: _read(config, kind) for kind in KINDS if config.table(kind).path}
+    tables: Tables = {}
+    for kind in KINDS:
+        if config.table(kind).path:
+            logger.phase(f"reading the {kind}")
+            tables[kind] = _read(config, kind)
+    return tables
 
 
 def _read(config: DataConfig, kind: Kind) -> Assembled:
@@ -318,9 +334,13 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 # --- reporting -----------------------------------------------------------------------------------
 
 
-def _count_tokens(tables: Tables, model: ModelConfig) -> dict[Kind, pd.DataFrame]:
+def _count_tokens(
+    tables: Tables, model: ModelConfig, logger: StageLogger
+) -> dict[Kind, pd.DataFrame]:
+    logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
-    return count_tokens({kind: table.frame for kind, table in tables.items()}, tokenizer)
+    frames = {kind: table.frame for kind, table in tables.items()}
+    return count_tokens(frames, tokenizer, partial(counted, logger))
 
 
 def _validate(
