@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -164,6 +164,7 @@ class TerminalDisplay:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _move(self, done: int, total: int, note: str) -> None:
+        fields: dict[str, Any] = {"note": note, "count": f"{done}/{total}" if total else ""}
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("{task.description:<14}"),
@@ -174,10 +175,9 @@ class TerminalDisplay:
                 console=self._console,
                 transient=self._passing,
             )
+            self._task = self._bar.add_task(self._title, total=total or None, **fields)
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=None, note="", count="")
-        count = f"{done}/{total}" if total else ""
-        self._bar.update(self._task, completed=done, total=total or None, note=note, count=count)
+        self._bar.update(self._task, completed=done, total=total or None, **fields)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
