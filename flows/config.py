@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rlhf_core.config import Section
 from rlhf_core.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.models import ModelConfig
+from rlhf_core.plan import Sections
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
@@ -99,6 +100,20 @@ class PipelineConfig(RunConfig):
             response=self.sampling.max_new_tokens,
             sft=self.sft.max_length,
             reward=self.reward_model.max_length,
+        )
+
+    @property
+    def plan_sections(self) -> Sections:
+        """What the work of the pipeline depends on, for `make_plan`."""
+        return Sections(
+            model=self.model,
+            sft=None if self.sft.reuse else self.sft,
+            reward_model=None if self.reward_model.reuse else self.reward_model,
+            algorithm=self.algorithm,
+            policy=self.policy,
+            evaluation=self.evaluation,
+            reward_gate=self.reward_gate,
+            promotion=self.promotion,
         )
 
     @model_validator(mode="after")

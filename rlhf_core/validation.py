@@ -34,6 +34,7 @@ class TableSummary(_Facts):
     examples: int = Field(description="Rows after each vote on a pair has become one")
     train: int = Field(description="Examples kept for training")
     eval: int = Field(description="Examples kept for evaluation")
+    eval_prompts: int = Field(description="Distinct prompts of these")
     dropped: Mapping[str, int] = Field(description="Examples left out, by reason")
 
 
@@ -59,6 +60,7 @@ class Validation(_Facts):
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
     truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
+    vocabulary: int = Field(description="Tokens that the tokenizer of the model has")
 
     def rows_table(self) -> pd.DataFrame:
         """One row for each table and outcome: train, eval, or the reason for being dropped."""

@@ -201,8 +201,7 @@ def prepare_data(
     logger.progress(0, 3, "reading the data")
     tables = _assemble(config, seed, logger)
     logger.progress(1, 3, "measuring lengths")
-    counts = _count_tokens(tables, model, logger)
-    validation = _validate(tables, counts, limits)
+    counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)
     for kind, table in tables.items():
@@ -227,8 +226,7 @@ def inspect(
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
     logger = logger or SilentLogger()
-    tables = _assemble(config, seed, logger)
-    return _validate(tables, _count_tokens(tables, model, logger), limits)
+    return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
 
 
 def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
@@ -334,20 +332,16 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 # --- reporting -----------------------------------------------------------------------------------
 
 
-def _count_tokens(
-    tables: Tables, model: ModelConfig, logger: StageLogger
-) -> dict[Kind, pd.DataFrame]:
+def _validate(
+    tables: Tables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
+) -> tuple[dict[Kind, pd.DataFrame], Validation]:
+    """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
     frames = {kind: table.frame for kind, table in tables.items()}
-    return count_tokens(frames, tokenizer, partial(counted, logger))
-
-
-def _validate(
-    tables: Tables, counts: Mapping[Kind, pd.DataFrame], limits: LengthLimits
-) -> Validation:
+    counts = count_tokens(frames, tokenizer, partial(counted, logger))
     preferences = tables["preferences"].frame
-    return Validation(
+    validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
         ties=int(preferences["tie"].sum()),
@@ -355,7 +349,9 @@ def _validate(
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
         truncated=count_truncated(counts, **limits.model_dump()),
+        vocabulary=len(tokenizer),
     )
+    return counts, validation
 
 
 def _summary(table: Assembled) -> TableSummary:
@@ -365,6 +361,7 @@ def _summary(table: Assembled) -> TableSummary:
         examples=len(table.frame) + table.dropped.total(),
         train=len(table.side("train")),
         eval=len(table.side("eval")),
+        eval_prompts=table.side("eval")["key"].nunique(),
         dropped=dict(sorted(table.dropped.items())),
     )
 
