@@ -181,6 +181,7 @@ class Stage:
         with accelerator():
             if job.processes == 1:
                 return launch.run(job, self.logger, Ranks(), job.device)
+            self.logger.phase(f"starting {job.processes} processes")
             return launch.launch(job, self.logger)
 
     def record(self, report: Report) -> None:

@@ -180,8 +180,9 @@ class TerminalDisplay:
         self._bar.update(self._task, completed=done, total=total or None, **fields)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands; none of what never had steps."""
         if self._bar is not None:
+            self._bar.update(self._task, visible=self._bar.tasks[0].total is not None)
             self._bar.stop()
             self._bar = None
 

@@ -192,7 +192,7 @@ def _sft_scores(
     rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
     draws = generator(seed, "reward/normalization")
     between = partial(counted, logger)
-    what = "normaliser: answers of the SFT policy"
+    what = "normaliser: sampling"
     scores = []
     for batch in respond(policy, rows, sampling, generator=draws, between=between, what=what):
         logger.phase("normaliser: scoring")

@@ -298,6 +298,15 @@ def test_on_a_terminal_a_bar_without_an_end_says_what_goes_on():
     assert "sampling 40 %" in last
 
 
+def test_of_what_never_had_steps_no_bar_is_left():
+    out = io.StringIO()
+    display = TerminalDisplay("promotion", Console(file=out, force_terminal=True, width=100))
+    display.show(0, 0, "storing the report")
+    display.close()
+    assert "storing the report" in out.getvalue()
+    assert "promotion" not in out.getvalue().rsplit("\x1b[2K", 1)[-1]
+
+
 def test_work_without_a_run_says_something_only_if_it_takes_long(capsys, monkeypatch):
     for seconds in (10.0, 0.0):
         display = TerminalDisplay("validate", line_seconds=seconds, passing=True)

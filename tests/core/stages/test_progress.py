@@ -109,15 +109,13 @@ def test_after_its_last_step_the_reward_model_says_what_it_still_does(world, tmp
     names = list(dict.fromkeys(what.partition(",")[0] for what, *_ in rest))
     assert names == [
         "normaliser: loading the SFT policy",
-        "normaliser: answers of the SFT policy",
+        "normaliser: sampling",
         "normaliser: scoring",
         "held-out votes",
         "saving the model",
     ]
     # 8 samples, 3 side by side, of 8 tokens at most; 8 held-out pairs, 5 at a time.
-    drawn = [
-        item for item in rest if item[0] == "normaliser: answers of the SFT policy, batch 1 of 3"
-    ]
+    drawn = [item for item in rest if item[0] == "normaliser: sampling, batch 1 of 3"]
     assert drawn == [(drawn[0][0], token, 8) for token in range(len(drawn))]
     assert [item[1:] for item in rest if item[0] == "held-out votes"] == [(0, 2), (1, 2)]
 
