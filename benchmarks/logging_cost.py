@@ -59,6 +59,11 @@ class Counted:
         self.logger.progress(done, total, note)
         self.seconds += time.perf_counter() - begun
 
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        begun = time.perf_counter()
+        self.logger.phase(what, done, total)
+        self.seconds += time.perf_counter() - begun
+
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:

@@ -32,6 +32,7 @@ from flows.printing import (
     show_comparison,
     show_error,
     show_links,
+    show_plan,
     show_report,
     show_services,
     show_start,
@@ -299,16 +300,26 @@ def deploy(
 
 @app.command(epilog="Example: rlhf validate my.yaml --set data.preferences=pairs.jsonl")
 def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a config and its data, and print the validation report; nothing is trained.
+    """Check a config and its data, and print what a run would do with them; nothing is trained.
 
     Every setting is parsed and held against the others; the data are read as the pipeline would
     read them: rows kept and dropped with reasons, duplicates, contradictions, lengths, truncation.
+    Then come the steps of each stage, the parameters that learn, and whether there are enough
+    held-out prompts to find anything out. No weights are loaded.
     """
     services.join(read_settings())
     pipeline = _load(config, overrides)
+    from rlhf_core.plan import make_plan
     from rlhf_core.stages.prepare import inspect
+    from tasks.tracking import on_terminal
 
-    show_validation(inspect(pipeline.data, pipeline.model, pipeline.length_limits, pipeline.seed))
+    with on_terminal("validate") as logger:
+        limits, seed = pipeline.length_limits, pipeline.seed
+        found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
+        logger.phase("counting parameters")
+        plan = make_plan(pipeline.plan_sections, found)
+    show_validation(found)
+    show_plan(plan)
 
 
 @app.command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
@@ -361,17 +372,20 @@ def generate(
     texts = prompts or _lines()
     settings = services.join(read_settings())
     from tasks.generation import generate as ask
+    from tasks.tracking import on_terminal
 
-    answers = ask(
-        model,
-        texts,
-        settings=settings,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        samples=samples,
-        seed=seed,
-        chat=chat,
-    )
+    with on_terminal("generate") as logger:
+        answers = ask(
+            model,
+            texts,
+            settings=settings,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            samples=samples,
+            seed=seed,
+            chat=chat,
+            logger=logger,
+        )
     typer.echo(responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers))
 
 

@@ -5,8 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.config import Section
-from rlhf_core.gates import PromotionConfig
+from rlhf_core.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.models import ModelConfig
+from rlhf_core.plan import Sections
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
@@ -69,6 +70,10 @@ class PipelineConfig(RunConfig):
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Learning a reward from preferences"
     )
+    reward_gate: RewardGateConfig = Field(
+        default_factory=RewardGateConfig,
+        description="What the reward model has to show before a policy is trained",
+    )
     algorithm: Algorithm = "ppo"
     ppo: PPOSection = Field(default_factory=PPOConfig)
     rloo: RLOOSection = Field(default_factory=RLOOConfig)
@@ -95,6 +100,20 @@ class PipelineConfig(RunConfig):
             response=self.sampling.max_new_tokens,
             sft=self.sft.max_length,
             reward=self.reward_model.max_length,
+        )
+
+    @property
+    def plan_sections(self) -> Sections:
+        """What the work of the pipeline depends on, for `make_plan`."""
+        return Sections(
+            model=self.model,
+            sft=None if self.sft.reuse else self.sft,
+            reward_model=None if self.reward_model.reuse else self.reward_model,
+            algorithm=self.algorithm,
+            policy=self.policy,
+            evaluation=self.evaluation,
+            reward_gate=self.reward_gate,
+            promotion=self.promotion,
         )
 
     @model_validator(mode="after")

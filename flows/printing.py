@@ -14,6 +14,7 @@ from tasks.servers import sign_in
 
 if TYPE_CHECKING:
     from flows.services import Services
+    from rlhf_core.plan import Learnt, Plan
     from rlhf_core.validation import Validation
     from tasks.comparison import Measure, RunComparison, Value
     from tasks.settings import Settings
@@ -104,6 +105,26 @@ def show_validation(validation: "Validation") -> None:
         f"{validation.ties} ties, {validation.contradictory_pairs} contradictory pairs, "
         f"{validation.shared_prompts} prompts shared by training and evaluation."
     )
+
+
+def show_plan(plan: "Plan") -> None:
+    """What a run would do: steps, parameters, and how much it could find out."""
+    rows = [
+        (stage.stage, stage.steps, stage.work, "\n".join(map(_learnt, stage.learnt)))
+        for stage in plan.stages
+    ]
+    _table("Work", ("Stage", "Steps", "Work", "Parameters that learn"), rows)
+    for text in plan.certainty:
+        line(text)
+    for text in plan.warnings:
+        line(f"Warning: {text}")
+
+
+def _learnt(network: "Learnt") -> str:
+    if not network.lora_rank:
+        return f"{network.network}: all {network.parameters:,}"
+    beside = f"LoRA of rank {network.lora_rank}, beside {network.frozen:,}"
+    return f"{network.network}: {network.parameters:,} ({beside})"
 
 
 def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:

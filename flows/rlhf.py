@@ -10,7 +10,7 @@ from flows.config import PipelineConfig
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.working_dir import in_working_dir
-from rlhf_core.gates import Verdict
+from rlhf_core.gates import RewardQuality, Verdict
 from rlhf_core.stages.evaluation import Scorecard
 from tasks.approval import ask_person
 from tasks.data import prepare_data
@@ -19,7 +19,7 @@ from tasks.model_store import DatasetRef, ModelRef, PipelineRun
 from tasks.policy import find_rewards, train_policy
 from tasks.promotion import find_champion, find_model, promote
 from tasks.report import write_report
-from tasks.reward_model import train_reward_model
+from tasks.reward_model import check_reward_model, train_reward_model
 from tasks.sft import train_sft
 from tasks.stage import open_run
 
@@ -37,6 +37,7 @@ class Trained(BaseModel):
     data: DatasetRef
     sft: ModelRef
     reward_model: ModelRef
+    reward_quality: RewardQuality | None  # None: not known
     policy: ModelRef
     critic: ModelRef | None
 
@@ -80,7 +81,9 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
             run=run,
             scorecard=scorecard,
             verdict=verdict,
-            report=write_report(scorecard, verdict, config.algorithm, trained.models, run),
+            report=write_report(
+                scorecard, verdict, trained.reward_quality, config.algorithm, trained.models, run
+            ),
         )
 
 
@@ -98,6 +101,7 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
         reward_model = find_model(config.reward_model.reuse)
     else:
         reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
+    reward_quality = check_reward_model(config.reward_gate, reward_model)
 
     policy = train_policy(
         config.algorithm,
@@ -109,7 +113,13 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
         data,
         run,
     )
-    return Trained(data=data, sft=sft, reward_model=reward_model, **dict(policy))
+    return Trained(
+        data=data,
+        sft=sft,
+        reward_model=reward_model,
+        reward_quality=reward_quality,
+        **dict(policy),
+    )
 
 
 def evaluate_policy(

@@ -21,6 +21,7 @@ from flows.config import (
 from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.working_dir import in_working_dir
+from rlhf_core.gates import RewardGateConfig
 from rlhf_core.models import ModelConfig
 from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
@@ -37,7 +38,7 @@ from tasks.model_store import DatasetRef, ModelRef
 from tasks.policy import PolicyConfig, TrainedPolicy, find_rewards, train_policy
 from tasks.promotion import find_champion, find_model
 from tasks.registered import find_data, find_parent
-from tasks.reward_model import train_reward_model
+from tasks.reward_model import check_reward_model, train_reward_model
 from tasks.sft import train_sft
 from tasks.stage import open_run
 
@@ -165,7 +166,9 @@ def reward_model(config: RewardModelFlowConfig) -> ModelRef:
     start = find_model(config.sft)
     data = find_data(config.data, start)
     with open_run(config.project, config, config.seed) as run:
-        return train_reward_model(config.reward_model, config.sampling, start, data, run)
+        made = train_reward_model(config.reward_model, config.sampling, start, data, run)
+        check_reward_model(RewardGateConfig(), made)
+        return made
 
 
 @flow(name="policy", flow_run_name=run_name)

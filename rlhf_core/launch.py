@@ -3,9 +3,10 @@
     python -m rlhf_core.launch JOB.json
 
 starts the ranks and waits for them. The main rank tells how it goes on stdout, a line of JSON each
-time: `{"metrics": {...}, "step": 3}` or `{"done": 3, "total": 9, "note": "..."}`. Its report, or
-why there is none, lies beside the job in the end. `launch` does all this from Python; on several
-machines that share a disk, torchrun starts the same command as its ranks.
+time: `{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}` or
+`{"phase": "...", "done": 3, "total": 9}`. Its report, or why there is none, lies beside the job in
+the end. `launch` does all this from Python; on several machines that share a disk, torchrun starts
+the same command as its ranks.
 """
 
 import json
@@ -15,6 +16,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -31,7 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.ranks import Ranks, Strategy
 from rlhf_core.session import Interrupted, StopRequest
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # the process that waits for the ranks is a small one
     from rlhf_core.types import Report
 
 REPORT, FAILURE = "report.pickle", "failure-{}.json"
+PHASE_SECONDS = 1.0  # between two lines about one phase
 GRACE = 120  # seconds that ranks which have to stop get to write a checkpoint
 PATHS = {
     "sft": {"data", "output"},
@@ -198,18 +201,30 @@ class _Lines:
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
+        self._phase = ""
+        self._next = 0.0
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        print(json.dumps({"metrics": dict(values), "step": step}), file=self._file, flush=True)
+        self._say({"metrics": dict(values), "step": step})
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        line = {"done": done, "total": total, "note": note}
+        self._say({"done": done, "total": total, "note": note})
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        # One that is new, and then as often as somebody looks: there may be one for each token.
+        if what != self._phase or time.monotonic() >= self._next:
+            self._phase, self._next = what, time.monotonic() + PHASE_SECONDS
+            self._say({"phase": what, "done": done, "total": total})
+
+    def _say(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._file, flush=True)
 
 
 def _tell(logger: StageLogger, said: dict[str, Any]) -> None:
     if "metrics" in said:
         logger.metrics(said["metrics"], said["step"])
+    elif "phase" in said:
+        logger.phase(said["phase"], said["done"], said["total"])
     else:
         logger.progress(said["done"], said["total"], said["note"])
 
@@ -222,7 +237,7 @@ def _rank(path: Path) -> None:
         job = Job.model_validate_json(path.read_bytes())
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
         ranks, device = Ranks.meet(cpu=job.device == "cpu", strategy=job.strategy)
-        report = run(job, _Lines(lines), ranks, device)
+        report = run(job, _Lines(lines) if ranks.main else SilentLogger(), ranks, device)
         if ranks.main:
             new = path.with_name("report.new")
             new.write_bytes(pickle.dumps(report))

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import GELU
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -77,7 +78,7 @@ def load_base(
     if not config.source:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.manual_seed(seed)
-            return _fresh_model(config.fresh, tokenizer), tokenizer
+            return _fresh_model(config.fresh, len(tokenizer), **_ends(tokenizer)), tokenizer
     model = weights_from_source(AutoModelForCausalLM, config)
     _make_room(model, len(tokenizer))
     # Where a model came with pad = EOS, the end of sequence would have no gradient as an input.
@@ -86,6 +87,28 @@ def load_base(
         settings.pad_token_id = tokenizer.pad_token_id
         settings.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
+    """The model to fine-tune without its weights, on the device meta: to count on.
+
+    Of a hub model its config alone is fetched. `vocabulary` is how many tokens its tokenizer has.
+
+    Raises: ModelError when the source cannot be found, reached or built.
+    """
+    with torch.device("meta"):
+        if not config.source:
+            return _fresh_model(config.fresh, vocabulary)
+        found = _from_source(AutoConfig, config)
+        try:
+            model = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
+        except (ValueError, ImportError) as error:
+            raise ModelError(
+                f"the model '{config.source}' cannot be built ({str(error).splitlines()[0]}); take "
+                "a decoder-only model that transformers knows by itself"
+            ) from error
+        _make_room(model, vocabulary)
+        return cast(PreTrainedModel, model)
 
 
 def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -236,7 +259,11 @@ def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
     (directory / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+
+
+def _fresh_model(config: FreshModelConfig, vocabulary: int, **token_ids: int) -> PreTrainedModel:
     if config.width % config.heads:
         raise ModelError(
             f"model.fresh.width {config.width} is not a multiple of heads {config.heads}; "
@@ -244,14 +271,12 @@ def _fresh_model(config: FreshModelConfig, tokenizer: PreTrainedTokenizerBase) -
         )
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             n_positions=config.context,
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **{"bos_token_id": None, "eos_token_id": None, **token_ids},
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -28,7 +28,7 @@ from rlhf_core.functional.rewards import (
     KLController,
     MissingEOS,
 )
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import Between, StageLogger, batch_name, uncounted
 from rlhf_core.models import read_card, require_context
 from rlhf_core.networks import Policy, Precision, ScalarModel, on_trunk, start_adapter
 from rlhf_core.optim import Batches, Learner, TrainingSection, chunks, require_finite
@@ -269,6 +269,7 @@ def load_actors(
 ) -> tuple[Policy, Policy, PreTrainedTokenizerBase]:
     """The policy, its reference, and their tokenizer. With LoRA they are one transformer, and the
     reference is that with its adapters off."""
+    given.logger.phase("loading the models")
     policy, tokenizer = Policy.load(given.sft, given.device, config.precision)
     if not config.lora_rank:
         return policy, Policy.load(given.sft, given.device, config.precision)[0], tokenizer
@@ -332,7 +333,7 @@ class Sampler:
     sampling: SamplingConfig
     draws: torch.Generator
     ranks: Ranks
-    check: Callable[[], None] = lambda: None
+    between: Between = uncounted
 
     @torch.no_grad()
     def roll_out(self, asked: Asked) -> Rollout:
@@ -360,22 +361,30 @@ class Sampler:
         self, asked: Asked, draws: Tensor, minibatches: list[list[int]], own: list[int]
     ) -> list[Rollout]:
         """That of this rank's rows, by minibatch."""
+        batches = list(chunks(own, self.sampling.batch_size))
         parts = [
-            self._respond(asked.pick(rows), draws[rows])
-            for rows in chunks(own, self.sampling.batch_size)
+            self._respond(
+                asked.pick(rows),
+                draws[rows],
+                self.between(batch_name("sampling", number, len(batches)), draws.shape[1]),
+            )
+            for number, rows in enumerate(batches)
         ]
         bare = Rollout.join([Rollout.unmeasured(*part) for part in parts])
         places = {row: place for place, row in enumerate(own)}
+        micros = [m for rows in minibatches for m in chunks(rows, self.config.micro_batch_size)]
+        between = self.between("scoring", len(micros))
         measured = []
-        for minibatch in minibatches:
-            for rows in chunks(minibatch, self.config.micro_batch_size):
-                self.check()
-                index = torch.tensor([places[row] for row in rows])
-                part = bare.rows(index.to(bare.responses.tokens.device))
-                measured.append(self._measure(part, asked.pick(rows).prompts))
+        for rows in micros:
+            between()
+            index = torch.tensor([places[row] for row in rows])
+            part = bare.rows(index.to(bare.responses.tokens.device))
+            measured.append(self._measure(part, asked.pick(rows).prompts))
         return measured
 
-    def _respond(self, asked: Asked, draws: Tensor) -> tuple[PromptBatch, Responses]:
+    def _respond(
+        self, asked: Asked, draws: Tensor, between: Callable[[], None]
+    ) -> tuple[PromptBatch, Responses]:
         model = self.policy.model
         pad_token_id = model.config.pad_token_id
         prompts = left_pad(asked.tokens, pad_token_id, self.sampling.max_prompt_length)
@@ -387,7 +396,7 @@ class Sampler:
             temperature=self.sampling.temperature,
             eos_token_id=model.config.eos_token_id,
             pad_token_id=pad_token_id,
-            between=self.check,
+            between=between,
         )
         return prompts, responses
 
@@ -467,7 +476,7 @@ class Optimise(Protocol):
         first: bool,
         check: Callable[[], None],
     ) -> dict[str, float] | None:
-        """One update on the picked rows, and its metrics.
+        """One update on the picked rows, and its metrics; `check` comes before each micro-batch.
 
         None, and no update, when the policy has moved too far from the one that sampled.
         """
@@ -491,6 +500,7 @@ def iterate(
 ) -> OnPolicyReport:
     """The iterations of an on-policy stage, from the last checkpoint on if there is one."""
     require_context(policy.model, sampling.max_length, SAMPLING_LENGTH)
+    given.logger.phase("encoding the prompts")
     asked = Asked.read(given.data, tokenizer)
     group = config.group_size if isinstance(config, GroupSection) else 1
     order = generator(given.seed, f"{stage}/prompts")
@@ -507,6 +517,7 @@ def iterate(
         ranks=given.ranks,
     ) as session:
         session.resume()
+        session.phase("loading the reward")
         sampler = Sampler(
             policy=policy,
             reference=reference,
@@ -524,7 +535,7 @@ def iterate(
             sampling=sampling,
             draws=draws,
             ranks=given.ranks,
-            check=session.check,
+            between=session.between,
         )
         while not now.ended:
             if now.rollout is None:
@@ -533,8 +544,14 @@ def iterate(
                 session.safe_point()
             targets, stats = judge(now.experience, controller.value)
             for picked in now.minibatches:
+                parts = given.ranks.passes(len(picked), config.micro_batch_size)
+                name = batch_name("updating", len(now.used), config.updates // config.iterations)
                 update = optimise(
-                    now.experience, targets, picked, first=not now.used, check=session.check
+                    now.experience,
+                    targets,
+                    picked,
+                    first=not now.used,
+                    check=session.between(name, parts),
                 )
                 if update is None:
                     break
@@ -555,6 +572,7 @@ def save_policy(
     iterations: int,
 ) -> None:
     """Write the policy, which answers messages if the SFT policy did. One rank does."""
+    given.logger.phase("saving the policy")
     facts = {"iterations": iterations, "chat": read_card(given.sft).get("chat", False)}
     with given.ranks.whole(policy):
         if given.ranks.main:

@@ -104,12 +104,16 @@ class Ranks:
         A rank that has run out of rows goes through one of them again, at weight 0.
         """
         own = self.share(rows)
-        largest = -(-len(rows) // self.world)  # rows that a rank may have
-        number = -(-largest // size)
+        number = self.passes(len(rows), size)
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         micros = [Micro(part, 1.0, last=False) for part in parts]
         micros += [Micro([rows[0]], 0.0, last=False)] * (number - len(micros))
         return [*micros[:-1], micros[-1]._replace(last=True)]
+
+    def passes(self, rows: int, size: int) -> int:
+        """Micro-batches of at most `size` rows that every rank has of so many rows."""
+        largest = -(-rows // self.world)  # rows that a rank may have
+        return -(-largest // size)
 
     # --- networks ---
 
@@ -186,10 +190,19 @@ class Ranks:
         sums = cast(Tensor, self._accelerator.reduce(parts, "sum"))
         return dict(zip(values, sums.tolist(), strict=True))
 
-    def collect(self, rows: int, size: int, ask: Callable[[list[int]], Tensor]) -> Tensor:
+    def collect(
+        self,
+        rows: int,
+        size: int,
+        ask: Callable[[list[int]], Tensor],
+        between: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """(rows, ...) what `ask` says of each row, on the CPU; it is asked about this rank's share,
-        at most `size` rows at a time, and as often on every rank."""
-        said = [(micro, ask(micro.rows).cpu()) for micro in self.micro_batches(range(rows), size)]
+        at most `size` rows at a time, and as often on every rank, with `between` before each."""
+        said = []
+        for micro in self.micro_batches(range(rows), size):
+            between()
+            said.append((micro, ask(micro.rows).cpu()))
         return torch.cat(self._all([tensor for micro, tensor in said if micro.weight]))
 
     def gather(

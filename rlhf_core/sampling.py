@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from rlhf_core.config import Section
 from rlhf_core.encoding import left_pad
+from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.models import position_ids
 from rlhf_core.networks import Policy
 from rlhf_core.packing import Memory
@@ -48,12 +49,17 @@ def respond(
     config: SamplingConfig,
     *,
     generator: torch.Generator,
-    between: Callable[[], None] = lambda: None,
+    between: Between = uncounted,
+    what: str = "sampling",
 ) -> Iterator[tuple[PromptBatch, Responses]]:
-    """Continue encoded prompts, `config.batch_size` at a time, in their order."""
+    """Continue encoded prompts, `config.batch_size` at a time, in their order.
+
+    Each batch is a phase called `what`, whose parts are tokens.
+    """
     model = policy.model
     eos, pad_id = model.config.eos_token_id, model.config.pad_token_id
-    for start in range(0, len(prompts), config.batch_size):
+    starts = range(0, len(prompts), config.batch_size)
+    for number, start in enumerate(starts):
         rows = prompts[start : start + config.batch_size]
         batch = left_pad(rows, pad_id, config.max_prompt_length).to(model.device)
         draws = uniforms(len(rows), config.max_new_tokens, generator)
@@ -66,7 +72,7 @@ def respond(
                 temperature=config.temperature,
                 eos_token_id=eos,
                 pad_token_id=pad_id,
-                between=between,
+                between=between(batch_name(what, number, len(starts)), config.max_new_tokens),
             ),
         )
 

@@ -3,8 +3,9 @@
     with Session(logger, checkpoints=..., identity=..., learners=..., positions=...) as session:
         session.resume()
         while there is work left:
+            between = session.between("updating", micro_batches)
             for each micro-batch:
-                session.check()  # a request to stop is heard here
+                between()  # progress is told, and a request to stop is heard here
                 ...
             optimizer.step()
             session.metrics(...)
@@ -29,7 +30,7 @@ import torch
 
 from rlhf_core.checkpoint import Checkpoints
 from rlhf_core.errors import CheckpointError
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.ranks import Ranks
 from rlhf_core.seeding import rng_state, set_rng_state
 
@@ -171,6 +172,7 @@ class Session:
         """
         if self._checkpoints is None:
             return False
+        self.phase("looking for a checkpoint")
         state = self._checkpoints.latest(self._identity)
         self._require_same(0 if state is None else state.get("step", 0))
         if state is None:
@@ -204,6 +206,22 @@ class Session:
         """Say that `done` of `total` units of work are finished."""
         if self._ranks.main:
             self._logger.progress(done, total, note)
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Say what goes on until the next unit is finished, and how many of its parts are done."""
+        if self._ranks.main:
+            self._logger.phase(what, done, total)
+
+    def between(self, what: str, total: int) -> Callable[[], None]:
+        """What is called before each of `total` parts of a phase: tells, and hears a request to
+        stop as `check` does."""
+        tell = counted(self, what, total)
+
+        def call() -> None:
+            self.check()
+            tell()
+
+        return call
 
     def safe_point(self) -> None:
         """After an optimizer step, when all is consistent: save if it is time, stop if asked to."""
@@ -263,6 +281,7 @@ class Session:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         start = time.monotonic()
+        self.phase("saving a checkpoint")
         # Asked on every rank, as each may have but a part of it.
         learners = {name: learner.state_dict() for name, learner in self._learners.items()}
         saved = self._ranks.main

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import Kind, identity
 from rlhf_core.encoding import Prompt, encode_prompt, render_prompt
+from rlhf_core.metrics import Between, uncounted
 
 ANSWERS: Mapping[Kind, tuple[str, ...]] = {
     "demonstrations": ("response",),
@@ -33,6 +34,7 @@ class TableSummary(_Facts):
     examples: int = Field(description="Rows after each vote on a pair has become one")
     train: int = Field(description="Examples kept for training")
     eval: int = Field(description="Examples kept for evaluation")
+    eval_prompts: int = Field(description="Distinct prompts of these")
     dropped: Mapping[str, int] = Field(description="Examples left out, by reason")
 
 
@@ -58,6 +60,7 @@ class Validation(_Facts):
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
     truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
+    vocabulary: int = Field(description="Tokens that the tokenizer of the model has")
 
     def rows_table(self) -> pd.DataFrame:
         """One row for each table and outcome: train, eval, or the reason for being dropped."""
@@ -122,16 +125,19 @@ def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def count_tokens(
-    tables: Mapping[Kind, pd.DataFrame], tokenizer: PreTrainedTokenizerBase
+    tables: Mapping[Kind, pd.DataFrame],
+    tokenizer: PreTrainedTokenizerBase,
+    between: Between = uncounted,
 ) -> dict[Kind, pd.DataFrame]:
     """Token counts of `prompt` and of the answers, by row, exactly as the stages encode them:
     a rendered prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
     """
     distinct = {identity(p): p for frame in tables.values() for p in frame["prompt"]}
-    prompts = _prompt_lengths(distinct, tokenizer)
+    prompts = _prompt_lengths(distinct, tokenizer, between)
     columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
     texts = list(dict.fromkeys(text for column in columns for text in column))
-    answers = {t: len(ids) + 1 for t, ids in zip(texts, _tokenise(texts, tokenizer), strict=True)}
+    encoded = _tokenise(texts, tokenizer, between)
+    answers = {text: len(ids) + 1 for text, ids in zip(texts, encoded, strict=True)}
     return {
         kind: pd.DataFrame(
             {"prompt": [prompts[identity(prompt)] for prompt in frame["prompt"]]}
@@ -143,18 +149,23 @@ def count_tokens(
 
 
 def _prompt_lengths(
-    prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase
+    prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, between: Between
 ) -> dict[str, int]:
     rendered = [render_prompt(prompt, tokenizer) for prompt in prompts.values()]
     begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, where one is used
     return {
         name: len(ids) + len(begin) * (ids[: len(begin)] != begin)
-        for name, ids in zip(prompts, _tokenise(rendered, tokenizer), strict=True)
+        for name, ids in zip(prompts, _tokenise(rendered, tokenizer, between), strict=True)
     }
 
 
-def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
-    for start in range(0, len(texts), _BATCH):
+def _tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, between: Between
+) -> Iterable[list[int]]:
+    starts = range(0, len(texts), _BATCH)
+    tell = between("tokenising", len(starts))
+    for start in starts:
+        tell()
         batch = list(texts[start : start + _BATCH])
         yield from tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, verbose=False

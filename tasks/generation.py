@@ -1,7 +1,7 @@
 """Texts from a policy on demand, wherever it is kept. Knows nothing about training."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
 from rlhf_core.errors import ModelError, UserError
+from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.models import CARD, ModelConfig, load_base, read_card, require_context
 from rlhf_core.networks import Policy
 from rlhf_core.sampling import sample, uniforms
@@ -29,6 +30,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     chat: bool = False,
+    logger: StageLogger | None = None,
 ) -> list[list[str]]:
     """`samples` responses to each prompt, in the order of the prompts.
 
@@ -40,6 +42,8 @@ def generate(
         ModelError: there is no such model, it is not a policy, or it reads no text of that length.
         UserError: a prompt without any token.
     """
+    logger = logger or SilentLogger()
+    logger.phase("loading the model")
     with tempfile.TemporaryDirectory() as scratch:
         policy, tokenizer, trained_on_chat = _load(model, Path(scratch) / "model", settings)
     if chat or trained_on_chat:
@@ -56,18 +60,18 @@ def generate(
     )
     generator = torch.Generator().manual_seed(seed)
     rows = [prompt for prompt in prompts for _ in range(samples)]
-    texts = [
-        text
-        for start in range(0, len(rows), BATCH_ROWS)
-        for text in _respond(
+    texts: list[str] = []
+    for start in range(0, len(rows), BATCH_ROWS):
+        logger.progress(start, len(rows))
+        texts += _respond(
             policy,
             tokenizer,
             rows[start : start + BATCH_ROWS],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             generator=generator,
+            between=counted(logger, "writing", max_new_tokens),
         )
-    ]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 
@@ -95,6 +99,7 @@ def _respond(
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
+    between: Callable[[], None],
 ) -> list[str]:
     """One response to each of the prompts, as one batch."""
     whole = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
@@ -105,5 +110,6 @@ def _respond(
         temperature=temperature,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        between=between,
     )
     return decode_responses(responses.tokens, responses.mask, tokenizer)

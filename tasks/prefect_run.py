@@ -35,6 +35,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
 from tasks.settings import Settings
+from tasks.tracking import how_far
 
 log = logging.getLogger(__name__)
 
@@ -199,12 +200,14 @@ class ArtifactDisplay:
         self._every = every
         self._artifact: UUID | None = None
         self._waiting: tuple[int, int, str] | None = None
+        self._finished = False
         self._next = 0.0
 
     def show(self, done: int, total: int, note: str) -> None:
         """Create or change the artifact if a change is due or the work is done."""
         self._waiting = (done, total, note)
-        if done >= total or time.monotonic() >= self._next:
+        finished, self._finished = self._finished, done >= total > 0
+        if self._finished > finished or time.monotonic() >= self._next:
             self._publish()
 
     def close(self) -> None:
@@ -217,7 +220,7 @@ class ArtifactDisplay:
         (done, total, note), self._waiting = self._waiting, None
         self._next = time.monotonic() + self._every
         percent = 100.0 * done / max(total, 1)
-        words = f"{self._title}: {done}/{total} {note}".rstrip()
+        words = f"{self._title}: {how_far(done, total, note)}"
         try:
             if self._artifact is None:
                 made = create_progress_artifact(percent, key=self._key, description=words)

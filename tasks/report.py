@@ -11,7 +11,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from rlhf_core.functional.ranking import Interval
-from rlhf_core.gates import Verdict
+from rlhf_core.gates import RewardQuality, Verdict
 from rlhf_core.stages.evaluation import Arm, EvaluationReport, Scorecard
 from tasks.model_store import ModelRef, PipelineRun
 from tasks.prefect_run import PrefectRun, closing_lines
@@ -26,6 +26,7 @@ TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 def write_report(
     scorecard: Scorecard,
     verdict: Verdict,
+    reward_quality: RewardQuality | None,
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
@@ -33,13 +34,19 @@ def write_report(
     """Write `report.md` and the key numbers to the pipeline's run, and show the page in Prefect."""
     settings = read_settings()
     client = connect(settings)
-    text = render(scorecard, verdict, algorithm, models, run, settings)
+    text = render(scorecard, verdict, reward_quality, algorithm, models, run, settings)
     client.log_text(run.run_id, text, "report.md")
     client.set_tag(run.run_id, "mlflow.note.content", text)  # shown as the run's description
     for kind, ref in models.items():
         client.set_tag(run.run_id, f"output.{kind}", ref.uri)
     now = int(time.time() * 1000)
     numbers = EvaluationReport(scorecard=scorecard).summary()
+    if reward_quality is not None:
+        accuracy = reward_quality.accuracy._asdict()
+        numbers |= {f"reward_model/accuracy_{bound}": accuracy[bound] for bound in ("low", "high")}
+        numbers["reward_model/accuracy"] = reward_quality.accuracy.value
+        numbers["reward_model/longer_accuracy"] = reward_quality.longer_accuracy
+        numbers["reward_model/held_out_votes"] = float(reward_quality.votes)
     client.log_batch(run.run_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])
     if PrefectRun.current():
         create_markdown_artifact(text, key=f"{run.project}-report", description="Report")
@@ -49,16 +56,20 @@ def write_report(
 def render(
     scorecard: Scorecard,
     verdict: Verdict,
+    reward_quality: RewardQuality | None,
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     settings: Settings,
 ) -> str:
-    """The report as Markdown: table, verdict, versions, and where to look further."""
+    """The report as Markdown: what the judges are worth, table, verdict, versions, and where to
+    look further."""
     promoted = "promoted to champion" if verdict.promote else "not promoted"
     return "\n".join(
         [
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
+            "",
+            *_basis(scorecard, reward_quality, models["reward"]),
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
@@ -71,6 +82,21 @@ def render(
             *closing_lines(settings),
         ]
     )
+
+
+def _basis(
+    scorecard: Scorecard, quality: RewardQuality | None, reward_model: ModelRef
+) -> list[str]:
+    """On how much the verdict rests, and how well the reward model predicts people's votes."""
+    match = scorecard.comparison("policy", "sft")
+    judged = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
+    if quality is None:
+        return [
+            *judged,
+            f"- Reward model `{reward_model.uri}`: its held-out accuracy is not known.",
+        ]
+    doubts = f" {quality.doubts}" if quality.doubts else ""
+    return [*judged, f"- Reward model `{reward_model.uri}`: {quality.numbers}.{doubts}"]
 
 
 def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:

@@ -144,6 +144,7 @@ class Stage:
 
     def fetch(self, ref: ModelRef | DatasetRef) -> Path:
         """The files that a reference means, in the working folder."""
+        self.logger.phase(f"fetching {ref.uri}")
         if isinstance(ref, DatasetRef):
             to = self.work / INPUTS / f"data-{ref.digest}"
             return to if to.exists() else fetch_dataset(self._client, ref, to)
@@ -176,13 +177,16 @@ class Stage:
                 "processes": self._settings.processes,
             }
         )
+        self.logger.phase("waiting for a place at the accelerator")
         with accelerator():
             if job.processes == 1:
                 return launch.run(job, self.logger, Ranks(), job.device)
+            self.logger.phase(f"starting {job.processes} processes")
             return launch.launch(job, self.logger)
 
     def record(self, report: Report) -> None:
         """Store a report with the run: `summary/` metrics, `tables/` and `figures/`."""
+        self.logger.phase("storing the report")
         summary = report.summary()
         self.logger.metrics({f"summary/{name}": value for name, value in summary.items()}, step=0)
         for name, table in report.tables.items():
@@ -199,10 +203,10 @@ class Stage:
         All are uploaded and checked before the first is registered.
         """
         names = {kind: f"{self.run.project}-{kind}" for kind in models}
-        uploads = {
-            kind: self._store.upload(path, names[kind], run_id=self.run_id)
-            for kind, path in models.items()
-        }
+        uploads = {}
+        for kind, path in models.items():
+            self.logger.phase(f"uploading and checking {names[kind]}")
+            uploads[kind] = self._store.upload(path, names[kind], run_id=self.run_id)
         outputs = [LoggedModelOutput(upload.id, step=0) for upload in uploads.values()]
         self._client.log_outputs(self.run_id, outputs)
         tags = {**self._version_tags, "run_id": self.run_id}
@@ -216,6 +220,7 @@ class Stage:
 
     def publish_data(self, directory: Path) -> DatasetRef:
         """Store prepared data with the run."""
+        self.logger.phase("uploading and checking the data")
         ref = store_dataset(self._client, self.run_id, directory)
         self._tag({"output.data": ref.uri, "data_digest": ref.digest})
         return ref

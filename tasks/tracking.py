@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -24,11 +24,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from sqlalchemy.exc import SQLAlchemyError
 
 from rlhf_core.errors import UserError
+from rlhf_core.metrics import StageLogger
 from tasks.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+LOOK_SECONDS = 1.0  # how often a phase of a stage is looked at
+SILENCE_SECONDS = 5.0  # after so long without news, it is said how long there has been none
 METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
 
 
@@ -112,59 +115,114 @@ class Display(Protocol):
     """Shows how far a stage has come."""
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Show that `done` of `total` is finished."""
+        """Show that `done` of `total` is finished; a `total` of 0 is not known yet."""
 
     def close(self) -> None:
         """Nothing more will come."""
 
 
+def how_far(done: int, total: int, note: str) -> str:
+    """`3/8 loss 0.412`, in one line."""
+    return f"{done}/{total} {note}".rstrip() if total else note
+
+
+def _words(what: str, done: int, total: int) -> str:
+    return f"{what} {100 * done // total} %" if total else what
+
+
 class TerminalDisplay:
-    """One progress bar; plain lines, one in `line_seconds` at most, where there is no terminal."""
+    """One progress bar; plain lines, one in `line_seconds` at most, where there is no terminal.
+
+    One that is `passing` leaves no bar behind, and no line of what takes less than that.
+    """
 
     def __init__(
-        self, title: str, console: Console | None = None, *, line_seconds: float = 10.0
+        self,
+        title: str,
+        console: Console | None = None,
+        *,
+        line_seconds: float = 10.0,
+        passing: bool = False,
     ) -> None:
         self._title = title
         self._console = console or Console(stderr=True)
         self._line_seconds = line_seconds
-        self._next_line = 0.0
+        self._passing = passing
+        self._next_line = time.monotonic() + line_seconds if passing else 0.0
+        self._finished = False
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Move the bar, or print a line when one is due; the last one is always printed."""
+        """Move the bar, or print a line when one is due, as it is when all is finished."""
+        finished, self._finished = self._finished, done >= total > 0 and not self._passing
         if self._console.is_terminal:
             self._move(done, total, note)
-        elif done >= total or time.monotonic() >= self._next_line:
+        elif self._finished > finished or time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self._line_seconds
-            line = f"{self._title}: {done}/{total} {note}".rstrip()
+            line = f"{self._title}: {how_far(done, total, note)}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _move(self, done: int, total: int, note: str) -> None:
+        fields: dict[str, Any] = {"note": note, "count": f"{done}/{total}" if total else ""}
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("{task.description:<14}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[count]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn("{task.fields[note]}", markup=False),
                 console=self._console,
+                transient=self._passing,
             )
+            self._task = self._bar.add_task(self._title, total=total or None, **fields)
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=total, note=note)
-        self._bar.update(self._task, completed=done, total=total, note=note)
+        self._bar.update(self._task, completed=done, total=total or None, **fields)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands; none of what never had steps."""
         if self._bar is not None:
+            self._bar.update(self._task, visible=self._bar.tasks[0].total is not None)
             self._bar.stop()
             self._bar = None
+
+
+class _Shown:
+    """A logger for which there is no run: what it is told is on a display, and nowhere else."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._done = (0, 0)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self._done = (done, total)
+        self._display.show(done, total, note)
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        self._display.show(*self._done, _words(what, done, total))
+
+
+@contextmanager
+def on_terminal(title: str) -> Iterator[StageLogger]:
+    """Shows at the terminal how far something is that has no run, while somebody waits for it."""
+    display = TerminalDisplay(title, passing=True)
+    try:
+        yield _Shown(display)
+    finally:
+        display.close()
 
 
 class MlflowLogger:
     """Metrics to one MLflow run and progress to displays, written by a thread of its own.
 
-    A call costs the training thread an append. The thread writes one `log_batch` when
+    A call costs the training thread an append, and to tell of a phase less: every second the thread
+    looks which it is now. Where nothing has been told for `SILENCE_SECONDS`, the displays show for
+    how long: no step is silent, whatever it is.
+
+    The thread writes one `log_batch` when
     `flush_steps` calls have come together or `flush_seconds` have passed. A batch that MLflow does
     not take stays first in line and goes again with the next one, so the order is kept and nothing
     is lost; if it still fails at `flush` or `close`, they raise.
@@ -194,7 +252,11 @@ class MlflowLogger:
         self._flush_seconds = flush_seconds
         self._metrics: list[Metric] = []
         self._calls = 0
-        self._progress: tuple[int, int, str] | None = None
+        self._progress = (0, 0, "")
+        self._phase: tuple[str, int, int] | None = None
+        self._shown: object = (self._progress, None)
+        self._news = 0.0  # when what is shown was new
+        self._moved = False
         self._infinite: set[str] = set()
         self._closed = False
         self._wake = threading.Condition()
@@ -225,8 +287,12 @@ class MlflowLogger:
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say that `done` of `total` units of work are finished."""
         with self._wake:
-            self._progress = (done, total, note)
+            self._progress, self._phase, self._moved = (done, total, note), None, True
             self._wake.notify()
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Say what goes on until the next unit is finished, and how many of its parts are done."""
+        self._phase = (what, done, total)
 
     def flush(self) -> None:
         """Return when all that was logged so far is in MLflow.
@@ -249,6 +315,8 @@ class MlflowLogger:
         if already:
             return
         self._thread.join()
+        self._phase = None
+        self._show()
         for display in self._displays:
             display.close()
         self.flush()
@@ -269,20 +337,31 @@ class MlflowLogger:
         due = time.monotonic() + self._flush_seconds
         while not self._closed:
             with self._wake:
-                if self._progress is None and self._calls < self._flush_steps and not self._closed:
-                    self._wake.wait(max(due - time.monotonic(), 0.0))
+                if not self._moved and self._calls < self._flush_steps and not self._closed:
+                    self._wake.wait(min(max(due - time.monotonic(), 0.0), LOOK_SECONDS))
+                self._moved = False
             self._show()
             if self._calls >= self._flush_steps or time.monotonic() >= due:
                 self._try_to_write()
                 due = time.monotonic() + self._flush_seconds
-        self._show()
 
     def _show(self) -> None:
+        """Show what is new; and of what is not, how long it has been so, once that is long."""
         with self._wake:
-            progress, self._progress = self._progress, None
-        if progress is not None:
-            for display in self._displays:
-                display.show(*progress)
+            progress, phase = self._progress, self._phase
+        now = time.monotonic()
+        new = (progress, phase) != self._shown
+        if new:
+            self._shown, self._news = (progress, phase), now
+        waited = now - self._news
+        if not new and (self._closed or waited < SILENCE_SECONDS or not self._news):
+            return
+        done, total, note = progress
+        said = [_words(*phase)] if phase else []
+        said += [note] if note else []
+        said += [] if new else [f"for {waited:.0f} s"]
+        for display in self._displays:
+            display.show(done, total, " · ".join(said))
 
     def _try_to_write(self) -> None:
         try:

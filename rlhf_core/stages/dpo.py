@@ -17,6 +17,7 @@ Deviations from those, each on purpose (the long version is docs/algorithms/dpo.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +30,7 @@ from rlhf_core.data import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional import losses, ranking
 from rlhf_core.functional.logprobs import ChunkedLoss
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import Between, StageLogger, counted
 from rlhf_core.models import read_card, require_context
 from rlhf_core.networks import Policy, start_adapter
 from rlhf_core.optim import Batches, Learner, TrainingSection
@@ -98,6 +99,7 @@ def train_dpo(
     are of another run.
     """
     ranks = ranks or Ranks()
+    logger.phase("loading the SFT policy")
     policy, tokenizer = Policy.load(sft, device, config.precision)
     require_context(policy.model, config.max_length, "dpo.max_length")
     if config.lora_rank:
@@ -109,6 +111,7 @@ def train_dpo(
             layers=config.lora_layers,
             seed=stream_seed(seed, "policy/adapter"),
         )
+    logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
     train = encode_pairs(train_table, tokenizer, config.max_length)
     held_out_table = read_table(data, "preferences", "eval")
@@ -116,8 +119,9 @@ def train_dpo(
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(policy, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "dpo/order"))
-    reference = _sums_of_all(policy, train, config, ranks)
-    held_out_reference = _sums_of_all(policy, held_out, config, ranks)
+    tell = partial(counted, logger)
+    reference = _sums_of_all(policy, train, config, ranks, tell, "reference")
+    held_out_reference = _sums_of_all(policy, held_out, config, ranks, tell, "held-out reference")
     with recovery.open(
         logger,
         identity=identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
@@ -129,7 +133,8 @@ def train_dpo(
         for picked in batches:
             step, rate = session.step + 1, learner.learning_rate
             pairs = [train[i] for i in picked]
-            values = _accumulate(learner, pairs, reference[picked], config, ranks, session.check)
+            check = session.between("batch", ranks.passes(len(pairs), config.micro_batch_size))
+            values = _accumulate(learner, pairs, reference[picked], config, ranks, check)
             if step == 1:
                 _require_log_two(values["loss"], pairs, config)
             values |= {"grad_norm": learner.step(), "learning_rate": rate}
@@ -139,10 +144,11 @@ def train_dpo(
         history = session.history
 
     facts = {"steps": steps, "chat": read_card(sft).get("chat", False)}
+    logger.phase("saving the policy")
     with ranks.whole(policy):
         if ranks.main:
             policy.save(tokenizer, policy_output, facts, base=sft)
-    sums = _sums_of_all(policy, held_out, config, ranks)
+    sums = _sums_of_all(policy, held_out, config, ranks, tell, "held-out votes")
     return _report(held_out_table, train, held_out, sums, held_out_reference, config, history, seed)
 
 
@@ -182,12 +188,20 @@ def _sums(policy: Callable[..., ChunkedLoss], pairs: list[Pair], device: torch.d
 
 
 @torch.no_grad()
-def _sums_of_all(policy: Policy, pairs: list[Pair], config: DPOConfig, ranks: Ranks) -> Tensor:
-    """(N, 2) the same of many pairs, on the CPU."""
+def _sums_of_all(
+    policy: Policy,
+    pairs: list[Pair],
+    config: DPOConfig,
+    ranks: Ranks,
+    between: Between,
+    what: str,
+) -> Tensor:
+    """(N, 2) the same of many pairs, on the CPU; a phase called `what`."""
     return ranks.collect(
         len(pairs),
         config.micro_batch_size,
         lambda rows: _sums(policy, [pairs[i] for i in rows], policy.model.device),
+        between(what, ranks.passes(len(pairs), config.micro_batch_size)),
     )
 
 

@@ -11,6 +11,7 @@ the reward model kept, at the known price of log n - (n - 1)/n nats.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ from rlhf_core.encoding import (
 )
 from rlhf_core.errors import DataError
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.models import ModelConfig, context_of, load_tokenizer, require_context
 from rlhf_core.networks import Policy, Precision, ScalarModel
 from rlhf_core.rollout import Written, lay_out, response_logprobs
@@ -100,7 +101,17 @@ class Comparison(BaseModel):
     wins: int
     ties: int
     losses: int
+    prompts: int  # that were answered
     win_rate: Interval  # a tie is half a win
+
+    @property
+    def basis(self) -> str:
+        """What it rests on, in words: `4 answers to each of 91 held-out prompts`."""
+        answers = (self.wins + self.ties + self.losses) // self.prompts
+        each = (
+            "1 held-out prompt" if self.prompts == 1 else f"each of {self.prompts} held-out prompts"
+        )
+        return f"{answers} answer{'s' if answers > 1 else ''} to {each}"
 
 
 class Scorecard(BaseModel):
@@ -178,6 +189,7 @@ class _Bench:
     truth: RewardFunction | None
     sampling: SamplingConfig
     seed: int
+    logger: StageLogger
 
 
 def evaluate(
@@ -200,6 +212,8 @@ def evaluate(
     table = read_table(data, "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
+    logger.progress(0, 4, "SFT policy")
+    logger.phase("loading the models")
     sft_policy, tokenizer = Policy.load(sft, device, config.precision)
     bench = _Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
@@ -210,17 +224,18 @@ def evaluate(
         truth=_known_truth(config),
         sampling=sampling,
         seed=seed,
+        logger=logger,
     )
     k, n = config.samples_per_prompt, config.best_of
     directories: dict[ArmName, Path | None] = {"policy": policy, "champion": champion}
     answers: dict[ArmName, _Answers] = {}
-    logger.progress(0, 4, "SFT policy")
     pool = _answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(_first_of_each(pool.prompt, k))
     answers["best_of_n"] = pool.pick(_best_of_each(pool.prompt, pool.proxy, n))
     for done, (name, directory) in enumerate(directories.items(), start=2):
         logger.progress(done, 4, name)
         if directory is not None:
+            logger.phase(f"loading the {name}")
             actor = Policy.load(directory, device, config.precision)
             answers[name] = _answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
@@ -255,18 +270,23 @@ def _answer(
         tokenizer,
         max_length=bench.sampling.max_length,
     )
-    draws = generator(bench.seed, f"evaluation/{name}")
-    for batch, responses in respond(policy, rows, bench.sampling, generator=draws):
+    draws, between = generator(bench.seed, f"evaluation/{name}"), partial(counted, bench.logger)
+    for batch, responses in respond(
+        policy, rows, bench.sampling, generator=draws, between=between, what="answers"
+    ):
+        bench.logger.phase("scoring", len(texts), len(rows))
         said = decode_responses(responses.tokens, responses.mask, tokenizer)
         asked = prompts[len(texts) : len(texts) + len(said)]
         written = lay_out(batch, responses)
         proxy.append(reward(asked, written, responses).total)
         if comparable:
+            bench.logger.phase("KL to SFT", len(texts), len(rows))
             at = bench.sampling.temperature
             kl.append(_sums(policy, written, at) - _sums(bench.sft, written, at))
         else:
             batch, responses = _encode_again(bench, asked, said, responses)
             written = lay_out(batch, responses)
+        bench.logger.phase("perplexity under SFT", len(texts), len(rows))
         texts += said
         tokens.append(responses.mask.sum(-1).float())
         sft_logprob.append(_sums(bench.sft, written, 1.0))
@@ -307,6 +327,7 @@ def _truth(bench: _Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | N
     """(N,) true reward of each answer, where a truth is known."""
     if bench.truth is None:
         return None
+    bench.logger.phase("true reward")
     asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
     return call_function(bench.truth, "evaluation.true_reward", asked, texts)
 
@@ -405,6 +426,7 @@ def _compare(
         wins=int((outcome > 0).sum()),
         ties=int((outcome == 0).sum()),
         losses=int((outcome < 0).sum()),
+        prompts=len(outcome) // k,
         win_rate=clustered_bootstrap((outcome + 1) / 2, ours.prompt, generator=draws),
     )
 

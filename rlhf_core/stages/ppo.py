@@ -32,6 +32,7 @@ from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_value
 from rlhf_core.functional.masking import masked_mean, masked_whiten
 from rlhf_core.functional.rewards import missing_eos, shaped_rewards
+from rlhf_core.metrics import Between, counted, uncounted
 from rlhf_core.models import require_same_tokenizer
 from rlhf_core.networks import Policy, ScalarModel, on_trunk, start_adapter
 from rlhf_core.onpolicy import (
@@ -159,9 +160,11 @@ def train_ppo(
             config=config,
             temperature=sampling.temperature,
             ranks=given.ranks,
+            between=partial(counted, given.logger),
         ),
     )
     save_policy(networks.policy, tokenizer, policy_output, given, report.iterations)
+    given.logger.phase("saving the critic")
     with given.ranks.whole(networks.critic):
         if given.ranks.main:
             networks.critic.save(tokenizer, critic_output, kind="critic", base=given.sft)
@@ -202,6 +205,7 @@ def optimise(
     config: PPOConfig,
     temperature: float,
     ranks: Ranks,
+    between: Between = uncounted,
 ) -> dict[str, float] | None:
     """One update of policy and critic on the picked rows, and its means over the tokens.
 
@@ -221,7 +225,8 @@ def optimise(
     if stats is None:
         return None
     # From here to the next safe point nothing may stop: the policy is a step ahead of its record.
-    stats |= _update_critic(critic, rollout, targets, picked, config, ranks)
+    tell = between("updating the critic", ranks.passes(len(picked), config.micro_batch_size))
+    stats |= _update_critic(critic, rollout, targets, picked, config, ranks, tell)
     stats["optimizer/critic_learning_rate"] = critic.learning_rate
     stats["value/grad_norm"] = critic.step()
     return stats
@@ -234,11 +239,13 @@ def _update_critic(
     picked: list[int],
     config: PPOConfig,
     ranks: Ranks,
+    tell: Callable[[], None],
 ) -> dict[str, float]:
     """Add the gradient of one minibatch; return its token means."""
     tokens = float(rollout.responses.mask[picked].sum())
     sums = {"value/loss": 0.0, "value/clip_fraction": 0.0}
     for micro in ranks.micro_batches(picked, config.micro_batch_size):
+        tell()
         rows = torch.tensor(micro.rows, device=targets.returns.device)
         experience = rollout.rows(rows)
         written = read_again(experience, learner.network)

@@ -12,6 +12,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +25,7 @@ from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_tab
 from rlhf_core.encoding import Prompt
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.formats import FIELDS, Table, parse
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.models import ModelConfig, load_tokenizer
 from rlhf_core.simulation import SimulationConfig, simulate
 from rlhf_core.sources import read_rows
@@ -198,13 +199,13 @@ def prepare_data(
     Raises: ConfigError or DataError, which name file, line and field, before anything is written.
     """
     logger.progress(0, 3, "reading the data")
-    tables = _assemble(config, seed)
+    tables = _assemble(config, seed, logger)
     logger.progress(1, 3, "measuring lengths")
-    counts = _count_tokens(tables, model)
-    validation = _validate(tables, counts, limits)
+    counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)
     for kind, table in tables.items():
+        logger.phase(f"writing the {kind}")
         for split in SPLITS:
             write_table(table.side(split), output, kind, split)
     text = validation.model_dump_json(indent=2) + "\n"
@@ -213,17 +214,25 @@ def prepare_data(
     return _report(validation, _length_histograms(counts))
 
 
-def inspect(config: DataConfig, model: ModelConfig, limits: LengthLimits, seed: int) -> Validation:
+def inspect(
+    config: DataConfig,
+    model: ModelConfig,
+    limits: LengthLimits,
+    seed: int,
+    logger: StageLogger | None = None,
+) -> Validation:
     """The validation report alone; nothing is written.
 
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
-    tables = _assemble(config, seed)
-    return _validate(tables, _count_tokens(tables, model), limits)
+    logger = logger or SilentLogger()
+    return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
 
 
-def _assemble(config: DataConfig, seed: int) -> Tables:
-    given = _simulated(config, seed) if config.source == "simulated" else _from_files(config)
+def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
+    simulated = config.source == "simulated"
+    given = _simulated(config, seed) if simulated else _from_files(config, logger)
+    logger.phase("splitting by prompt")
     tables = fill(split_by_prompt(given, config.eval_fraction, seed))
     _check_sides(tables, config)
     _check_shared(tables, config)
@@ -249,13 +258,18 @@ def _simulated(config: DataConfig, seed: int) -> Tables:
     }
 
 
-def _from_files(config: DataConfig) -> Tables:
+def _from_files(config: DataConfig, logger: StageLogger) -> Tables:
     if not config.preferences.path:
         raise ConfigError(
             "data.source is 'files' but no preferences are given; name them in "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    return {kind: _read(config, kind) for kind in KINDS if config.table(kind).path}
+    tables: Tables = {}
+    for kind in KINDS:
+        if config.table(kind).path:
+            logger.phase(f"reading the {kind}")
+            tables[kind] = _read(config, kind)
+    return tables
 
 
 def _read(config: DataConfig, kind: Kind) -> Assembled:
@@ -318,16 +332,16 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 # --- reporting -----------------------------------------------------------------------------------
 
 
-def _count_tokens(tables: Tables, model: ModelConfig) -> dict[Kind, pd.DataFrame]:
-    tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
-    return count_tokens({kind: table.frame for kind, table in tables.items()}, tokenizer)
-
-
 def _validate(
-    tables: Tables, counts: Mapping[Kind, pd.DataFrame], limits: LengthLimits
-) -> Validation:
+    tables: Tables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
+) -> tuple[dict[Kind, pd.DataFrame], Validation]:
+    """The length of every text in tokens, and the report."""
+    logger.phase("loading the tokenizer")
+    tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
+    frames = {kind: table.frame for kind, table in tables.items()}
+    counts = count_tokens(frames, tokenizer, partial(counted, logger))
     preferences = tables["preferences"].frame
-    return Validation(
+    validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
         ties=int(preferences["tie"].sum()),
@@ -335,7 +349,9 @@ def _validate(
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
         truncated=count_truncated(counts, **limits.model_dump()),
+        vocabulary=len(tokenizer),
     )
+    return counts, validation
 
 
 def _summary(table: Assembled) -> TableSummary:
@@ -345,6 +361,7 @@ def _summary(table: Assembled) -> TableSummary:
         examples=len(table.frame) + table.dropped.total(),
         train=len(table.side("train")),
         eval=len(table.side("eval")),
+        eval_prompts=table.side("eval")["key"].nunique(),
         dropped=dict(sorted(table.dropped.items())),
     )
 

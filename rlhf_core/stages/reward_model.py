@@ -15,6 +15,7 @@ Deviations from the literature, each on purpose:
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from rlhf_core.data import read_table
 from rlhf_core.encoding import Prompt, encode_prompt
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.models import ModelConfig, load_tokenizer, require_context
 from rlhf_core.networks import Policy, ScalarModel, start_adapter
 from rlhf_core.optim import Batches, Learner, TrainingSection
@@ -85,6 +86,8 @@ class RewardModelReport(Report):
     reward_std: float
     train_pairs: int
     held_out_pairs: int
+    held_out_votes: int  # those with a winner: what the accuracies are measured on
+    held_out_prompts: int  # of these votes: what the interval draws
     truncated: int  # pairs with a text cut to max_length
 
 
@@ -109,6 +112,7 @@ def train_reward_model(
     or gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
     ranks = ranks or Ranks()
+    logger.phase("loading the model")
     reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(device)
     reward_model.precision = config.precision
     if config.lora_rank:
@@ -123,6 +127,7 @@ def train_reward_model(
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
     tokenizer = load_tokenizer(ModelConfig(source=str(sft)), ())
+    logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
     train = encode_pairs(train_table, tokenizer, config.max_length)
     held_out_table = read_table(data, "preferences", "eval")
@@ -147,16 +152,19 @@ def train_reward_model(
         for picked in batches:
             step = session.step + 1
             rate = learner.learning_rate
-            values = accumulate(learner, [train[i] for i in picked], config, ranks, session.check)
+            parts = ranks.passes(len(picked), config.micro_batch_size)
+            check = session.between("batch", parts)
+            values = accumulate(learner, [train[i] for i in picked], config, ranks, check)
             values |= {"grad_norm": learner.step(), "learning_rate": rate}
             session.metrics(values, step)
             session.progress(step, steps, f"loss {values['loss']:.3f}")
             session.safe_point()
 
-    samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed)
-    chosen, rejected = _scores(reward_model, held_out, config, ranks)
+    samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed, logger)
+    chosen, rejected = _scores(reward_model, held_out, config, ranks, logger)
     mean, std = samples.mean().item(), max(samples.std().item(), 1e-6)
     reward_model.mean, reward_model.std = mean, std
+    logger.phase("saving the model")
     with ranks.whole(reward_model):
         if ranks.main:
             reward_model.save(tokenizer, output, kind="reward", base=sft)
@@ -171,9 +179,11 @@ def _sft_scores(
     config: RewardModelConfig,
     sampling: SamplingConfig,
     seed: int,
+    logger: StageLogger,
 ) -> Tensor:
     """(normalization_samples,) raw scores of what the SFT policy says to the prompts, each of them
     once before any comes again."""
+    logger.phase("normaliser: loading the SFT policy")
     device = str(reward_model.model.device)
     policy, tokenizer = Policy.load(sft, device, config.precision)
     # A dict, as a pair with several votes names its prompt several times.
@@ -181,8 +191,13 @@ def _sft_scores(
     order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
     rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
     draws = generator(seed, "reward/normalization")
-    answers = respond(policy, rows, sampling, generator=draws)
-    return torch.cat([response_scores(reward_model, lay_out(*batch)) for batch in answers])
+    between = partial(counted, logger)
+    what = "normaliser: sampling"
+    scores = []
+    for batch in respond(policy, rows, sampling, generator=draws, between=between, what=what):
+        logger.phase("normaliser: scoring")
+        scores.append(response_scores(reward_model, lay_out(*batch)))
+    return torch.cat(scores)
 
 
 def _report(
@@ -223,6 +238,8 @@ def _report(
         reward_std=std,
         train_pairs=len(train),
         held_out_pairs=len(held_out),
+        held_out_votes=len(gap),
+        held_out_prompts=len(prompts[decided].unique()),
         truncated=sum(pair.truncated for pair in [*train, *held_out]),
         figures={
             "reward_calibration": figures.calibration(
@@ -291,7 +308,11 @@ def _loss(chosen: Tensor, rejected: Tensor, pairs: list[Pair], config: RewardMod
 
 @torch.no_grad()
 def _scores(
-    reward_model: ScalarModel, pairs: list[Pair], config: RewardModelConfig, ranks: Ranks
+    reward_model: ScalarModel,
+    pairs: list[Pair],
+    config: RewardModelConfig,
+    ranks: Ranks,
+    logger: StageLogger,
 ) -> tuple[Tensor, Tensor]:
     """(N,) raw scores of all chosen and all rejected texts, on the CPU."""
     device = reward_model.model.device
@@ -299,5 +320,7 @@ def _scores(
     def ask(rows: list[int]) -> Tensor:
         return reward_model.scores(pack_pairs([pairs[i] for i in rows], device)).view(-1, 2)
 
-    chosen, rejected = ranks.collect(len(pairs), config.micro_batch_size, ask).unbind(1)
+    size = config.micro_batch_size
+    between = counted(logger, "held-out votes", ranks.passes(len(pairs), size))
+    chosen, rejected = ranks.collect(len(pairs), size, ask, between).unbind(1)
     return chosen, rejected

@@ -25,7 +25,7 @@ from rlhf_core import figures
 from rlhf_core.data import read_table, training_texts
 from rlhf_core.encoding import encode_pair
 from rlhf_core.errors import CheckpointError, DataError
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.models import CARD, ModelConfig, load_base, require_context
 from rlhf_core.networks import Policy, start_adapter
 from rlhf_core.optim import Batches, Learner, TrainingSection
@@ -106,6 +106,7 @@ def train_sft(
     gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
     ranks = ranks or Ranks()
+    logger.phase("loading the model")
     train_table = read_table(data, "demonstrations", "train")
     base, tokenizer = load_base(model, training_texts(train_table), seed)
     require_context(base, config.max_length, "sft.max_length")
@@ -119,6 +120,7 @@ def train_sft(
             layers=config.lora_layers,
             seed=stream_seed(seed, "sft/adapter"),
         )
+    logger.phase("encoding the demonstrations")
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
     facts = {"chat": any(not isinstance(prompt, str) for prompt in train_table["prompt"])}
@@ -143,16 +145,19 @@ def train_sft(
         for picked in batches:
             step = session.step + 1
             rate = learner.learning_rate
-            loss = accumulate(learner, [train[i] for i in picked], config, ranks, session.check)
+            parts = ranks.passes(len(picked), config.micro_batch_size)
+            check = session.between("batch", parts)
+            loss = accumulate(learner, [train[i] for i in picked], config, ranks, check)
             grad_norm = learner.step()
             values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
             session.metrics(values, step)
             session.progress(step, steps, f"loss {loss:.3f}")
             if step in measure_at:
-                measured = _mean_nll(policy, held_out, config, ranks)
+                measured = _mean_nll(policy, held_out, config, ranks, logger)
                 best.measured.append((step, measured))
                 if measured < best.loss:
                     best.step, best.loss = step, measured
+                    session.phase("saving the best weights")
                     with ranks.whole(policy):
                         if ranks.main:
                             policy.save(tokenizer, output, {"step": step, **facts})
@@ -223,10 +228,19 @@ def _mean_share(logprobs: Tensor, _: slice, *, weight: float) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_nll(policy: Policy, examples: list[Example], config: SFTConfig, ranks: Ranks) -> float:
+def _mean_nll(
+    policy: Policy,
+    examples: list[Example],
+    config: SFTConfig,
+    ranks: Ranks,
+    logger: StageLogger,
+) -> float:
     """Nats a token over held-out examples."""
     nll = 0.0
-    for micro in ranks.micro_batches(range(len(examples)), config.micro_batch_size):
+    micros = ranks.micro_batches(range(len(examples)), config.micro_batch_size)
+    between = counted(logger, "held-out loss", len(micros))
+    for micro in micros:
+        between()
         rows = [examples[i] for i in micro.rows]
         out = policy(*_predictions(rows, policy.model.device))
         nll -= micro.weight * out.logprobs.double().sum().item()

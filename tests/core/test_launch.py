@@ -98,6 +98,9 @@ def test_stopped_by_sigterm_and_continued_on_any_number_of_ranks(data, tmp_path,
     assert report.summary() == pytest.approx(expected.summary(), rel=1e-4)
     close(spread.history, whole.history)
     assert spread.notes[-1][:2] == (24, 24)
+    # Told once, by the main rank: the first of each phase at least, however short it is.
+    assert [what for what, *_ in spread.phases].count("encoding the demonstrations") == 1
+    assert ("held-out loss", 0, 2) in spread.phases
     again = MemoryLogger()  # from what FSDP has saved, one process goes on
     assert run(job, again, Ranks(), "cpu").summary() == report.summary()
     assert again.history == spread.history

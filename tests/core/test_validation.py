@@ -168,7 +168,7 @@ def test_a_text_is_cut_when_it_is_longer_than_its_limit():
 
 
 def test_the_report_reads_as_tables_and_comes_back_from_json():
-    summary = {"source": "f", "rows": 4, "examples": 5, "train": 2, "eval": 1}
+    summary = {"source": "f", "rows": 4, "examples": 5, "train": 2, "eval": 1, "eval_prompts": 1}
     report = Validation(
         tables={"prompts": TableSummary(**summary, dropped={"duplicate": 2})},
         bad_rows=["f, line 1: bad"],
@@ -177,6 +177,7 @@ def test_the_report_reads_as_tables_and_comes_back_from_json():
         shared_prompts=0,
         lengths=summarise_lengths({"prompts": pd.DataFrame({"prompt": [1, 3]})}),
         truncated={"prompts over 2 tokens": 1},
+        vocabulary=300,
     )
     assert report.rows_table().to_numpy().tolist() == [
         ["prompts", "f", "train", 2],

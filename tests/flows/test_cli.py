@@ -241,11 +241,24 @@ def test_config_prints_a_config_that_means_the_same(rlhf):
     assert rlhf("config", "whole.yaml").stdout == first.stdout
 
 
-def test_validate_prints_the_report_and_trains_nothing(rlhf, tmp_path):
-    result = rlhf("validate", "tiny.yaml")
+def test_validate_prints_the_report_and_the_plan_and_trains_nothing(rlhf, tmp_path):
+    result = rlhf("validate", "tiny.yaml", "--set", "evaluation.prompts=3")
     assert result.exit_code == 0, result.output
     assert re.search(r"demonstrations │ simulated\s+│\s+200 │", result.stdout)
     assert "0 prompts shared by training and evaluation" in result.stdout
+    steps = dict(re.findall(r"│ (sft|reward_model|ppo) +│ +(\d+) │", result.stdout))
+    rows = re.findall(
+        r"│ (?:demonstrations|preferences) +│ simulated +│ +\d+ │ +(\d+) │", result.stdout
+    )
+    demonstrations, votes = map(int, rows)
+    expected = {"sft": -(-demonstrations // 32), "reward_model": -(-votes // 32), "ppo": 2}
+    assert {name: int(number) for name, number in steps.items()} == expected
+    # 400 tokens and 96 places of width 32, a block of 12·32² + 13·32, a norm of 2·32; a head of 32.
+    policy = 400 * 32 + 96 * 32 + 12 * 32**2 + 13 * 32 + 64
+    for learnt in (f"policy: all {policy:,}", f"reward model: all {policy + 32:,}"):
+        assert learnt in result.stdout
+    assert "Verdict: 3 held-out prompts, 1 answer to each" in result.stdout
+    assert "Warning: No policy can be promoted: 3 held-out prompts cannot show" in result.stdout
     assert not (tmp_path / "home" / "mlflow" / "mlflow.db").exists()
 
 

@@ -1,6 +1,7 @@
 """The whole flow on a problem of seconds: what it registers, tags, reuses, refuses and leaves."""
 
 import json
+import logging
 import shutil
 
 import mlflow
@@ -12,11 +13,13 @@ from prefect import flow
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.gates import PromotionConfig
+from rlhf_core.gates import PromotionConfig, RewardGateConfig, RewardQuality
 from tasks.generation import generate
 from tasks.model_store import MlflowModelStore, ModelRef
 from tasks.policy import train_policy
 from tasks.promotion import promote
+from tasks.report import render
+from tasks.reward_model import check_reward_model
 from tasks.serving import export_servable
 from tasks.settings import read_settings
 from tasks.stage import open_run
@@ -102,6 +105,37 @@ def test_the_key_numbers_and_the_report_are_on_the_parent_run(client, first):
     assert "report.md" in [file.path for file in client.list_artifacts(first.run.run_id)]
     for words in ("true reward", "| PPO |", first.policy.uri, "rlhf up"):
         assert words in first.report
+
+
+def test_the_first_lines_say_what_the_judges_are_worth(client, first):
+    metrics = client.get_run(children(client, first)["reward_model"].info.run_id).data.metrics
+    accuracy, low, high, longer, votes, prompts = (
+        metrics[f"summary/{name}"]
+        for name in (
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "longer_accuracy",
+            "held_out_votes",
+            "held_out_prompts",
+        )
+    )
+    title, _, judge, reward, *_ = first.report.splitlines()
+    assert title.startswith("# tiny, seed 0: models:/tiny-policy/")
+    assert judge == "- Verdict: by true_reward, from 2 answers to each of 6 held-out prompts."
+    assert reward.startswith(
+        f"- Reward model `{first.reward_model.uri}`: held-out accuracy {accuracy:.3f} [{low:.3f}, "
+        f'{high:.3f}] over {votes:.0f} votes on {prompts:.0f} prompts; the rule "prefer the '
+        f'longer" has {longer:.3f}.'
+    )
+    assert reward.endswith(first.reward_quality.doubts)
+    parent = client.get_run(first.run.run_id).data
+    assert parent.metrics["reward_model/accuracy"] == pytest.approx(accuracy)
+    assert parent.metrics["reward_model/accuracy_low"] == pytest.approx(low)
+    assert parent.metrics["reward_model/longer_accuracy"] == pytest.approx(longer)
+    assert parent.metrics["reward_model/held_out_votes"] == votes
+    assert parent.tags["mlflow.note.content"] == first.report
+    assert "from 2 answers to each of 6 held-out prompts" in first.verdict.reasons[0]
 
 
 def test_every_version_names_its_parents_data_code_and_seed(store, first):
@@ -200,11 +234,66 @@ def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, 
     )
     assert (store.versions("tiny-sft"), store.versions("tiny-reward")) == before
     assert (second.sft, second.reward_model) == (first.sft, first.reward_model)
+    assert second.reward_quality == first.reward_quality  # from the run that made it
     assert second.scorecard.comparison("policy", "champion") is not None
     assert not second.verdict.promote
     assert "not promoted" in second.report
     assert store.get_alias("tiny-policy", "champion") == first.policy
     assert sorted(children(client, second)) == ["evaluation", "ppo", "prepare", "promotion"]
+
+
+def test_a_reward_model_that_is_not_good_enough_stops_before_the_policy(client, store, first):
+    versions = {name: store.versions(name) for name in store.names()}
+    with pytest.raises(ModelError, match=r"no policy is trained on .*tiny-reward/\d: held-out acc"):
+        rlhf(config(reward_gate={"min_accuracy": 0.99}))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    stages = client.search_runs([first.run.experiment_id], condition)
+    assert newest.info.status == "FAILED"
+    assert {run.data.tags["stage"]: run.info.status for run in stages} == dict.fromkeys(
+        ["prepare", "sft", "reward_model"], "FINISHED"
+    )
+    # The threshold is no part of what the reward model is: none is trained again, none is lost.
+    assert {name: store.versions(name) for name in store.names()} == versions
+
+
+def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first, caplog):
+    source = client.get_model_version("tiny-reward", "1").source
+    made = client.create_model_version("tiny-reward", source)
+    stranger = ModelRef(name="tiny-reward", version=int(made.version))
+    caplog.set_level(logging.WARNING, "tasks.reward_model")
+    assert check_reward_model.fn(RewardGateConfig(), stranger) is None
+    assert f"{stranger.uri}: its held-out accuracy is not known" in caplog.text
+    text = render(
+        first.scorecard,
+        first.verdict,
+        None,
+        "ppo",
+        {"reward": stranger, "policy": first.policy},
+        first.run,
+        read_settings(),
+    )
+    assert f"- Reward model `{stranger.uri}`: its held-out accuracy is not known." in text
+    client.delete_model_version("tiny-reward", made.version)
+
+
+def test_a_poor_reward_model_is_a_warning_before_any_policy(client, first, caplog):
+    """This one was registered before runs had `held_out_votes`: its pairs have ties among them."""
+    run = client.create_run(first.run.experiment_id)
+    poor = {"accuracy": 0.436, "accuracy_low": 0.18, "accuracy_high": 0.85}
+    for name, value in {**poor, "longer_accuracy": 0.641, "held_out_pairs": 39}.items():
+        client.log_metric(run.info.run_id, f"summary/{name}", value)
+    source = client.get_model_version("tiny-reward", "1").source
+    made = client.create_model_version("tiny-reward", source, tags={"run_id": run.info.run_id})
+    ref = ModelRef(name="tiny-reward", version=int(made.version))
+    quality = check_reward_model.fn(RewardGateConfig(), ref)
+    assert quality == RewardQuality(
+        accuracy=(0.436, 0.18, 0.85), longer_accuracy=0.641, votes=39, prompts=None
+    )
+    [said] = [r for r in caplog.records if r.name == "tasks.reward_model"]
+    assert said.levelno == logging.WARNING
+    assert said.getMessage() == f"{ref.uri}: {quality.numbers}. {quality.doubts}"
+    client.delete_model_version("tiny-reward", made.version)
 
 
 REUSE = {

@@ -37,6 +37,7 @@ def scorecard(kl=4.0):
         wins=8,
         ties=0,
         losses=2,
+        prompts=10,
         win_rate=Interval(0.8, 0.61, 0.9),
     )
     return Scorecard(arms=(arm("sft", 0.0), arm("policy", kl)), comparisons=(win,))

@@ -14,9 +14,10 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from rlhf_core.errors import UserError
+from tasks import tracking
 from tasks.settings import Settings
 from tasks.stage import ensure_experiment
-from tasks.tracking import MlflowLogger, TerminalDisplay, connect
+from tasks.tracking import MlflowLogger, TerminalDisplay, connect, on_terminal
 
 
 @pytest.fixture
@@ -208,6 +209,122 @@ def test_the_logger_shows_the_last_state(client, run_id):
         logger.progress(done, 20, "working")
     logger.close()
     assert out.getvalue().splitlines()[-1] == "sft: 20/20 working"
+
+
+class Shown:
+    """A display that keeps what it is shown."""
+
+    def __init__(self):
+        self.states = []
+
+    def show(self, done, total, note):
+        self.states.append((done, total, note))
+
+    def close(self):
+        """Nothing."""
+
+    def wait_for(self, wanted):
+        """The first state that is wanted, once it is there."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for state in list(self.states):
+                if wanted(*state):
+                    return state
+            time.sleep(0.01)
+        raise AssertionError(f"never shown; shown were {self.states}")
+
+
+def test_a_phase_is_shown_with_its_share_until_the_next_step_is_done(client, run_id, monkeypatch):
+    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.05)
+    display = Shown()
+    logger = MlflowLogger(client, run_id, [display])
+    logger.phase("loading the model")  # before it is known how many steps there will be
+    assert display.wait_for(lambda *state: True) == (0, 0, "loading the model")
+    logger.progress(8, 8, "loss 0.4")
+    display.wait_for(lambda *state: state == (8, 8, "loss 0.4"))
+    logger.phase("sampling, batch 2 of 4", 3, 8)
+    display.wait_for(lambda *state: state == (8, 8, "sampling, batch 2 of 4 37 % · loss 0.4"))
+    logger.close()
+    assert display.states[-1] == (8, 8, "loss 0.4")
+
+
+def test_a_step_that_is_silent_is_shown_with_how_long_it_has_been(client, run_id, monkeypatch):
+    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "SILENCE_SECONDS", 1.0)
+    display = Shown()
+    logger = MlflowLogger(client, run_id, [display])
+    logger.progress(2, 8, "loss 0.4")
+    logger.phase("uploading")
+    display.wait_for(lambda *state: state == (2, 8, "uploading · loss 0.4 · for 2 s"))
+    logger.phase("registering")  # is news
+    display.wait_for(lambda *state: state[2] == "registering · loss 0.4")
+    logger.close()
+
+
+def test_to_tell_of_a_phase_costs_nothing(client, run_id):
+    """A hundred thousand times, as for each token of a thousand long texts."""
+    logger = MlflowLogger(client, run_id, [Shown()])
+    start = time.thread_time()
+    for token in range(100_000):
+        logger.phase("sampling", token, 100_000)
+    own = time.thread_time() - start
+    logger.close()
+    print(f"{own * 10:.2f} µs each")
+    assert own < 1.0
+
+
+def test_what_comes_after_the_last_step_is_a_line_now_and_then_too():
+    out = io.StringIO()
+    display = TerminalDisplay("reward_model", Console(file=out), line_seconds=1000)
+    for done in range(1, 9):
+        display.show(done, 8, "loss 0.4")
+    for percent in range(100):
+        display.show(8, 8, f"sampling {percent} % · loss 0.4")
+    assert out.getvalue().splitlines() == [
+        "reward_model: 1/8 loss 0.4",
+        "reward_model: 8/8 loss 0.4",
+    ]
+
+
+def test_on_a_terminal_a_bar_without_an_end_says_what_goes_on():
+    out = io.StringIO()
+    display = TerminalDisplay("ppo", Console(file=out, force_terminal=True, width=100))
+    display.show(0, 0, "loading the models")
+    assert "loading the models" in out.getvalue()
+    display.show(1, 3, "sampling 40 %")
+    display.close()
+    last = out.getvalue().rsplit("\r", 1)[-1]
+    assert "1/3" in last
+    assert "sampling 40 %" in last
+
+
+def test_of_what_never_had_steps_no_bar_is_left():
+    out = io.StringIO()
+    display = TerminalDisplay("promotion", Console(file=out, force_terminal=True, width=100))
+    display.show(0, 0, "storing the report")
+    display.close()
+    assert "storing the report" in out.getvalue()
+    assert "promotion" not in out.getvalue().rsplit("\x1b[2K", 1)[-1]
+
+
+def test_work_without_a_run_says_something_only_if_it_takes_long(capsys, monkeypatch):
+    for seconds in (10.0, 0.0):
+        display = TerminalDisplay("validate", line_seconds=seconds, passing=True)
+        monkeypatch.setattr(tracking, "TerminalDisplay", lambda *_, d=display, **__: d)
+        with on_terminal("validate") as logger:
+            logger.phase("reading the preferences")
+            logger.progress(1, 1)
+            logger.phase("tokenising", 1, 4)
+        said = capsys.readouterr().err.splitlines()
+        assert said == (
+            []
+            if seconds
+            else [
+                "validate: reading the preferences",
+                "validate: 1/1",
+                "validate: 1/1 tokenising 25 %",
+            ]
+        )
 
 
 def free_port():

@@ -121,6 +121,7 @@ def test_every_example_is_kept_or_counted_as_dropped(tmp_path):
     assert table.model_dump() == {
         **{"source": path, "rows": 35, "examples": 35},
         **{"train": report.preferences_train, "eval": report.preferences_eval},
+        "eval_prompts": len(set(read_table(tmp_path, "preferences", "eval")["prompt"])),
         "dropped": {"duplicate": 1, "empty text": 1, "identical answers": 1, "wrong type": 1},
     }
     assert table.train + table.eval == 31

@@ -231,7 +231,7 @@ def test_a_prompt_with_many_votes_is_asked_no_more_often(toy_sft, toy_reward, to
     prompts = ["the room", "a film", "my bed"]
 
     def scores(asked):
-        return _sft_scores(model, toy_sft, asked, change(), toy_sampling, 0)
+        return _sft_scores(model, toy_sft, asked, change(), toy_sampling, 0, MemoryLogger())
 
     assert torch.equal(scores(prompts), scores(["the room"] * 9 + prompts + ["my bed"]))
     assert len(scores(prompts)) == 32

@@ -1,0 +1,255 @@
+"""The plan of a pipeline: steps and parameters by hand, and what so few prompts can tell."""
+
+import pytest
+import torch
+
+from rlhf_core.errors import ModelError
+from rlhf_core.gates import PromotionConfig, RewardGateConfig
+from rlhf_core.models import FreshModelConfig, ModelConfig, load_base, outline, save_model
+from rlhf_core.networks import Network, Policy, ScalarModel
+from rlhf_core.plan import Learnt, Sections, make_plan
+from rlhf_core.seeding import generator
+from rlhf_core.stages.dpo import DPOConfig
+from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.stages.grpo import GRPOConfig
+from rlhf_core.stages.ppo import PPOConfig
+from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.validation import TableSummary, Validation
+
+MODEL = ModelConfig(fresh=FreshModelConfig(layers=3, width=16, heads=2, context=40))
+VOCABULARY = 290
+# GPT-2: per block 12·d² + 13·d, embeddings V·d and C·d, a last norm of 2·d; the head is tied.
+BLOCK = 12 * 16**2 + 13 * 16
+BODY = VOCABULARY * 16 + 40 * 16 + 3 * BLOCK + 2 * 16
+# LoRA beside d -> 3d, d -> d, d -> 4d and 4d -> d: rank · (4 + 2 + 5 + 5)·d.
+ADAPTERS = 16 * 16
+
+
+def table(train, held_out=30, prompts=20):
+    return TableSummary(
+        source="x",
+        rows=train + held_out,
+        examples=train + held_out,
+        train=train,
+        eval=held_out,
+        eval_prompts=prompts,
+        dropped={},
+    )
+
+
+def validation(prompts=20, voted=20):
+    """101 demonstrations, 65 votes, and so many held-out prompts."""
+    return Validation(
+        tables={
+            "demonstrations": table(101),
+            "preferences": table(65, prompts=voted),
+            "prompts": table(50, prompts, prompts),
+        },
+        bad_rows=[],
+        ties=0,
+        contradictory_pairs=0,
+        shared_prompts=0,
+        lengths=[],
+        truncated={},
+        vocabulary=VOCABULARY,
+    )
+
+
+def sections(**changes):
+    given = {
+        "model": MODEL,
+        "sft": SFTConfig(epochs=3, batch_size=25),
+        "reward_model": RewardModelConfig(epochs=2, batch_size=32),
+        "algorithm": "ppo",
+        "policy": PPOConfig(iterations=7, rollout_size=20, batch_size=8, epochs=4),
+        "evaluation": EvaluationConfig(),
+        "reward_gate": RewardGateConfig(),
+        "promotion": PromotionConfig(),
+    }
+    return Sections(**{**given, **changes})
+
+
+def plan(found=None, **changes):
+    return make_plan(sections(**changes), found or validation())
+
+
+def learnt(name, parameters, rank=0, frozen=0):
+    return Learnt(network=name, parameters=parameters, lora_rank=rank, frozen=frozen)
+
+
+def test_steps_and_parameters_by_hand():
+    stages = {stage.stage: stage for stage in plan().stages}
+    assert list(stages) == ["sft", "reward_model", "ppo", "evaluation"]
+    # ⌈101 / 25⌉ = 5 three times; ⌈65 / 32⌉ = 3 twice; 7 · 4 · ⌈20 / 8⌉.
+    steps = {name: stage.steps for name, stage in stages.items()}
+    assert steps == {"sft": 15, "reward_model": 6, "ppo": 84, "evaluation": None}
+    assert stages["sft"].work == "3 epochs of 101 demonstrations, 25 a step"
+    assert stages["reward_model"].work == "2 epochs of 65 votes, 32 a step"
+    assert stages["ppo"].work == "7 iterations of 20 responses: 4 epochs of 3 updates"
+    assert stages["evaluation"].work == (
+        "20 prompts: 8 answers of SFT, 2 of the policy and of a champion"
+    )
+    assert stages["sft"].learnt == (learnt("policy", BODY),)
+    assert stages["reward_model"].learnt == (learnt("reward model", BODY + 16),)
+    assert stages["ppo"].learnt == (learnt("policy", BODY), learnt("critic", BODY + 16))
+
+
+def test_adapters_by_hand():
+    lora = {"lora_rank": 4}
+    found = plan(
+        sft=SFTConfig(**lora),
+        reward_model=RewardModelConfig(**lora, lora_layers=2),
+        policy=PPOConfig(lora_rank=2, lora_layers=1),
+    ).stages
+    assert found[0].learnt == (learnt("policy", 3 * 4 * ADAPTERS, 4, BODY),)
+    # A scalar head learns beside its adapter.
+    assert found[1].learnt == (learnt("reward model", 2 * 4 * ADAPTERS + 16, 4, BODY),)
+    assert found[2].learnt == (
+        learnt("policy", 2 * ADAPTERS, 2, BODY),
+        learnt("critic", 2 * ADAPTERS + 16, 2, BODY),
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "steps", "work"),
+    [
+        (
+            "grpo",
+            GRPOConfig(iterations=1, rollout_size=8, batch_size=8, epochs=1, group_size=4),
+            1,
+            "1 iteration of 8 responses: 1 epoch of 1 update",
+        ),
+        ("dpo", DPOConfig(epochs=2, batch_size=10), 14, "2 epochs of 65 votes, 10 a step"),
+    ],
+)
+def test_the_other_algorithms_have_no_critic(algorithm, policy, steps, work):
+    found = plan(algorithm=algorithm, policy=policy).stages[2]
+    assert (found.stage, found.steps, found.work) == (algorithm, steps, work)
+    assert found.learnt == (learnt("policy", BODY),)
+
+
+def test_models_that_are_there_already_are_not_trained():
+    found = plan(sft=None, reward_model=None).stages
+    assert [stage.stage for stage in found] == ["ppo", "evaluation"]
+    assert found[0].learnt == ()  # it depends on a model that nobody has looked at
+    found = plan(reward_model=None)
+    assert [stage.stage for stage in found.stages] == ["sft", "ppo", "evaluation"]
+    assert found.stages[1].learnt == (learnt("policy", BODY),)
+    assert len(found.certainty) == 1
+
+
+def test_an_outline_has_the_weights_of_the_model_and_none_of_their_bytes(tmp_path):
+    model, tokenizer = load_base(MODEL, ["a room with a view"] * 3, seed=0)
+    save_model(model, tokenizer, tmp_path / "policy", kind="policy")
+    for path in (tmp_path / "policy").glob("*.safetensors"):
+        path.unlink()  # nothing but the config is read
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    saved = ModelConfig(source=str(tmp_path / "policy"))
+    for drawn in (outline(MODEL, len(tokenizer)), outline(saved, len(tokenizer))):
+        assert {name: p.shape for name, p in drawn.named_parameters()} == shapes
+        assert {p.device.type for p in drawn.parameters()} == {"meta"}
+    wider = outline(saved, len(tokenizer) + 3)
+    assert wider.get_input_embeddings().weight.shape == (len(tokenizer) + 3, 16)
+
+
+def test_the_count_is_that_of_what_the_stages_train(tmp_path):
+    model, tokenizer = load_base(MODEL, ["a room with a view"] * 3, seed=0)
+    save_model(model, tokenizer, tmp_path, kind="policy")
+    networks: list[Network] = [Policy(model), ScalarModel.from_policy(tmp_path, generator(0, "x"))]
+    found = validation().model_copy(update={"vocabulary": len(tokenizer)})
+    counted = [stage.learnt[0].parameters for stage in plan(found).stages[:2]]
+    assert counted == [sum(p.numel() for p in n.learnable().values()) for n in networks]
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ModelError, match="there is no model folder"):
+        plan(model=ModelConfig(source=str(tmp_path / "nowhere")))
+
+
+def test_how_much_can_be_known():
+    # Wilson at one half: z / (2·√(n + z²)) with z = 1.96: 0.2007 and 0.0962.
+    assert plan(validation(prompts=20, voted=100)).certainty == (
+        "Verdict: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
+        "about ± 0.20.",
+        "Reward model: 30 held-out votes on 100 prompts; an accuracy near 0.5 will be known to "
+        "about ± 0.10.",
+    )
+    few = EvaluationConfig(prompts=2, samples_per_prompt=1)
+    assert plan(evaluation=few).certainty[0].startswith("Verdict: 2 held-out prompts, 1 answer")
+
+
+MORE = "(data.eval_fraction, or evaluation data of their own)"
+
+
+@pytest.mark.parametrize(
+    ("found", "changes", "said"),
+    [
+        (validation(), {}, []),
+        (validation(prompts=4, voted=4), {}, []),
+        (
+            validation(prompts=1),
+            {},
+            [
+                "No policy can be promoted: 1 held-out prompt cannot show promotion.min_win_rate "
+                f"0.5, even if every one of them is won; it takes 4 {MORE}."
+            ],
+        ),
+        (
+            validation(),
+            {"evaluation": EvaluationConfig(prompts=5), "promotion": {"min_win_rate": 0.6}},
+            [
+                "No policy can be promoted: 5 held-out prompts cannot show promotion.min_win_rate "
+                "0.6, even if every one of them is won; it takes 6 (evaluation.prompts)."
+            ],
+        ),
+        (
+            validation(prompts=5),
+            {"promotion": {"min_win_rate_over_champion": 0.6}},
+            [
+                "No champion can be replaced: 5 held-out prompts cannot show "
+                "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; it "
+                f"takes 6 {MORE}."
+            ],
+        ),
+        (
+            validation(prompts=999),
+            {"promotion": {"min_win_rate": 1.0}, "evaluation": EvaluationConfig(prompts=999)},
+            [
+                "No policy can be promoted: 999 held-out prompts cannot show "
+                "promotion.min_win_rate 1, even if every one of them is won; no number of them can "
+                "(evaluation.prompts)."
+            ],
+        ),
+        (
+            validation(voted=3),
+            {},
+            [
+                "The reward model cannot be told from chance by held-out votes on 3 prompts; it "
+                f"takes 4 {MORE}."
+            ],
+        ),
+        (
+            validation(voted=5),
+            {"reward_gate": RewardGateConfig(min_accuracy=0.6)},
+            [
+                "No policy will be trained: held-out votes on 5 prompts cannot show "
+                "reward_gate.min_accuracy 0.6, even if all of them are predicted; it takes 6 "
+                f"{MORE}."
+            ],
+        ),
+        (validation(voted=1), {"reward_model": None}, []),
+    ],
+)
+def test_too_little_to_find_anything_out(found, changes, said):
+    if isinstance(rules := changes.get("promotion"), dict):
+        changes = {**changes, "promotion": PromotionConfig(**rules)}
+    assert list(plan(found, **changes).warnings) == said
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
