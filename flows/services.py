@@ -100,19 +100,24 @@ def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
     prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
     found: dict[str, str] = {}
     if mlflow.startswith(("http://", "https://")):
-        theirs = services is not None and mlflow.rstrip("/") == services.mlflow
+        theirs = services is not None and _plain(mlflow) == services.mlflow
         known = _with_password(settings) if theirs else settings
         _expect(known, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
         found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
         found |= known.mlflow_credentials()
     if prefect and with_prefect:
-        theirs = services is not None and prefect.rstrip("/") == f"{services.prefect}/api"
+        theirs = services is not None and _plain(prefect) == f"{services.prefect}/api"
         known = _with_password(settings) if theirs else settings
         _expect(known, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
         page = prefect.rstrip("/").removesuffix("/api")
         found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
         found |= known.prefect_credentials()
     return found
+
+
+def _plain(address: str) -> str:
+    """An address as `rlhf up` writes its own."""
+    return address.rstrip("/").replace("//localhost:", f"//{HOST}:")
 
 
 def _with_password(settings: Settings, password: str = "") -> Settings:

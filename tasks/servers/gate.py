@@ -80,8 +80,8 @@ class _OwnPages:
         async def unframed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = "frame-ancestors 'self'"
-                headers["Referrer-Policy"] = "same-origin"
+                headers.append("Content-Security-Policy", "frame-ancestors 'self'")
+                headers.setdefault("Referrer-Policy", "same-origin")
             await send(message)
 
         if scope["type"] in ("http", "websocket") and (why := self._refusal(Headers(scope=scope))):

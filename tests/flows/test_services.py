@@ -254,6 +254,51 @@ def test_a_state_file_is_believed_only_while_its_writer_lives(tmp_path):
     assert services.running(settings) is None
 
 
+def test_what_a_server_logs_as_an_error_is_told_once(tmp_path):
+    answers = {"prefect": ["scheduler: failed"], "mlflow": []}
+
+    class Errors(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/errors"
+            known = self.headers["Authorization"] == f"Basic {b64encode(b'rlhf:pw').decode()}"
+            name = "prefect" if self.server.server_port == ports[0] else "mlflow"
+            body = json.dumps(answers[name]).encode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    servers = [HTTPServer(("127.0.0.1", 0), Errors) for _ in range(2)]
+    ports = [server.server_port for server in servers]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    addresses = [f"http://127.0.0.1:{port}" for port in ports]
+    told = []
+    settings = local(tmp_path, RLHF_PASSWORD="pw")
+    reports = services._ErrorReports(
+        services.Services(*addresses, 1), settings, lambda *what: told.append(what)
+    )
+    reports.EVERY_SECONDS = 0
+    reports.look()
+    reports.look()
+    answers["mlflow"] = ["uvicorn.error: broken"]
+    answers["prefect"].append("scheduler: failed otherwise")
+    reports.look()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    reports.look()  # one that does not answer is asked again later
+    logs = settings.home / "logs"
+    assert told == [
+        ("prefect", "scheduler: failed", logs / "prefect.log"),
+        ("prefect", "scheduler: failed otherwise", logs / "prefect.log"),
+        ("mlflow", "uvicorn.error: broken", logs / "mlflow.log"),
+    ]
+
+
 # ---- rlhf up ----
 
 
