@@ -32,7 +32,7 @@ from tasks.settings import Settings, StoreSettings
 
 MANIFEST = "manifest.json"
 # Under RLHF_HOME: what is only of use to the processes that run now, or can be had again.
-PASSING = frozenset({"work", "logs", "services.json", "huggingface"})
+PASSING = frozenset({"work", "logs", "services.json", "password", "huggingface"})
 
 
 class Manifest(BaseModel):

@@ -136,6 +136,7 @@ def test_what_passes_is_left_out(settings, tmp_path):
         (settings.home / name).parent.mkdir(parents=True, exist_ok=True)
         (settings.home / name).write_text("x")
     (settings.home / "services.json").write_text("{}")
+    (settings.home / "password").write_text("of this start")
     manifest = backup(settings, HERE, tmp_path / "saved")
     assert set(manifest.files) == {"home/mlflow/mlflow.db", "home/prefect/storage/result"}
 
