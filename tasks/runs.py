@@ -11,8 +11,9 @@ from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import UserError
+from tasks.identity import code_identity
 from tasks.settings import Settings
-from tasks.stage import FLOW_RUN, close_abandoned, code_identity
+from tasks.stage import FLOW_RUN, close_abandoned
 from tasks.tracking import connect
 
 PIPELINE = "pipeline"

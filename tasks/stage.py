@@ -20,15 +20,13 @@ import hashlib
 import io
 import json
 import logging
-import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,7 +47,6 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, TypeAdapter
 
-import rlhf_core
 from rlhf_core import launch
 from rlhf_core.errors import ConfigError
 from rlhf_core.ranks import Ranks
@@ -57,6 +54,7 @@ from rlhf_core.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from tasks import events, prefect_run
 from tasks.accelerator import accelerator
+from tasks.identity import code_identity, stage_code
 from tasks.model_store import (
     DIGEST_TAG,
     LOGGED_MODEL_TAG,
@@ -469,45 +467,6 @@ def run_url(run_id: str, experiment_id: str, settings: Settings) -> str:
     return f"{page}?workflowType=machine_learning"
 
 
-@lru_cache(maxsize=1)
-def code_identity() -> dict[str, str]:
-    """Version of this package, its git commit where it runs from a checkout, and a digest of the
-    core, which is the same as long as the same settings lead to the same numbers."""
-    here = Path(__file__)
-    # An installed copy may lie in somebody else's repository: ask about this very file.
-    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
-    commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
-    dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
-    return {
-        "code_version": version("rlhf-pipeline"),
-        "code_digest": _code_digest(),
-        "git_commit": commit or "unknown",
-        "git_dirty": str(dirty).lower(),
-    }
-
-
-def _code_digest() -> str:
-    sha = hashlib.sha256(f"torch {version('torch')}, {version('transformers')}".encode())
-    root = Path(rlhf_core.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        sha.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
-    return sha.hexdigest()[:16]
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _origin(settings: Settings) -> dict[str, str]:
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
@@ -522,17 +481,17 @@ def _key(
     store: MlflowModelStore,
 ) -> str:
     """What a stage is, in 16 hex digits: equal keys lead to equal bits."""
+    # `reuse` says that nothing is trained, which is no setting of a training.
+    settings = {
+        key: section.model_dump(mode="json", exclude={"reuse"}) for key, section in sections.items()
+    }
     facts = {
         "stage": name,
         "project": run.project,
         "seed": run.seed,
-        # `reuse` says that nothing is trained, which is no setting of a training.
-        "settings": {
-            key: section.model_dump(mode="json", exclude={"reuse"})
-            for key, section in sections.items()
-        },
+        "settings": settings,
         "inputs": {role: _content(ref, store) for role, ref in inputs.items()},
-        "code": code_identity()["code_digest"],
+        "code": stage_code(name, settings),
     }
     return _short_digest(facts)
 

@@ -21,11 +21,12 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, ModelError, UserError
 from rlhf_core.models import load_policy
 from rlhf_core.types import Report
-from tasks import stage as stage_module
+from tasks import identity
+from tasks.identity import code_identity
 from tasks.model_store import DatasetRef, MlflowModelStore, ModelRef
 from tasks.prefect_run import PrefectRun, artifact_key
 from tasks.settings import Settings
-from tasks.stage import code_identity, ensure_experiment, flatten, open_run, open_stage, run_url
+from tasks.stage import ensure_experiment, flatten, open_run, open_stage, run_url
 from tasks.tracking import connect
 
 
@@ -333,11 +334,11 @@ def test_artifact_keys_are_what_prefect_takes(parts, key):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A git checkout that `tasks/stage.py` seems to lie in."""
+    """A git checkout that `tasks/identity.py` seems to lie in."""
     here = tmp_path / "checkout"
     here.mkdir()
-    (here / "stage.py").write_text("code")
-    monkeypatch.setattr(stage_module, "__file__", str(here / "stage.py"))
+    (here / "identity.py").write_text("code")
+    monkeypatch.setattr(identity, "__file__", str(here / "identity.py"))
     code_identity.cache_clear()
     yield here
     code_identity.cache_clear()
@@ -359,13 +360,13 @@ def test_the_commit_is_known_in_a_checkout_and_only_there(checkout):
     git(checkout, "init")
     code_identity.cache_clear()
     assert code_identity()["git_commit"] == "unknown"  # in a repository, but not of it
-    git(checkout, "add", "stage.py")
+    git(checkout, "add", "identity.py")
     git(checkout, "commit", "-m", "x")
     code_identity.cache_clear()
     commit = git(checkout, "rev-parse", "HEAD")
     assert code_identity()["git_commit"] == commit
     assert code_identity()["git_dirty"] == "false"
-    (checkout / "stage.py").write_text("changed")
+    (checkout / "identity.py").write_text("changed")
     code_identity.cache_clear()
     assert code_identity()["git_dirty"] == "true"
 
