@@ -23,8 +23,10 @@ def rlhf(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-def test_our_own_packages_are_no_clash():
-    assert rlhf_command.clash(ROOT) == ""
+def test_our_own_packages_are_no_clash(tmp_path):
+    done = rlhf(tmp_path, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("rlhf ")
 
 
 @pytest.mark.parametrize("name", rlhf_command.PACKAGES)
