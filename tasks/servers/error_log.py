@@ -10,6 +10,7 @@ from collections import deque
 from functools import cache
 
 PATH = "/errors"
+LOGGERS = ("", "prefect", "uvicorn", "uvicorn.error", "mlflow", "alembic")
 KEPT = 50
 LATELY_SECONDS = 600.0
 
@@ -27,9 +28,16 @@ class ErrorLog(logging.Handler):
     def of_this_process() -> "ErrorLog":
         """The one log of this process: whoever asks first attaches it."""
         log = ErrorLog()
-        for name in ("", "prefect", "uvicorn", "uvicorn.error", "mlflow", "alembic"):
-            logging.getLogger(name).addHandler(log)
+        log.attach()
         return log
+
+    def attach(self) -> None:
+        """Listen to every logger that does not pass on what it hears; again is no harm.
+
+        To be called when a server starts, too: uvicorn takes foreign handlers off its loggers.
+        """
+        for name in LOGGERS:
+            logging.getLogger(name).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record; several loggers pass on the same one."""

@@ -69,25 +69,32 @@ def own_origins(page: str, port: int) -> set[str]:
 
 
 class _OwnPages:
-    """Refuses names that are not its own and what pages of others send; they cannot frame it."""
+    """Refuses names that are not its own and what pages of others send; they cannot frame it.
+
+    Its own pages may ask nobody else: a script of theirs that would phone home is stopped by the
+    browser.
+    """
 
     def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str]) -> None:
         self._app = app
         self._names = names
         self._origins = origins
+        sockets = (f"ws{origin.removeprefix('http')}" for origin in origins)
+        asked = " ".join(sorted({*origins, *sockets}))
+        self._policy = f"frame-ancestors 'self'; connect-src 'self' data: blob: {asked}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def unframed(message: Message) -> None:
+        async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.append("Content-Security-Policy", "frame-ancestors 'self'")
+                headers.append("Content-Security-Policy", self._policy)
                 headers.setdefault("Referrer-Policy", "same-origin")
             await send(message)
 
         if scope["type"] in ("http", "websocket") and (why := self._refusal(Headers(scope=scope))):
             await _answer(PlainTextResponse(f"Refused: {why}.", 403), scope, receive, send)
         else:
-            await self._app(scope, receive, unframed)
+            await self._app(scope, receive, with_policy)
 
     def _refusal(self, headers: Headers) -> str:
         """Why a request is refused; empty when it is not. A program names no origin."""

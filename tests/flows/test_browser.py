@@ -7,7 +7,10 @@ With RLHF_SHOTS=FOLDER each test leaves pictures of what it saw there.
 import os
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -102,6 +105,37 @@ def test_a_page_of_others_in_the_same_browser_starts_nothing(page, servers):
     assert answers == ["refused"] * 4
     assert servers.ask("/flow_runs/count", {}) == before
     assert servers.rows("select count(*) from experiments where name = 'evil'") == [(0,)]
+
+
+@pytest.mark.parametrize("server", ["prefect", "mlflow"])
+def test_the_pages_ask_nobody_else(page, servers, server):
+    """Neither by themselves nor if a script of theirs wanted to."""
+    heard = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(self.path)
+            self.send_response(200)
+            self.send_header("Access-Control-Allow-Origin", "*")
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    asked = set()
+    page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        for path in ("/", "/v2/"):
+            page.goto(getattr(servers.addresses, server) + path)
+            page.wait_for_timeout(3000)
+            home = f"http://127.0.0.1:{other.server_port}/home"
+            phone = "url => fetch(url).then(() => 'answered', () => 'stopped')"
+            assert page.evaluate(phone, home) == "stopped"
+        other.shutdown()
+    assert heard == []
+    own = {urlsplit(address).netloc for address in servers.addresses[:2]}
+    assert asked - own <= {f"127.0.0.1:{other.server_port}"}
 
 
 def open_form(page, servers, preset):

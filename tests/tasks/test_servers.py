@@ -99,8 +99,12 @@ def test_other_pages_may_not_whatever_they_send(origin, method):
         client().websocket_connect(SOCKET, headers={"Origin": origin}).__enter__()
 
 
-def test_no_page_may_frame_it():
-    assert client().get("/").headers["Content-Security-Policy"] == "frame-ancestors 'self'"
+def test_no_page_may_frame_it_and_its_own_pages_may_ask_nobody_else():
+    assert client().get("/").headers["Content-Security-Policy"] == (
+        "frame-ancestors 'self'; connect-src 'self' data: blob: http://127.0.0.1:4200 "
+        "http://localhost:4200 "
+        "ws://127.0.0.1:4200 ws://localhost:4200"
+    )
 
 
 # ---- the password and the cookie ----
@@ -220,6 +224,8 @@ def test_a_server_that_fails_again_and_again_is_not_healthy(served):
     said = "it logs again and again: docket.of-tests: Can't evaluate bulk DML statement\n"
     assert health(f"{address}/health") == (1, said)
     errors.clear()
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application")  # once, not twice
+    assert errors.recent() == ["uvicorn.error: Exception in ASGI application"]
     code, said = health(f"{address}/no-such-page")
     assert (code, "404" in said) == (1, True)
     code, said = health("http://127.0.0.1:9/health")

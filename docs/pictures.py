@@ -1,0 +1,87 @@
+"""The pictures of the README, of this version.
+
+    rlhf run configs/demo.yaml --set seed=1
+    rlhf up &                                      # then, once it runs:
+    rlhf exec prefect deployment run rlhf/demo --watch
+    rlhf exec python docs/pictures.py docs/images
+
+Needs chromium and the extra `browser`. The plots are those of the newest pipeline; the pages are
+opened by sign-in links, as a person opens them.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from mlflow import MlflowClient
+from playwright.sync_api import Page, sync_playwright
+from prefect.client.orchestration import get_client
+
+from flows.services import signed_in
+from tasks.servers import sign_in
+from tasks.settings import read_settings
+
+FIGURES = {"ppo": ("ppo_training.png", "ppo_frontier.png"), "evaluation": ("evaluation_arms.png",)}
+WINDOW = {"width": 1400, "height": 900}
+
+
+def plots(client: MlflowClient, folder: Path) -> None:
+    """Copy the figures of the newest run of each stage."""
+    experiment = client.get_experiment_by_name("demo")
+    for stage, names in FIGURES.items():
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.stage = '{stage}' and attributes.status = 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        for name in names:
+            path = client.download_artifacts(runs[0].info.run_id, f"figures/{name}")
+            shutil.copy(path, folder / name)
+
+
+def flow_run(page: Page, address: str, folder: Path) -> None:
+    """The page of the newest run of the pipeline in Prefect."""
+    with get_client(sync_client=True) as prefect:
+        runs = [r for r in prefect.read_flow_runs() if r.deployment_id and r.state.is_completed()]
+    newest = max(runs, key=lambda run: run.start_time)
+    page.goto(f"{address}/runs/flow-run/{newest.id}")
+    page.get_by_role("tab", name="Task Runs").or_(page.get_by_text("Task Runs")).first.click()
+    page.get_by_text("report", exact=True).first.wait_for()
+    page.wait_for_timeout(4000)  # the graph is drawn
+    page.screenshot(path=folder / "prefect_flow.png")
+
+
+def curves(page: Page, address: str, experiment: str, folder: Path) -> None:
+    """The curves of the PPO runs side by side in MLflow."""
+    view = "compareRunsMode=CHART&workflowType=machine_learning"
+    page.goto(f"{address}/#/experiments/{experiment}/runs?searchFilter=tags.stage%3D'ppo'&{view}")
+    search = page.get_by_placeholder("Search metric charts")
+    search.fill("objective")
+    page.get_by_text("objective/kl", exact=True).first.wait_for()
+    page.wait_for_timeout(5000)  # the charts are drawn
+    page.screenshot(path=folder / "mlflow_runs.png")
+
+
+def main(folder: Path) -> None:
+    """Make all pictures in a folder."""
+    services, settings = signed_in(read_settings())
+    client = MlflowClient()
+    plots(client, folder)
+    with sync_playwright() as api:
+        browser = api.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport=WINDOW)
+        page.set_default_timeout(60_000)
+        for address in (services.prefect, services.mlflow):
+            page.goto(sign_in.link(address, settings.account))
+            page.wait_for_load_state("networkidle")
+        flow_run(page, services.prefect, folder)
+        experiment = client.get_experiment_by_name("demo").experiment_id
+        curves(page, services.mlflow, experiment, folder)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
