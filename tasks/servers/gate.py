@@ -135,12 +135,10 @@ class _Doors:
             known = self._is_known(scope)
             answer = JSONResponse(self._errors.recent()) if known else _challenge()
             await _answer(answer, scope, receive, send)
-        elif (
-            not self._closed
-            or scope["type"] == "lifespan"
-            or self._is_known(scope)
-            or path == "/health"
-        ):
+        elif scope["type"] == "lifespan":
+            self._errors.attach()
+            await self._app(scope, receive, send)
+        elif not self._closed or path == HEALTH or self._is_known(scope):
             await self._app(scope, receive, send)
         else:
             await _answer(_challenge(), scope, receive, send)

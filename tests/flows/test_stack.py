@@ -480,9 +480,7 @@ class TestStack:
         ):
             for name in ("evil.example", "10.evil.example"):
                 assert status(page, running.account, Host=name) == 403
-            address = page.split("/")[2]
-            for name in (address, f"localhost:{address.partition(':')[2]}"):
-                assert status(page, running.account, Host=name) == 200
+            assert status(page, running.account, Host=page.split("/")[2]) == 200
 
     def test_the_pages_of_others_may_not_ask(self, running):
         page = f"{running.mlflow_uri}/api/2.0/mlflow/experiments/update"
