@@ -9,6 +9,7 @@ Needs chromium and the extra `browser`. The plots are those of the newest pipeli
 opened by sign-in links, as a person opens them.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -56,10 +57,18 @@ def curves(page: Page, address: str, experiment: str, folder: Path) -> None:
     """The curves of the PPO runs side by side in MLflow."""
     view = "compareRunsMode=CHART&workflowType=machine_learning"
     page.goto(f"{address}/#/experiments/{experiment}/runs?searchFilter=tags.stage%3D'ppo'&{view}")
-    search = page.get_by_placeholder("Search metric charts")
-    search.fill("objective")
+    page.get_by_text(re.compile("^demo.*#1$")).first.wait_for()
+    page.wait_for_timeout(3000)
+    assistant = page.locator("[data-component-id='mlflow.assistant.chat_panel.close']")
+    if assistant.count():
+        assistant.first.click()
+    for parent in reversed(page.get_by_role("link", name=re.compile("^demo.*#1$")).all()):
+        place = parent.bounding_box()  # its stages are folded: the plus is left of its name
+        page.mouse.click(place["x"] - 32, place["y"] + place["height"] / 2)
+        page.wait_for_timeout(2000)
+    page.get_by_placeholder("Search metric charts").fill("objective")
     page.get_by_text("objective/kl", exact=True).first.wait_for()
-    page.wait_for_timeout(5000)  # the charts are drawn
+    page.wait_for_timeout(6000)  # the charts are drawn
     page.screenshot(path=folder / "mlflow_runs.png")
 
 
@@ -76,7 +85,7 @@ def main(folder: Path) -> None:
         page.set_default_timeout(60_000)
         for address in (services.prefect, services.mlflow):
             page.goto(sign_in.link(address, settings.account))
-            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(4000)  # the page that it leads to is there
         flow_run(page, services.prefect, folder)
         experiment = client.get_experiment_by_name("demo").experiment_id
         curves(page, services.mlflow, experiment, folder)

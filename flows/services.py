@@ -211,7 +211,7 @@ def become(program: str, arguments: Sequence[str]) -> NoReturn:
     found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         raise UserError(f"There is no program {program} here.")
-    os.execv(found, [program, *arguments])
+    os.execv(found, [found, *arguments])  # Python looks for its packages beside its first word
 
 
 # ---- running them ----
