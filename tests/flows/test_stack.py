@@ -586,7 +586,7 @@ class TestStack:
 
     def test_a_killed_worker_and_its_run_go_on_where_they_were(self, running, mlflow):
         before = result(mlflow)
-        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 20})
+        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 300})
         in_stage(mlflow, "ppo")
         running.kill("worker")
         assert running.final_state(run, 300)["type"] == "CRASHED"  # its heartbeats are missed
@@ -601,7 +601,7 @@ class TestStack:
         assert kinds == {"tiny-policy", "tiny-critic"}
 
     def test_the_database_is_restarted_in_the_middle(self, running, mlflow):
-        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 21})
+        run = whole(running, seed=0, ppo={**TINY["ppo"], "iterations": 301})
         in_stage(mlflow, "ppo")
         running.restart("postgres")
         assert running.final_state(run, 600)["type"] == "COMPLETED"
