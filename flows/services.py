@@ -273,7 +273,7 @@ def up(
 class _ErrorReports:
     """Tells what the servers log as errors, each once: a service in them may fail and not end."""
 
-    EVERY_SECONDS = 5.0
+    EVERY_SECONDS = 15.0
 
     def __init__(
         self, services: Services, settings: Settings, tell: Callable[[str, str, Path], None]
