@@ -200,15 +200,20 @@ def load_reward(
     return Reward(terms, models, tokenizers, policy_tokenizer, max_length=max_length)
 
 
+def reach_working_dir() -> None:
+    """Let modules of the working folder be found, after all others: none takes another's place."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 def load_function(path: str, *, setting: str) -> RewardFunction:
     """The function that `module:name` stands for; `setting` is where the path was given.
 
     Raises: ConfigError when the module cannot be imported or has no such function in it.
     """
     module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # a module of the user's folder, but only one that nothing else has
+    reach_working_dir()
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

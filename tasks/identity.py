@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_core
+from rlhf_core.scoring import reach_working_dir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The module that a stage starts in, where it is not one of `rlhf_core.stages` with its name.
@@ -108,6 +109,7 @@ def _modules(value: object) -> set[str]:
 
 def _foreign(module: str) -> Path | None:
     """The file of a user's module; None where it is not found, which is said when it is called."""
+    reach_working_dir()  # before the function is loaded as after it, or the key would change
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):

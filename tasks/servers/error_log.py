@@ -50,10 +50,6 @@ class ErrorLog(logging.Handler):
             text = f"{text} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         self._lines.append((time.time(), f"{record.name}: {text}"))
 
-    def clear(self) -> None:
-        """Forget what was logged so far."""
-        self._lines.clear()
-
     def recent(self, seconds: float = LATELY_SECONDS) -> list[str]:
         """What was logged in the last `seconds`, oldest first."""
         since = time.time() - seconds

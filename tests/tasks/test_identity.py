@@ -106,6 +106,15 @@ def test_a_function_of_the_user_that_settings_name_is_a_part(tmp_path, monkeypat
     assert stage_code("ppo", {}) == absent
 
 
+def test_a_function_of_the_working_folder_is_a_part_before_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    settings = {"ppo": {"rewards": [{"source": "rules_of_the_working_folder:polite"}]}}
+    without = stage_code("ppo", settings)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules_of_the_working_folder.py").write_text("def polite(p, r): return [0.0]\n")
+    assert stage_code("ppo", settings) != without
+
+
 def test_other_releases_of_the_libraries_are_other_code(monkeypatch):
     before = codes()
     monkeypatch.setattr(identity, "version", lambda name: f"9.9 of {name}")
