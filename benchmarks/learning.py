@@ -29,9 +29,9 @@ import torch
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.figures import BLUE, ORANGE, blank
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import Given
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
+from rlhf_core.work import Work
 
 PLACES = ("hotel", "restaurant", "film", "phone", "museum", "train", "book", "garden")
 WAYS = ("One sentence about the {}:", "My opinion of the {} is that it", "The {} was", "This {}")
@@ -111,16 +111,14 @@ def learn(
         (folder / "prompts.train.jsonl").write_text(
             "".join(json.dumps({"id": str(i), "prompt": row}) + "\n" for i, row in enumerate(rows))
         )
-        given = Given(
-            sft=arguments.model,
-            reward_models={PIPELINE_REWARD: arguments.reward},
-            data=folder,
+        work = Work(
+            inputs={"sft": arguments.model, "reward": arguments.reward, "data": folder},
+            outputs={kind: folder / kind for kind in ("policy", "critic")},
+            sections={"sampling": sampling},
             seed=arguments.seed,
-            device="cpu",
             logger=logger,
         )
-        outputs = {f"{kind}_output": folder / kind for kind in ("policy", "critic")}
-        train_ppo(config, sampling, given, **outputs)
+        train_ppo(config, work)
     values = [values for _, values in logger.history if "objective/score" in values]
     curve = [value["objective/score"] for value in values]
     return curve, values[-1]["objective/kl"], time.perf_counter() - begun

@@ -32,13 +32,10 @@ from mlflow import MlflowClient
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
 from flows.local.supervisor import unreachable
+from rlhf_core.config import Section
 from rlhf_core.metrics import MemoryLogger, StageLogger
-from rlhf_core.onpolicy.loop import Given
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.stages.ppo import train_ppo
-from rlhf_core.stages.prepare import prepare_data
-from rlhf_core.stages.reward_model import train_reward_model
-from rlhf_core.stages.sft import train_sft
+from rlhf_core.stages.table import STAGES, run_stage
+from rlhf_core.work import Work
 from tasks.record.tracking import MlflowLogger
 
 
@@ -160,54 +157,35 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 def trainings(config: PipelineConfig, folder: Path) -> dict[str, Callable[[StageLogger], object]]:
     """SFT and PPO of a config, on data and models that are made here once."""
-    data, sft, reward = folder / "data", folder / "sft", folder / "reward"
+    made = {kind: folder / kind for kind in ("data", "sft", "reward")}
+    sections: dict[str, Section] = {
+        "model": config.model,
+        "sampling": config.sampling,
+        "limits": config.length_limits,
+    }
     numbers = iter(range(1000))
-    prepare_data(
-        config.data,
-        model=config.model,
-        limits=config.length_limits,
-        output=data,
-        seed=config.seed,
-        logger=MemoryLogger(),
-    )
 
-    def run_sft(logger: StageLogger, output: Path | None = None) -> object:
-        return train_sft(
-            config.sft,
-            model=config.model,
-            data=data,
-            output=output or folder / f"out-{next(numbers)}",
+    def run(stage: str, settings: Section, outputs: dict[str, Path], logger: StageLogger) -> object:
+        spec = STAGES[stage]
+        work = Work(
+            inputs={role: made[role] for role in spec.inputs},
+            outputs=outputs,
+            sections={name: sections[name] for name in spec.sections},
             seed=config.seed,
-            device="cpu",
             logger=logger,
         )
+        return run_stage(stage, settings, work)
+
+    def run_sft(logger: StageLogger) -> object:
+        return run("sft", config.sft, {"sft": folder / f"out-{next(numbers)}"}, logger)
 
     def run_ppo(logger: StageLogger) -> object:
-        given = Given(
-            sft=sft,
-            reward_models={PIPELINE_REWARD: reward},
-            data=data,
-            seed=config.seed,
-            device="cpu",
-            logger=logger,
-        )
-        outputs = {
-            "policy_output": folder / f"out-{next(numbers)}",
-            "critic_output": folder / f"out-{next(numbers)}",
-        }
-        return train_ppo(config.ppo, config.sampling, given, **outputs)
+        outputs = {kind: folder / f"out-{next(numbers)}" for kind in ("policy", "critic")}
+        return run("ppo", config.ppo, outputs, logger)
 
-    run_sft(MemoryLogger(), sft)
-    train_reward_model(
-        config.reward_model,
-        config.sampling,
-        sft=sft,
-        data=data,
-        output=reward,
-        seed=config.seed,
-        device="cpu",
-        logger=MemoryLogger(),
-    )
+    for stage, kind in (("prepare", "data"), ("sft", "sft"), ("reward_model", "reward")):
+        settings = config.data if stage == "prepare" else getattr(config, stage)
+        run(stage, settings, {kind: made[kind]}, MemoryLogger())
     return {"sft": run_sft, "ppo": run_ppo}
 
 

@@ -28,15 +28,15 @@ from report import Clock, report
 from work import add_arguments, pairs, prompts, sft_rows
 
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel, start_adapter
-from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.data.pairs import Pair
-from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import Asked, Given, Sampler
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, load_reward
+from rlhf_core.onpolicy.experience import Collector, PromptTable
+from rlhf_core.rewards.scoring import load_reward
 from rlhf_core.seeding import generator
 from rlhf_core.stages import ppo, reward_model, sft
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.ranks import Ranks
+from rlhf_core.work import Work
 
 PEERS = {"ppo": "peer-ppo", "sft": "peer", "reward": "peer"}  # their environments, see README.md
 
@@ -54,15 +54,12 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         lora_rank=arguments.lora_rank,
         lora_layers=arguments.lora_layers,
     )
-    given = Given(
-        sft=arguments.model,
-        reward_models={PIPELINE_REWARD: arguments.reward},
-        data=Path(),
+    work = Work(
+        inputs={"sft": arguments.model, "reward": arguments.reward},
         seed=arguments.seed,
         device=arguments.device,
-        logger=MemoryLogger(),
     )
-    networks, tokenizer = ppo.Networks.load(config, given)
+    networks = ppo.load_networks(config, work)
     networks.policy.model.config.eos_token_id = -1  # no token ends a response
     policy, critic = (Learner(n, config, 1000) for n in (networks.policy, networks.critic))
     sampling = SamplingConfig(
@@ -70,20 +67,20 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         max_new_tokens=arguments.response_length,
         batch_size=arguments.batch,
     )
-    ready = {PIPELINE_REWARD: networks.reward_model}
-    sampler = TimedSampler(
+    collector = TimedCollector(
         policy=networks.policy,
         reference=networks.reference,
         critic=networks.critic,
         reward=load_reward(
             config.rewards,
-            given.reward_models,
-            tokenizer,
-            given.device,
+            {},
+            networks.tokenizer,
+            work.device,
             config.precision,
             max_length=sampling.max_length,
-            ready=ready,
+            ready=networks.rewards,
         ),
+        sampler=PolicySampler(networks.policy, sampling.temperature),
         config=config,
         sampling=sampling,
         draws=generator(arguments.seed, "benchmark"),
@@ -108,8 +105,8 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
     for start in range(0, len(rows), arguments.batch):
         batch = rows[start : start + arguments.batch]
         clock.begin("generate")
-        rollout = sampler.timed(clock).roll_out(Asked([""] * len(batch), batch))
-        targets, _ = ppo.judge(rollout, config.kl_coef, config=config)
+        rollout = collector.timed(clock).roll_out(PromptTable([""] * len(batch), batch))
+        targets, _ = ppo.assign_credit(rollout, config.kl_coef, config=config)
         clock.begin("update")
         for epoch in range(arguments.epochs):
             for number in range(arguments.minibatches):
@@ -119,12 +116,12 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         yield int(rollout.responses.mask.sum())
 
 
-class TimedSampler(Sampler):
+class TimedCollector(Collector):
     """Tells the clock when the texts are there and are being measured."""
 
     clock: Clock
 
-    def timed(self, clock: Clock) -> "TimedSampler":
+    def timed(self, clock: Clock) -> "TimedCollector":
         object.__setattr__(self, "clock", clock)
         return self
 
@@ -202,15 +199,7 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 
 def learner_of(network: Network, config: TrainingSection, adapter: str) -> Learner:
     """What learns: all weights, or an adapter."""
-    if config.lora_rank:
-        start_adapter(
-            network,
-            adapter,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            layers=config.lora_layers,
-            seed=0,
-        )
+    config.adapt(network, adapter, seed=0, stream=adapter)
     return Learner(network, config, 1000)
 
 

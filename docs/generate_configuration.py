@@ -100,8 +100,12 @@ def _table(section: type[BaseModel], places: list[tuple[str, str]]) -> str:
 
 def _type(field: FieldInfo) -> str:
     """The type with its bounds, or the values that are allowed."""
-    if get_origin(field.annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in get_args(field.annotation))
+    values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if callable(extra := field.json_schema_extra):  # the values of `algorithm`, from the table
+        extra(schema := {})
+        values = schema.get("enum", ())
+    if values:
+        return " or ".join(f"`{value}`" for value in values)
     if _item(field) is not None:
         return "list"
     name = {str: "text", int: "integer", float: "number", bool: "true or false"}.get(

@@ -1,8 +1,8 @@
 """The config of a pipeline: the sections of its stages side by side, and what must fit between."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
@@ -17,6 +17,8 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.stages.table import algorithms
+from rlhf_core.training.learner import TrainingSection
 
 
 class RunConfig(Section):
@@ -47,10 +49,20 @@ class RewardModelSection(RewardModelConfig):
     )
 
 
+def _is_algorithm(name: str) -> str:
+    if name not in (known := algorithms()):
+        raise ValueError(f"'{name}' is no algorithm; it must be one of {', '.join(known)}")
+    return name
+
+
 # A form shows fields in the order of a class, so these are fields to share and not a base class.
 Algorithm = Annotated[
-    Literal["ppo", "rloo", "grpo", "dpo"],
-    Field(description="How the policy is optimised; the section of that name has the settings"),
+    str,
+    AfterValidator(_is_algorithm),
+    Field(
+        description="How the policy is optimised; the section of that name has the settings",
+        json_schema_extra=lambda schema: schema.update(enum=algorithms()),
+    ),
 ]
 PPOSection = Annotated[PPOConfig, Field(description="A policy and a critic, on a learnt reward")]
 RLOOSection = Annotated[RLOOConfig, Field(description="Responses to one prompt against each other")]
@@ -58,7 +70,17 @@ GRPOSection = Annotated[GRPOConfig, Field(description="The same in units of thei
 DPOSection = Annotated[DPOConfig, Field(description="On the preferences, without a learnt reward")]
 
 
-class PipelineConfig(RunConfig):
+class ByAlgorithm(RunConfig):
+    """A config with the setting `algorithm`, and a section for each of them."""
+
+    @property
+    def policy(self) -> TrainingSection:
+        """The settings of the chosen algorithm."""
+        section: TrainingSection = getattr(self, self.algorithm)  # type: ignore[attr-defined]
+        return section
+
+
+class PipelineConfig(ByAlgorithm):
     """Everything that a run of the pipeline can be told."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model")
@@ -87,12 +109,6 @@ class PipelineConfig(RunConfig):
     )
 
     @property
-    def policy(self) -> PPOConfig | RLOOConfig | GRPOConfig | DPOConfig:
-        """The settings of the chosen algorithm."""
-        section: PPOConfig | RLOOConfig | GRPOConfig | DPOConfig = getattr(self, self.algorithm)
-        return section
-
-    @property
     def length_limits(self) -> LengthLimits:
         """Where the stages cut texts, for the validation report of the data."""
         return LengthLimits(
@@ -105,12 +121,14 @@ class PipelineConfig(RunConfig):
     @property
     def plan_sections(self) -> Sections:
         """What the work of the pipeline depends on, for `make_plan`."""
+        trainings: dict[str, TrainingSection] = {
+            name: section
+            for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
+            if not section.reuse
+        }
         return Sections(
             model=self.model,
-            sft=None if self.sft.reuse else self.sft,
-            reward_model=None if self.reward_model.reuse else self.reward_model,
-            algorithm=self.algorithm,
-            policy=self.policy,
+            trainings={**trainings, self.algorithm: self.policy},
             evaluation=self.evaluation,
             reward_gate=self.reward_gate,
             promotion=self.promotion,
@@ -125,8 +143,8 @@ class PipelineConfig(RunConfig):
             "reward_model.max_length": self.reward_model.max_length,
             "sampling.max_prompt_length + max_new_tokens": self.sampling.max_length,
         }
-        if self.algorithm == "dpo":
-            needed["dpo.max_length"] = self.dpo.max_length
+        if (longest := getattr(self.policy, "max_length", None)) is not None:
+            needed[f"{self.algorithm}.max_length"] = longest
         for name, tokens in needed.items():
             if tokens > self.model.fresh.context:
                 raise ValueError(

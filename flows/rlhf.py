@@ -11,7 +11,7 @@ from flows.config import PipelineConfig
 from flows.naming import run_name
 from flows.working_dir import in_working_dir
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
-from rlhf_core.stages.evaluation import Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
 from tasks.record.stage import open_run
 from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun

@@ -1,5 +1,7 @@
 """The base of every config section: frozen after parsing, and no unknown key."""
 
+from typing import Self
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +16,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", field_title_generator=lambda name, info: name
     )
+
+    @classmethod
+    def part_of(cls, section: "Section") -> Self:
+        """The settings of this class in one that has others beside them."""
+        if type(section) is cls:
+            return section
+        return cls.model_validate({name: getattr(section, name) for name in cls.model_fields})

@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch.distributed import destroy_process_group, is_torchelastic_launched
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -39,35 +39,23 @@ from rlhf_core.training.session import Interrupted, StopRequest
 
 if TYPE_CHECKING:  # the process that waits for the ranks is a small one
     from rlhf_core.types import Report
+    from rlhf_core.work import Work
 
 REPORT, FAILURE = "report.pickle", "failure-{}.json"
 PHASE_SECONDS = 1.0  # between two lines about one phase
 GRACE = 120  # seconds that ranks which have to stop get to write a checkpoint
-PATHS = {
-    "sft": {"data", "output"},
-    "reward_model": {"sft", "data", "output"},
-    "dpo": {"sft", "data", "policy_output"},
-    "ppo": {"sft", "data", "policy_output", "critic_output"},
-    "rloo": {"sft", "data", "policy_output"},
-    "grpo": {"sft", "data", "policy_output"},
-}
-
-Config = TypeVar("Config", bound=Section)
 
 
 class Job(Section):
     """A stage, what it is called with, and on how many processes it runs."""
 
-    stage: Literal["sft", "reward_model", "dpo", "ppo", "rloo", "grpo"] = Field(
-        description="Which stage"
-    )
+    stage: str = Field(description="A row of the stage table")
+    config: dict[str, Any] = Field(default_factory=dict, description="Its own settings")
     sections: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="The stage's config sections, by name"
+        default_factory=dict, description="Settings that it shares with other stages, by name"
     )
-    paths: dict[str, Path] = Field(description="What the stage reads and writes, by parameter name")
-    reward_models: dict[str, Path] = Field(
-        default_factory=dict, description="Directories of reward models, by their source"
-    )
+    inputs: dict[str, Path] = Field(default_factory=dict, description="What it reads, by role")
+    outputs: dict[str, Path] = Field(default_factory=dict, description="What it writes, by kind")
     seed: int = Field(description="Seed of the run")
     device: str = Field("cpu", description="cpu, or cuda for a GPU each")
     checkpoints: Path | None = Field(None, description="Where checkpoints are kept; null = nowhere")
@@ -77,18 +65,25 @@ class Job(Section):
     )
     processes: int = Field(ge=1, description="Processes that share the work")
 
-    @model_validator(mode="after")
-    def _paths_of_the_stage(self) -> Self:
-        if self.paths.keys() != PATHS[self.stage]:
-            raise ValueError(
-                f"{self.stage} needs the paths {', '.join(sorted(PATHS[self.stage]))}; "
-                f"given are {', '.join(sorted(self.paths)) or 'none'}"
-            )
-        return self
-
-    def section(self, name: str, kind: type[Config]) -> Config:
-        """One of the config sections; what it leaves out has its default."""
-        return kind.model_validate(self.sections.get(name, {}))
+    @classmethod
+    def of(
+        cls, stage: str, config: Section, work: "Work", *, processes: int, strategy: Strategy
+    ) -> Self:
+        """The same call, for other processes."""
+        sections = {name: own.model_dump(mode="json") for name, own in work.sections.items()}
+        return cls(
+            stage=stage,
+            config=config.model_dump(mode="json"),
+            sections=sections,
+            inputs=dict(work.inputs),
+            outputs=dict(work.outputs),
+            seed=work.seed,
+            device=work.device,
+            checkpoints=work.recovery.directory,
+            every_seconds=work.recovery.every_seconds,
+            strategy=strategy,
+            processes=processes,
+        )
 
 
 def launch(job: Job, logger: StageLogger) -> "Report":
@@ -160,40 +155,25 @@ def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> N
 def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
     """The stage of a job, as one of its ranks."""
     # Imported here for the same reason.
-    from rlhf_core.backbone.models import ModelConfig
-    from rlhf_core.backbone.sampling import SamplingConfig
-    from rlhf_core.onpolicy.loop import Given
-    from rlhf_core.stages.dpo import DPOConfig, train_dpo
-    from rlhf_core.stages.grpo import GRPOConfig, train_grpo
-    from rlhf_core.stages.ppo import PPOConfig, train_ppo
-    from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-    from rlhf_core.stages.rloo import RLOOConfig, train_rloo
-    from rlhf_core.stages.sft import SFTConfig, train_sft
+    from rlhf_core.stages.table import STAGES, run_stage
     from rlhf_core.training.recovery import Recovery
+    from rlhf_core.work import Work
 
-    recovery = Recovery(job.checkpoints, job.every_seconds)
-    common: dict[str, Any] = {"seed": job.seed, "device": device, "logger": logger}
-    common |= {"recovery": recovery, "ranks": ranks}
-    paths: dict[str, Any] = dict(job.paths)
-    sampling = job.section("sampling", SamplingConfig)
-    match job.stage:
-        case "sft":
-            model = job.section("model", ModelConfig)
-            return train_sft(job.section("sft", SFTConfig), model=model, **paths, **common)
-        case "reward_model":
-            config = job.section("reward_model", RewardModelConfig)
-            return train_reward_model(config, sampling, **paths, **common)
-        case "dpo":
-            return train_dpo(job.section("dpo", DPOConfig), **paths, **common)
-    outputs = {name: paths.pop(name) for name in job.paths if name.endswith("output")}
-    given = Given(**paths, reward_models=job.reward_models, **common)
-    match job.stage:
-        case "ppo":
-            return train_ppo(job.section("ppo", PPOConfig), sampling, given, **outputs)
-        case "rloo":
-            return train_rloo(job.section("rloo", RLOOConfig), sampling, given, **outputs)
-        case "grpo":
-            return train_grpo(job.section("grpo", GRPOConfig), sampling, given, **outputs)
+    spec = STAGES[job.stage]
+    work = Work(
+        inputs=job.inputs,
+        outputs=job.outputs,
+        sections={
+            name: kind.model_validate(job.sections.get(name, {}))
+            for name, kind in spec.sections.items()
+        },
+        seed=job.seed,
+        device=device,
+        logger=logger,
+        recovery=Recovery(job.checkpoints, job.every_seconds),
+        ranks=ranks,
+    )
+    return run_stage(job.stage, spec.config.model_validate(job.config), work)
 
 
 class _Lines:

@@ -5,7 +5,7 @@ Nothing is trained and no weights are read: the networks are built on the device
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from statistics import NormalDist
 from typing import NamedTuple
@@ -15,16 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_core.backbone.models import ModelConfig, outline
-from rlhf_core.backbone.networks import Network, ScalarModel, start_adapter
+from rlhf_core.backbone.networks import Network, ScalarModel
 from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_show
 from rlhf_core.functional.ranking import win_rate
-from rlhf_core.onpolicy.loop import OnPolicySection
-from rlhf_core.stages.dpo import DPOConfig
+from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.stages.evaluation import EvaluationConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import TrainingSection
 
 
@@ -62,10 +59,7 @@ class Sections(NamedTuple):
     """The settings of a pipeline that its work depends on."""
 
     model: ModelConfig
-    sft: SFTConfig | None  # None: a registered model is taken
-    reward_model: RewardModelConfig | None
-    algorithm: str
-    policy: OnPolicySection | DPOConfig
+    trainings: Mapping[str, TrainingSection]  # by stage, in order; without what is taken as it is
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
@@ -86,36 +80,44 @@ def make_plan(sections: Sections, validation: Validation) -> Plan:
 # --- steps and parameters ------------------------------------------------------------------------
 
 
+ROWS = {"demonstrations": "demonstration", "preferences": "vote", "prompts": "prompt"}
+
+
 def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
-    sft, reward_model, policy = sections.sft, sections.reward_model, sections.policy
-    tables = validation.tables
-    votes = tables["preferences"].train
-    base = None if sft is None else outline(sections.model, validation.vocabulary)
-    if sft is not None:
-        steps, work = _passes(sft, sft.epochs, tables["demonstrations"].train, "demonstration")
-        yield StagePlan(stage="sft", steps=steps, work=work, learnt=_of_policy(base, sft))
-    if reward_model is not None:
-        steps, work = _passes(reward_model, reward_model.epochs, votes, "vote")
-        learnt = _of_scalar(base, reward_model, "reward model")
-        yield StagePlan(stage="reward_model", steps=steps, work=work, learnt=learnt)
-    learnt = _of_policy(base, policy)
-    if isinstance(policy, DPOConfig):
-        steps, work = _passes(policy, policy.epochs, votes, "vote")
-    else:
-        steps = policy.updates
-        minibatches = steps // (policy.iterations * policy.epochs)
-        work = (
-            f"{_many(policy.iterations, 'iteration')} of {policy.rollout_size} responses: "
-            f"{_many(policy.epochs, 'epoch')} of {_many(minibatches, 'update')}"
+    # What learns is known where it starts from the base model, and not from a registered one.
+    base = outline(sections.model, validation.vocabulary) if "sft" in sections.trainings else None
+    for name, section in sections.trainings.items():
+        spec = STAGES[name]
+        steps, work = _work(section, spec, validation)
+        learnt = tuple(
+            fact
+            for network, kind in spec.learns.items()
+            if network != "critic" or "reward_model" in sections.trainings
+            for fact in (_of_policy if kind == "policy" else _of_scalar)(base, section, network)
         )
-        if isinstance(policy, PPOConfig) and reward_model is not None:
-            learnt += _of_scalar(base, policy, "critic")
-    yield StagePlan(stage=sections.algorithm, steps=steps, work=work, learnt=learnt)
+        yield StagePlan(stage=name, steps=steps, work=work, learnt=learnt)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
     answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", learnt=()
+    )
+
+
+def _work(
+    section: TrainingSection, spec: StageSpec, validation: Validation
+) -> tuple[int | None, str]:
+    """Optimizer steps at most, and the words for them."""
+    epochs = getattr(section, "epochs", 1)
+    if spec.passes_over is not None:
+        rows = validation.tables[spec.passes_over].train
+        return _passes(section, epochs, rows, ROWS[spec.passes_over])
+    if not isinstance(section, OnPolicySection):
+        return None, ""
+    minibatches = section.updates // (section.iterations * epochs)
+    return section.updates, (
+        f"{_many(section.iterations, 'iteration')} of {section.rollout_size} responses: "
+        f"{_many(epochs, 'epoch')} of {_many(minibatches, 'update')}"
     )
 
 
@@ -126,8 +128,10 @@ def _passes(section: TrainingSection, epochs: int, rows: int, what: str) -> tupl
     return steps, f"{_many(epochs, 'epoch')} of {_many(rows, what)}, {size} a step"
 
 
-def _of_policy(base: PreTrainedModel | None, section: TrainingSection) -> tuple[Learnt, ...]:
-    return () if base is None else (_learnt("policy", Network(deepcopy(base)), section),)
+def _of_policy(
+    base: PreTrainedModel | None, section: TrainingSection, name: str
+) -> tuple[Learnt, ...]:
+    return () if base is None else (_learnt(name, Network(deepcopy(base)), section),)
 
 
 def _of_scalar(
@@ -144,15 +148,7 @@ def _of_scalar(
 
 def _learnt(name: str, network: Network, section: TrainingSection) -> Learnt:
     whole = _size(network)
-    if section.lora_rank:
-        start_adapter(
-            network,
-            "plan",
-            rank=section.lora_rank,
-            alpha=section.lora_alpha,
-            layers=section.lora_layers,
-            seed=0,
-        )
+    section.adapt(network, "plan", seed=0, stream="plan")
     learnt = _size(network)
     # A head learns beside an adapter; the rest of the network lies still.
     kept = [p for n, p in network.learnable().items() if ".lora_" not in n]
@@ -180,7 +176,7 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
         f"Verdict: {_many(prompts, 'held-out prompt')}, {_many(each, 'answer')} to each; a win "
         f"rate near 0.5 will be known to about ± {_half_width(prompts):.2f}."
     )
-    if sections.reward_model is not None:
+    if "reward_model" in sections.trainings:
         votes = validation.tables["preferences"]
         yield (
             f"Reward model: {_many(votes.eval, 'held-out vote')} on "
@@ -204,7 +200,7 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
                 f"if every one of them is won; {_needed(rate)} ({way_out})."
             )
             break
-    if sections.reward_model is None:
+    if "reward_model" not in sections.trainings:
         return
     prompts = validation.tables["preferences"].eval_prompts
     gate = sections.reward_gate.min_accuracy

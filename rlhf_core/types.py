@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -136,6 +137,11 @@ class Report:
 
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
+
+    @property
+    def result(self) -> BaseModel | None:
+        """What later stages read of it; None when that is only its numbers."""
+        return None
 
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name: what is logged once, when the stage ends."""

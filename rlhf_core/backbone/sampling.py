@@ -5,6 +5,8 @@ sampled is the distribution that the update differentiates. Rows that have ended
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -43,6 +45,45 @@ class SamplingConfig(Section):
         return self.max_prompt_length + self.max_new_tokens
 
 
+class Sampler(Protocol):
+    """What continues prompts: the loop below, or another engine behind the same call."""
+
+    def __call__(
+        self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = ...
+    ) -> Responses:
+        """Responses (B, R) of the policy as its weights are now, R <= steps.
+
+        Args:
+            prompts: (B, P).
+            draws: (B, steps) in [0, 1), the randomness of each token; an engine that draws its own
+                takes only the number of steps and a seed from it.
+            between: called before each token; it may raise.
+        """
+
+
+@dataclass(frozen=True)
+class PolicySampler:
+    """Samples in this process, from the very weights that learn."""
+
+    policy: Policy
+    temperature: float
+
+    def __call__(
+        self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = lambda: None
+    ) -> Responses:
+        """See `sample`."""
+        config = self.policy.model.config
+        return sample(
+            self.policy,
+            prompts,
+            draws,
+            temperature=self.temperature,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            between=between,
+        )
+
+
 def respond(
     policy: Policy,
     prompts: Sequence[list[int]],
@@ -56,25 +97,21 @@ def respond(
 
     Each batch is a phase called `what`, whose parts are tokens.
     """
-    model = policy.model
-    eos, pad_id = model.config.eos_token_id, model.config.pad_token_id
+    sampler = PolicySampler(policy, config.temperature)
     starts = range(0, len(prompts), config.batch_size)
     for number, start in enumerate(starts):
-        rows = prompts[start : start + config.batch_size]
-        batch = left_pad(rows, pad_id, config.max_prompt_length).to(model.device)
-        draws = uniforms(len(rows), config.max_new_tokens, generator)
-        yield (
-            batch,
-            sample(
-                policy,
-                batch,
-                draws,
-                temperature=config.temperature,
-                eos_token_id=eos,
-                pad_token_id=pad_id,
-                between=between(batch_name(what, number, len(starts)), config.max_new_tokens),
-            ),
+        batch = prompt_batch(
+            policy, prompts[start : start + config.batch_size], config.max_prompt_length
         )
+        draws = uniforms(len(batch.mask), config.max_new_tokens, generator)
+        name = batch_name(what, number, len(starts))
+        yield batch, sampler(batch, draws, between=between(name, config.max_new_tokens))
+
+
+def prompt_batch(policy: Policy, prompts: Sequence[list[int]], max_length: int) -> PromptBatch:
+    """Encoded prompts side by side, where the policy is; a longer one loses its beginning."""
+    model = policy.model
+    return left_pad(prompts, model.config.pad_token_id, max_length).to(model.device)
 
 
 def uniforms(rows: int, steps: int, generator: torch.Generator) -> Tensor:

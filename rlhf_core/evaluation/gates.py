@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_core.config import Section
 from rlhf_core.errors import ModelError
+from rlhf_core.evaluation.scorecard import Arm, ArmName, Scorecard
 from rlhf_core.functional.ranking import Interval, win_rate
-from rlhf_core.stages.evaluation import Arm, ArmName, Scorecard
 
 LONGER = '"prefer the longer"'
 

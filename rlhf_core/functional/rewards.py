@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional._contracts import check_shapes
 
+Combination = Literal["sum", "mean", "min", "mean_minus_variance"]
 MissingEOS = Literal["replace", "subtract"]
 MAX_ERROR = 0.2
 
@@ -46,6 +47,40 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
     last = keep & (still_to_come == 1)
     penalty = -kl_coef * torch.where(keep, kl, 0)
     return penalty + torch.where(last, scores.unsqueeze(-1), 0)
+
+
+def combine(parts: Tensor, *, how: Combination, variance_coef: float = 1.0) -> Tensor:
+    """One reward of several: what to believe where they disagree.
+
+        sum:  Σₖ rₖ      mean:  r̄ = Σₖ rₖ / K      min:  minₖ rₖ
+        mean_minus_variance:  r̄ - λ·Σₖ (rₖ - r̄)² / K
+
+    Args:
+        parts: (K, B) reward of each of B responses by each of K parts, weights included.
+        how: which of the four.
+        variance_coef: λ, per unit of the reward.
+
+    Returns:
+        (B,) in the unit of the parts.
+
+    Raises:
+        ValueError: if the shape does not fit, there is no part, or `how` is none of the four.
+
+    Reference: Coste et al. 2023, section 3, https://arxiv.org/abs/2310.02743, where the last two
+    are called worst-case and uncertainty-weighted optimisation.
+    """
+    check_shapes(parts=(parts, "KB"))
+    if not len(parts):
+        raise ValueError("there is no part to combine")
+    if how == "sum":
+        return parts.sum(0)
+    if how == "mean":
+        return parts.mean(0)
+    if how == "min":
+        return parts.amin(0)
+    if how == "mean_minus_variance":
+        return parts.mean(0) - variance_coef * parts.var(0, correction=0)
+    raise ValueError(f"how must be sum, mean, min or mean_minus_variance, got {how!r}")
 
 
 def missing_eos(scores: Tensor, finished: Tensor, *, mode: MissingEOS, value: float) -> Tensor:

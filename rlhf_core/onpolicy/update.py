@@ -13,7 +13,7 @@ from rlhf_core.backbone.responses import read_again, rounding
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import ChunkedLoss, kl_estimate
 from rlhf_core.functional.losses import clipped_policy
-from rlhf_core.onpolicy.loop import OnPolicySection
+from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.types import Rollout

@@ -1,6 +1,6 @@
-"""What a text is worth: one reward model, or a weighted sum of several parts.
+"""What a text is worth: one reward model, or several parts combined.
 
-    total = Σ weight · part,   part = the normalised score of a model, or what a function returns
+    total = combine(weight · part),   part = the normalised score of a model, or of a function
 
 A model that has the policy's tokens reads the very tokens that were sampled. To any other the text
 goes as text: the response is decoded, and both are encoded as that model was trained on them.
@@ -43,6 +43,7 @@ from rlhf_core.data.encoding import (
     same_tokens,
 )
 from rlhf_core.errors import ConfigError
+from rlhf_core.functional.rewards import Combination, combine
 from rlhf_core.types import Responses
 
 RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -92,6 +93,11 @@ class RewardTerm(Section):
         return not _FUNCTION.fullmatch(self.source)
 
     @property
+    def role(self) -> str:
+        """What the model of this part is called among the inputs of a stage: reward, reward.NAME"""
+        return "reward" if self.source == PIPELINE_REWARD else f"reward.{self.name}"
+
+    @property
     def name(self) -> str:
         """What its metric is called: reward_model, NAME-VERSION, NAME-ALIAS or the function."""
         if registered := _REGISTERED.fullmatch(self.source):
@@ -117,12 +123,12 @@ def check_terms(terms: Sequence[RewardTerm]) -> None:
 class Scores(NamedTuple):
     """What some texts are worth."""
 
-    total: Tensor  # (B,) weighted sum
+    total: Tensor  # (B,) all parts together, with their weights
     parts: dict[str, Tensor]  # (B,) each, unweighted, by name
 
 
 class Reward:
-    """The weighted sum of some parts.
+    """Some parts, each with its weight, as one number.
 
     Args:
         terms: the parts.
@@ -130,6 +136,8 @@ class Reward:
         tokenizers: of these models, by source.
         policy_tokenizer: of what is scored.
         max_length: tokens of the longest text that the policy writes.
+        combination: how the weighted parts become one.
+        variance_coef: λ of mean_minus_variance.
 
     Raises: ConfigError when a function cannot be imported, or a model with the policy's tokens
     reads only shorter texts. A model with other tokens gets them cut.
@@ -143,21 +151,24 @@ class Reward:
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
+        combination: Combination = "sum",
+        variance_coef: float = 1.0,
     ) -> None:
         check_terms(terms)
+        self._combine = partial(combine, how=combination, variance_coef=variance_coef)
         self._tokenizer = policy_tokenizer
         self._weights = {term.name: term.weight for term in terms}
-        self._judges: dict[str, _Judge] = {}
+        self._scorers: dict[str, _Scorer] = {}
         for term in terms:
             if not term.is_model:
                 function = load_function(term.source, setting="the reward")
-                judge: _Judge = partial(_by_function, function, f"the reward '{term.source}'")
+                scorer: _Scorer = partial(_by_function, function, f"the reward '{term.source}'")
             elif same_tokens(policy_tokenizer, tokenizers[term.source]):
                 require_context(models[term.source].model, max_length, SAMPLING_LENGTH)
-                judge = partial(_by_tokens, models[term.source])
+                scorer = partial(_by_tokens, models[term.source])
             else:
-                judge = partial(_by_text, models[term.source], tokenizers[term.source])
-            self._judges[term.name] = judge
+                scorer = partial(_by_text, models[term.source], tokenizers[term.source])
+            self._scorers[term.name] = scorer
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], written: Written, responses: Responses) -> Scores:
@@ -168,10 +179,15 @@ class Reward:
 
         Raises: ConfigError when a function fails, or does not return one finite number each.
         """
-        said = _Said(prompts, written, responses, self._tokenizer)
-        parts = {name: judge(said) for name, judge in self._judges.items()}
+        answers = _Answers(prompts, written, responses, self._tokenizer)
+        parts = {name: scorer(answers) for name, scorer in self._scorers.items()}
         weighted = [self._weights[name] * part for name, part in parts.items()]
-        return Scores(torch.stack(weighted).sum(0), parts)
+        return Scores(self._combine(torch.stack(weighted)), parts)
+
+
+def reward_directories(terms: Sequence[RewardTerm], inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Of the inputs of a stage, by role, the reward models of these terms, by source."""
+    return {term.source: inputs[term.role] for term in terms if term.role in inputs}
 
 
 def load_reward(
@@ -183,6 +199,8 @@ def load_reward(
     *,
     max_length: int,
     ready: Mapping[str, ScalarModel] | None = None,
+    combination: Combination = "sum",
+    variance_coef: float = 1.0,
 ) -> Reward:
     """The reward whose models are in these directories, by source.
 
@@ -203,7 +221,15 @@ def load_reward(
         require_kind(directories[source], "reward")
         models[source] = ScalarModel.load(directories[source], device, precision)
         tokenizers[source] = load_tokenizer(ModelConfig(source=str(directories[source])), ())
-    return Reward(terms, models, tokenizers, policy_tokenizer, max_length=max_length)
+    return Reward(
+        terms,
+        models,
+        tokenizers,
+        policy_tokenizer,
+        max_length=max_length,
+        combination=combination,
+        variance_coef=variance_coef,
+    )
 
 
 def reach_working_dir() -> None:
@@ -246,7 +272,7 @@ def call_function(
         values: list[object] = list(function(prompts, responses))
     except Exception as error:
         raise ConfigError(
-            f"{name} failed on {len(responses)} texts ({type(error).__name__}: {error}); mend the "
+            f"{name} failed on {len(responses)} texts ({type(error).__name__}: {error}); fix the "
             "function"
         ) from error
     wanted = f"{name} has to return one finite number for each of the {len(responses)} responses"
@@ -268,8 +294,8 @@ def _number(value: object) -> float:
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a policy said, as tokens and as text."""
+class _Answers:
+    """What a policy wrote, as tokens and as text."""
 
     prompts: Sequence[Prompt]
     written: Written
@@ -282,19 +308,19 @@ class _Said:
         return decode_responses(self.responses.tokens, self.responses.mask, self.tokenizer)
 
 
-_Judge: TypeAlias = Callable[[_Said], Tensor]  # -> (B,)
+_Scorer: TypeAlias = Callable[[_Answers], Tensor]  # -> (B,)
 
 
-def _by_tokens(model: ScalarModel, said: _Said) -> Tensor:
-    return model.scores(said.written.packed)
+def _by_tokens(model: ScalarModel, answers: _Answers) -> Tensor:
+    return model.scores(answers.written.packed)
 
 
-def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, said: _Said) -> Tensor:
+def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Tensor:
     room = context_of(model.model) or sys.maxsize
-    spaced = said.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
+    spaced = answers.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
     rows = []
-    finished = said.responses.finished.tolist()
-    for prompt, text, ended in zip(said.prompts, said.texts, finished, strict=True):
+    finished = answers.responses.finished.tolist()
+    for prompt, text, ended in zip(answers.prompts, answers.texts, finished, strict=True):
         if spaced and not isinstance(prompt, str):
             text = text.removeprefix(" ")  # of the policy's template, not of the answer
         ids, _, _ = encode_pair(prompt, text, tokenizer, room)
@@ -303,6 +329,6 @@ def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, said: _Said
     return model.scores(pack(rows, model.model.device))
 
 
-def _by_function(function: RewardFunction, name: str, said: _Said) -> Tensor:
-    asked = [render_prompt(prompt, said.tokenizer) for prompt in said.prompts]
-    return call_function(function, name, asked, said.texts).to(said.responses.tokens.device)
+def _by_function(function: RewardFunction, name: str, answers: _Answers) -> Tensor:
+    prompts = [render_prompt(prompt, answers.tokenizer) for prompt in answers.prompts]
+    return call_function(function, name, prompts, answers.texts).to(answers.responses.tokens.device)

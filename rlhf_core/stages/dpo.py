@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -26,8 +25,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import read_card, require_context
-from rlhf_core.backbone.networks import Policy, start_adapter
+from rlhf_core.backbone.models import require_context
+from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
@@ -41,12 +40,16 @@ from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional import losses, ranking
 from rlhf_core.functional.logprobs import ChunkedLoss
-from rlhf_core.metrics import Between, StageLogger, counted
-from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.metrics import Between, counted
+from rlhf_core.seeding import generator
+from rlhf_core.training.epochs import optimizer_steps
+from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.training.recovery import identity
+from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
+from rlhf_core.work import Work
 
 
 class DPOConfig(TrainingSection):
@@ -78,39 +81,24 @@ class DPOReport(Report):
     truncated: int  # pairs with a text cut to max_length
 
 
-def train_dpo(
-    config: DPOConfig,
-    *,
-    sft: Path,
-    data: Path,
-    policy_output: Path,
-    seed: int,
-    device: str,
-    logger: StageLogger,
-    recovery: Recovery = NO_RECOVERY,
-    ranks: Ranks | None = None,
-) -> DPOReport:
+def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     """Optimise the SFT policy on the prepared preferences; write the policy.
 
     With a recovery, a run that was killed continues to the same bits.
+
+    Args:
+        work: inputs sft and data; output policy.
 
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
     or gradient is no longer finite, or an invariant is broken; CheckpointError when the checkpoints
     are of another run.
     """
-    ranks = ranks or Ranks()
+    sft, data, seed, ranks = work.inputs["sft"], work.inputs["data"], work.seed, work.ranks
+    logger = work.logger
     logger.phase("loading the SFT policy")
-    policy, tokenizer = Policy.load(sft, device, config.precision)
+    policy, tokenizer = Policy.load(sft, work.device, config.precision)
     require_context(policy.model, config.max_length, "dpo.max_length")
-    if config.lora_rank:
-        start_adapter(
-            policy,
-            "policy",
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            layers=config.lora_layers,
-            seed=stream_seed(seed, "policy/adapter"),
-        )
+    config.adapt(policy, "policy", seed=seed, stream="policy/adapter")
     logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
     train = encode_pairs(train_table, tokenizer, config.max_length)
@@ -122,7 +110,7 @@ def train_dpo(
     tell = partial(counted, logger)
     reference = _sums_of_all(policy, train, config, ranks, tell, "reference")
     held_out_reference = _sums_of_all(policy, held_out, config, ranks, tell, "held-out reference")
-    with recovery.open(
+    with work.recovery.open(
         logger,
         identity=identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
         learners={"policy": learner},
@@ -130,24 +118,20 @@ def train_dpo(
         ranks=ranks,
     ) as session:
         session.resume()
-        for picked in batches:
-            step, rate = session.step + 1, learner.learning_rate
+
+        def add(picked: list[int], check: Callable[[], None]) -> dict[str, float]:
             pairs = [train[i] for i in picked]
-            check = session.between("batch", ranks.passes(len(pairs), config.micro_batch_size))
             values = _accumulate(learner, pairs, reference[picked], config, ranks, check)
-            if step == 1:
+            if session.step == 0:
                 _require_log_two(values["loss"], pairs, config)
-            values |= {"grad_norm": learner.step(), "learning_rate": rate}
-            session.metrics(values, step)
-            session.progress(step, steps, f"loss {values['loss']:.3f}")
-            session.safe_point()
+            return values
+
+        for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
+            pass
         history = session.history
 
-    facts = {"steps": steps, "chat": read_card(sft).get("chat", False)}
     logger.phase("saving the policy")
-    with ranks.whole(policy):
-        if ranks.main:
-            policy.save(tokenizer, policy_output, facts, base=sft)
+    save_policy(policy, tokenizer, work.outputs["policy"], work, {"steps": steps})
     sums = _sums_of_all(policy, held_out, config, ranks, tell, "held-out votes")
     return _report(held_out_table, train, held_out, sums, held_out_reference, config, history, seed)
 

@@ -12,12 +12,10 @@ the reward model kept, at the known price of log n - (n - 1)/n nats.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +37,7 @@ from rlhf_core.data.encoding import (
 )
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
+from rlhf_core.evaluation.scorecard import ARMS, Arm, ArmName, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.scoring import (
@@ -51,9 +50,7 @@ from rlhf_core.rewards.scoring import (
 )
 from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Report, Responses
-
-ArmName = Literal["sft", "policy", "best_of_n", "champion"]
-ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
+from rlhf_core.work import Work
 
 
 class EvaluationConfig(Section):
@@ -75,68 +72,16 @@ class EvaluationConfig(Section):
     )
 
 
-class Arm(BaseModel):
-    """What one way of answering achieved on the held-out prompts."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: ArmName
-    proxy_reward: Interval  # normalised reward-model score
-    true_reward: Interval | None
-    kl: Interval | None  # nats per sequence to the SFT policy; None where tokenizers differ
-    perplexity: float  # of its texts under the SFT policy: how fluent they still are
-    length: float  # tokens
-    distinct_1: float  # share of word n-grams that are different, over one answer to each prompt
-    distinct_2: float
-
-
-class Comparison(BaseModel):
-    """Two arms, answer against answer on the same prompt."""
-
-    model_config = ConfigDict(frozen=True)
-
-    candidate: ArmName
-    opponent: ArmName
-    judge: Literal["true_reward", "reward_model"]
-    wins: int
-    ties: int
-    losses: int
-    prompts: int  # that were answered
-    win_rate: Interval  # a tie is half a win
-
-    @property
-    def basis(self) -> str:
-        """What it rests on, in words: `4 answers to each of 91 held-out prompts`."""
-        answers = (self.wins + self.ties + self.losses) // self.prompts
-        each = (
-            "1 held-out prompt" if self.prompts == 1 else f"each of {self.prompts} held-out prompts"
-        )
-        return f"{answers} answer{'s' if answers > 1 else ''} to {each}"
-
-
-class Scorecard(BaseModel):
-    """The numbers on which a promotion is decided."""
-
-    model_config = ConfigDict(frozen=True)
-
-    arms: tuple[Arm, ...]
-    comparisons: tuple[Comparison, ...]
-
-    def arm(self, name: ArmName) -> Arm | None:
-        """The arm of that name, if it took part."""
-        return next((arm for arm in self.arms if arm.name == name), None)
-
-    def comparison(self, candidate: ArmName, opponent: ArmName) -> Comparison | None:
-        """The comparison of two arms, if there was one."""
-        found = (c for c in self.comparisons if (c.candidate, c.opponent) == (candidate, opponent))
-        return next(found, None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(Report):
     """The scorecard, with tables and plots."""
 
     scorecard: Scorecard
+
+    @property
+    def result(self) -> Scorecard:
+        """The scorecard, on which a promotion is decided."""
+        return self.scorecard
 
     def summary(self) -> dict[str, float]:
         """Every number of the scorecard as `arm/measure` or `win_rate/candidate_over_opponent`."""
@@ -192,29 +137,23 @@ class _Bench:
     logger: StageLogger
 
 
-def evaluate(
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    *,
-    sft: Path,
-    policy: Path,
-    reward_model: Path,
-    champion: Path | None,
-    data: Path,
-    seed: int,
-    device: str,
-    logger: StageLogger,
-) -> EvaluationReport:
+def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     """Let every arm answer the held-out prompts, and compare.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend.
+    Args:
+        work: inputs sft, policy, reward and data, and the champion if there is one; section
+            sampling.
+
+    Raises: ModelError, DataError, ConfigError for what a user can fix.
     """
-    table = read_table(data, "prompts", "eval")
+    sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
+    reward_model = work.inputs["reward"]
+    table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
     logger.progress(0, 4, "SFT policy")
     logger.phase("loading the models")
-    sft_policy, tokenizer = Policy.load(sft, device, config.precision)
+    sft_policy, tokenizer = Policy.load(work.inputs["sft"], device, config.precision)
     bench = _Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
         sft=sft_policy,
@@ -223,20 +162,20 @@ def evaluate(
         reward_tokenizer=load_tokenizer(ModelConfig(source=str(reward_model)), ()),
         truth=_known_truth(config),
         sampling=sampling,
-        seed=seed,
+        seed=work.seed,
         logger=logger,
     )
     k, n = config.samples_per_prompt, config.best_of
-    directories: dict[ArmName, Path | None] = {"policy": policy, "champion": champion}
+    others: tuple[ArmName, ...] = ("policy", "champion")
     answers: dict[ArmName, _Answers] = {}
     pool = _answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(_first_of_each(pool.prompt, k))
     answers["best_of_n"] = pool.pick(_best_of_each(pool.prompt, pool.proxy, n))
-    for done, (name, directory) in enumerate(directories.items(), start=2):
+    for done, name in enumerate(others, start=2):
         logger.progress(done, 4, name)
-        if directory is not None:
+        if name in work.inputs:
             logger.phase(f"loading the {name}")
-            actor = Policy.load(directory, device, config.precision)
+            actor = Policy.load(work.inputs[name], device, config.precision)
             answers[name] = _answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
     return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})

@@ -15,7 +15,6 @@ Deviations from those, each on purpose (the long version is docs/algorithms/grpo
 """
 
 from functools import partial
-from pathlib import Path
 
 from pydantic import Field
 from torch import Tensor
@@ -23,20 +22,15 @@ from torch import Tensor
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import group_relative
 from rlhf_core.functional.rewards import FixedKL, missing_eos
-from rlhf_core.onpolicy.loop import (
-    Given,
-    GroupSection,
-    OnPolicyReport,
-    describe,
-    group_spread,
-    iterate,
-    load_actors,
-    ready_rewards,
-    save_policy,
-)
+from rlhf_core.onpolicy.actors import Actors
+from rlhf_core.onpolicy.config import GroupSection
+from rlhf_core.onpolicy.loop import iterate
+from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.training.learner import Learner
+from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Rollout
+from rlhf_core.work import Work
 
 
 class GRPOConfig(GroupSection):
@@ -47,44 +41,43 @@ class GRPOConfig(GroupSection):
     )
 
 
-def train_grpo(
-    config: GRPOConfig, sampling: SamplingConfig, given: Given, *, policy_output: Path
-) -> OnPolicyReport:
+def train_grpo(config: GRPOConfig, work: Work) -> OnPolicyReport:
     """Optimise the SFT policy against the reward; write the policy.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a score,
+    Args:
+        work: inputs sft, data and the models of `config.rewards`; output policy, and milestones if
+            `config.keep_every` asks for them; section sampling.
+
+    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
     loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
     checkpoints are of another run.
     """
-    policy, reference, tokenizer = load_actors(config, given)
-    learner = Learner(policy, config, config.updates, ranks=given.ranks)
+    actors = Actors.load(config, work)
+    learner = Learner(actors.policy, config, config.updates, ranks=work.ranks)
     report = iterate(
         "grpo",
         config,
-        sampling,
-        given,
-        policy=policy,
-        reference=reference,
-        critic=None,
-        ready=ready_rewards(config, given, policy),
-        tokenizer=tokenizer,
+        work,
+        actors,
         learners={"policy": learner},
         controller=FixedKL(config.kl_coef),
-        judge=partial(judge, config=config),
-        optimise=partial(
+        credit=partial(assign_credit, config=config),
+        update=partial(
             optimise_policy,
             learner=learner,
             config=config,
-            temperature=sampling.temperature,
-            ranks=given.ranks,
+            temperature=work.section(SamplingConfig).temperature,
+            ranks=work.ranks,
             kl_coef=config.kl_coef,
         ),
     )
-    save_policy(policy, tokenizer, policy_output, given, report.iterations)
+    work.logger.phase("saving the policy")
+    facts = {"iterations": report.iterations}
+    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, facts)
     return report
 
 
-def judge(
+def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: GRPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """(B, R) advantages, the same for every token of a response, and what they say."""
@@ -96,7 +89,7 @@ def judge(
     )
     stats = describe(rollout, kl_coef) | {
         "objective/reward": scores.mean().item(),
-        "group/spread": group_spread(scores, config.group_size),
+        "group/spread": group_std(scores, config.group_size),
     }
     advantages = group_relative(scores, config.group_size, scale=config.scale)
     return advantages.unsqueeze(-1) * rollout.responses.mask, stats

@@ -17,18 +17,16 @@ Deviations from those, each on purpose (the long version is docs/algorithms/ppo.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.models import require_same_tokenizer
-from rlhf_core.backbone.networks import Policy, ScalarModel, on_trunk, start_adapter
+from rlhf_core.backbone.networks import ScalarModel, on_trunk
 from rlhf_core.backbone.responses import read_again
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import gae
@@ -37,22 +35,17 @@ from rlhf_core.functional.losses import clipped_value
 from rlhf_core.functional.masking import masked_mean, masked_whiten
 from rlhf_core.functional.rewards import missing_eos, shaped_rewards
 from rlhf_core.metrics import Between, counted, uncounted
-from rlhf_core.onpolicy.loop import (
-    Given,
-    KLSection,
-    OnPolicyReport,
-    describe,
-    iterate,
-    load_actors,
-    ready_rewards,
-    save_policy,
-)
+from rlhf_core.onpolicy.actors import Actors
+from rlhf_core.onpolicy.config import KLSection
+from rlhf_core.onpolicy.loop import iterate
+from rlhf_core.onpolicy.report import OnPolicyReport, describe
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.seeding import stream_seed
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Rollout
+from rlhf_core.work import Work
 
 
 class PPOConfig(KLSection):
@@ -65,46 +58,34 @@ class PPOConfig(KLSection):
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards, per token")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
 
+    @property
+    def reward_roles(self) -> tuple[str, ...]:
+        """Those of the reward; the critic starts from the pipeline's, whatever the reward is."""
+        return tuple(dict.fromkeys(("reward", *super().reward_roles)))
 
-@dataclass(frozen=True)
-class Networks:
-    """The four networks of PPO; the first two learn. With LoRA they share their transformers."""
 
-    policy: Policy
-    critic: ScalarModel
-    reference: Policy
-    reward_model: ScalarModel
+def load_networks(config: PPOConfig, work: Work) -> Actors:
+    """The four networks of PPO: policy and critic learn, reference and reward model do not.
 
-    @classmethod
-    def load(cls, config: PPOConfig, given: Given) -> tuple["Networks", PreTrainedTokenizerBase]:
-        """From the two models that training starts with: all of them, or adapters on their trunks.
-
-        Where the reward model was trained as an adapter of this very SFT policy, one transformer
-        carries all four.
-        """
-        policy, reference, tokenizer = load_actors(config, given)
-        directory = given.reward_models[PIPELINE_REWARD]
-        require_same_tokenizer(tokenizer, directory, "reward model")
-        trunk, precision = policy.model, config.precision
-        if not config.lora_rank:
-            critic, reward = (
-                ScalarModel.load(directory, given.device, precision) for _ in range(2)
-            )
-        elif shared := ready_rewards(config, given, policy):
-            reward = shared[PIPELINE_REWARD]
-            critic = cast(ScalarModel, on_trunk(directory, given.sft, trunk, "critic", precision))
-        else:
-            reward = ScalarModel.load(directory, given.device, precision)
-            critic = reward.twin()
-            start_adapter(
-                critic,
-                "critic",
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                layers=config.lora_layers,
-                seed=stream_seed(given.seed, "ppo/critic"),
-            )
-        return cls(policy, critic, reference, reward), tokenizer
+    They come from the two models that training starts with, as networks of their own or, with
+    LoRA, as adapters on their transformers. Where the reward model was trained as an adapter of
+    this very SFT policy, one transformer carries all four.
+    """
+    actors = Actors.load(config, work)
+    directory, precision = work.inputs["reward"], config.precision
+    require_same_tokenizer(actors.tokenizer, directory, "reward model")
+    reward = actors.rewards.get(PIPELINE_REWARD)
+    if not config.lora_rank:
+        critic, reward = (ScalarModel.load(directory, work.device, precision) for _ in range(2))
+    elif reward is not None:
+        trunk = actors.policy.model
+        found = on_trunk(directory, work.inputs["sft"], trunk, "critic", precision)
+        critic = cast(ScalarModel, found)
+    else:
+        reward = ScalarModel.load(directory, work.device, precision)
+        critic = reward.twin()
+        config.adapt(critic, "critic", seed=work.seed, stream="ppo/critic")
+    return replace(actors, critic=critic, rewards={PIPELINE_REWARD: reward})
 
 
 @dataclass(frozen=True)
@@ -115,63 +96,60 @@ class Targets:
     returns: Tensor  # (B, R)
 
 
-def train_ppo(
-    config: PPOConfig,
-    sampling: SamplingConfig,
-    given: Given,
-    *,
-    policy_output: Path,
-    critic_output: Path,
-) -> OnPolicyReport:
+def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
     """Optimise the SFT policy against the reward; write policy and critic.
 
     The critic starts from the pipeline's reward model, whatever `config.rewards` are.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a score,
+    Args:
+        work: inputs sft, data, reward and the models of `config.rewards`; outputs policy and
+            critic, and milestones if `config.keep_every` asks for them; section sampling.
+
+    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
     loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
     checkpoints are of another run.
     """
-    networks, tokenizer = Networks.load(config, given)
-    policy = Learner(networks.policy, config, config.updates, ranks=given.ranks)
+    actors = load_networks(config, work)
+    critic_network = cast(ScalarModel, actors.critic)
+    policy = Learner(actors.policy, config, config.updates, ranks=work.ranks)
     critic = Learner(
-        networks.critic,
+        critic_network,
         config,
         config.updates,
-        ranks=given.ranks,
+        ranks=work.ranks,
         learning_rate=config.critic_learning_rate,
     )
     report = iterate(
         "ppo",
         config,
-        sampling,
-        given,
-        policy=networks.policy,
-        reference=networks.reference,
-        critic=networks.critic,
-        ready={PIPELINE_REWARD: networks.reward_model},
-        tokenizer=tokenizer,
+        work,
+        actors,
         learners={"policy": policy, "critic": critic},
         controller=config.kl_controller(),
-        judge=partial(judge, config=config),
-        optimise=partial(
+        credit=partial(assign_credit, config=config),
+        update=partial(
             optimise,
             policy=policy,
             critic=critic,
             config=config,
-            temperature=sampling.temperature,
-            ranks=given.ranks,
-            between=partial(counted, given.logger),
+            temperature=work.section(SamplingConfig).temperature,
+            ranks=work.ranks,
+            between=partial(counted, work.logger),
         ),
     )
-    save_policy(networks.policy, tokenizer, policy_output, given, report.iterations)
-    given.logger.phase("saving the critic")
-    with given.ranks.whole(networks.critic):
-        if given.ranks.main:
-            networks.critic.save(tokenizer, critic_output, kind="critic", base=given.sft)
+    work.logger.phase("saving the policy")
+    facts = {"iterations": report.iterations}
+    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, facts)
+    work.logger.phase("saving the critic")
+    with work.ranks.whole(critic_network):
+        if work.ranks.main:
+            critic_network.save(
+                actors.tokenizer, work.outputs["critic"], kind="critic", base=work.inputs["sft"]
+            )
     return report
 
 
-def judge(
+def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: PPOConfig
 ) -> tuple[Targets, dict[str, float]]:
     """Advantages and returns of a roll-out, and what it says about the policy."""

@@ -13,7 +13,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -46,6 +45,7 @@ from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.simulation import SimulationConfig, simulate
 from rlhf_core.types import Report
+from rlhf_core.work import Work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,22 +192,19 @@ class DataReport(Report):
     truncated: int
 
 
-def prepare_data(
-    config: DataConfig,
-    *,
-    model: ModelConfig,
-    limits: LengthLimits,
-    output: Path,
-    seed: int,
-    logger: StageLogger,
-) -> DataReport:
-    """Write the prepared tables and the validation report to the folder `output`.
+def prepare_data(config: DataConfig, work: Work) -> DataReport:
+    """Write the prepared tables and the validation report.
+
+    Args:
+        work: output data; sections model, in whose tokens lengths are measured, and limits.
 
     Raises: ConfigError or DataError, which name file, line and field, before anything is written.
     """
+    output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
-    tables = _assemble(config, seed, logger)
+    tables = _assemble(config, work.seed, logger)
     logger.progress(1, 3, "measuring lengths")
+    model, limits = work.section(ModelConfig), work.section(LengthLimits)
     counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rlhf_core import figures
 from rlhf_core.backbone.models import ModelConfig, load_tokenizer, require_context
-from rlhf_core.backbone.networks import Policy, ScalarModel, start_adapter
+from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out, response_scores
 from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
@@ -44,11 +44,14 @@ from rlhf_core.data.prepared import read_table
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.seeding import generator
+from rlhf_core.training.epochs import optimizer_steps
+from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.training.recovery import identity
 from rlhf_core.types import Report
+from rlhf_core.work import Work
 
 
 class RewardModelConfig(TrainingSection):
@@ -91,39 +94,23 @@ class RewardModelReport(Report):
     truncated: int  # pairs with a text cut to max_length
 
 
-def train_reward_model(
-    config: RewardModelConfig,
-    sampling: SamplingConfig,
-    *,
-    sft: Path,
-    data: Path,
-    output: Path,
-    seed: int,
-    device: str,
-    logger: StageLogger,
-    recovery: Recovery = NO_RECOVERY,
-    ranks: Ranks | None = None,
-) -> RewardModelReport:
-    """Train a reward model on the prepared preferences, normalise it, and write it to `output`.
+def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelReport:
+    """Train a reward model on the prepared preferences, normalise it, and write it.
 
     With a recovery, a run that was killed continues to the same bits.
+
+    Args:
+        work: inputs sft and data; output reward; section sampling, for the normaliser's samples.
 
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
     or gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
-    ranks = ranks or Ranks()
+    sft, data, seed, ranks = work.inputs["sft"], work.inputs["data"], work.seed, work.ranks
+    sampling, logger = work.section(SamplingConfig), work.logger
     logger.phase("loading the model")
-    reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(device)
+    reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(work.device)
     reward_model.precision = config.precision
-    if config.lora_rank:
-        start_adapter(
-            reward_model,
-            "reward",
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            layers=config.lora_layers,
-            seed=stream_seed(seed, "reward/adapter"),
-        )
+    config.adapt(reward_model, "reward", seed=seed, stream="reward/adapter")
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
     tokenizer = load_tokenizer(ModelConfig(source=str(sft)), ())
@@ -136,7 +123,7 @@ def train_reward_model(
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
-    with recovery.open(
+    with work.recovery.open(
         logger,
         identity=identity(
             "reward_model",
@@ -149,16 +136,12 @@ def train_reward_model(
         ranks=ranks,
     ) as session:
         session.resume()
-        for picked in batches:
-            step = session.step + 1
-            rate = learner.learning_rate
-            parts = ranks.passes(len(picked), config.micro_batch_size)
-            check = session.between("batch", parts)
-            values = accumulate(learner, [train[i] for i in picked], config, ranks, check)
-            values |= {"grad_norm": learner.step(), "learning_rate": rate}
-            session.metrics(values, step)
-            session.progress(step, steps, f"loss {values['loss']:.3f}")
-            session.safe_point()
+
+        def add(picked: list[int], check: Callable[[], None]) -> dict[str, float]:
+            return accumulate(learner, [train[i] for i in picked], config, ranks, check)
+
+        for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
+            pass
 
     samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed, logger)
     chosen, rejected = _scores(reward_model, held_out, config, ranks, logger)
@@ -167,7 +150,7 @@ def train_reward_model(
     logger.phase("saving the model")
     with ranks.whole(reward_model):
         if ranks.main:
-            reward_model.save(tokenizer, output, kind="reward", base=sft)
+            reward_model.save(tokenizer, work.outputs["reward"], kind="reward", base=sft)
     return _report(held_out_table, train, held_out, chosen, rejected, mean, std, seed)
 
 

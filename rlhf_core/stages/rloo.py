@@ -15,7 +15,6 @@ Deviations from those, each on purpose (the long version is docs/algorithms/rloo
 """
 
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -23,65 +22,58 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import leave_one_out
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.rewards import missing_eos
-from rlhf_core.onpolicy.loop import (
-    Given,
-    GroupSection,
-    KLSection,
-    OnPolicyReport,
-    describe,
-    group_spread,
-    iterate,
-    load_actors,
-    ready_rewards,
-    save_policy,
-)
+from rlhf_core.onpolicy.actors import Actors
+from rlhf_core.onpolicy.config import GroupSection, KLSection
+from rlhf_core.onpolicy.loop import iterate
+from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.training.learner import Learner
+from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Rollout
+from rlhf_core.work import Work
 
 
 class RLOOConfig(KLSection, GroupSection):
     """Settings of RLOO."""
 
 
-def train_rloo(
-    config: RLOOConfig, sampling: SamplingConfig, given: Given, *, policy_output: Path
-) -> OnPolicyReport:
+def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
     """Optimise the SFT policy against the reward; write the policy.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a score,
+    Args:
+        work: inputs sft, data and the models of `config.rewards`; output policy, and milestones if
+            `config.keep_every` asks for them; section sampling.
+
+    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
     loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
     checkpoints are of another run.
     """
-    policy, reference, tokenizer = load_actors(config, given)
-    learner = Learner(policy, config, config.updates, ranks=given.ranks)
+    actors = Actors.load(config, work)
+    learner = Learner(actors.policy, config, config.updates, ranks=work.ranks)
     report = iterate(
         "rloo",
         config,
-        sampling,
-        given,
-        policy=policy,
-        reference=reference,
-        critic=None,
-        ready=ready_rewards(config, given, policy),
-        tokenizer=tokenizer,
+        work,
+        actors,
         learners={"policy": learner},
         controller=config.kl_controller(),
-        judge=partial(judge, config=config),
-        optimise=partial(
+        credit=partial(assign_credit, config=config),
+        update=partial(
             optimise_policy,
             learner=learner,
             config=config,
-            temperature=sampling.temperature,
-            ranks=given.ranks,
+            temperature=work.section(SamplingConfig).temperature,
+            ranks=work.ranks,
             mean_over="responses",
         ),
     )
-    save_policy(policy, tokenizer, policy_output, given, report.iterations)
+    work.logger.phase("saving the policy")
+    facts = {"iterations": report.iterations}
+    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, facts)
     return report
 
 
-def judge(
+def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: RLOOConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """(B, R) advantages, the same for every token of a response, and what they say."""
@@ -96,7 +88,7 @@ def judge(
     rewards = scores - kl_coef * kl.masked_fill(~mask, 0).sum(-1)
     stats = describe(rollout, kl_coef) | {
         "objective/reward": rewards.mean().item(),
-        "group/spread": group_spread(rewards, config.group_size),
+        "group/spread": group_std(rewards, config.group_size),
     }
     advantages = leave_one_out(rewards, config.group_size)
     return advantages.unsqueeze(-1) * mask, stats

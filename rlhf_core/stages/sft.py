@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -23,17 +22,20 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.models import CARD, ModelConfig, load_base, require_context
-from rlhf_core.backbone.networks import Policy, start_adapter
+from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts
 from rlhf_core.errors import CheckpointError, DataError
 from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.seeding import generator
+from rlhf_core.training.epochs import optimizer_steps
+from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.training.recovery import identity
 from rlhf_core.types import Report
+from rlhf_core.work import Work
 
 
 class SFTConfig(TrainingSection):
@@ -86,40 +88,25 @@ class _Best:
         vars(self).update(state)
 
 
-def train_sft(
-    config: SFTConfig,
-    *,
-    model: ModelConfig,
-    data: Path,
-    output: Path,
-    seed: int,
-    device: str,
-    logger: StageLogger,
-    recovery: Recovery = NO_RECOVERY,
-    ranks: Ranks | None = None,
-) -> SFTReport:
-    """Fine-tune `model` on the prepared demonstrations and write the best policy to `output`.
+def train_sft(config: SFTConfig, work: Work) -> SFTReport:
+    """Fine-tune the base model on the prepared demonstrations, and write the best policy.
 
-    With a recovery, a run that was killed continues to the same bits, given the same `output`.
+    With a recovery, a run that was killed continues to the same bits, given the same output.
+
+    Args:
+        work: input data; output sft; section model, the base model.
 
     Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a
     gradient is no longer finite; CheckpointError when the checkpoints are of another run.
     """
-    ranks = ranks or Ranks()
+    data, output, seed, ranks = work.inputs["data"], work.outputs["sft"], work.seed, work.ranks
+    model, logger = work.section(ModelConfig), work.logger
     logger.phase("loading the model")
     train_table = read_table(data, "demonstrations", "train")
     base, tokenizer = load_base(model, training_texts(train_table), seed)
     require_context(base, config.max_length, "sft.max_length")
-    policy = Policy(base.to(device), precision=config.precision)
-    if config.lora_rank:
-        start_adapter(
-            policy,
-            "sft",
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            layers=config.lora_layers,
-            seed=stream_seed(seed, "sft/adapter"),
-        )
+    policy = Policy(base.to(work.device), precision=config.precision)
+    config.adapt(policy, "sft", seed=seed, stream="sft/adapter")
     logger.phase("encoding the demonstrations")
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
@@ -130,7 +117,7 @@ def train_sft(
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "sft/order"))
     measure_at = {round(steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     best = _Best()
-    with recovery.open(
+    with work.recovery.open(
         logger,
         identity=identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
         learners={"policy": learner},
@@ -142,16 +129,12 @@ def train_sft(
                 f"the best weights, of step {best.step}, are not in {output} any more; put them "
                 "back, or delete the checkpoints to start from the beginning"
             )
-        for picked in batches:
-            step = session.step + 1
-            rate = learner.learning_rate
-            parts = ranks.passes(len(picked), config.micro_batch_size)
-            check = session.between("batch", parts)
-            loss = accumulate(learner, [train[i] for i in picked], config, ranks, check)
-            grad_norm = learner.step()
-            values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-            session.metrics(values, step)
-            session.progress(step, steps, f"loss {loss:.3f}")
+
+        def add(picked: list[int], check: Callable[[], None]) -> dict[str, float]:
+            rows = [train[i] for i in picked]
+            return {"loss": accumulate(learner, rows, config, ranks, check)}
+
+        for step in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
             if step in measure_at:
                 measured = _mean_nll(policy, held_out, config, ranks, logger)
                 best.measured.append((step, measured))
@@ -164,7 +147,6 @@ def train_sft(
                 session.metrics(
                     {"held_out/loss": measured, "held_out/perplexity": math.exp(measured)}, step
                 )
-            session.safe_point()
         losses = [(step, values["loss"]) for step, values in session.history if "loss" in values]
 
     return SFTReport(

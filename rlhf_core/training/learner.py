@@ -1,7 +1,7 @@
-"""What every training stage shares: a learner, its schedule, one safe step, batches."""
+"""What every training stage shares: its settings, a learner, a schedule, one safe step."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_core.backbone.networks import Network, Precision
+from rlhf_core.backbone.networks import Network, Precision, start_adapter
 from rlhf_core.config import Section
 from rlhf_core.errors import NumericsError
+from rlhf_core.seeding import stream_seed
 from rlhf_core.training.ranks import Ranks, full, shard_like
 
 
@@ -53,6 +54,24 @@ class TrainingSection(Section):
     lora_alpha: int = Field(
         32, gt=0, description="What the adapter adds is scaled by this over its rank"
     )
+
+    def adapt(self, network: Network, name: str, *, seed: int, stream: str) -> None:
+        """Let an adapter learn in place of all weights, if `lora_rank` asks for it.
+
+        Args:
+            name: of the adapter.
+            seed: of the run.
+            stream: the random stream that its weights are drawn from.
+        """
+        if self.lora_rank:
+            start_adapter(
+                network,
+                name,
+                rank=self.lora_rank,
+                alpha=self.lora_alpha,
+                layers=self.lora_layers,
+                seed=stream_seed(seed, stream),
+            )
 
 
 class Learner:
@@ -193,56 +212,3 @@ def require_finite(name: str, value: Tensor) -> None:
             f"{name} is not finite; training has stopped before the update. Lower learning_rate, "
             "or look at the batch that was logged last"
         )
-
-
-class Batches(Iterator[list[int]]):
-    """Indices of one batch after another, each epoch in its own order; its last may be short.
-
-    Its state is its place: what is left of the epoch, how many epochs follow, and the generator.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        epochs: int,
-        generator: torch.Generator,
-        *,
-        first_in_order: bool = False,
-    ) -> None:
-        self._size = size
-        self._batch_size = batch_size
-        self._generator = generator
-        self._waiting = list(range(size)) if first_in_order else []
-        self._epochs = epochs - first_in_order
-
-    def __next__(self) -> list[int]:
-        if not self._waiting:
-            if self._epochs <= 0:
-                raise StopIteration
-            self._epochs -= 1
-            self._waiting = torch.randperm(self._size, generator=self._generator).tolist()
-        batch, self._waiting = (
-            self._waiting[: self._batch_size],
-            self._waiting[self._batch_size :],
-        )
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
-        return {
-            "waiting": list(self._waiting),
-            "epochs": self._epochs,
-            "generator": self._generator.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._waiting, self._epochs = list(state["waiting"]), state["epochs"]
-        self._generator.set_state(state["generator"])
-
-
-def chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    """Consecutive pieces of at most `size` items: the micro-batches of a batch."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rlhf_core import figures
 from rlhf_core.functional.ranking import Interval
-from rlhf_core.stages.evaluation import Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.types import Report
 from tasks.prefect.ui import closing_lines
 from tasks.record.stage import open_stage, run_url

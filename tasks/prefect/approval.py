@@ -24,7 +24,7 @@ from prefect.input import RunInput
 from pydantic import Field, ValidationError
 
 from rlhf_core.evaluation.gates import PromotionConfig, Rule, apply_rules
-from rlhf_core.stages.evaluation import Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.ui import artifact_key
 from tasks.record.stage import run_url
 from tasks.record.tracking import connect

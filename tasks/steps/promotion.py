@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_core.errors import UserError
 from rlhf_core.evaluation import gates
 from rlhf_core.evaluation.gates import PromotionConfig, Verdict
-from rlhf_core.stages.evaluation import Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.types import Report
 from tasks.history.runs import find_run
 from tasks.prefect import events

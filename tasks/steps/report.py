@@ -12,7 +12,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.functional.ranking import Interval
-from rlhf_core.stages.evaluation import Arm, EvaluationReport, Scorecard
+from rlhf_core.evaluation.scorecard import Arm, Scorecard
+from rlhf_core.stages.evaluation import EvaluationReport
 from tasks.prefect.ui import PrefectRun, closing_lines
 from tasks.record.stage import run_url
 from tasks.record.tracking import connect

@@ -15,10 +15,9 @@ from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import write_table
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import Given
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.work import Work
 
 torch.set_num_threads(1)
 
@@ -187,8 +186,8 @@ def toy_sft(prepared, tmp_path_factory):
     """A policy that answers like the demonstrations: as often well as badly."""
     output = tmp_path_factory.mktemp("models") / "sft"
     config = SFTConfig(epochs=12, learning_rate=1e-2, batch_size=24, max_length=32)
-    common = {"data": prepared, "output": output, "seed": 0, "device": "cpu"}
-    train_sft(config, model=MODEL, logger=MemoryLogger(), **common)
+    sections = {"model": MODEL}
+    train_sft(config, Work(inputs={"data": prepared}, outputs={"sft": output}, sections=sections))
     return output
 
 
@@ -199,17 +198,27 @@ def toy_reward(toy_sft, prepared, toy_sampling, tmp_path_factory):
     config = RewardModelConfig(
         epochs=2, learning_rate=5e-3, batch_size=24, max_length=32, normalization_samples=128
     )
-    common = {"data": prepared, "output": output, "seed": 0, "device": "cpu"}
-    train_reward_model(config, toy_sampling, sft=toy_sft, logger=MemoryLogger(), **common)
+    work = Work(
+        inputs={"sft": toy_sft, "data": prepared},
+        outputs={"reward": output},
+        sections={"sampling": toy_sampling},
+    )
+    train_reward_model(config, work)
     return output
 
 
 @pytest.fixture
-def toy_given(toy_sft, toy_reward, prepared, logger):
-    """What an on-policy stage starts from in the toy world; any part of it can be another."""
+def toy_work(toy_sft, toy_reward, toy_model, toy_sampling, prepared, logger):
+    """What a stage is called with in the toy world; inputs, sections and the rest can be others."""
 
-    def give(**parts):
-        given = {"sft": toy_sft, "reward_models": {PIPELINE_REWARD: toy_reward}, "data": prepared}
-        return Given(**given | {"seed": 0, "device": "cpu", "logger": logger} | parts)
+    def work(*roles, outputs, **parts):
+        inputs = {"data": prepared, "sft": toy_sft, "reward": toy_reward}
+        inputs = {role: parts.pop(role, inputs[role]) for role in roles or inputs}
+        sections = {
+            "model": parts.pop("model", toy_model),
+            "sampling": parts.pop("sampling", toy_sampling),
+        }
+        given = {"inputs": inputs, "outputs": outputs, "sections": sections, "logger": logger}
+        return Work(**given | parts)
 
-    return give
+    return work

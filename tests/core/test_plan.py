@@ -56,13 +56,17 @@ def validation(prompts=20, voted=20):
     )
 
 
-def sections(**changes):
-    given = {
-        "model": MODEL,
+def sections(algorithm="ppo", **changes):
+    trainings = {
         "sft": SFTConfig(epochs=3, batch_size=25),
         "reward_model": RewardModelConfig(epochs=2, batch_size=32),
-        "algorithm": "ppo",
         "policy": PPOConfig(iterations=7, rollout_size=20, batch_size=8, epochs=4),
+    }
+    trainings |= {name: changes.pop(name) for name in trainings if name in changes}
+    trainings[algorithm] = trainings.pop("policy")
+    given = {
+        "model": MODEL,
+        "trainings": {name: section for name, section in trainings.items() if section is not None},
         "evaluation": EvaluationConfig(),
         "reward_gate": RewardGateConfig(),
         "promotion": PromotionConfig(),

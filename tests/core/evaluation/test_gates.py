@@ -15,8 +15,8 @@ from rlhf_core.evaluation.gates import (
     judge,
     require_reward_model,
 )
+from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval
-from rlhf_core.stages.evaluation import Arm, Comparison, Scorecard
 
 CONFIG = PromotionConfig(
     min_win_rate=0.6,

@@ -9,7 +9,13 @@ from torch.testing import assert_close
 
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.advantages import gae
-from rlhf_core.functional.rewards import AdaptiveKL, FixedKL, missing_eos, shaped_rewards
+from rlhf_core.functional.rewards import (
+    AdaptiveKL,
+    FixedKL,
+    combine,
+    missing_eos,
+    shaped_rewards,
+)
 
 SCORES = torch.tensor([10.0, 20.0, 30.0, 40.0])
 KL = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0], [9.0, 6.0, 7.0], [9.0, 9.0, 9.0]])
@@ -120,3 +126,42 @@ def test_adaptive_kl_refuses_what_would_spoil_the_coefficient():
     for bad in ((0.0, 6.0, 100), (0.2, 0.0, 100), (0.2, 6.0, 0)):
         with pytest.raises(ValueError, match="positive"):
             AdaptiveKL(*bad)
+
+
+# --- several rewards as one ---
+
+PARTS = torch.tensor([[1.0, 5.0], [3.0, 5.0], [2.0, -4.0]])
+
+
+def test_combined_by_hand():
+    # Second response: mean 2, squared deviations 9, 9 and 36, so a variance of 18.
+    expected = {
+        "sum": [6.0, 6.0],
+        "mean": [2.0, 2.0],
+        "min": [1.0, -4.0],
+        "mean_minus_variance": [2.0 - 0.5 * 2 / 3, 2.0 - 0.5 * 18],
+    }
+    for how, values in expected.items():
+        assert_close(combine(PARTS, how=how, variance_coef=0.5), torch.tensor(values))
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "min", "mean_minus_variance"])
+def test_one_part_is_itself_whatever_combines_it(how):
+    assert torch.equal(combine(PARTS[:1], how=how), PARTS[0])
+
+
+def test_no_combination_believes_a_part_more_than_the_mean_does():
+    draws = torch.Generator().manual_seed(0)
+    parts = torch.randn(5, 100, generator=draws)
+    mean = combine(parts, how="mean")
+    for how in ("min", "mean_minus_variance"):
+        assert (combine(parts, how=how) <= mean + 1e-6).all()
+
+
+def test_what_cannot_be_combined_is_refused():
+    with pytest.raises(ValueError, match="no part"):
+        combine(torch.zeros(0, 3), how="mean")
+    with pytest.raises(ValueError, match="must be sum, mean, min or mean_minus_variance"):
+        combine(PARTS, how="median")
+    with pytest.raises(ValueError, match="shape"):
+        combine(PARTS[0], how="sum")

@@ -15,25 +15,20 @@ from torch.testing import assert_close
 from rlhf_core.backbone.models import position_ids
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import lay_out, response_logprobs
-from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import (
-    Asked,
-    Iteration,
-    OnPolicySection,
-    PromptStream,
-    Sampler,
-    describe,
-    group_spread,
-    load_actors,
-    over_budget,
-    require_kl_zero,
-)
+from rlhf_core.onpolicy.actors import Actors
+from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.experience import Collector, PromptTable
+from rlhf_core.onpolicy.loop import Iteration, require_kl_zero
+from rlhf_core.onpolicy.observe import over_kl_budget
+from rlhf_core.onpolicy.report import describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy, update_policy, went_too_far
 from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm, load_reward
-from rlhf_core.training.learner import Learner, chunks
+from rlhf_core.training.learner import Learner
+from rlhf_core.training.order import PromptStream, chunks
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.types import PromptBatch, Responses, Rollout
@@ -297,7 +292,7 @@ def test_too_far_is_one_and_a_half_times_the_limit(limit, kl, far):
 
 def test_budget_of_0_is_none():
     stats = {"objective/kl": 3.0}
-    assert [over_budget(stats, section(kl_budget=b)) for b in (0.0, 2.9, 3.0)] == [0, 1, 0]
+    assert [over_kl_budget(stats, section(kl_budget=b)) for b in (0.0, 2.9, 3.0)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("mean_over", ["tokens", "responses"])
@@ -417,7 +412,8 @@ def test_end_of_an_iteration_is_the_mean_over_its_updates(causal):
     now = iteration()
     now.begin(experience(Policy(causal[0])))
     now.used += [{"loss": 1.0, "kl": 0.0}, {"loss": 2.0, "kl": 3.0}]
-    assert now.finish(last=False) == {"loss": 1.5, "kl": 1.5, "optimizer/updates": 2.0}
+    assert now.means() == {"loss": 1.5, "kl": 1.5, "optimizer/updates": 2.0}
+    now.finish(last=False)
     assert (now.number, now.used, now.ended) == (2, [], False)
 
 
@@ -457,13 +453,14 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
     critic = scalar.twin()
     critic.head.weight *= 2
     term = RewardTerm(weight=0.5)
-    sampler = Sampler(
+    collector = Collector(
         policy=policy,
         reference=reference,
         critic=critic,
         reward=load_reward(
             (term,), {}, tokenizer, "cpu", max_length=20, ready={PIPELINE_REWARD: scalar}
         ),
+        sampler=PolicySampler(policy, TEMPERATURE),
         config=section(batch_size=4, micro_batch_size=micro),
         sampling=SamplingConfig(
             max_prompt_length=8, max_new_tokens=6, temperature=TEMPERATURE, batch_size=4
@@ -471,7 +468,7 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
         draws=torch.Generator().manual_seed(1),
         ranks=Ranks(),
     )
-    rollout = sampler.roll_out(Asked([""] * len(PROMPTS), PROMPTS))
+    rollout = collector.roll_out(PromptTable([""] * len(PROMPTS), PROMPTS))
     texts = [p[m].tolist() for p, m in zip(*vars(rollout.prompts).values(), strict=True)]
     assert texts == PROMPTS
     judge, ours = plain(scalar.model), plain(causal[0])
@@ -492,11 +489,12 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
             assert rollout.values[i, t].item() == pytest.approx(value.item(), **close)
 
 
-def test_actors_are_two_models_or_one_trunk(toy_given):
-    given = toy_given()
-    policy, reference, _ = load_actors(section(), given)
-    assert policy.model is not reference.model
-    policy, reference, _ = load_actors(section(lora_rank=2, precision="bfloat16"), given)
+def test_actors_are_two_models_or_one_trunk(toy_work):
+    work = toy_work(outputs={})
+    actors = Actors.load(section(), work)
+    assert actors.policy.model is not actors.reference.model
+    actors = Actors.load(section(lora_rank=2, precision="bfloat16"), work)
+    policy, reference = actors.policy, actors.reference
     assert policy.model is reference.model
     assert (policy.adapter, reference.adapter) == ("policy", None)
     assert policy.precision == reference.precision == "bfloat16"
@@ -531,4 +529,4 @@ def test_what_a_rollout_says_by_hand():
 def test_spread_is_that_within_the_groups():
     # Groups (1, 3) and (10, 10): standard deviations √2 and 0, whatever lies between the groups.
     scores = torch.tensor([1.0, 3.0, 10.0, 10.0])
-    assert group_spread(scores, 2) == pytest.approx(math.sqrt(2) / 2)
+    assert group_std(scores, 2) == pytest.approx(math.sqrt(2) / 2)

@@ -28,6 +28,7 @@ from rlhf_core.seeding import generator
 from rlhf_core.stages.dpo import leeway
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.training.recovery import Recovery
+from rlhf_core.work import Work
 
 WIDTH = MODEL.fresh.width
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "attention")
@@ -123,11 +124,11 @@ def test_every_product_of_a_stage_is_in_bfloat16(world, words, looking, tmp_path
 
 
 def test_every_product_of_the_evaluation_is_in_bfloat16(world, words, looking):
-    models = {"sft": world.sft, "policy": world.sft, "reward_model": world.reward}
-    common = {"champion": None, "data": world.data, "seed": 0, "device": "cpu"}
+    models = {"sft": world.sft, "policy": world.sft, "reward": world.reward}
+    work = Work(inputs={**models, "data": world.data}, sections={"sampling": SAMPLING})
     config = EvaluationConfig(prompts=2, samples_per_prompt=2, best_of=2, precision="bfloat16")
     with looking() as products:
-        report = evaluate(config, SAMPLING, **models, **common, logger=MemoryLogger())
+        report = evaluate(config, work)
     assert all(one_row(shapes) for _, shapes in products.of(torch.float32))
     assert of_the_head(products.of(torch.bfloat16), words) == {"forward"}
     assert report.scorecard.arm("sft").kl.value == 0

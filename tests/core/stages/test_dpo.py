@@ -33,10 +33,9 @@ def change(**settings):
 
 
 @pytest.fixture
-def train(toy_sft, prepared, tmp_path, logger):
-    def run(config=CONFIG, **parts):
-        given = {"sft": toy_sft, "data": prepared, "policy_output": tmp_path / "policy"}
-        return train_dpo(config, **given | {"seed": 0, "device": "cpu", "logger": logger} | parts)
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, *, output=tmp_path / "policy", **parts):
+        return train_dpo(config, toy_work("data", "sft", outputs={"policy": output}, **parts))
 
     return run
 

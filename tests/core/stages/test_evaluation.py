@@ -33,6 +33,7 @@ from rlhf_core.stages.evaluation import (
     distinct_n,
     evaluate,
 )
+from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)
 
@@ -90,10 +91,12 @@ def foreign_policy(toy_corpus, tmp_path_factory):
 
 @pytest.fixture
 def run(toy_sft, toy_policy, toy_reward, prepared, toy_sampling, logger):
-    def run(config=CONFIG, *, sampling=toy_sampling, **settings):
-        given = {"sft": toy_sft, "policy": toy_policy, "reward_model": toy_reward}
-        given |= {"champion": None, "data": prepared, "seed": 0, "device": "cpu"}
-        return evaluate(config, sampling, **given | {"logger": logger} | settings)
+    def run(config=CONFIG, *, sampling=toy_sampling, logger=logger, seed=0, **inputs):
+        given = {"sft": toy_sft, "policy": toy_policy, "reward": toy_reward, "data": prepared}
+        work = Work(
+            inputs=given | inputs, sections={"sampling": sampling}, logger=logger, seed=seed
+        )
+        return evaluate(config, work)
 
     return run
 
@@ -304,7 +307,7 @@ def test_reward_model_with_another_tokenizer_reads_the_texts(
     scalar.mean, scalar.std = 0.2, 0.5
     scalar.save(theirs, other, kind="reward")
     sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=5)
-    report = run(change(samples_per_prompt=1), sampling=sampling, reward_model=other)
+    report = run(change(samples_per_prompt=1), sampling=sampling, reward=other)
 
     policy, ours = Policy.load(toy_policy, "cpu")
     prompts = read_table(prepared, "prompts", "eval")["prompt"].iloc[:8]
@@ -371,7 +374,7 @@ def test_no_held_out_prompts(run, prepared, tmp_path):
 
 def test_policy_in_place_of_the_reward_model(run, toy_sft):
     with pytest.raises(ModelError, match="kind 'policy'"):
-        run(reward_model=toy_sft)
+        run(reward=toy_sft)
 
 
 def test_texts_longer_than_the_model(run):

@@ -12,7 +12,7 @@ from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.update import optimise_policy
-from rlhf_core.stages.grpo import GRPOConfig, judge, train_grpo
+from rlhf_core.stages.grpo import GRPOConfig, assign_credit, train_grpo
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
@@ -38,9 +38,9 @@ def change(**settings):
 
 
 @pytest.fixture
-def train(toy_given, toy_sampling, tmp_path):
-    def run(config=CONFIG, *, sampling=toy_sampling, **parts):
-        return train_grpo(config, sampling, toy_given(**parts), policy_output=tmp_path / "policy")
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, **parts):
+        return train_grpo(config, toy_work(outputs={"policy": tmp_path / "policy"}, **parts))
 
     return run
 
@@ -55,10 +55,10 @@ def small_rollout():
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_judged_by_hand(scale):
+def test_assign_creditd_by_hand(scale):
     config = change(group_size=2, missing_eos_value=1.5, scale=scale)
     rollout = small_rollout()
-    advantages, stats = judge(rollout, 0.1, config=config)
+    advantages, stats = assign_credit(rollout, 0.1, config=config)
     # Scores 3, 1 | 2, 2.5 - 1.5: less the mean of the two, and with scale over 2 / √2 and 1 / √2.
     expected = [0.5**0.5, -(0.5**0.5)] * 2 if scale else [1, -1, 0.5, -0.5]
     assert advantages[:, 0].tolist() == pytest.approx(expected, rel=1e-3)
@@ -69,7 +69,8 @@ def test_judged_by_hand(scale):
 
 def test_a_group_that_is_all_alike_teaches_nothing():
     rollout = replace(small_rollout(), scores=torch.tensor([2.0, 2.0, 1.0, 2.0]))
-    advantages, stats = judge(rollout, 0.1, config=change(group_size=2, missing_eos_value=1.0))
+    config = change(group_size=2, missing_eos_value=1.0)
+    advantages, stats = assign_credit(rollout, 0.1, config=config)
     assert torch.equal(advantages, torch.zeros(4, 3))
     assert stats["group/spread"] == 0
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_core.backbone.models import load_base, load_policy
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
-from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.data.encoding import encode_pair, encode_prompt, encode_response, left_pad, right_pad
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import Asked, Given, Sampler
+from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, load_reward
 from rlhf_core.seeding import generator
@@ -32,9 +32,10 @@ from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.training.session import Session
 from rlhf_core.types import PromptBatch, Responses
+from rlhf_core.work import Work
 
 ON_POLICY = ("ppo", "ppo_lora", "rloo", "grpo")
-JUDGES = {"ppo": ppo.judge, "rloo": rloo.judge, "grpo": grpo.judge}
+CREDIT = {"ppo": ppo.assign_credit, "rloo": rloo.assign_credit, "grpo": grpo.assign_credit}
 
 
 @pytest.fixture(scope="module")
@@ -214,18 +215,16 @@ def test_f_score_of_a_text_is_the_same_in_reward_evaluation_and_in_ppo(world, tm
     report = run(config, world, tmp_path / "reward")
     assert report.truncated == 0
     shown = report.tables["reward_held_out"]
-    given = Given(
-        sft=world.sft,
-        reward_models={PIPELINE_REWARD: tmp_path / "reward"},
-        data=world.data,
-        seed=0,
-        device="cpu",
-        logger=MemoryLogger(),
+    work = Work(
+        inputs={"sft": world.sft, "reward": tmp_path / "reward", "data": world.data},
+        sections={"sampling": SAMPLING},
     )
     config = change(CONFIGS["ppo"], lora_rank=lora_rank)
-    networks, tokenizer = ppo.Networks.load(config, given)
-    assert (networks.reward_model.model is networks.policy.model) == bool(lora_rank)
-    models = {PIPELINE_REWARD: networks.reward_model}
+    networks = ppo.load_networks(config, work)
+    tokenizer = networks.tokenizer
+    reward_model = networks.rewards[PIPELINE_REWARD]
+    assert (reward_model.model is networks.policy.model) == bool(lora_rank)
+    models = {PIPELINE_REWARD: reward_model}
     tokenizers = {PIPELINE_REWARD: tokenizer}
     reward = Reward(config.rewards, models, tokenizers, tokenizer, max_length=14)
     asked = [encode_prompt(prompt, tokenizer) for prompt in shown["prompt"]]
@@ -279,18 +278,19 @@ def roll_out(world, config):
     policy, tokenizer = Policy.load(world.sft, "cpu")
     reference, _ = Policy.load(world.sft, "cpu")
     directories = {PIPELINE_REWARD: world.reward}
-    sampler = Sampler(
+    collector = Collector(
         policy=policy,
         reference=reference,
         critic=ScalarModel.load(world.reward),
         reward=load_reward(config.rewards, directories, tokenizer, "cpu", max_length=14),
+        sampler=PolicySampler(policy, SAMPLING.temperature),
         config=config,
         sampling=SAMPLING,
         draws=generator(3, "draws"),
         ranks=Ranks(),
     )
-    asked = Asked.read(world.data, tokenizer)
-    rollout = sampler.roll_out(asked.pick(range(config.rollout_size)))
+    prompts = PromptTable.read(world.data, tokenizer)
+    rollout = collector.roll_out(prompts.pick(range(config.rollout_size)))
     draws, mask = torch.Generator().manual_seed(0), rollout.responses.mask
     noise = [0.2 * torch.randn(mask.shape, generator=draws) * mask for _ in range(2)]
     return replace(
@@ -332,14 +332,14 @@ def with_garbage(rollout, *, prompts=3, responses=2):
     )
 
 
-@pytest.mark.parametrize("stage", JUDGES)
+@pytest.mark.parametrize("stage", CREDIT)
 def test_h_garbage_under_the_mask_changes_no_metric_and_no_gradient(world, stage):
     config = CONFIGS[stage]
     clean = roll_out(world, config)
     assert not clean.responses.mask.all()  # there is something to hide behind
     results = []
     for rollout in (clean, with_garbage(clean)):
-        targets, stats = JUDGES[stage](rollout, 0.3, config=config)
+        targets, stats = CREDIT[stage](rollout, 0.3, config=config)
         rows = list(range(config.rollout_size))
         policy = Learner(Policy.load(world.sft, "cpu")[0], config, 10)
         options = {"first": False, "check": lambda: None, "temperature": 0.9, "ranks": Ranks()}

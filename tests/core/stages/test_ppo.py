@@ -24,7 +24,6 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.loop import PromptStream
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 
@@ -49,13 +48,10 @@ def change(**settings):
 
 
 @pytest.fixture
-def train(toy_given, toy_sampling, tmp_path):
-    def run(config=CONFIG, *, sampling=toy_sampling, reward_model=None, **parts):
-        outputs = {"policy_output": tmp_path / "policy", "critic_output": tmp_path / "critic"}
-        outputs |= {name: parts.pop(name) for name in outputs if name in parts}
-        if reward_model is not None:
-            parts["reward_models"] = {PIPELINE_REWARD: reward_model}
-        return train_ppo(config, sampling, toy_given(**parts), **outputs)
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, *, output=tmp_path, **parts):
+        outputs = {kind: output / kind for kind in ("policy", "critic", "milestones")}
+        return train_ppo(config, toy_work(outputs=outputs, **parts))
 
     return run
 
@@ -154,10 +150,10 @@ def test_same_seed_same_metrics_to_the_last_bit(train, tmp_path):
     runs = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         log = MemoryLogger()
-        train(seed=seed, logger=log, policy_output=tmp_path / name)
+        train(seed=seed, logger=log, output=tmp_path / name)
         runs[name] = log.history
     assert runs["a"] == runs["b"] != runs["c"]
-    one, two = (load_policy(tmp_path / name)[0].state_dict() for name in "ab")
+    one, two = (load_policy(tmp_path / name / "policy")[0].state_dict() for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -205,18 +201,16 @@ def test_score_rises_when_kl_is_free_and_hardly_moves_when_it_is_dear(train):
     assert abs(dear.series("objective/kl")[-1]) < free.series("objective/kl")[-1] / 5
 
 
-def test_adapters_on_one_trunk_learn_too(train, toy_sft, prepared, toy_sampling, tmp_path):
+def test_adapters_on_one_trunk_learn_too(train, toy_work, toy_sft, tmp_path):
     config = RewardModelConfig(
         epochs=2, learning_rate=2e-2, batch_size=24, max_length=32, lora_rank=4
     )
-    given = {"sft": toy_sft, "data": prepared, "output": tmp_path / "reward"}
-    given |= {"seed": 0, "device": "cpu", "logger": MemoryLogger()}
-    train_reward_model(config, toy_sampling, **given)
+    train_reward_model(config, toy_work("sft", "data", outputs={"reward": tmp_path / "reward"}))
     rates = {"learning_rate": 1e-2, "critic_learning_rate": 1e-2}
     free = {"kl_control": "fixed", "kl_coef": 0.0, "iterations": 12}
     config = change(**rates, **free, rollout_size=32, batch_size=32, lora_rank=4)
     log = MemoryLogger()
-    train(config, reward_model=tmp_path / "reward", logger=log)
+    train(config, reward=tmp_path / "reward", logger=log)
     scores = log.series("objective/score")
     assert sum(scores[-3:]) / 3 > sum(scores[:2]) / 2 + 0.4
     before, after = (plain_policy(at).state_dict() for at in (toy_sft, tmp_path / "policy"))
@@ -273,7 +267,7 @@ def test_score_that_is_not_finite_is_named(train, copied_reward, tmp_path, chang
     card = json.loads((copied_reward / "rlhf.json").read_text())
     (copied_reward / "rlhf.json").write_text(json.dumps(card | change_card))
     with pytest.raises(NumericsError, match=f"the {said} is not finite"):
-        train(reward_model=copied_reward)
+        train(reward=copied_reward)
     assert not (tmp_path / "policy").exists()
 
 
@@ -376,12 +370,12 @@ def test_reward_model_with_another_tokenizer(train, tmp_path, toy_corpus):
     scalar = ScalarModel.from_policy(tmp_path / "base", torch.Generator())
     scalar.save(tokenizer, tmp_path / "other", kind="reward")
     with pytest.raises(ConfigError, match="the reward model has another tokenizer"):
-        train(reward_model=tmp_path / "other")
+        train(reward=tmp_path / "other")
 
 
 def test_policy_in_place_of_the_reward_model(train, toy_sft):
     with pytest.raises(ModelError, match="kind 'policy'"):
-        train(reward_model=toy_sft)
+        train(reward=toy_sft)
 
 
 def test_texts_longer_than_the_model(train):
@@ -400,7 +394,7 @@ def test_a_llama_goes_through_the_same_loop(train, llama, tmp_path, logger):
     save_model(*llama, tmp_path / "base", kind="policy")
     scalar = ScalarModel.from_policy(tmp_path / "base", torch.Generator().manual_seed(0))
     scalar.save(llama[1], tmp_path / "reward", kind="reward")
-    train(change(iterations=1), sft=tmp_path / "base", reward_model=tmp_path / "reward")
+    train(change(iterations=1), sft=tmp_path / "base", reward=tmp_path / "reward")
     assert logger.series("objective/kl") == [0.0]
     ids = torch.tensor([[20, 30, 40]])
     with torch.no_grad():

@@ -15,6 +15,7 @@ from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, inspect, prepare_data
+from rlhf_core.work import Work
 
 LIMITS = LengthLimits(prompt=64, sft=128, reward=128, response=48)
 MODEL = ModelConfig(fresh=FreshModelConfig(vocab_size=300))
@@ -43,10 +44,9 @@ def files(**tables):
 
 def prepare(config, output, seed=0):
     logger = MemoryLogger()
-    report = prepare_data(
-        config, model=MODEL, limits=LIMITS, output=output, seed=seed, logger=logger
-    )
-    return report, logger
+    sections = {"model": MODEL, "limits": LIMITS}
+    work = Work(outputs={"data": output}, sections=sections, seed=seed, logger=logger)
+    return prepare_data(config, work), logger
 
 
 def error(config, kind=DataError):

@@ -14,6 +14,7 @@ from rlhf_core.metrics import MemoryLogger
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
+from rlhf_core.work import Work
 
 BLOCKS = MODEL.fresh.layers
 # What may happen without a word: one micro-batch through the four networks of PPO, or two policies
@@ -73,18 +74,11 @@ def test_a_training_stage_never_works_long_without_a_word(world, tmp_path, signs
 
 
 def test_neither_does_the_evaluation(world, signs):
-    evaluate(
-        EvaluationConfig(prompts=4, samples_per_prompt=2, best_of=4),
-        SAMPLING,
-        sft=world.sft,
-        policy=world.sft,
-        reward_model=world.reward,
-        champion=world.sft,
-        data=world.data,
-        seed=0,
-        device="cpu",
-        logger=signs,
+    models = {"sft": world.sft, "policy": world.sft, "reward": world.reward, "champion": world.sft}
+    work = Work(
+        inputs={**models, "data": world.data}, sections={"sampling": SAMPLING}, logger=signs
     )
+    evaluate(EvaluationConfig(prompts=4, samples_per_prompt=2, best_of=4), work)
     require_signs(signs)
     said = {what for what, *_ in signs.phases}
     assert said >= {"loading the models", "loading the policy", "loading the champion"}
@@ -134,7 +128,8 @@ def test_preparing_says_which_table_and_how_many_texts(tmp_path, monkeypatch):
     )
     log = MemoryLogger()
     limits = LengthLimits(prompt=9, sft=9, reward=9, response=9)
-    prepare_data(config, model=MODEL, limits=limits, output=tmp_path / "out", seed=0, logger=log)
+    sections = {"model": MODEL, "limits": limits}
+    prepare_data(config, Work(outputs={"data": tmp_path / "out"}, sections=sections, logger=log))
     said = [what for what, *_ in log.phases]
     assert said[:3] == ["reading the preferences", "reading the prompts", "splitting by prompt"]
     # 20 prompts and 40 answers, 7 at a time.

@@ -290,9 +290,9 @@ def test_other_data_are_refused(again, world, tmp_path, stage):
         ("reward_model", "sft", "digest of sft"),
         ("dpo", "sft", "digest of sft"),
         ("rloo", "sft", "digest of sft"),
-        ("ppo", "reward", "digest of reward_model"),
-        ("ppo_lora", "reward_adapter", "digest of reward_model"),
-        ("grpo", "reward", "digest of reward_model"),
+        ("ppo", "reward", "digest of reward"),
+        ("ppo_lora", "reward_adapter", "digest of reward"),
+        ("grpo", "reward", "digest of reward"),
     ],
 )
 def test_another_model_is_refused(again, world, left_behind, tmp_path, stage, model, said):

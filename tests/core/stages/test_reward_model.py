@@ -34,12 +34,10 @@ PAIRS = 102  # 96 votes and 6 ties
 
 
 @pytest.fixture
-def train(toy_sft, prepared, toy_sampling, tmp_path, logger):
-    def run(config=CONFIG, *, sampling=toy_sampling, **settings):
-        given = {"sft": toy_sft, "data": prepared, "output": tmp_path / "out", "seed": 0}
-        return train_reward_model(
-            config, sampling, **given | {"device": "cpu", "logger": logger} | settings
-        )
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, *, output=tmp_path / "out", **parts):
+        work = toy_work("sft", "data", outputs={"reward": output}, **parts)
+        return train_reward_model(config, work)
 
     return run
 

@@ -13,8 +13,8 @@ from rlhf_core.backbone.models import read_card
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
-from rlhf_core.stages.rloo import RLOOConfig, judge, train_rloo
+from rlhf_core.rewards.scoring import RewardTerm
+from rlhf_core.stages.rloo import RLOOConfig, assign_credit, train_rloo
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
@@ -39,14 +39,15 @@ def change(**settings):
 
 
 @pytest.fixture
-def train(toy_given, toy_sampling, tmp_path):
-    def run(config=CONFIG, *, sampling=toy_sampling, **parts):
-        return train_rloo(config, sampling, toy_given(**parts), policy_output=tmp_path / "policy")
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, *roles, **parts):
+        work = toy_work(*roles, outputs={"policy": tmp_path / "policy"}, **parts)
+        return train_rloo(config, work)
 
     return run
 
 
-def test_judged_by_hand():
+def test_assign_creditd_by_hand():
     # Two prompts with two responses each; the second response has a masked place, the last no end.
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
     logprobs = torch.tensor([[-1.0, -2, -3], [-1, -1, 0], [-2, -2, -2], [-1, -1, -1]])
@@ -60,7 +61,7 @@ def test_judged_by_hand():
         scores=torch.tensor([3.0, 1.0, 2.0, 5.0]),
     )
     config = change(group_size=2, missing_eos_value=0.5)
-    advantages, stats = judge(rollout, 0.1, config=config)
+    advantages, stats = assign_credit(rollout, 0.1, config=config)
     # KL: 1, 2, 0, 3 nats; rewards 3 - 0.1, 1 - 0.2, 2, 5 - 0.5 - 0.3; less that of the other.
     rewards = [2.9, 0.8, 2.0, 4.2]
     assert advantages[:, 0].tolist() == pytest.approx([2.1, -2.1, -2.2, 2.2])
@@ -143,7 +144,7 @@ def test_parts_of_a_reward_are_weighed_and_logged(train, logger):
 
 
 def test_without_a_reward_model_where_no_part_asks_for_one(train, logger):
-    train(change(rewards=(RewardTerm(source="tiny:brevity"),)), reward_models={})
+    train(change(rewards=(RewardTerm(source="tiny:brevity"),)), "sft", "data")
     assert max(logger.series("objective/score")) <= 0
 
 
@@ -181,9 +182,9 @@ def test_what_is_refused_in_words(train, toy_sft, prepared, tmp_path, logger):
     with pytest.raises(ConfigError, match=r"sampling\.max_prompt_length \+ max_new_tokens asks"):
         train(sampling=SamplingConfig(max_prompt_length=30, max_new_tokens=11))
     with pytest.raises(ModelError, match="kind 'policy'; reward is needed"):
-        train(reward_models={PIPELINE_REWARD: toy_sft})
+        train(reward=toy_sft)
     with pytest.raises(ConfigError, match="the reward 'reward_model' has no model directory"):
-        train(reward_models={})
+        train(CONFIG, "sft", "data")
     with pytest.raises(ConfigError, match="'tiny:missing' is not a function that can be imported"):
         train(change(rewards=(RewardTerm(source="tiny:missing"),)))
     (tmp_path / "prompts.train.jsonl").write_text("")

@@ -23,10 +23,9 @@ CONFIG = SFTConfig(
 
 
 @pytest.fixture
-def train(toy_model, prepared, tmp_path, logger):
-    def run(config=CONFIG, *, model=toy_model, data=prepared, output=tmp_path / "out", **settings):
-        given = {"seed": 0, "device": "cpu", "logger": logger} | settings
-        return train_sft(config, model=model, data=data, output=output, **given)
+def train(toy_work, tmp_path):
+    def run(config=CONFIG, *, output=tmp_path / "out", **parts):
+        return train_sft(config, toy_work("data", outputs={"sft": output}, **parts))
 
     return run
 

@@ -1,7 +1,6 @@
 """A world so small that a training stage takes a second, and every training stage on it.
 
-What the tests of invariants, resume and recorded trajectories run. All stages are called alike:
-their config says which one it is.
+What the tests of invariants, resume and recorded trajectories run.
 """
 
 import hashlib
@@ -15,17 +14,17 @@ from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table
-from rlhf_core.metrics import MemoryLogger, StageLogger
-from rlhf_core.onpolicy.loop import Given
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
-from rlhf_core.stages.dpo import DPOConfig, train_dpo
-from rlhf_core.stages.grpo import GRPOConfig, train_grpo
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-from rlhf_core.stages.rloo import RLOOConfig, train_rloo
-from rlhf_core.stages.sft import SFTConfig, train_sft
-from rlhf_core.training.recovery import NO_RECOVERY, Recovery
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.rewards.scoring import RewardTerm
+from rlhf_core.stages.dpo import DPOConfig
+from rlhf_core.stages.grpo import GRPOConfig
+from rlhf_core.stages.ppo import PPOConfig
+from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.stages.rloo import RLOOConfig
+from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.types import PromptBatch, Report, Responses, Rollout
+from rlhf_core.work import Work
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=16, heads=2, context=32, vocab_size=290))
 SAMPLING = SamplingConfig(max_prompt_length=6, max_new_tokens=8, temperature=0.9, batch_size=3)
@@ -114,38 +113,41 @@ def write_tables(data: Path) -> None:
             write_table(frame, data, kind, split)
 
 
-def run(
-    config: Section,
+def work_of(
+    stage: str,
     world: World,
     output: Path,
     *,
+    lora: bool = False,
     sampling: SamplingConfig = SAMPLING,
     model: ModelConfig = MODEL,
-    seed: int = 0,
-    logger: StageLogger | None = None,
-    recovery: Recovery = NO_RECOVERY,
-) -> Report:
+    **settings: object,
+) -> Work:
+    """What the stage table says that a stage is called with, in this world."""
+    spec = STAGES[stage]
+    reward = world.reward_adapter if lora else world.reward
+    inputs = {"data": world.data, "sft": world.sft, "reward": reward}
+    roles = {*spec.inputs, *(role for role in spec.optional_inputs if role in inputs)}
+    kinds = spec.outputs + spec.optional_outputs
+    sections = {"sampling": sampling, "model": model}
+    return Work(
+        inputs={role: inputs[role] for role in sorted(roles)},
+        # A model on its own lies in `output` itself.
+        outputs={kind: output if (kind,) == spec.outputs else output / kind for kind in kinds},
+        sections={name: sections[name] for name in spec.sections},
+        **settings,
+    )
+
+
+def stage_of(config: Section) -> str:
+    """The stage whose settings these are."""
+    return next(name for name, spec in STAGES.items() if isinstance(config, spec.config))
+
+
+def run(config: Section, world: World, output: Path, **settings: object) -> Report:
     """The stage of a config, with its models in `output`."""
-    common = {"seed": seed, "device": "cpu", "logger": logger or MemoryLogger()}
-    common |= {"data": world.data, "recovery": recovery}
-    match config:
-        case SFTConfig():
-            return train_sft(config, model=model, output=output, **common)
-        case RewardModelConfig():
-            return train_reward_model(config, sampling, sft=world.sft, output=output, **common)
-        case DPOConfig():
-            return train_dpo(config, sft=world.sft, policy_output=output, **common)
-    reward = world.reward_adapter if config.lora_rank else world.reward
-    given = Given(sft=world.sft, reward_models={PIPELINE_REWARD: reward}, **common)
-    match config:
-        case PPOConfig():
-            outputs = {"policy_output": output / "policy", "critic_output": output / "critic"}
-            return train_ppo(config, sampling, given, **outputs)
-        case RLOOConfig():
-            return train_rloo(config, sampling, given, policy_output=output)
-        case GRPOConfig():
-            return train_grpo(config, sampling, given, policy_output=output)
-    raise TypeError(f"no stage has a {type(config).__name__}")
+    stage, lora = stage_of(config), bool(getattr(config, "lora_rank", 0))
+    return run_stage(stage, config, work_of(stage, world, output, lora=lora, **settings))
 
 
 def digest(output: Path) -> dict[str, str]:

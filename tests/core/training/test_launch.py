@@ -18,7 +18,9 @@ from rlhf_core.errors import DataError
 from rlhf_core.launch import Job, launch, run
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
+from rlhf_core.work import Work
 
 torch.set_num_threads(1)
 
@@ -33,10 +35,14 @@ def data(tmp_path_factory):
 
 
 def job_of(data, folder, **settings):
-    sections = {"sft": CONFIG.model_dump(mode="json"), "model": tiny.MODEL.model_dump(mode="json")}
-    settings = {"seed": 0, "processes": 2, "checkpoints": folder / "checkpoints"} | settings
-    paths = {"data": data, "output": folder / "sft"}
-    return Job(stage="sft", sections=sections, paths=paths, **settings)
+    work = Work(
+        inputs={"data": data},
+        outputs={"sft": folder / "sft"},
+        sections={"model": tiny.MODEL},
+        recovery=Recovery(folder / "checkpoints"),
+    )
+    job = Job.of("sft", CONFIG, work, processes=2, strategy="ddp")
+    return job.model_copy(update=settings)
 
 
 class Acting(MemoryLogger):
@@ -147,8 +153,3 @@ def test_an_error_of_the_logger_ends_the_ranks(data, tmp_path, no_process_left):
     with pytest.raises(ConnectionError):
         launch(job_of(data, tmp_path, processes=1), Acting(2, fail))
     assert list((tmp_path / "checkpoints").iterdir())  # they have stopped as asked
-
-
-def test_the_paths_of_a_job_are_those_of_its_stage(tmp_path):
-    with pytest.raises(ValueError, match="dpo needs the paths data, policy_output, sft; given are"):
-        Job(stage="dpo", paths={"data": tmp_path}, seed=0, processes=2)

@@ -15,13 +15,12 @@ from torch.testing import assert_close
 from rlhf_core.errors import NumericsError
 from rlhf_core.seeding import generator, stream_seed
 from rlhf_core.training.learner import (
-    Batches,
     Learner,
     TrainingSection,
-    chunks,
     learning_rate_factor,
     require_finite,
 )
+from rlhf_core.training.order import Batches, chunks
 
 
 class Net(nn.Sequential):

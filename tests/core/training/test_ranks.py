@@ -20,7 +20,7 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
 from rlhf_core.launch import Job, run, start_ranks
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
@@ -68,24 +68,9 @@ FSDP = (
 def job_of(name: str, world: tiny.World, output: Path, **settings: Any) -> Job:
     """The stage of a case."""
     config = DDP[name]
-    stage = STAGES[type(config)]
-    sections = {stage: config, "sampling": tiny.SAMPLING, "model": tiny.MODEL}
-    outputs = {"sft": {"output"}, "reward_model": {"output"}}.get(stage, {"policy_output"})
-    paths = {out: output / out for out in outputs} | {"data": world.data}
-    if stage != "sft":
-        paths["sft"] = world.sft
-    if stage == "ppo":
-        paths["critic_output"] = output / "critic_output"
-    reward = world.reward_adapter if name == "ppo on one trunk" else world.reward
-    on_policy = stage in ("ppo", "rloo", "grpo")
-    settings = {"seed": 0, "processes": 2} | settings
-    return Job(
-        stage=stage,
-        sections={key: section.model_dump(mode="json") for key, section in sections.items()},
-        paths=paths,
-        reward_models={PIPELINE_REWARD: reward} if on_policy else {},
-        **settings,
-    )
+    stage = tiny.stage_of(config)
+    work = tiny.work_of(stage, world, output, lora=name == "ppo on one trunk", **settings)
+    return Job.of(stage, config, work, processes=2, strategy="ddp")
 
 
 class Course(NamedTuple):

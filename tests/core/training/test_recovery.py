@@ -20,7 +20,7 @@ from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
-from rlhf_core.training.learner import Batches
+from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery, identity
 

@@ -4,7 +4,7 @@ from prefect import flow
 
 from rlhf_core.evaluation.gates import PromotionConfig, Verdict
 from rlhf_core.functional.ranking import Interval
-from rlhf_core.stages.evaluation import Arm, Comparison, Scorecard
+from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from tasks.prefect.approval import ask_person
 from tasks.record.stage import open_run
 from tasks.registry.model_store import ModelRef

@@ -1,0 +1,67 @@
+"""The numbers on which a promotion is decided: arms, and arms compared with each other."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from rlhf_core.functional.ranking import Interval
+
+ArmName = Literal["sft", "policy", "best_of_n", "champion"]
+ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
+
+
+class Arm(BaseModel):
+    """What one way of answering achieved on the held-out prompts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: ArmName
+    proxy_reward: Interval  # normalised reward-model score
+    true_reward: Interval | None
+    kl: Interval | None  # nats per sequence to the SFT policy; None where tokenizers differ
+    perplexity: float  # of its texts under the SFT policy: how fluent they still are
+    length: float  # tokens
+    distinct_1: float  # share of word n-grams that are different, over one answer to each prompt
+    distinct_2: float
+
+
+class Comparison(BaseModel):
+    """Two arms, answer against answer on the same prompt."""
+
+    model_config = ConfigDict(frozen=True)
+
+    candidate: ArmName
+    opponent: ArmName
+    judge: Literal["true_reward", "reward_model"]
+    wins: int
+    ties: int
+    losses: int
+    prompts: int  # that were answered
+    win_rate: Interval  # a tie is half a win
+
+    @property
+    def basis(self) -> str:
+        """What it rests on, in words: `4 answers to each of 91 held-out prompts`."""
+        answers = (self.wins + self.ties + self.losses) // self.prompts
+        each = (
+            "1 held-out prompt" if self.prompts == 1 else f"each of {self.prompts} held-out prompts"
+        )
+        return f"{answers} answer{'s' if answers > 1 else ''} to {each}"
+
+
+class Scorecard(BaseModel):
+    """The numbers on which a promotion is decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arms: tuple[Arm, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def arm(self, name: ArmName) -> Arm | None:
+        """The arm of that name, if it took part."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def comparison(self, candidate: ArmName, opponent: ArmName) -> Comparison | None:
+        """The comparison of two arms, if there was one."""
+        found = (c for c in self.comparisons if (c.candidate, c.opponent) == (candidate, opponent))
+        return next(found, None)

@@ -1,0 +1,60 @@
+"""What looks at an iteration once its updates are done, and may stop the run.
+
+An observer is a function from an `Observation` to an `Action`, or to None when it has nothing to
+say. It keeps no state of its own: `history` is in the checkpoint, so that a resumed run decides the
+same.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.types import Rollout
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An iteration that has been learnt from."""
+
+    number: int  # from 1
+    rollout: Rollout
+    metrics: Mapping[str, float]  # as they are logged
+    history: Sequence[Mapping[str, float]]  # the metrics of the iterations before
+
+
+@dataclass(frozen=True)
+class Action:
+    """What an observer asks for: a warning in the log, or that as the last word of the run."""
+
+    kind: Literal["warn", "stop"]
+    reason: str  # a sentence
+
+
+Observer: TypeAlias = Callable[[Observation], Action | None]
+
+
+def observe(observers: Iterable[Observer], seen: Observation) -> list[Action]:
+    """What all observers ask for."""
+    return [action for observer in observers if (action := observer(seen)) is not None]
+
+
+def kl_budget(config: OnPolicySection) -> Observer:
+    """Stops or warns, as `at_kl_budget` says, when the KL to the reference is over `kl_budget`."""
+
+    def observer(seen: Observation) -> Action | None:
+        if not over_kl_budget(seen.metrics, config):
+            return None
+        kl, score = seen.metrics["objective/kl"], seen.metrics["objective/score"]
+        return Action(
+            config.at_kl_budget,
+            f"over the KL budget of {config.kl_budget:g} nats: score {score:+.2f}, "
+            f"KL {kl:.2f} nats",
+        )
+
+    return observer
+
+
+def over_kl_budget(metrics: Mapping[str, float], config: OnPolicySection) -> bool:
+    """Whether the KL to the reference is over its budget, if there is one."""
+    return 0 < config.kl_budget < metrics["objective/kl"]

@@ -1,0 +1,96 @@
+"""What an on-policy run tells: metrics of an iteration, texts to read, and the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core import figures
+from rlhf_core.data.encoding import decode_responses
+from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.observe import over_kl_budget
+from rlhf_core.types import Report, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyReport(Report):
+    """Where the policy came to, as means over the last iteration."""
+
+    score: float  # what the responses are worth, before the penalty for missing ends
+    kl: float  # nats per sequence
+    kl_coef: float
+    response_length: float  # tokens
+    iterations: int
+    over_kl_budget: float  # 1 when the last iteration was over kl_budget
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        config: OnPolicySection,
+        history: Sequence[dict[str, float]],
+        samples: list[dict[str, Any]],
+    ) -> Self:
+        """What the metrics of all iterations come to."""
+        last = history[-1]
+        path = [(point["objective/kl"], point["objective/score"]) for point in history]
+        return cls(
+            score=last["objective/score"],
+            kl=last["objective/kl"],
+            kl_coef=last["objective/kl_coef"],
+            response_length=last["response/length"],
+            iterations=len(history),
+            over_kl_budget=float(over_kl_budget(last, config)),
+            tables={f"{stage}_samples": pd.DataFrame(samples)},
+            figures={
+                f"{stage}_training": figures.policy_curves(history),
+                f"{stage}_frontier": figures.reward_kl_path(path),
+            },
+        )
+
+
+def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """What a roll-out says about the policy."""
+    mask = rollout.responses.mask
+    stats = {
+        "objective/score": rollout.scores.mean().item(),
+        "objective/score_std": rollout.scores.std().item(),
+        "objective/kl": kl_to_reference(rollout).mean().item(),
+        "objective/kl_coef": kl_coef,
+        "response/length": mask.sum(-1).float().mean().item(),
+        "response/finished": rollout.responses.finished.float().mean().item(),
+    }
+    if len(rollout.parts) > 1:
+        stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
+    return stats
+
+
+def kl_to_reference(rollout: Rollout) -> Tensor:
+    """(B,) log π - log π_ref of each whole response, in nats."""
+    apart = rollout.logprobs - rollout.ref_logprobs
+    return apart.masked_fill(~rollout.responses.mask, 0).sum(-1)
+
+
+def group_std(scores: Tensor, group_size: int) -> float:
+    """Mean standard deviation of the scores of one prompt; at 0 there is nothing to learn from."""
+    return scores.view(-1, group_size).std(1).mean().item()
+
+
+def sample_rows(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, iteration: int, rows: int = 8
+) -> list[dict[str, Any]]:
+    """Some texts of a roll-out with their scores, to read what the numbers mean."""
+    prompts, responses = rollout.prompts, rollout.responses
+    table = pd.DataFrame(
+        {
+            "iteration": iteration,
+            "prompt": decode_responses(prompts.input_ids[:rows], prompts.mask[:rows], tokenizer),
+            "response": decode_responses(responses.tokens[:rows], responses.mask[:rows], tokenizer),
+            "score": rollout.scores[:rows].tolist(),
+            "kl": kl_to_reference(rollout)[:rows].tolist(),
+        }
+    )
+    return cast(list[dict[str, Any]], table.to_dict("records"))
