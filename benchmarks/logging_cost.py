@@ -39,7 +39,7 @@ from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.stages.sft import train_sft
-from tasks.record.tracking import MlflowLogger
+from tasks.record.logger import MlflowLogger
 
 
 class Counted:

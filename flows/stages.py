@@ -32,13 +32,13 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
-from tasks.record.stage import open_run
-from tasks.registry.model_store import DatasetRef, ModelRef
-from tasks.registry.registered import find_data, find_parent
+from tasks.record.run import open_run
+from tasks.registry.refs import DatasetRef, ModelRef
+from tasks.registry.registered import find_data, find_model, find_parent
 from tasks.steps.data import prepare_data
 from tasks.steps.evaluation import evaluate
 from tasks.steps.policy import PolicyConfig, TrainedPolicy, find_rewards, train_policy
-from tasks.steps.promotion import find_champion, find_model
+from tasks.steps.promotion import pin_champion
 from tasks.steps.reward_model import check_reward_model, train_reward_model
 from tasks.steps.sft import train_sft
 
@@ -194,7 +194,7 @@ def evaluation(config: EvaluationFlowConfig) -> Scorecard:
     reward = find_parent(config.reward_model, judged, "reward")
     data = find_data(config.data, judged)
     with open_run(config.project, config, config.seed) as run:
-        champion = find_champion(run)
+        champion = pin_champion(run)
         return evaluate(
             config.evaluation,
             config.sampling,

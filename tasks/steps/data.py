@@ -4,8 +4,9 @@ from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.prefect.ui import stage_task
+from tasks.record.record import Record
 from tasks.record.stage import open_stage
-from tasks.registry.model_store import DatasetRef, PipelineRun
+from tasks.registry.refs import DatasetRef, PipelineRun
 
 
 @stage_task("prepare-data", "prepare data")
@@ -16,7 +17,13 @@ def prepare_data(
     beside = {"model": model, "limits": limits}
     # What a file or a hub has may change: the data of another run say nothing about those of now.
     with open_stage(
-        "prepare", config=config, beside=beside, run=run, inputs={}, reuse="own"
+        "prepare",
+        record=Record.open(patient=True),
+        config=config,
+        beside=beside,
+        run=run,
+        inputs={},
+        reuse="own",
     ) as stage:
         if not stage.cached:
             output = stage.work / "data"

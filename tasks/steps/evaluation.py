@@ -4,9 +4,9 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.stages import evaluation
 from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
 from tasks.prefect.ui import stage_task
+from tasks.record.record import Record
 from tasks.record.stage import open_stage
-from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun, Ref
-from tasks.settings import read_settings
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 
 
 @stage_task("evaluate", "evaluation")
@@ -24,8 +24,10 @@ def evaluate(
     inputs: dict[str, Ref] = {"sft": sft, "policy": policy, "reward": reward_model, "data": data}
     if champion is not None:
         inputs["champion"] = champion
+    record = Record.open(patient=True)
     with open_stage(
         "evaluation",
+        record=record,
         config=config,
         beside={"sampling": sampling},
         run=run,
@@ -43,7 +45,7 @@ def evaluate(
                 champion=None if champion is None else stage.fetch(champion),
                 data=stage.fetch(data),
                 seed=run.seed,
-                device=read_settings().device,
+                device=record.settings.device,
                 logger=stage.logger,
             )
             stage.record(report)

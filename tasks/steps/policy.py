@@ -13,10 +13,9 @@ from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from tasks.prefect.ui import stage_task
+from tasks.record.record import Record
 from tasks.record.stage import open_training
-from tasks.record.tracking import connect
-from tasks.registry.model_store import DatasetRef, MlflowModelStore, ModelRef, PipelineRun, Ref
-from tasks.settings import read_settings
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 
 Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
 PolicyConfig: TypeAlias = PPOConfig | RLOOConfig | GRPOConfig | DPOConfig
@@ -44,7 +43,7 @@ def find_rewards(config: PolicyConfig) -> dict[str, ModelRef]:
     for term in config.rewards:
         if not term.is_model:
             load_function(term.source, setting="the reward")
-    store = MlflowModelStore(connect(read_settings()))
+    store = Record.open().store
     sources = _reward_sources(config)
     return {source: store.resolve(source) for source in sources if source != PIPELINE_REWARD}
 
@@ -66,7 +65,14 @@ def train_policy(
     inputs: dict[str, Ref] = {"sft": sft, "data": data}
     inputs |= {_role(source): ref for source, ref in rewards.items()}
     beside = {} if isinstance(config, DPOConfig) else {"sampling": sampling}
-    with open_training(algorithm, config=config, beside=beside, run=run, inputs=inputs) as stage:
+    with open_training(
+        algorithm,
+        record=Record.open(patient=True),
+        config=config,
+        beside=beside,
+        run=run,
+        inputs=inputs,
+    ) as stage:
         kinds = ["policy", "critic"] if isinstance(config, PPOConfig) else ["policy"]
         if not stage.cached:
             outputs = {kind: stage.work / kind for kind in kinds}

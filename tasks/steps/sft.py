@@ -3,8 +3,9 @@
 from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.stages.sft import SFTConfig
 from tasks.prefect.ui import stage_task
+from tasks.record.record import Record
 from tasks.record.stage import open_training
-from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 
 
 @stage_task("sft", "SFT")
@@ -13,7 +14,12 @@ def train_sft(
 ) -> ModelRef:
     """Fine-tune the base model on the demonstrations; register `<project>-sft`."""
     with open_training(
-        "sft", config=config, beside={"model": model}, run=run, inputs={"data": data}
+        "sft",
+        record=Record.open(patient=True),
+        config=config,
+        beside={"model": model},
+        run=run,
+        inputs={"data": data},
     ) as stage:
         if not stage.cached:
             output = stage.work / "sft"
