@@ -36,7 +36,7 @@ from rlhf_core.config import Section
 from rlhf_core.metrics import MemoryLogger, StageLogger
 from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.work import Work
-from tasks.record.tracking import MlflowLogger
+from tasks.record.logger import MlflowLogger
 
 
 class Counted:

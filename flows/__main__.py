@@ -169,7 +169,7 @@ def resume(
             "that it ran on, or start the same again"
         )
     from flows.config import PipelineConfig
-    from tasks.record.stage import mark_for_resume
+    from tasks.record.run import mark_for_resume
 
     pipeline = PipelineConfig.model_validate(stopped.config)
     mark_for_resume(pipeline.project, pipeline, pipeline.seed, stopped.run_id, settings)
@@ -311,7 +311,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     pipeline = _load(config, overrides)
     from rlhf_core.plan import make_plan
     from rlhf_core.stages.prepare import inspect
-    from tasks.record.tracking import on_terminal
+    from tasks.record.terminal import on_terminal
 
     with on_terminal("validate") as logger:
         limits, seed = pipeline.length_limits, pipeline.seed
@@ -371,7 +371,7 @@ def generate(
     """
     texts = prompts or _lines()
     settings = services.join(read_settings())
-    from tasks.record.tracking import on_terminal
+    from tasks.record.terminal import on_terminal
     from tasks.serving.generation import generate as ask
 
     with on_terminal("generate") as logger:
@@ -456,11 +456,10 @@ def export(
 ) -> None:
     """Write a model that MLflow serves: a policy answers prompts, a reward model scores texts."""
     settings = services.join(read_settings())
-    from tasks.record.tracking import connect
-    from tasks.registry.model_store import MlflowModelStore
+    from tasks.record.record import Record
     from tasks.serving.export import export_servable
 
-    store = MlflowModelStore(connect(settings))
+    store = Record.open(settings).store
     export_servable(store, store.resolve(model), directory)
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
 

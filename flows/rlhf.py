@@ -13,12 +13,13 @@ from flows.working_dir import in_working_dir
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
-from tasks.record.stage import open_run
-from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.record.run import open_run
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
+from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
 from tasks.steps.evaluation import evaluate
 from tasks.steps.policy import find_rewards, train_policy
-from tasks.steps.promotion import find_champion, find_model, promote
+from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
 from tasks.steps.reward_model import check_reward_model, train_reward_model
 from tasks.steps.sft import train_sft
@@ -72,7 +73,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
     forced = forced_stages(force, config)
     with open_run(config.project, config, config.seed, force=forced) as run:
         trained = train_models(config, run)
-        champion = find_champion(run, trained.policy)
+        champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
         question = config.promotion, scorecard, trained.policy, champion, run
         verdict = promote(*question, ask_person(*question))

@@ -2,53 +2,43 @@
 
 A model is given by its address in the registry and resolved to a version before anything starts.
 The data are those that the given model learnt from, or those of another run by address; so
-`prepare` brings new data to a model that is there.
+`prepare` brings new data to a model that is there. Forms and flows follow the stage table: a row of
+it that needs no more than its inputs becomes a flow by `stage_flow`.
 """
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from prefect import flow
-from pydantic import Field
+from pydantic import Field, create_model
 
-from flows.cli.logs import shorten_user_errors
-from flows.config import (
-    Algorithm,
-    DPOSection,
-    GRPOSection,
-    PPOSection,
-    RLOOSection,
-    RunConfig,
-)
-from flows.naming import run_name
-from flows.working_dir import in_working_dir
+from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
+from flows.pipeline_flow import PipelineFlow, pipeline_flow
 from rlhf_core.backbone.models import ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
-from tasks.record.stage import open_run
-from tasks.registry.model_store import DatasetRef, ModelRef
-from tasks.registry.registered import find_data, find_parent
+from rlhf_core.stages.table import STAGES, StageSpec, algorithms
+from tasks.record.run import open_run
+from tasks.registry.refs import DatasetRef, ModelRef, Ref
+from tasks.registry.registered import find_data, find_model, find_parent
 from tasks.steps.data import prepare_data
-from tasks.steps.evaluation import evaluate
-from tasks.steps.policy import PolicyConfig, TrainedPolicy, find_rewards, train_policy
-from tasks.steps.promotion import find_champion, find_model
-from tasks.steps.reward_model import check_reward_model, train_reward_model
+from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
+from tasks.steps.promotion import pin_champion
+from tasks.steps.reward_model import check_reward_model
 from tasks.steps.sft import train_sft
-
-shorten_user_errors()
+from tasks.steps.stage import Made, any_stage
 
 _MODEL = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 _DATA = r"runs:/[0-9a-f]{32}/data"
 ModelAddress = Annotated[str, Field(pattern=f"^{_MODEL}$")]
 OptionalModel = Annotated[str, Field(pattern=f"^({_MODEL})?$")]
+DataAddress = Annotated[str, Field(pattern=f"^{_DATA}$")]
 OptionalData = Annotated[str, Field(pattern=f"^({_DATA})?$")]
+
+ROLES = {"sft": "SFT policy", "reward": "reward model", "policy": "policy"}
+FIELDS = {"reward": "reward_model"}  # what a form calls an input, where that is not its role
+
+# ---- forms --------------------------------------------------------------------------------------
 
 
 class PrepareFlowConfig(RunConfig):
@@ -69,87 +59,84 @@ class SFTFlowConfig(RunConfig):
     sft: SFTConfig = Field(default_factory=SFTConfig, description="Supervised fine-tuning")
 
 
-class RewardModelFlowConfig(RunConfig):
-    """A reward model, from a registered SFT policy."""
-
-    sft: ModelAddress = Field(
-        description="The SFT policy to start from: models:/NAME/VERSION or models:/NAME@ALIAS"
-    )
-    data: OptionalData = Field(
-        "",
-        description="runs:/RUN_ID/data of a prepare stage; empty = what the SFT policy learnt from",
-    )
-    sampling: SamplingConfig = Field(
-        default_factory=SamplingConfig, description="How responses are drawn"
-    )
-    reward_model: RewardModelConfig = Field(
-        default_factory=RewardModelConfig, description="Learning a reward from preferences"
-    )
+def stage_form(stage: str, about: str) -> type[RunConfig]:
+    """The config of a stage as a flow: where its inputs are, what it shares, its own settings."""
+    spec = STAGES[stage]
+    fields = {**_inputs(spec), **_sections(spec.sections), **_sections({stage: spec.config})}
+    return create_model(f"{stage}_flow", __base__=RunConfig, __doc__=about, **fields)
 
 
-class PolicyFlowConfig(RunConfig):
-    """A policy, from a registered reward model and the SFT policy under it."""
-
-    reward_model: ModelAddress = Field(
-        description="The reward model: models:/NAME/VERSION or models:/NAME@ALIAS"
-    )
-    sft: OptionalModel = Field(
-        "",
-        description="The SFT policy to start from; empty = the one the reward model was made from",
-    )
-    data: OptionalData = Field(
-        "",
-        description="runs:/RUN_ID/data of a prepare stage; empty = what the SFT policy learnt from",
-    )
-    sampling: SamplingConfig = Field(
-        default_factory=SamplingConfig, description="How responses are drawn"
-    )
-    algorithm: Algorithm = "ppo"
-    ppo: PPOSection = Field(default_factory=PPOConfig)
-    rloo: RLOOSection = Field(default_factory=RLOOConfig)
-    grpo: GRPOSection = Field(default_factory=GRPOConfig)
-    dpo: DPOSection = Field(default_factory=DPOConfig)
-
-    @property
-    def policy(self) -> PolicyConfig:
-        """The settings of the chosen algorithm."""
-        section: PolicyConfig = getattr(self, self.algorithm)
-        return section
-
-
-class EvaluationFlowConfig(RunConfig):
-    """A registered policy, held against SFT, best-of-n and the champion."""
-
-    policy: ModelAddress = Field(
-        description="The policy to judge: models:/NAME/VERSION or models:/NAME@ALIAS"
-    )
-    sft: OptionalModel = Field(
-        "", description="What it is compared with; empty = the SFT policy that it was made from"
-    )
-    reward_model: OptionalModel = Field(
-        "", description="Who judges; empty = the reward model that the policy was made from"
-    )
-    data: OptionalData = Field(
-        "", description="runs:/RUN_ID/data, for its held-out prompts; empty = those of the policy"
-    )
-    sampling: SamplingConfig = Field(
-        default_factory=SamplingConfig, description="How responses are drawn"
-    )
-    evaluation: EvaluationConfig = Field(
-        default_factory=EvaluationConfig, description="Comparing on held-out prompts"
+def _policy_form() -> type[ByAlgorithm]:
+    spec, configs = STAGES["ppo"], {name: STAGES[name].config for name in algorithms()}
+    fields = {**_inputs(spec), **_sections(spec.sections), "algorithm": (Algorithm, "ppo")}
+    return create_model(
+        "policy_flow",
+        __base__=ByAlgorithm,
+        __doc__="A policy, from a registered reward model and the SFT policy under it.",
+        **fields,
+        **_sections(configs),
     )
 
 
-@flow(name="prepare", flow_run_name=run_name)
-@in_working_dir
+def _inputs(spec: StageSpec) -> dict[str, Any]:
+    """A field for each input. The first model has to be named; what it was made from has not."""
+    fields: dict[str, Any] = {}
+    first = before = ""
+    for role in spec.inputs:
+        if role == "data":
+            about = "runs:/RUN_ID/data of a prepare stage"
+            of = f"; empty = what the {ROLES[before]} learnt from" if before else ""
+            kind = (OptionalData, Field("", description=about + of)) if before else None
+            fields["data"] = kind or (DataAddress, Field(description=about))
+            continue
+        if first:
+            about = f"The {ROLES[role]}; empty = the one that the {ROLES[first]} was made from"
+            fields[_field(role)] = (OptionalModel, Field("", description=about))
+        else:
+            about = f"The {ROLES[role]}: models:/NAME/VERSION or models:/NAME@ALIAS"
+            fields[_field(role)] = (ModelAddress, Field(description=about))
+        first, before = first or role, role
+    return fields
+
+
+def _sections(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A field for each section, described as in the config of the pipeline."""
+    known = PipelineConfig.model_fields
+    return {
+        name: (
+            kind,
+            Field(
+                default_factory=kind,
+                description=known[name].description if name in known else kind.__doc__,
+            ),
+        )
+        for name, kind in kinds.items()
+    }
+
+
+def _field(role: str) -> str:
+    return FIELDS.get(role, role)
+
+
+RewardModelFlowConfig = stage_form(
+    "reward_model", "A reward model, from a registered SFT policy."
+)
+PolicyFlowConfig = _policy_form()
+EvaluationFlowConfig = stage_form(
+    "evaluation", "A registered policy, compared with SFT, best-of-n and the champion."
+)
+
+# ---- flows --------------------------------------------------------------------------------------
+
+
+@pipeline_flow("prepare")
 def prepare(config: PrepareFlowConfig) -> DatasetRef:
     """Check and split data, and store them for the other stages."""
     with open_run(config.project, config, config.seed) as run:
         return prepare_data(config.data, config.model, config.lengths, run)
 
 
-@flow(name="sft", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("sft")
 def sft(config: SFTFlowConfig) -> ModelRef:
     """Fine-tune a base model on demonstrations."""
     longest = config.sft.max_length
@@ -159,49 +146,82 @@ def sft(config: SFTFlowConfig) -> ModelRef:
         return train_sft(config.sft, config.model, data, run)
 
 
-@flow(name="reward-model", flow_run_name=run_name)
-@in_working_dir
-def reward_model(config: RewardModelFlowConfig) -> ModelRef:
-    """Learn a reward from preferences, starting from a registered SFT policy."""
-    start = find_model(config.sft)
-    data = find_data(config.data, start)
-    with open_run(config.project, config, config.seed) as run:
-        made = train_reward_model(config.reward_model, config.sampling, start, data, run)
-        check_reward_model(RewardGateConfig(), made)
-        return made
+def stage_flow(
+    stage: str, form: type[RunConfig], about: str
+) -> PipelineFlow[[RunConfig], ModelRef | Made | Any]:
+    """A flow for a row of the stage table.
+
+    It returns the result of the stage's report, else the model that it makes, else all that it has
+    made.
+    """
+    spec = STAGES[stage]
+
+    def run_stage(config: RunConfig) -> Any:
+        inputs = find_inputs(spec, config)
+        sections = {name: getattr(config, name) for name in spec.sections}
+        with open_run(config.project, config, config.seed) as run:
+            if "champion" in spec.optional_inputs:
+                champion = pin_champion(run)
+                if champion is not None and champion != inputs["policy"]:
+                    inputs["champion"] = champion
+            made = any_stage(stage, getattr(config, stage), sections, inputs, run)
+            if "reward" in made.models:
+                check_reward_model(RewardGateConfig(), made.models["reward"])
+            if made.result is not None:
+                return made.result
+            return next(iter(made.models.values())) if len(made.models) == 1 else made
+
+    run_stage.__name__ = run_stage.__qualname__ = stage
+    run_stage.__doc__ = about
+    run_stage.__annotations__ = {"config": form, "return": Any}
+    return pipeline_flow(stage.replace("_", "-"))(run_stage)
 
 
-@flow(name="policy", flow_run_name=run_name)
-@in_working_dir
-def policy(config: PolicyFlowConfig) -> TrainedPolicy:
+def find_inputs(spec: StageSpec, config: RunConfig) -> dict[str, Ref]:
+    """The versions and data that a form names, or that what it names was made from.
+
+    Raises: ModelError, DataError when there are none.
+    """
+    found: dict[str, Ref] = {}
+    first: ModelRef | None = None
+    before: ModelRef | None = None
+    for role in spec.inputs:
+        address = getattr(config, _field(role))
+        if role == "data":
+            found[role] = find_data(address, before)
+            continue
+        before = find_model(address) if first is None else find_parent(address, first, role)
+        found[role], first = before, first or before
+    return found
+
+
+@pipeline_flow("policy")
+def policy(config: PolicyFlowConfig) -> TrainedPolicy:  # type: ignore[valid-type]
     """Optimise a registered SFT policy on a registered reward model."""
-    reward = find_model(config.reward_model)
-    start = find_parent(config.sft, reward, "sft")
-    data = find_data(config.data, start)
-    others = find_rewards(config.policy)
-    with open_run(config.project, config, config.seed) as run:
+    chosen: Any = config
+    inputs: Any = find_inputs(STAGES["ppo"], chosen)
+    others = find_rewards(chosen.policy)
+    with open_run(chosen.project, chosen, chosen.seed) as run:
         return train_policy(
-            config.algorithm, config.policy, config.sampling, start, reward, others, data, run
-        )
-
-
-@flow(name="evaluation", flow_run_name=run_name)
-@in_working_dir
-def evaluation(config: EvaluationFlowConfig) -> Scorecard:
-    """Hold a registered policy against SFT, best-of-n and the champion; nothing is promoted."""
-    judged = find_model(config.policy)
-    start = find_parent(config.sft, judged, "sft")
-    reward = find_parent(config.reward_model, judged, "reward")
-    data = find_data(config.data, judged)
-    with open_run(config.project, config, config.seed) as run:
-        champion = find_champion(run)
-        return evaluate(
-            config.evaluation,
-            config.sampling,
-            start,
-            judged,
-            reward,
-            None if champion == judged else champion,
-            data,
+            chosen.algorithm,
+            chosen.policy,
+            chosen.sampling,
+            inputs["sft"],
+            inputs["reward"],
+            others,
+            inputs["data"],
             run,
         )
+
+
+reward_model = stage_flow(
+    "reward_model",
+    RewardModelFlowConfig,
+    "Learn a reward from preferences, starting from a registered SFT policy.",
+)
+evaluation = stage_flow(
+    "evaluation",
+    EvaluationFlowConfig,
+    "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
+)
+SINGLE_FLOWS = (prepare, sft, reward_model, policy, evaluation)

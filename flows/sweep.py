@@ -16,7 +16,7 @@ from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
 from tasks.history.sweep import Outcome, SweepPoint, record_sweep
-from tasks.record.stage import open_run
+from tasks.record.run import open_run
 
 shorten_user_errors()
 

@@ -12,7 +12,6 @@ somebody deletes for good (`mlflow gc`) meanwhile. What was added since lies in 
     └── objects/          the artifacts of the stack
 """
 
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import URL, create_engine, inspect, make_url
 
+from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, DataError, UserError
 from tasks.settings import Settings, StoreSettings
 
@@ -275,12 +275,8 @@ class Bucket(Part):
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            name = path.relative_to(folder).as_posix()
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): content_digest([path]) for path in files}
 
 
 def _read(folder: Path) -> Manifest:

@@ -38,7 +38,7 @@ FLOWS: Final = [
     flow.name
     for flow in (
         *(rlhf, retrain, sweep, sweep_point),
-        *(stages.prepare, stages.sft, stages.reward_model, stages.policy, stages.evaluation),
+        *stages.SINGLE_FLOWS,
     )
 ]
 OURS: Final = {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}

@@ -5,7 +5,6 @@ loads it without this package, plus `rlhf.json`: kind, normaliser, and what it w
 Weights are read from safetensors or GGUF alone, and code that comes with a model never runs.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE, same_tokens
+from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, ModelError
 
 Kind = Literal["policy", "reward", "critic"]
@@ -176,12 +176,7 @@ def add_facts(directory: Path, facts: Mapping[str, Any]) -> None:
 
 def weights_digest(directory: Path) -> str:
     """SHA-256 of the weights in a model directory: what an adapter names its base by."""
-    sha = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                sha.update(block)
-    return sha.hexdigest()
+    return content_digest(sorted(directory.glob("*.safetensors")))
 
 
 def read_card(directory: Path) -> dict[str, Any]:

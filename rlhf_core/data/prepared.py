@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import pandas as pd
 
 from rlhf_core.data.encoding import Prompt
+from rlhf_core.digests import tree_digest
 from rlhf_core.errors import DataError
 
 Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
@@ -86,11 +87,7 @@ def digest(directory: Path) -> str:
 
     `validation.json` is left out: token counts change with the tokenizer, the data do not.
     """
-    sha = hashlib.sha256()
-    for path in sorted(directory.glob("*.jsonl")):
-        sha.update(f"{path.name} {path.stat().st_size}\n".encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()[:16]
+    return tree_digest(directory, "*.jsonl")[:16]
 
 
 def _file(directory: Path, kind: Kind, split: Split) -> Path:

@@ -36,7 +36,7 @@ class StageSpec:
     config: type[Section]
     function: StageFunction
     sections: Mapping[str, type[Section]] = field(default_factory=dict)  # settings it shares
-    inputs: tuple[str, ...] = ()  # roles that it needs; the first decides where the others default
+    inputs: tuple[str, ...] = ()  # roles that it needs; a form asks for them in this order
     optional_inputs: tuple[str, ...] = ()  # roles that it takes if they are there
     outputs: tuple[str, ...] = ()  # kinds that it always writes; none: its report is all
     optional_outputs: tuple[str, ...] = ()  # kinds that some settings ask for
@@ -125,7 +125,7 @@ STAGES: dict[str, StageSpec] = {
         config=EvaluationConfig,
         function=evaluate,
         sections={"sampling": SamplingConfig},
-        inputs=("policy", "sft", "reward", "data"),
+        inputs=("policy", "data", "sft", "reward"),
         optional_inputs=("champion",),
         result=Scorecard,
     ),

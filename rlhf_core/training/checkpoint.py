@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from rlhf_core.digests import content_digest
 from rlhf_core.errors import CheckpointError
 
 FORMAT = 1
@@ -145,9 +146,8 @@ class Checkpoints:
             )
         if (size := path.stat().st_size) != manifest["size"]:
             raise ValueError(f"{STATE} has {size} of {manifest['size']} bytes")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest["sha256"]:
-                raise ValueError(f"the SHA-256 of {STATE} is not that of what was written")
+        if content_digest([path]) != manifest["sha256"]:
+            raise ValueError(f"the SHA-256 of {STATE} is not that of what was written")
         if differing := _differences(manifest["identity"], identity):
             raise CheckpointError(
                 f"the checkpoints in {self.directory} are of another run: {'; '.join(differing)}. "

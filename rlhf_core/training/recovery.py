@@ -1,6 +1,5 @@
 """How a stage is made to survive: which run this is, and where its checkpoints lie."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 
 from rlhf_core.backbone.models import weights_digest
 from rlhf_core.data import prepared
+from rlhf_core.digests import content_digest
 from rlhf_core.metrics import StageLogger
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.ranks import Ranks
@@ -78,7 +78,7 @@ def _flat(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 def _digest(path: Path) -> str:
     """Of prepared tables, of a model's weights, or of one file."""
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return content_digest([path])[:16]
     if next(path.glob("*.safetensors"), None) is None:
         return prepared.digest(path)
     return weights_digest(path)[:16]

@@ -9,25 +9,23 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
-from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from tasks.history.runs import PIPELINE, find_run, search
-from tasks.record.stage import CACHED_FROM, run_url
-from tasks.record.tracking import connect
+from tasks.record import tags as tag
+from tasks.record.describe import run_url
+from tasks.record.record import Record
 from tasks.settings import Settings
 
 EVALUATION = "evaluation"
 LOW, HIGH = "_low", "_high"  # the bounds of a metric are metrics of their own
 
 
-class _Record(BaseModel):
+class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RunFacts(_Record):
+class RunFacts(_Row):
     """Which run, how it ended, by which code, and its page in MLflow."""
 
     run_id: str
@@ -37,7 +35,7 @@ class RunFacts(_Record):
     url: str
 
 
-class ParamRow(_Record):
+class ParamRow(_Row):
     """A setting in each run; empty where a run does not have it."""
 
     stage: str
@@ -46,7 +44,7 @@ class ParamRow(_Record):
     second: str
 
 
-class StageRow(_Record):
+class StageRow(_Row):
     """How a stage ended in each run; None where a run does not have it."""
 
     stage: str
@@ -54,7 +52,7 @@ class StageRow(_Record):
     second: str | None
 
 
-class MetricRow(_Record):
+class MetricRow(_Row):
     """The last value of a metric in each run; None where a run does not have it."""
 
     stage: str
@@ -98,7 +96,7 @@ class Measure(NamedTuple):
     differs: bool  # in value or bounds
 
 
-class RunComparison(_Record):
+class RunComparison(_Row):
     """What `compare` found."""
 
     runs: tuple[RunFacts, RunFacts]
@@ -132,7 +130,7 @@ class RunComparison(_Record):
             for measure in self.measures()
             if measure.differs
             and measure.stage in shared
-            and not (measure.stage == PIPELINE and f"summary/{measure.name}" in evaluated)
+            and not (measure.stage == tag.PIPELINE and f"{tag.SUMMARY}{measure.name}" in evaluated)
         ]
 
     def differing_stages(self) -> list[StageRow]:
@@ -158,24 +156,24 @@ def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
     Raises:
         UserError: no run, or more than one, answers to a name.
     """
-    client = connect(settings)
-    runs = (find_run(client, first), find_run(client, second))
-    stages = (_stages(client, runs[0]), _stages(client, runs[1]))
+    record = Record.open(settings)
+    runs = (record.runs.pipeline(first), record.runs.pipeline(second))
+    stages = (_stages(record, runs[0]), _stages(record, runs[1]))
     params = list(_params(*runs))
     return RunComparison(
         runs=(_facts(runs[0], settings), _facts(runs[1], settings)),
         params=tuple(row for row in params if row.first != row.second),
         same_params=tuple(row for row in params if row.first == row.second),
         stages=tuple(_stage_rows(*stages)),
-        metrics=tuple(_metrics(client, *stages)),
+        metrics=tuple(_metrics(record, *stages)),
         url=_comparison_url(runs, settings),
     )
 
 
 def _facts(run: Run, settings: Settings) -> RunFacts:
     info, tags = run.info, run.data.tags
-    release, commit = tags.get("code_version", "unknown"), tags.get("git_commit", "unknown")
-    changed = " with changes" if tags.get("git_dirty") == "true" else ""
+    release, commit = (tags.get(name, "unknown") for name in (tag.CODE_VERSION, tag.GIT_COMMIT))
+    changed = " with changes" if tags.get(tag.GIT_DIRTY) == tag.flag(True) else ""
     return RunFacts(
         run_id=info.run_id,
         name=info.run_name,
@@ -185,14 +183,11 @@ def _facts(run: Run, settings: Settings) -> RunFacts:
     )
 
 
-def _stages(client: MlflowClient, run: Run) -> dict[str, Run]:
+def _stages(record: Record, run: Run) -> dict[str, Run]:
     """The stages of a run by name, in the order in which they ran; of two the later one."""
-    condition = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    children = sorted(
-        search(client, [run.info.experiment_id], condition), key=lambda c: c.info.start_time
-    )
-    stages = {child.data.tags.get("stage", child.info.run_name): child for child in children}
-    return {PIPELINE: run, **stages}
+    children = record.runs.stages(run.info.experiment_id, run.info.run_id)
+    stages = {child.data.tags.get(tag.STAGE, child.info.run_name): child for child in children}
+    return {tag.PIPELINE: run, **stages}
 
 
 def _params(first: Run, second: Run) -> Iterator[ParamRow]:
@@ -212,29 +207,27 @@ def _stage_rows(first: Mapping[str, Run], second: Mapping[str, Run]) -> Iterator
 
 
 def _metrics(
-    client: MlflowClient, first: Mapping[str, Run], second: Mapping[str, Run]
+    record: Record, first: Mapping[str, Run], second: Mapping[str, Run]
 ) -> Iterator[MetricRow]:
     for stage in _either(first, second):
         values = [
-            _metrics_of(client, runs[stage]) if stage in runs else {} for runs in (first, second)
+            _metrics_of(record, runs[stage]) if stage in runs else {} for runs in (first, second)
         ]
         for name in sorted(_either(*values)):
             left, right = (side.get(name) for side in values)
             yield MetricRow(stage=stage, name=name, first=left, second=right)
 
 
-def _metrics_of(client: MlflowClient, run: Run) -> dict[str, float]:
+def _metrics_of(record: Record, run: Run) -> dict[str, float]:
     """The last values of a run; of one that was not done again, those of the run that did it.
 
     A cached stage has only the closing numbers itself, and its curves would look like a difference.
     """
     found = dict(run.data.metrics)
-    if source := run.data.tags.get(CACHED_FROM):
-        try:
-            found = {**client.get_run(source).data.metrics, **found}
-        except MlflowException as error:  # somebody has deleted it for good
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    if source := run.data.tags.get(tag.CACHED_FROM):
+        worker = record.runs.find(source)
+        if worker is not None:  # nobody has deleted it for good
+            found = {**worker.data.metrics, **found}
     return found
 
 

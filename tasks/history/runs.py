@@ -1,27 +1,23 @@
-"""Pipeline runs of the past: found by the names that people use, and taken up again."""
+"""Pipeline runs that were stopped, to be resumed."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import UserError
+from tasks.record import tags as tag
+from tasks.record.describe import CONFIG
 from tasks.record.identity import code_identity
-from tasks.record.stage import FLOW_RUN, close_abandoned
-from tasks.record.tracking import connect
+from tasks.record.record import Record
+from tasks.record.reuse import close_abandoned
 from tasks.settings import Settings
-
-PIPELINE = "pipeline"
-PAGE = 1000
 
 
 class StoppedRun(BaseModel):
-    """A pipeline run that can go on: what it was asked to do, and who was doing it."""
+    """A pipeline run that can be resumed: what it was asked to do, and who was doing it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,69 +35,29 @@ def find_stopped(name: str, *, settings: Settings) -> StoppedRun:
     Raises:
         UserError: there is none, it has finished, or other code than that here has begun it.
     """
-    client = connect(settings)
-    close_abandoned(client, settings)
-    run = find_run(client, name)
+    record = Record.open(settings)
+    close_abandoned(record)
+    run = record.runs.pipeline(name)
     info, tags = run.info, run.data.tags
     if info.status == "FINISHED":
         raise UserError(f"the run {info.run_name} ({info.run_id[:8]}) has finished")
     here = code_identity()
-    if tags.get("code_digest") != here["code_digest"]:
+    if tags.get(tag.CODE_DIGEST) != here[tag.CODE_DIGEST]:
+        release, commit = (tags.get(n, "unknown") for n in (tag.CODE_VERSION, tag.GIT_COMMIT))
         raise UserError(
-            f"the run {info.run_name} was begun by other code (release "
-            f"{tags.get('code_version', 'unknown')}, commit {tags.get('git_commit', 'unknown')}) "
-            f"than that here (release {here['code_version']}, commit {here['git_commit']}), whose "
-            "numbers may differ; install that, or start anew with `rlhf run`"
+            f"the run {info.run_name} was begun by other code (release {release}, commit {commit}) "
+            f"than that here (release {here[tag.CODE_VERSION]}, commit {here[tag.GIT_COMMIT]}), "
+            "whose numbers may differ; install that, or start anew with `rlhf run`"
         )
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(client.download_artifacts(info.run_id, "config.yaml", folder))
+        path = Path(record.client.download_artifacts(info.run_id, CONFIG, folder))
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    experiment = client.get_experiment(info.experiment_id)
+    experiment = record.client.get_experiment(info.experiment_id)
     return StoppedRun(
         run_id=info.run_id,
         project=experiment.name,
-        seed=int(tags["seed"]),
+        seed=int(tags[tag.SEED]),
         config=config,
-        flow_run_id=tags.get(FLOW_RUN, ""),
-        flow_name=tags.get("prefect.flow_name", ""),
+        flow_run_id=tags.get(tag.FLOW_RUN, ""),
+        flow_name=tags.get(tag.FLOW_NAME, ""),
     )
-
-
-def find_run(client: MlflowClient, name: str) -> Run:
-    """The pipeline run with that id, start of an id, or name.
-
-    Raises: UserError when none, or more than one, answers to it.
-    """
-    return _find(name, list(_pipeline_runs(client)))
-
-
-def _pipeline_runs(client: MlflowClient) -> Iterator[Run]:
-    """Every run that has stages, the newest first."""
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    yield from search(client, experiments, f"tags.stage = '{PIPELINE}'")
-
-
-def search(client: MlflowClient, experiments: list[str], condition: str) -> Iterator[Run]:
-    """All runs of some experiments that meet a condition."""
-    token = None
-    while True:
-        page = client.search_runs(experiments, condition, max_results=PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _find(name: str, known: list[Run]) -> Run:
-    matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
-    matches = matches or [run for run in known if run.info.run_id.startswith(name)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        ids = ", ".join(run.info.run_id[:12] for run in matches[:5])
-        raise UserError(
-            f"{len(matches)} runs answer to '{name}' (the newest: {ids}); give an id instead"
-        )
-    newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
-    hint = f"the newest are {newest}" if newest else "there is none yet: start one with `rlhf run`"
-    raise UserError(f"no pipeline run answers to '{name}'; {hint}")

@@ -6,21 +6,22 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core import figures
-from rlhf_core.functional.ranking import Interval
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.functional.ranking import Interval
 from rlhf_core.types import Report
 from tasks.prefect.ui import closing_lines
-from tasks.record.stage import open_stage, run_url
-from tasks.record.tracking import connect
-from tasks.registry.model_store import ModelRef, PipelineRun
-from tasks.settings import Settings, read_settings
+from tasks.record.describe import run_url
+from tasks.record.record import Record
+from tasks.record.stage import open_stage
+from tasks.registry.refs import ModelRef, PipelineRun
+from tasks.settings import Settings
 
 
-class _Record(BaseModel):
+class _Values(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class SweepPoint(_Record):
+class SweepPoint(_Values):
     """Which settings, and which seed."""
 
     values: dict[str, Any]
@@ -37,7 +38,7 @@ class SweepPoint(_Record):
         return f"{self.setting}, seed {self.seed}"
 
 
-class Outcome(_Record):
+class Outcome(_Values):
     """What a point came to, or the problem that kept it from that."""
 
     point: SweepPoint
@@ -72,19 +73,17 @@ def record_sweep(outcomes: list[Outcome], run: PipelineRun) -> str:
     done = [outcome for outcome in outcomes if not outcome.problem]
     name = "true reward" if all(outcome.is_true for outcome in done) else "reward model"
     rows = [_row(outcome) for outcome in outcomes]
-    settings = read_settings()
-    client = connect(settings)
-    with open_stage("frontier", config=_Record(), run=run, inputs={}) as stage:
+    record = Record.open(patient=True)
+    with open_stage("frontier", record=record, config=_Values(), run=run, inputs={}) as stage:
         stage.record(
             Report(
                 tables={"frontier": pd.DataFrame(rows)},
                 figures={"frontier": figures.frontier(_points(done), name)},
             )
         )
-    plot = run_url(stage.run_id, run.experiment_id, settings)
-    text = _page(outcomes, name, run, plot, settings)
-    client.log_text(run.run_id, text, "report.md")
-    client.set_tag(run.run_id, "mlflow.note.content", text)
+    plot = run_url(stage.run_id, run.experiment_id, record.settings)
+    text = _page(outcomes, name, run, plot, record.settings)
+    record.write_page(run.run_id, text)
     return text
 
 

@@ -14,8 +14,6 @@ from datetime import timedelta
 from typing import Literal
 from uuid import UUID
 
-from mlflow import MlflowClient
-from mlflow.entities import RunTag
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
@@ -26,13 +24,12 @@ from pydantic import Field, ValidationError
 from rlhf_core.evaluation.gates import PromotionConfig, Rule, apply_rules
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.ui import artifact_key
-from tasks.record.stage import run_url
-from tasks.record.tracking import connect
-from tasks.registry.model_store import MlflowModelStore, ModelRef, PipelineRun
-from tasks.settings import Settings, read_settings
+from tasks.record import tags as tag
+from tasks.record.describe import run_url
+from tasks.record.record import Record
+from tasks.registry.champion import champion_of
+from tasks.registry.refs import ModelRef, PipelineRun
 
-CHAMPION = "champion"
-WAITING = "waiting"
 log = logging.getLogger(__name__)
 
 
@@ -75,14 +72,13 @@ def ask_person(
     rules = apply_rules(config, scorecard)
     if not all(rule.passed for rule in rules) or not _can_be_resumed():
         return None
-    settings = read_settings()
-    client = connect(settings)
-    asked_before = "approved" in client.get_run(run.run_id).data.tags
-    in_use = MlflowModelStore(client).get_alias(candidate.name, CHAMPION) == candidate
+    record = Record.open()
+    asked_before = tag.APPROVED in record.runs.tags(run.run_id)
+    in_use = champion_of(record, candidate.name) == candidate
     if in_use and not asked_before:
         return None
-    mark_waiting(client, run, candidate)
-    links = _links(client, run, settings)
+    mark_waiting(record, run, candidate)
+    links = _links(record, run)
     timeout = int(timedelta(days=config.approval_days).total_seconds())
     attempt, problem = 1, ""
     while True:
@@ -109,10 +105,9 @@ def answer_waiting(flow_run_id: str, answer: Answer) -> bool:
     return True
 
 
-def mark_waiting(client: MlflowClient, run: PipelineRun, candidate: ModelRef) -> None:
+def mark_waiting(record: Record, run: PipelineRun, candidate: ModelRef) -> None:
     """Write on the pipeline's run that, and for which version, it waits for a person."""
-    tags = [RunTag("approved", WAITING), RunTag("candidate", candidate.uri)]
-    client.log_batch(run.run_id, tags=tags)
+    record.add_tags(run.run_id, {tag.APPROVED: tag.WAITING, tag.CANDIDATE: candidate.uri})
 
 
 def describe(
@@ -149,15 +144,12 @@ def _can_be_resumed() -> bool:
     return run is not None and run.deployment_id is not None and run.parent_task_run_id is None
 
 
-def _links(client: MlflowClient, run: PipelineRun, settings: Settings) -> list[str]:
+def _links(record: Record, run: PipelineRun) -> list[str]:
     """The run of the pipeline and those of its stages, in the order in which they ran."""
-    condition = f"tags.`mlflow.parentRunId` = '{run.run_id}'"
-    children = client.search_runs(
-        [run.experiment_id], condition, order_by=["attributes.start_time ASC"]
-    )
-    pages = {"pipeline": run.run_id}
-    pages |= {child.data.tags.get("stage", "stage"): child.info.run_id for child in children}
+    stages = record.runs.stages(run.experiment_id, run.run_id)
+    pages = {tag.PIPELINE: run.run_id}
+    pages |= {found.data.tags.get(tag.STAGE, "stage"): found.info.run_id for found in stages}
     return [
-        f"[{name}]({run_url(run_id, run.experiment_id, settings)})"
+        f"[{name}]({run_url(run_id, run.experiment_id, record.settings)})"
         for name, run_id in pages.items()
     ]

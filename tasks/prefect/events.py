@@ -32,7 +32,8 @@ from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
 from tasks.prefect.ui import PrefectRun
-from tasks.registry.model_store import ModelRef, PipelineRun
+from tasks.record import tags as tag
+from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import read_settings
 
 STAGE_FINISHED = "rlhf.stage.finished"
@@ -68,12 +69,11 @@ def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -
         return
     with _only_a_warning(STAGE_FINISHED):
         data = client.get_run(run_id).data
-        if data.metrics.get("summary/over_kl_budget"):
-            said = f"the KL to SFT came to {data.metrics['summary/kl']:.2f} nats per sequence"
+        if data.metrics.get(f"{tag.SUMMARY}over_kl_budget"):
+            kl = data.metrics[f"{tag.SUMMARY}kl"]
+            said = f"the KL to SFT came to {kl:.2f} nats per sequence"
             _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": said})
-        outputs = {tag: uri for tag, uri in data.tags.items() if uri.startswith("models:/")}
-        prefix = "output."
-        versions = {t.removeprefix(prefix): u for t, u in outputs.items() if t.startswith(prefix)}
+        versions = {kind: ref.uri for kind, ref in tag.models(data.tags).items()}
         _emit(STAGE_FINISHED, resource, {**what, "versions": versions})
 
 

@@ -34,7 +34,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
-from tasks.record.tracking import how_far
+from tasks.record import tags as tag
+from tasks.record.terminal import how_far
 from tasks.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,13 @@ class PrefectRun:
 
     def tags(self, public_url: str) -> dict[str, str]:
         """The MLflow tags that lead back to this run."""
-        ids = {
-            "flow_run_id": self.flow_run_id,
-            "task_run_id": self.task_run_id,
-            "flow_name": self.flow_name,
+        content = {
+            tag.FLOW_RUN: self.flow_run_id,
+            tag.TASK_RUN: self.task_run_id,
+            tag.FLOW_NAME: self.flow_name,
+            tag.FLOW_URL: self.url(public_url),
         }
-        content = {**ids, "flow_run_url": self.url(public_url)}
-        return {f"prefect.{k}": v for k, v in content.items() if v}
+        return {name: value for name, value in content.items() if value}
 
     def url(self, public_url: str) -> str:
         """The page of the flow run; empty where this is no part of one."""

@@ -1,4 +1,4 @@
-"""Which code is here, and which of it a stage runs: a part of what the stage is.
+"""What a stage is: its settings, seed and inputs, and the code that it runs, as one key.
 
 A stage is trained again when its own code changes and not otherwise, so its key has the modules of
 `rlhf_core` that it imports, directly or through others, the functions that its settings name, and
@@ -7,17 +7,24 @@ the releases of the libraries that move its numbers.
 
 import ast
 import hashlib
+import json
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 import rlhf_core
 from rlhf_core.rewards.scoring import reach_working_dir
+from tasks.record import tags as tag
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The module that a stage starts in, where it is not one of `rlhf_core.stages` with its name.
@@ -26,20 +33,70 @@ FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:funct
 ROOT = Path(rlhf_core.__file__).parent
 
 
+@dataclass(frozen=True)
+class Definition:
+    """What a stage is, but for the code."""
+
+    name: str
+    sections: Mapping[str, BaseModel]  # its own settings under its name, then others
+    run: PipelineRun
+    inputs: Mapping[str, Ref]  # by role
+    context: str = "training"  # what its data are used for, as MLflow shows it
+
+    @property
+    def seed(self) -> int:
+        """The seed of the pipeline."""
+        return self.run.seed
+
+    def content(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return {name: section.model_dump(mode="json") for name, section in self.sections.items()}
+
+    def key(self, store: MlflowModelStore) -> str:
+        """What the stage is, in 16 hex digits: equal keys lead to equal bits."""
+        # `reuse` says that nothing is trained, which is no setting of a training.
+        settings = {
+            name: section.model_dump(mode="json", exclude={"reuse"})
+            for name, section in self.sections.items()
+        }
+        facts = {
+            "stage": self.name,
+            "project": self.run.project,
+            "seed": self.seed,
+            "settings": settings,
+            "inputs": {role: _content(ref, store) for role, ref in self.inputs.items()},
+            "code": stage_code(self.name, settings),
+        }
+        return short_digest(facts)
+
+
+def _content(ref: Ref, store: MlflowModelStore) -> str:
+    """The digest of what a reference leads to: a version that was trained again has the same."""
+    if isinstance(ref, DatasetRef):
+        return ref.digest
+    assert isinstance(ref, ModelRef)
+    return store.tags(ref).get(tag.DIGEST, ref.uri)
+
+
+def short_digest(facts: Mapping[str, Any]) -> str:
+    """Plain values in 16 hex digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @lru_cache(maxsize=1)
 def code_identity() -> dict[str, str]:
-    """Version of this package, its git commit where it runs from a checkout, and a digest of the
-    whole core: a run that was stopped may go on with the very same code only."""
+    """As tags: version of this package, its git commit where it runs from a checkout, and a digest
+    of the whole core: a run that was stopped may go on with the very same code only."""
     here = Path(__file__)
     # An installed copy may lie in somebody else's repository: ask about this very file.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
     dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
     return {
-        "code_version": version("rlhf-pipeline"),
-        "code_digest": _digest(sorted(ROOT.rglob("*.py"))),
-        "git_commit": commit or "unknown",
-        "git_dirty": str(dirty).lower(),
+        tag.CODE_VERSION: version("rlhf-pipeline"),
+        tag.CODE_DIGEST: _digest(sorted(ROOT.rglob("*.py"))),
+        tag.GIT_COMMIT: commit or "unknown",
+        tag.GIT_DIRTY: tag.flag(dirty),
     }
 
 

@@ -22,7 +22,8 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from rlhf_core.errors import ModelError
-from tasks.registry.model_store import ModelRef, ModelStore
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import ModelRef
 
 SERVED = Path(__file__).parent / "served"
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas")
@@ -49,7 +50,7 @@ EXAMPLES = {
 }
 
 
-def export_servable(store: ModelStore, ref: ModelRef, to: Path) -> Path:
+def export_servable(store: MlflowModelStore, ref: ModelRef, to: Path) -> Path:
     """Write a policy or a reward model to `to`, which must not exist yet or be empty.
 
     Raises: ModelError for a version that does not exist or is of another kind, and for a `to` that

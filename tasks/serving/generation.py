@@ -13,8 +13,7 @@ from rlhf_core.backbone.sampling import sample, uniforms
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
 from rlhf_core.errors import ModelError, UserError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
-from tasks.record.tracking import connect
-from tasks.registry.model_store import MlflowModelStore
+from tasks.record.record import Record
 from tasks.settings import Settings
 
 BATCH_ROWS = 64
@@ -80,7 +79,7 @@ def _load(
 ) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
     """Policy, tokenizer, and whether it was trained on messages."""
     if name.startswith("models:/"):
-        store = MlflowModelStore(connect(settings))
+        store = Record.open(settings).store
         source = str(store.fetch(store.resolve(name), scratch))
     else:
         source = name

@@ -1,12 +1,13 @@
 """Evaluation as a Prefect task."""
 
+from typing import cast
+
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.stages import evaluation
-from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.stages.evaluation import EvaluationConfig
 from tasks.prefect.ui import stage_task
-from tasks.record.stage import open_stage
-from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun, Ref
-from tasks.settings import read_settings
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.steps.stage import do_stage
 
 
 @stage_task("evaluate", "evaluation")
@@ -24,28 +25,11 @@ def evaluate(
     inputs: dict[str, Ref] = {"sft": sft, "policy": policy, "reward": reward_model, "data": data}
     if champion is not None:
         inputs["champion"] = champion
-    with open_stage(
+    return do_stage(
         "evaluation",
-        config=config,
-        beside={"sampling": sampling},
-        run=run,
+        config,
+        run,
         inputs=inputs,
-        context="evaluation",
-        reuse="any",
-    ) as stage:
-        if not stage.cached:
-            report = evaluation.evaluate(
-                config,
-                sampling,
-                sft=stage.fetch(sft),
-                policy=stage.fetch(policy),
-                reward_model=stage.fetch(reward_model),
-                champion=None if champion is None else stage.fetch(champion),
-                data=stage.fetch(data),
-                seed=run.seed,
-                device=read_settings().device,
-                logger=stage.logger,
-            )
-            stage.record(report)
-            stage.keep(report.scorecard)
-        return stage.result(stage.kept(Scorecard))
+        sections={"sampling": sampling},
+        returns=lambda made: cast(Scorecard, made.result),
+    )

@@ -1,6 +1,5 @@
 """How much there is to learn from that the last pipeline did not know."""
 
-from mlflow import MlflowClient
 from mlflow.entities import Run
 from prefect import task
 from pydantic import BaseModel, ConfigDict
@@ -8,14 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from tasks.record.tracking import connect
-from tasks.settings import read_settings
-
-# Of the runs with stages, whole pipelines alone name a policy.
-_PIPELINES = (
-    "attributes.status = 'FINISHED' and tags.stage = 'pipeline' "
-    "and tags.`output.policy` LIKE 'models:/%'"
-)
+from tasks.record import tags as tag
+from tasks.record.record import Record
 
 
 class PreferenceCount(BaseModel):
@@ -37,37 +30,25 @@ class PreferenceCount(BaseModel):
 def count_preferences(
     config: DataConfig, model: ModelConfig, limits: LengthLimits, *, project: str, seed: int
 ) -> PreferenceCount:
-    """Read the data as the pipeline would, and hold them against those of its last finished run.
+    """Read the data as the pipeline would, and compare them with those of its last finished run.
 
     Both sides of the split count; rows that are dropped do not.
 
     Raises: ConfigError or DataError, as the data stage does.
     """
     found = prepare.inspect(config, model, limits, seed).tables["preferences"]
-    client = connect(read_settings())
-    last = _last_pipeline(client, project)
+    record = Record.open()
+    last = record.runs.last_pipeline(project)
     return PreferenceCount(
         now=found.train + found.eval,
-        before=0 if last is None else _preferences_of(client, last),
+        before=0 if last is None else _preferences_of(record, last),
         last_run="" if last is None else last.info.run_name,
     )
 
 
-def _last_pipeline(client: MlflowClient, project: str) -> Run | None:
-    experiment = client.get_experiment_by_name(project)
-    if experiment is None:
-        return None
-    newest = ["attributes.start_time DESC"]
-    return next(iter(_search(client, experiment.experiment_id, _PIPELINES, newest)), None)
-
-
-def _preferences_of(client: MlflowClient, pipeline: Run) -> int:
-    stage = f"tags.stage = 'prepare' and tags.`mlflow.parentRunId` = '{pipeline.info.run_id}'"
-    found = [run.data.metrics for run in _search(client, pipeline.info.experiment_id, stage, [])]
-    return sum(
-        int(rows[f"summary/preferences_{split}"]) for rows in found for split in ("train", "eval")
-    )
-
-
-def _search(client: MlflowClient, experiment: str, condition: str, order: list[str]) -> list[Run]:
-    return list(client.search_runs([experiment], condition, order_by=order, max_results=1))
+def _preferences_of(record: Record, pipeline: Run) -> int:
+    stages = record.runs.stages(pipeline.info.experiment_id, pipeline.info.run_id, "prepare")
+    if not stages:
+        return 0
+    rows = stages[-1].data.metrics
+    return sum(int(rows[f"{tag.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))

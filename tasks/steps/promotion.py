@@ -1,18 +1,9 @@
-"""The champion: which version it is, whether a new policy takes its place, and the way back.
-
-The alias `champion` of `<project>-policy` says which version is in use. Every move of it is written
-to the versions as tags: `promoted_at` and `replaced` to one that took the place of another,
-`rolled_back_at`, `rolled_back_to` and `rolled_back_by` to one that was taken back.
-"""
+"""Whether a new policy becomes the champion, by rules or by a person; and the way back."""
 
 import logging
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from typing import Literal
 
 import pandas as pd
-from mlflow import MlflowClient
-from mlflow.entities import RunTag
 from prefect import task
 from pydantic import BaseModel, ValidationError
 
@@ -21,41 +12,42 @@ from rlhf_core.evaluation import gates
 from rlhf_core.evaluation.gates import PromotionConfig, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.types import Report
-from tasks.history.runs import find_run
 from tasks.prefect import events
-from tasks.prefect.approval import CHAMPION, WAITING, Answer, answer_waiting, mark_waiting
+from tasks.prefect.approval import Answer, answer_waiting, mark_waiting
+from tasks.record import tags as tag
+from tasks.record.record import Record
 from tasks.record.stage import open_stage
-from tasks.record.tracking import connect
-from tasks.registry.model_store import MlflowModelStore, ModelRef, PipelineRun, Ref
-from tasks.settings import Settings, read_settings
+from tasks.registry.champion import (
+    CHAMPION,
+    champion_of,
+    crown,
+    now,
+    policy_of,
+    predecessor,
+    project_of,
+    take_back,
+)
+from tasks.registry.refs import ModelRef, PipelineRun, Ref
+from tasks.settings import Settings
 
-COMPARED_WITH = "compared_with"  # tag of the pipeline's run
-NOBODY = "none"
 log = logging.getLogger(__name__)
 
 
-@task(name="find-model", task_run_name="find {uri}")
-def find_model(uri: str) -> ModelRef:
-    """The explicit version that a registry address means, instead of training one."""
-    return MlflowModelStore(connect(read_settings())).resolve(uri)
-
-
-@task(name="find-champion", task_run_name="find champion")
-def find_champion(run: PipelineRun, candidate: ModelRef | None = None) -> ModelRef | None:
+@task(name="pin-champion", task_run_name="pin champion")
+def pin_champion(run: PipelineRun, candidate: ModelRef | None = None) -> ModelRef | None:
     """The policy of the project that is in use now, if there is one, to compare with.
 
-    A run that goes on, after a crash or an approval, keeps the one that it found first. If the
-    candidate itself is in use already, it is the one that the candidate replaced.
+    It is written on the pipeline's run, which keeps it when it is resumed after a crash or an
+    approval. If the candidate itself is in use already, it is the one that the candidate replaced.
     """
-    client = connect(read_settings())
-    known = client.get_run(run.run_id).data.tags.get(COMPARED_WITH)
+    record = Record.open()
+    known = record.runs.tags(run.run_id).get(tag.COMPARED_WITH)
     if known is not None:
-        return _ref(known)
-    store = MlflowModelStore(client)
-    found = store.get_alias(f"{run.project}-policy", CHAMPION)
+        return tag.version_of(known)
+    found = champion_of(record, policy_of(run.project))
     if found is not None and found == candidate:
-        found = _replaced(store, found)
-    client.set_tag(run.run_id, COMPARED_WITH, _name(found))
+        found = predecessor(record, found)
+    record.add_tags(run.run_id, {tag.COMPARED_WITH: tag.name_of(found)})
     return found
 
 
@@ -81,40 +73,46 @@ def promote(
     beside: dict[str, BaseModel] = {"candidate": candidate}
     if answer is not None:
         beside["answer"] = answer
+    record = Record.open(patient=True)
     with open_stage(
-        "promotion", config=config, beside=beside, run=run, inputs=inputs, reuse="own"
+        "promotion",
+        record=record,
+        config=config,
+        beside=beside,
+        run=run,
+        inputs=inputs,
+        reuse="own",
     ) as stage:
         if stage.cached:
             return stage.kept(Verdict)
-        client = connect(read_settings())
-        store = MlflowModelStore(client)
         rules = gates.apply_rules(config, scorecard)
         verdict = gates.judge(config, scorecard)
-        present = store.get_alias(candidate.name, CHAMPION)
+        present = champion_of(record, candidate.name)
         if answer is not None:
             verdict = _with_answer(verdict, answer)
         elif config.approval == "automatic":
-            verdict = _unless_rolled_back(verdict, store, candidate)
+            verdict = _unless_rolled_back(verdict, record, candidate)
         if present not in (champion, candidate):
             verdict = verdict.refuse(
-                f"the champion is now {_name(present)}, but the evaluation compared with "
-                f"{_name(champion)}"
+                f"the champion is now {tag.name_of(present)}, but the evaluation compared with "
+                f"{tag.name_of(champion)}"
             )
         asked = config.approval == "person" and present != candidate
         waits = asked and answer is None and verdict.promote
         if waits:
             verdict = verdict.refuse(f"it waits for a person: rlhf promote {run.run_id[:8]}")
-            mark_waiting(client, run, candidate)
+            mark_waiting(record, run, candidate)
         table = pd.DataFrame([rule.model_dump() for rule in rules])
         stage.record(Report(tables={"promotion": table}))
-        tags = {"promoted": str(verdict.promote).lower(), "reasons": "\n".join(verdict.reasons)}
-        _tag_runs(client, (stage.run_id, run.run_id), tags)
+        runs = (stage.run_id, run.run_id)
+        reasons = "\n".join(verdict.reasons)
+        _tag_runs(record, runs, {tag.PROMOTED: tag.flag(verdict.promote), tag.REASONS: reasons})
         if answer is not None:
-            _write_answer(client, answer, candidate, (stage.run_id, run.run_id))
+            _write_answer(record, answer, candidate, runs)
         for reason in verdict.reasons:
             log.info(reason)
         if verdict.promote and present != candidate:
-            _crown(client, run.project, candidate, champion, by=answer.by if answer else "")
+            crown(record, candidate, champion, by=answer.by if answer else "")
         elif not verdict.promote and not waits:
             events.gate_refused(run.project, candidate, verdict.reasons)
         stage.keep(verdict)
@@ -135,28 +133,30 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
         answer = Answer(approve="yes", by=by, reason=reason)
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
-    client = connect(settings)
-    found = find_run(client, name)
+    record = Record.open(settings)
+    found = record.runs.pipeline(name)
     tags = found.data.tags
-    if tags.get("approved") != WAITING:
-        why = tags.get("reasons", "it has not come to its promotion").replace("\n", "; ")
+    if tags.get(tag.APPROVED) != tag.WAITING:
+        why = tags.get(tag.REASONS, "it has not come to its promotion").replace("\n", "; ")
         raise UserError(f"The run {found.info.run_name} does not wait for a person ({why}).")
-    if settings.prefect_api_url and answer_waiting(tags["prefect.flow_run_id"], answer):
+    if settings.prefect_api_url and answer_waiting(tags[tag.FLOW_RUN], answer):
         return f"The run {found.info.run_name} has the answer and goes on."
-    candidate, champion = ModelRef.parse(tags["candidate"]), _ref(tags[COMPARED_WITH])
-    present = MlflowModelStore(client).get_alias(candidate.name, CHAMPION)
+    candidate, champion = (
+        ModelRef.parse(tags[tag.CANDIDATE]),
+        tag.version_of(tags[tag.COMPARED_WITH]),
+    )
+    present = champion_of(record, candidate.name)
     if present not in (champion, candidate):
         raise UserError(
-            f"The champion is now {_name(present)}, but {candidate.uri} was compared with "
-            f"{_name(champion)}; run the pipeline again."
+            f"The champion is now {tag.name_of(present)}, but {candidate.uri} was compared with "
+            f"{tag.name_of(champion)}; run the pipeline again."
         )
-    condition = f"tags.`mlflow.parentRunId` = '{found.info.run_id}' and tags.stage = 'promotion'"
-    stages = client.search_runs([found.info.experiment_id], condition)
+    stages = record.runs.stages(found.info.experiment_id, found.info.run_id, "promotion")
     runs = [found.info.run_id, *(stage.info.run_id for stage in stages)]
-    _write_answer(client, answer, candidate, runs)
-    _tag_runs(client, runs, {"promoted": "true"})
+    _write_answer(record, answer, candidate, runs)
+    _tag_runs(record, runs, {tag.PROMOTED: tag.flag(True)})
     if present != candidate:
-        _crown(client, candidate.name.removesuffix("-policy"), candidate, champion, by=by)
+        crown(record, candidate, champion, by=by)
     return f"{candidate.uri} is the champion."
 
 
@@ -168,23 +168,17 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
     Raises:
         UserError: there is no champion, it replaced no other version, or there is no version `to`.
     """
-    client = connect(settings)
-    store = MlflowModelStore(client)
-    present = store.get_alias(f"{project}-policy", CHAMPION)
+    record = Record.open(settings)
+    present = champion_of(record, policy_of(project))
     if present is None:
         raise UserError(f"The project '{project}' has no champion.")
-    target = ModelRef(name=present.name, version=to) if to else _replaced(store, present)
+    target = ModelRef(name=present.name, version=to) if to else predecessor(record, present)
     if target is None:
         raise UserError(f"{present.uri} replaced no other version: choose one with --to VERSION.")
-    store.require(target)
+    record.store.require(target)
     if target == present:
         raise UserError(f"{present.uri} is the champion already.")
-    back = {"rolled_back_at": _now(), "rolled_back_to": target.uri, "rolled_back_by": by}
-    _tag_version(client, present, back)
-    if "replaced" in store.tags(target):  # it was in use before, and keeps its own predecessor
-        _move(client, project, target, present, how="rollback", by=by)
-    else:
-        _crown(client, project, target, present, how="rollback", by=by)
+    take_back(record, present, target, by=by)
     return f"{target.uri} is the champion."
 
 
@@ -194,79 +188,25 @@ def _with_answer(verdict: Verdict, answer: Answer) -> Verdict:
     return verdict.refuse(f"not approved by {answer.said}")
 
 
-def _unless_rolled_back(verdict: Verdict, store: MlflowModelStore, candidate: ModelRef) -> Verdict:
-    since = store.tags(candidate).get("rolled_back_at")
+def _unless_rolled_back(verdict: Verdict, record: Record, candidate: ModelRef) -> Verdict:
+    since = record.store.tags(candidate).get(tag.ROLLED_BACK_AT)
     if since is None:
         return verdict
-    back = f"rlhf rollback {candidate.name.removesuffix('-policy')} --to {candidate.version}"
+    back = f"rlhf rollback {project_of(candidate)} --to {candidate.version}"
     return verdict.refuse(f"{candidate.uri} was rolled back at {since}; to use it again: {back}")
 
 
-def _crown(
-    client: MlflowClient,
-    project: str,
-    new: ModelRef,
-    old: ModelRef | None,
-    *,
-    by: str,
-    how: Literal["promotion", "rollback"] = "promotion",
-) -> None:
-    """Make a version the champion, with the former one as its predecessor."""
-    _tag_version(client, new, {"promoted_at": _now(), "replaced": _name(old)})
-    _move(client, project, new, old, how=how, by=by)
-
-
-def _move(
-    client: MlflowClient,
-    project: str,
-    new: ModelRef,
-    old: ModelRef | None,
-    *,
-    by: str,
-    how: Literal["promotion", "rollback"],
-) -> None:
-    # The tags before and the alias last: a crash in between leaves the champion as it was.
-    store = MlflowModelStore(client)
-    if "rolled_back_at" in store.tags(new):
-        client.delete_model_version_tag(new.name, str(new.version), "rolled_back_at")
-    store.set_alias(new, CHAMPION)
-    events.champion_changed(project, old, new, how=how, by=by)
-
-
-def _write_answer(
-    client: MlflowClient, answer: Answer, candidate: ModelRef, runs: Iterable[str]
-) -> None:
+def _write_answer(record: Record, answer: Answer, candidate: ModelRef, runs: Iterable[str]) -> None:
     tags = {
-        "approved": str(answer.approve == "yes").lower(),
-        "approved_by": answer.by,
-        "approval_reason": answer.reason,
-        "approved_at": _now(),
+        tag.APPROVED: tag.flag(answer.approve == "yes"),
+        tag.APPROVED_BY: answer.by,
+        tag.APPROVAL_REASON: answer.reason,
+        tag.APPROVED_AT: now(),
     }
-    _tag_runs(client, runs, tags)
-    _tag_version(client, candidate, tags)
+    _tag_runs(record, runs, tags)
+    record.store.add_tags(candidate, tags)
 
 
-def _tag_runs(client: MlflowClient, runs: Iterable[str], tags: Mapping[str, str]) -> None:
+def _tag_runs(record: Record, runs: Iterable[str], tags: Mapping[str, str]) -> None:
     for run_id in runs:
-        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-
-
-def _tag_version(client: MlflowClient, ref: ModelRef, tags: Mapping[str, str]) -> None:
-    for name, value in tags.items():
-        client.set_model_version_tag(ref.name, str(ref.version), name, value)
-
-
-def _replaced(store: MlflowModelStore, ref: ModelRef) -> ModelRef | None:
-    return _ref(store.tags(ref).get("replaced", NOBODY))
-
-
-def _name(ref: ModelRef | None) -> str:
-    return ref.uri if ref else NOBODY
-
-
-def _ref(name: str) -> ModelRef | None:
-    return None if name == NOBODY else ModelRef.parse(name)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+        record.add_tags(run_id, tags)

@@ -3,22 +3,21 @@
 The numbers go to the parent run because that is where runs are compared in MLflow.
 """
 
-import time
 from collections.abc import Mapping
 
-from mlflow.entities import Metric
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
-from rlhf_core.functional.ranking import Interval
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
+from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.evaluation import EvaluationReport
 from tasks.prefect.ui import PrefectRun, closing_lines
-from tasks.record.stage import run_url
-from tasks.record.tracking import connect
-from tasks.registry.model_store import ModelRef, PipelineRun
-from tasks.settings import Settings, read_settings
+from tasks.record import tags as tag
+from tasks.record.describe import run_url
+from tasks.record.record import Record
+from tasks.registry.refs import ModelRef, PipelineRun
+from tasks.settings import Settings
 
 TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 
@@ -33,14 +32,10 @@ def write_report(
     run: PipelineRun,
 ) -> str:
     """Write `report.md` and the key numbers to the pipeline's run, and show the page in Prefect."""
-    settings = read_settings()
-    client = connect(settings)
-    text = render(scorecard, verdict, reward_quality, algorithm, models, run, settings)
-    client.log_text(run.run_id, text, "report.md")
-    client.set_tag(run.run_id, "mlflow.note.content", text)  # shown as the run's description
-    for kind, ref in models.items():
-        client.set_tag(run.run_id, f"output.{kind}", ref.uri)
-    now = int(time.time() * 1000)
+    record = Record.open()
+    text = render(scorecard, verdict, reward_quality, algorithm, models, run, record.settings)
+    record.write_page(run.run_id, text)
+    record.add_tags(run.run_id, {tag.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
     if reward_quality is not None:
         accuracy = reward_quality.accuracy._asdict()
@@ -48,7 +43,7 @@ def write_report(
         numbers["reward_model/accuracy"] = reward_quality.accuracy.value
         numbers["reward_model/longer_accuracy"] = reward_quality.longer_accuracy
         numbers["reward_model/held_out_votes"] = float(reward_quality.votes)
-    client.log_batch(run.run_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])
+    record.add_numbers(run.run_id, numbers)
     if PrefectRun.current():
         create_markdown_artifact(text, key=f"{run.project}-report", description="Report")
     return text

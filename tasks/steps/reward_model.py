@@ -3,7 +3,6 @@
 import logging
 from contextlib import nullcontext
 
-from mlflow.exceptions import MlflowException
 from prefect import task
 
 from rlhf_core.backbone.sampling import SamplingConfig
@@ -11,10 +10,10 @@ from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.prefect.ui import PrefectRun, forwarded_logs, stage_task
-from tasks.record.stage import open_training
-from tasks.record.tracking import connect
-from tasks.registry.model_store import DatasetRef, MlflowModelStore, ModelRef, PipelineRun, Ref
-from tasks.settings import read_settings
+from tasks.record import tags as tag
+from tasks.record.record import Record
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
+from tasks.steps.stage import do_stage
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +27,14 @@ def train_reward_model(
     run: PipelineRun,
 ) -> ModelRef:
     """Learn a reward from the preferences; register `<project>-reward`."""
-    inputs: dict[str, Ref] = {"sft": sft, "data": data}
-    beside = {"sampling": sampling}
-    with open_training(
-        "reward_model", config=config, beside=beside, run=run, inputs=inputs
-    ) as stage:
-        if not stage.cached:
-            output = stage.work / "reward"
-            paths = {"sft": stage.fetch(sft), "data": stage.fetch(data), "output": output}
-            stage.record(stage.train(paths))
-            stage.publish({"reward": output})
-        return stage.result(stage.model("reward"))
+    return do_stage(
+        "reward_model",
+        config,
+        run,
+        inputs={"sft": sft, "data": data},
+        sections={"sampling": sampling},
+        returns=lambda made: made.models["reward"],
+    )
 
 
 @task(name="check-reward-model", task_run_name="check {model.name}")
@@ -49,7 +45,7 @@ def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality
 
     Raises: ModelError when it is not what the gate asks for.
     """
-    quality = _find_quality(model)
+    quality = _find_quality(Record.open(), model)
     with forwarded_logs() if PrefectRun.current() else nullcontext():
         if quality is None:
             log.warning("%s: its held-out accuracy is not known", model.uri)
@@ -61,16 +57,13 @@ def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality
     return quality
 
 
-def _find_quality(model: ModelRef) -> RewardQuality | None:
-    client = connect(read_settings())
-    run_id = MlflowModelStore(client).tags(model).get("run_id", "")
-    try:
-        metrics = client.get_run(run_id).data.metrics if run_id else {}
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+def _find_quality(record: Record, model: ModelRef) -> RewardQuality | None:
+    run_id = record.store.tags(model).get(tag.RUN)
+    made_by = record.runs.find(run_id) if run_id else None
+    if made_by is None:
         return None
-    found = {name.removeprefix("summary/"): value for name, value in metrics.items()}
+    metrics = made_by.data.metrics
+    found = {name.removeprefix(tag.SUMMARY): value for name, value in metrics.items()}
     if "longer_accuracy" not in found:
         return None
     names = ("accuracy", "accuracy_low", "accuracy_high")

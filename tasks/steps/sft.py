@@ -3,8 +3,8 @@
 from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.stages.sft import SFTConfig
 from tasks.prefect.ui import stage_task
-from tasks.record.stage import open_training
-from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
+from tasks.steps.stage import do_stage
 
 
 @stage_task("sft", "SFT")
@@ -12,11 +12,11 @@ def train_sft(
     config: SFTConfig, model: ModelConfig, data: DatasetRef, run: PipelineRun
 ) -> ModelRef:
     """Fine-tune the base model on the demonstrations; register `<project>-sft`."""
-    with open_training(
-        "sft", config=config, beside={"model": model}, run=run, inputs={"data": data}
-    ) as stage:
-        if not stage.cached:
-            output = stage.work / "sft"
-            stage.record(stage.train({"data": stage.fetch(data), "output": output}))
-            stage.publish({"sft": output})
-        return stage.result(stage.model("sft"))
+    return do_stage(
+        "sft",
+        config,
+        run,
+        inputs={"data": data},
+        sections={"model": model},
+        returns=lambda made: made.models["sft"],
+    )

@@ -14,8 +14,9 @@ from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, RewardQuality
-from tasks.record.stage import open_run
-from tasks.registry.model_store import MlflowModelStore, ModelRef
+from tasks.record.run import open_run
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import ModelRef
 from tasks.serving.export import export_servable
 from tasks.serving.generation import generate
 from tasks.settings import read_settings

@@ -11,7 +11,7 @@ from prefect import flow
 
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from tasks.record.stage import open_run
+from tasks.record.run import open_run
 from tasks.serving.generation import generate
 from tasks.settings import read_settings
 from tasks.steps.data import prepare_data

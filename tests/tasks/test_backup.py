@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_core.errors import DataError, UserError
 from tasks.backup import MANIFEST, Bucket, backup, restore
-from tasks.record.stage import ensure_experiment
+from tasks.record.describe import ensure_experiment
 from tasks.record.tracking import connect
-from tasks.registry.model_store import MlflowModelStore, model_digest
+from tasks.registry.files import model_digest
+from tasks.registry.model_store import MlflowModelStore
 from tasks.settings import Settings, StoreSettings
 
 HERE = StoreSettings()
@@ -41,7 +42,8 @@ def publish(settings, policy_dir):
 LATER = """
 import json, sys
 from pathlib import Path
-from tasks.registry.model_store import MlflowModelStore, model_digest
+from tasks.registry.files import model_digest
+from tasks.registry.model_store import MlflowModelStore
 from tasks.settings import read_settings
 from tasks.record.tracking import connect
 

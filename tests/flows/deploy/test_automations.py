@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.cli import logs
 from flows.deploy import automations
 from tasks.prefect import events
-from tasks.registry.model_store import ModelRef
+from tasks.registry.refs import ModelRef
 from tasks.settings import Settings
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,9 @@ from rlhf_core.config import Section
 from rlhf_core.errors import UserError
 from rlhf_core.types import Report
 from tasks.history.comparison import MetricRow, ParamRow, StageRow, compare
-from tasks.record.stage import open_run, open_stage
+from tasks.record.record import Record
+from tasks.record.run import open_run
+from tasks.record.stage import open_stage
 
 
 class Training(Section):
@@ -34,7 +36,9 @@ def runs(home):
         config = Pipeline(ppo=Training(kl_coef=kl_coef))
         with open_run("p", config, seed=1) as run:
             for name, values in stages.items():
-                with open_stage(name, config=config.ppo, run=run, inputs={}) as stage:
+                with open_stage(
+                    name, record=Record.open(), config=config.ppo, run=run, inputs={}
+                ) as stage:
                     for step, loss in enumerate(values):
                         stage.logger.metrics({"loss": loss}, step)
         return run.run_id
@@ -78,7 +82,9 @@ def test_the_bounds_of_a_metric_stand_with_it(home, settings):
     def record(values):
         with (
             open_run("p", Pipeline(), seed=1) as run,
-            open_stage("evaluation", config=Training(), run=run, inputs={}) as stage,
+            open_stage(
+                "evaluation", record=Record.open(), config=Training(), run=run, inputs={}
+            ) as stage,
         ):
             stage.logger.metrics({f"summary/{name}": value for name, value in values.items()}, 0)
         client = MlflowClient(settings.mlflow_uri)
@@ -105,7 +111,9 @@ def test_a_cached_stage_has_the_curves_of_the_run_that_did_the_work(home, settin
         config = Pipeline()
         with (
             open_run("p", config, seed=1) as run,
-            open_stage("sft", config=config.ppo, run=run, inputs={}, reuse="any") as stage,
+            open_stage(
+                "sft", record=Record.open(), config=config.ppo, run=run, inputs={}, reuse="any"
+            ) as stage,
         ):
             if not stage.cached:
                 stage.logger.metrics({"loss": 2.0}, 0)

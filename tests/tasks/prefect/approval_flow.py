@@ -6,9 +6,9 @@ from rlhf_core.evaluation.gates import PromotionConfig, Verdict
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from tasks.prefect.approval import ask_person
-from tasks.record.stage import open_run
-from tasks.registry.model_store import ModelRef
-from tasks.steps.promotion import find_champion, promote
+from tasks.record.run import open_run
+from tasks.registry.refs import ModelRef
+from tasks.steps.promotion import pin_champion, promote
 
 
 def exactly(value):
@@ -48,6 +48,6 @@ def approval(config: PromotionConfig, version: int, kl: float = 4.0) -> Verdict:
     """Promote a version of `toy-policy`, if rules and person allow it."""
     candidate = ModelRef(name="toy-policy", version=version)
     with open_run("toy", config, 0) as run:
-        champion = find_champion(run, candidate)
+        champion = pin_champion(run, candidate)
         question = config, scorecard(kl), candidate, champion, run
         return promote(*question, ask_person(*question))

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from rlhf_core.errors import UserError
 from rlhf_core.evaluation.gates import PromotionConfig
 from tasks.prefect.approval import Answer
-from tasks.record.stage import ensure_experiment
-from tasks.registry.model_store import MlflowModelStore, ModelRef
+from tasks.record.describe import ensure_experiment
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import ModelRef
 from tasks.settings import Settings, read_settings
 from tasks.steps.promotion import promote_run, roll_back
 

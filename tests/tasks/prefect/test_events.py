@@ -15,8 +15,8 @@ from prefect.client.orchestration import get_client
 from flows.cli import logs
 from rlhf_core.errors import NumericsError
 from tasks.prefect import events
-from tasks.record.stage import ensure_experiment
-from tasks.registry.model_store import ModelRef, PipelineRun
+from tasks.record.describe import ensure_experiment
+from tasks.registry.refs import ModelRef, PipelineRun
 
 pytestmark = pytest.mark.integration
 

@@ -23,10 +23,14 @@ from rlhf_core.errors import ConfigError, ModelError, UserError
 from rlhf_core.types import Report
 from tasks.prefect.ui import PrefectRun, artifact_key
 from tasks.record import identity
+from tasks.record.describe import ensure_experiment, flatten, run_url
 from tasks.record.identity import code_identity
-from tasks.record.stage import ensure_experiment, flatten, open_run, open_stage, run_url
+from tasks.record.record import Record
+from tasks.record.run import open_run
+from tasks.record.stage import open_stage
 from tasks.record.tracking import connect
-from tasks.registry.model_store import DatasetRef, MlflowModelStore, ModelRef
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import DatasetRef, ModelRef
 from tasks.settings import Settings
 
 
@@ -73,7 +77,7 @@ def stage(run, settings):
             config=config or ToyConfig(),
             run=run,
             inputs=inputs or {},
-            settings=settings,
+            record=Record.open(settings, patient=True),
             **more,
         )
 
@@ -385,7 +389,9 @@ def test_inside_prefect_the_run_shows_progress_results_and_links(
 
     @task(name="sft")
     def train(run):
-        with open_stage("sft", config=ToyConfig(), run=run, inputs={}) as opened:
+        with open_stage(
+            "sft", record=Record.open(), config=ToyConfig(), run=run, inputs={}
+        ) as opened:
             logging.getLogger("rlhf_core.stages.sft").info("epoch %d of 1", 1)
             for done in range(1, 6):
                 opened.logger.progress(done, 5, "training")

@@ -14,9 +14,12 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from rlhf_core.errors import UserError
-from tasks.record import tracking
-from tasks.record.stage import ensure_experiment
-from tasks.record.tracking import MlflowLogger, TerminalDisplay, connect, on_terminal
+from tasks.record import logger as logger_module
+from tasks.record import terminal
+from tasks.record.describe import ensure_experiment
+from tasks.record.logger import MlflowLogger
+from tasks.record.terminal import TerminalDisplay, on_terminal
+from tasks.record.tracking import connect
 from tasks.settings import Settings
 
 
@@ -235,7 +238,7 @@ class Shown:
 
 
 def test_a_phase_is_shown_with_its_share_until_the_next_step_is_done(client, run_id, monkeypatch):
-    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(logger_module, "LOOK_SECONDS", 0.05)
     display = Shown()
     logger = MlflowLogger(client, run_id, [display])
     logger.phase("loading the model")  # before it is known how many steps there will be
@@ -249,8 +252,8 @@ def test_a_phase_is_shown_with_its_share_until_the_next_step_is_done(client, run
 
 
 def test_a_step_that_is_silent_is_shown_with_how_long_it_has_been(client, run_id, monkeypatch):
-    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(logger_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(logger_module, "SILENCE_SECONDS", 1.0)
     display = Shown()
     logger = MlflowLogger(client, run_id, [display])
     logger.progress(2, 8, "loss 0.4")
@@ -310,7 +313,7 @@ def test_of_what_never_had_steps_no_bar_is_left():
 def test_work_without_a_run_says_something_only_if_it_takes_long(capsys, monkeypatch):
     for seconds in (10.0, 0.0):
         display = TerminalDisplay("validate", line_seconds=seconds, passing=True)
-        monkeypatch.setattr(tracking, "TerminalDisplay", lambda *_, d=display, **__: d)
+        monkeypatch.setattr(terminal, "TerminalDisplay", lambda *_, d=display, **__: d)
         with on_terminal("validate") as logger:
             logger.phase("reading the preferences")
             logger.progress(1, 1)

@@ -28,11 +28,14 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.types import Report
-from tasks.record import stage as stage_module
-from tasks.record.stage import open_run, open_stage, open_training
+from tasks.record import identity
+from tasks.record.record import Record
+from tasks.record.run import open_run
+from tasks.record.stage import open_stage, open_training
 from tasks.record.tracking import connect
 from tasks.record.work_folder import remembered_run
-from tasks.registry.model_store import MlflowModelStore, ModelRef
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import ModelRef
 from tasks.settings import Settings
 from tasks.steps.data import prepare_data
 from tasks.steps.policy import train_policy
@@ -67,7 +70,7 @@ def training(settings):
                 beside={"sampling": beside or Beside()},
                 run=run,
                 inputs=inputs or {},
-                settings=settings,
+                record=Record.open(settings, patient=True),
             ) as stage,
         ):
             yield stage
@@ -147,7 +150,7 @@ def test_another_training_starts_afresh(training, change):
 
 def test_other_code_starts_afresh(training, monkeypatch):
     first = stop(training)
-    monkeypatch.setattr(stage_module, "stage_code", lambda name, settings: "f" * 16)
+    monkeypatch.setattr(identity, "stage_code", lambda name, settings: "f" * 16)
     with training() as other:
         assert other.run_id != first.run_id
 
@@ -183,7 +186,7 @@ def in_pipeline(settings):
                 beside={},
                 run=run,
                 inputs=inputs or {},
-                settings=settings,
+                record=Record.open(settings, patient=True),
             ) as stage,
         ):
             yield stage
@@ -257,7 +260,7 @@ def test_a_forced_stage_is_not_forced_twice_by_a_pipeline_that_goes_on(
     def pipeline():
         with open_run("demo", Beside(length=2), 7, force=["sft"], settings=settings) as run:
             inputs = {"config": ToyConfig(), "beside": {}, "run": run, "inputs": {}}
-            with open_training("sft", **inputs, settings=settings) as stage:
+            with open_training("sft", **inputs, record=Record.open(settings)) as stage:
                 make(stage, policy_dir)
             yield stage
             raise KeyboardInterrupt
@@ -353,7 +356,9 @@ def test_other_stages_keep_nothing(settings, training):
     with (
         pytest.raises(KeyboardInterrupt),
         open_run("demo", ToyConfig(), 7, settings=settings) as run,
-        open_stage("prepare", config=ToyConfig(), run=run, inputs={}, settings=settings) as stage,
+        open_stage(
+            "prepare", record=Record.open(settings), config=ToyConfig(), run=run, inputs={}
+        ) as stage,
     ):
         raise KeyboardInterrupt
     assert stage.recovery.directory is None

@@ -1,4 +1,4 @@
-"""One contract for both stores, then what only MLflow has."""
+"""What is stored comes back to the byte, or not at all."""
 
 import shutil
 from multiprocessing.pool import ThreadPool
@@ -11,17 +11,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core.errors import DataError, ModelError
-from tasks.record.stage import ensure_experiment
+from tasks.record.describe import ensure_experiment
 from tasks.record.tracking import connect
-from tasks.registry.model_store import (
-    DatasetRef,
-    DirectoryModelStore,
-    MlflowModelStore,
-    ModelRef,
-    fetch_dataset,
-    model_digest,
-    store_dataset,
-)
+from tasks.registry.datasets import fetch_dataset, store_dataset
+from tasks.registry.files import model_digest
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import DatasetRef, ModelRef
 
 
 @pytest.fixture
@@ -36,12 +31,9 @@ def new_run(client, settings):
     return lambda: client.create_run(experiment).info.run_id
 
 
-@pytest.fixture(params=["mlflow", "directory"])
-def store(request, client, tmp_path):
-    return {
-        "mlflow": lambda: MlflowModelStore(client),
-        "directory": lambda: DirectoryModelStore(tmp_path / "store"),
-    }[request.param]()
+@pytest.fixture
+def store(client):
+    return MlflowModelStore(client)
 
 
 @pytest.fixture
@@ -197,8 +189,7 @@ def stored_weights(root: Path) -> Path:
 
 def test_a_damaged_version_is_not_handed_out(publish, store, settings, tmp_path):
     ref = publish()
-    root = tmp_path / "store" if isinstance(store, DirectoryModelStore) else settings.home
-    weights = stored_weights(root)
+    weights = stored_weights(settings.home)
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)

@@ -10,14 +10,11 @@ import pytest
 from mlflow import MlflowClient
 
 from rlhf_core.errors import DataError, ModelError, UserError
-from tasks.record.stage import ensure_experiment
+from tasks.record.describe import ensure_experiment
 from tasks.record.tracking import connect
-from tasks.registry.model_store import (
-    DatasetRef,
-    MlflowModelStore,
-    ModelRef,
-    fetch_dataset,
-)
+from tasks.registry.datasets import fetch_dataset
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import DatasetRef, ModelRef
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("rlhf_core", "tasks", "flows")

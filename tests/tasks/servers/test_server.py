@@ -6,9 +6,13 @@ import shutil
 import pytest
 
 from rlhf_core.config import Section
-from tasks.record.stage import open_run, open_stage
+from tasks.record.record import Record
+from tasks.record.run import open_run
+from tasks.record.stage import open_stage
 from tasks.record.tracking import connect
-from tasks.registry.model_store import MlflowModelStore, ModelRef, model_digest
+from tasks.registry.files import model_digest
+from tasks.registry.model_store import MlflowModelStore
+from tasks.registry.refs import ModelRef
 from tasks.settings import Settings
 
 
@@ -31,7 +35,8 @@ def test_a_pipeline_hands_over_through_a_server(settings, policy_dir, data_dir, 
     store = MlflowModelStore(client)
 
     def stage(name, run, **inputs):
-        return open_stage(name, config=NoConfig(), run=run, inputs=inputs, settings=settings)
+        record = Record.open(settings)
+        return open_stage(name, record=record, config=NoConfig(), run=run, inputs=inputs)
 
     def broken(run):
         with stage("ppo", run, sft=sft, data=data) as opened:

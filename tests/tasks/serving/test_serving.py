@@ -16,7 +16,8 @@ from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.data.encoding import encode_pair, encode_prompt
 from rlhf_core.errors import ModelError
-from tasks.registry.model_store import DirectoryModelStore
+from tasks.record.describe import ensure_experiment
+from tasks.record.record import Record
 from tasks.serving.export import SERVED, export_servable
 from tasks.serving.served.policy import ServedPolicy
 from tasks.serving.served.reward import ServedReward
@@ -26,17 +27,28 @@ RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
 
 
 @pytest.fixture
-def store(tmp_path):
-    return DirectoryModelStore(tmp_path / "store")
+def record(settings):
+    return Record.open(settings)
 
 
 @pytest.fixture
-def exported(store, tmp_path, policy_dir, reward_dir):
+def store(record):
+    return record.store
+
+
+@pytest.fixture
+def run_id(record):
+    experiment = ensure_experiment(record.client, "demo", record.settings)
+    return record.client.create_run(experiment).info.run_id
+
+
+@pytest.fixture
+def exported(store, run_id, tmp_path, policy_dir, reward_dir):
     """A function that publishes and exports a tiny model of a kind."""
 
     def _export(kind):
         source = {"policy": policy_dir, "reward": reward_dir}[kind]
-        ref = store.publish(source, f"demo-{kind}", run_id="r", tags={})
+        ref = store.publish(source, f"demo-{kind}", run_id=run_id, tags={})
         return export_servable(store, ref, tmp_path / f"servable-{kind}")
 
     return _export
@@ -150,11 +162,11 @@ def test_the_served_files_stand_alone(file):
     assert {name.split(".")[0] for name in plain | named} <= allowed
 
 
-def test_a_critic_is_not_served(store, tmp_path, reward_dir):
+def test_a_critic_is_not_served(store, run_id, tmp_path, reward_dir):
     critic = tmp_path / "critic"
     scalar = ScalarModel.load(reward_dir)
     scalar.save(load_tokenizer(ModelConfig(source=str(reward_dir)), ()), critic, kind="critic")
-    ref = store.publish(critic, "demo-critic", run_id="r", tags={})
+    ref = store.publish(critic, "demo-critic", run_id=run_id, tags={})
     with pytest.raises(ModelError, match="is a critic; only policy and reward are served"):
         export_servable(store, ref, tmp_path / "servable")
 

@@ -1,0 +1,192 @@
+"""The core's `StageLogger` on an MLflow run: metrics in batches, progress where people look.
+
+Knows nothing of stages, models or Prefect.
+"""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence, Set
+from contextvars import copy_context
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from rlhf_core.errors import UserError
+from tasks.record.terminal import Display, phase_text
+from tasks.record.tracking import first_line
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # how often a phase of a stage is looked at
+SILENCE_SECONDS = 5.0  # after so long without news, it is said how long there has been none
+METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
+
+
+class MlflowLogger:
+    """Metrics to one MLflow run and progress to displays, written by a thread of its own.
+
+    A call costs the training thread an append, and to tell of a phase less: every second the thread
+    looks which it is now. Where nothing has been told for `SILENCE_SECONDS`, the displays show for
+    how long: no step is silent, whatever it is.
+
+    The thread writes one `log_batch` when
+    `flush_steps` calls have come together or `flush_seconds` have passed. A batch that MLflow does
+    not take stays first in line and goes again with the next one, so the order is kept and nothing
+    is lost; if it still fails at `flush` or `close`, they raise.
+
+    A run that goes on replays its history; values that MLflow has, given in `logged` as name and
+    step, are not written twice.
+
+    NaN is kept as NaN. An infinite value is logged as NaN too, with one warning for each name:
+    MLflow would store it as 1.8e308, which flattens the rest of the curve.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        displays: Sequence[Display] = (),
+        *,
+        logged: Set[tuple[str, int]] = frozenset(),
+        flush_steps: int = 100,
+        flush_seconds: float = 5.0,
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._displays = displays
+        self._logged = logged
+        self._flush_steps = flush_steps
+        self._flush_seconds = flush_seconds
+        self._metrics: list[Metric] = []
+        self._calls = 0
+        self._progress = (0, 0, "")
+        self._phase: tuple[str, int, int] | None = None
+        self._shown: object = (self._progress, None)
+        self._news = 0.0  # when what is shown was new
+        self._moved = False
+        self._infinite: set[str] = set()
+        self._closed = False
+        self._wake = threading.Condition()
+        self._writing = threading.Lock()  # one writer at a time, so that the order is kept
+        # Prefect keeps its settings and its run in context variables, which a thread has not.
+        context = copy_context()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._work,), name=f"metrics-{run_id[:8]}", daemon=True
+        )
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record named values at a step.
+
+        Raises: ValueError for a name that MLflow does not take, here and not later in the thread.
+        """
+        now = int(time.time() * 1000)
+        new = {name: value for name, value in values.items() if (name, step) not in self._logged}
+        batch = [self._metric(name, float(value), now, step) for name, value in new.items()]
+        with self._wake:
+            if self._closed:
+                raise ValueError("this logger is closed: its run has ended")
+            self._metrics += batch
+            self._calls += 1
+            if self._calls >= self._flush_steps:
+                self._wake.notify()
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` units of work are finished."""
+        with self._wake:
+            self._progress, self._phase, self._moved = (done, total, note), None, True
+            self._wake.notify()
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Say what goes on until the next unit is finished, and how many of its parts are done."""
+        self._phase = (what, done, total)
+
+    def flush(self) -> None:
+        """Return when all that was logged so far is in MLflow.
+
+        Raises: UserError when MLflow does not take it.
+        """
+        try:
+            self._write()
+        except MlflowException as error:
+            raise UserError(
+                f"{len(self._metrics)} metric values of run {self._run_id} could not be written to "
+                f"MLflow ({first_line(error)}); see that its server runs, then start again"
+            ) from error
+
+    def close(self) -> None:
+        """Stop the thread and the displays, then flush."""
+        with self._wake:
+            already, self._closed = self._closed, True
+            self._wake.notify()
+        if already:
+            return
+        self._thread.join()
+        self._phase = None
+        self._show()
+        for display in self._displays:
+            display.close()
+        self.flush()
+
+    def _metric(self, name: str, value: float, timestamp: int, step: int) -> Metric:
+        if not METRIC_NAME.fullmatch(name):
+            raise ValueError(
+                f"'{name}' is no name of a metric: use letters, digits and _ - . : / or a space"
+            )
+        if math.isinf(value):
+            if name not in self._infinite:
+                log.warning("%s is infinite at step %d; logged as NaN", name, step)
+            self._infinite.add(name)
+            value = math.nan
+        return Metric(name, value, timestamp, step)
+
+    def _work(self) -> None:
+        due = time.monotonic() + self._flush_seconds
+        while not self._closed:
+            with self._wake:
+                if not self._moved and self._calls < self._flush_steps and not self._closed:
+                    self._wake.wait(min(max(due - time.monotonic(), 0.0), LOOK_SECONDS))
+                self._moved = False
+            self._show()
+            if self._calls >= self._flush_steps or time.monotonic() >= due:
+                self._try_to_write()
+                due = time.monotonic() + self._flush_seconds
+
+    def _show(self) -> None:
+        """Show what is new; and of what is not, how long it has been so, once that is long."""
+        with self._wake:
+            progress, phase = self._progress, self._phase
+        now = time.monotonic()
+        new = (progress, phase) != self._shown
+        if new:
+            self._shown, self._news = (progress, phase), now
+        waited = now - self._news
+        if not new and (self._closed or waited < SILENCE_SECONDS or not self._news):
+            return
+        done, total, note = progress
+        said = [phase_text(*phase)] if phase else []
+        said += [note] if note else []
+        said += [] if new else [f"for {waited:.0f} s"]
+        for display in self._displays:
+            display.show(done, total, " · ".join(said))
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            log.warning("metrics of run %s wait for MLflow: %s", self._run_id, first_line(error))
+
+    def _write(self) -> None:
+        with self._writing:
+            with self._wake:
+                batch, self._metrics, self._calls = self._metrics, [], 0
+            try:
+                self._client.log_batch(self._run_id, metrics=batch)
+            except BaseException:
+                with self._wake:
+                    self._metrics[:0] = batch
+                raise

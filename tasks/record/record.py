@@ -1,0 +1,60 @@
+"""What a task works with instead of MLflow: one connection, and what is read and written over it.
+
+A task builds its `Record` once, from the environment, and hands it to all that it calls.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
+
+from tasks.record import tags as tag
+from tasks.record.runs import Runs
+from tasks.record.tracking import connect
+from tasks.registry.model_store import MlflowModelStore
+from tasks.settings import Settings, read_settings
+
+PAGE = "report.md"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Runs, models and settings of this installation."""
+
+    settings: Settings
+    client: MlflowClient
+    runs: Runs
+    store: MlflowModelStore
+
+    @classmethod
+    def open(cls, settings: Settings | None = None, *, patient: bool = False) -> Self:
+        """Connect to MLflow.
+
+        Args:
+            settings: those of the environment, if none are given.
+            patient: wait `RLHF_OUTAGE_SECONDS` for a server that does not answer.
+
+        Raises: UserError when MLflow does not answer or refuses, ConfigError when the environment
+            cannot be used.
+        """
+        settings = settings or read_settings()
+        client = connect(settings, patience=settings.outage_seconds if patient else 0.0)
+        return cls(settings, client, Runs(client), MlflowModelStore(client))
+
+    def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Tag a run, in one call."""
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def add_numbers(self, run_id: str, numbers: Mapping[str, float]) -> None:
+        """Give a run metrics that have one value each, in one call."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, 0) for name, value in numbers.items()]
+        self.client.log_batch(run_id, metrics=metrics)
+
+    def write_page(self, run_id: str, text: str) -> None:
+        """Store a report in Markdown with a run, and show it as the description there."""
+        self.client.log_text(run_id, text, PAGE)
+        self.client.set_tag(run_id, tag.DESCRIPTION, text)

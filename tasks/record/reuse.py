@@ -1,0 +1,128 @@
+"""Work that is there already: a stage that has finished, or a run that was stopped.
+
+A stage is found by its key, and a run that was stopped by the folder that remembers it.
+"""
+
+import logging
+from pathlib import Path
+
+from mlflow.entities import Run
+
+from tasks.prefect.ui import PrefectRun
+from tasks.record import tags as tag
+from tasks.record.identity import Definition
+from tasks.record.record import Record
+from tasks.record.work_folder import abandoned_runs, empty, remember_run, remembered_run
+
+SUSPENDED = "SCHEDULED"  # what MLflow calls a run that waits
+log = logging.getLogger(__name__)
+
+
+# ---- finished ----
+
+
+def finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | None:
+    """A run that has done this stage, and whose outputs are still there: if possible one of this
+    pipeline run, with `own` no other."""
+    found = record.runs.finished(what.run.experiment_id, key)
+    mine = [done for done in found if is_stage_of(done, what)]
+    candidates = mine if own else [*mine, *found]
+    return next((done for done in candidates if _is_whole(record, done)), None)
+
+
+def is_stage_of(done: Run, what: Definition) -> bool:
+    """Whether a run belongs to the pipeline run of the stage that is asked for."""
+    return bool(done.data.tags[tag.PARENT_RUN] == what.run.run_id)
+
+
+def _is_whole(record: Record, done: Run) -> bool:
+    """Whether a run has made something, and every model of that is still registered."""
+    made = tag.models(done.data.tags).values()
+    return bool(tag.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
+
+
+def source_of(done: Run) -> str:
+    """The run that did the work."""
+    return str(done.data.tags.get(tag.CACHED_FROM, done.info.run_id))
+
+
+def tags_of_stand_in(done: Run) -> dict[str, str]:
+    """What a run says that stands for one that has done its work before."""
+    made = {tag.output_of(kind): uri for kind, uri in tag.outputs(done.data.tags).items()}
+    note = f"Not done again: the same was done by the run {source_of(done)}."
+    return {**made, tag.CACHED_FROM: source_of(done), tag.DESCRIPTION: note}
+
+
+def copy_summary(record: Record, done: Run, run_id: str) -> None:
+    """Give the run that stands for another one its closing numbers too, so that they compare."""
+    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith(tag.SUMMARY)}
+    record.add_numbers(run_id, numbers)
+
+
+# ---- stopped ----
+
+
+def unfinished(record: Record, work: Path) -> Run | None:
+    """The run that can be resumed in a folder; the folder is empty when there is none."""
+    run = _remembered(record, work)
+    if run is None:
+        empty(work)
+    return run
+
+
+def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str) -> Run | None:
+    """The pipeline run that can be resumed: that of this Prefect run, or the one of the folder.
+
+    The former also when it has finished: a worker may have started a run twice, and the second
+    process should change nothing.
+    """
+    prefect = PrefectRun.current()
+    if prefect is not None:
+        run = record.runs.of_flow_run(experiment, prefect.flow_run_id, kind)
+        if run is not None:
+            return run
+    left = _remembered(record, folder)
+    # One that is suspended belongs to the Prefect run that will be resumed.
+    return left if left is not None and left.info.status != SUSPENDED else None
+
+
+def _remembered(record: Record, folder: Path) -> Run | None:
+    """The run that a folder remembers, unless it has finished."""
+    if (run_id := remembered_run(folder)) is None:
+        return None
+    run = record.runs.find_active(run_id)
+    return run if run is not None and run.info.status != "FINISHED" else None
+
+
+def new_run(record: Record, what: Definition, work: Path) -> str:
+    """Begin a run of a stage, and have its folder remember it."""
+    name = f"{what.name}-seed-{what.seed}"
+    run_id = str(record.client.create_run(what.run.experiment_id, run_name=name).info.run_id)
+    remember_run(work, run_id)
+    return run_id
+
+
+def reopen(record: Record, run: Run) -> None:
+    """Make a run that was stopped one that runs, without an error."""
+    run_id, tags = run.info.run_id, run.data.tags
+    log.info("going on with the run %s, which was stopped", run_id)
+    record.client.update_run(run_id, status="RUNNING")
+    record.client.set_tag(run_id, tag.RESUMED, str(int(tags.get(tag.RESUMED, "0")) + 1))
+    if tag.ERROR in tags:
+        record.client.delete_tag(run_id, tag.ERROR)
+
+
+def unpublish(record: Record, run_id: str) -> None:
+    """Withdraw the versions that a run has registered."""
+    record.store.delete_of_run(run_id)
+    for kind in tag.models(record.runs.tags(run_id)):
+        record.client.delete_tag(run_id, tag.output_of(kind))
+
+
+def close_abandoned(record: Record) -> None:
+    """End the runs whose process was killed, and could not: in MLflow they would run for ever."""
+    for run_id in abandoned_runs(record.settings.home / "work"):
+        run = record.runs.find_active(run_id)
+        if run is not None and run.info.status == "RUNNING":
+            record.client.set_tag(run_id, tag.ERROR, "its process was killed")
+            record.client.set_terminated(run_id, "KILLED")

@@ -1,0 +1,119 @@
+"""The run of a whole pipeline, and how a run ends: as the block does that it is open for."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from pydantic import BaseModel
+
+from tasks.prefect import ui
+from tasks.record import tags as tag
+from tasks.record.describe import ensure_experiment, origin, write_settings
+from tasks.record.identity import code_identity, short_digest
+from tasks.record.record import Record
+from tasks.record.reuse import SUSPENDED, close_abandoned, reopen, unfinished_pipeline
+from tasks.record.work_folder import remember_run, work_folder
+from tasks.registry.refs import PipelineRun
+from tasks.settings import Settings
+
+ERROR_LENGTH = 5000
+
+
+@contextmanager
+def open_run(
+    project: str,
+    config: BaseModel,
+    seed: int,
+    *,
+    force: Collection[str] = (),
+    parent: str = "",
+    kind: str = tag.PIPELINE,
+    settings: Settings | None = None,
+) -> Iterator[PipelineRun]:
+    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does.
+
+    One that did not finish is resumed when the same is asked for again: by the same Prefect run, or
+    with the same settings, seed and code under the same home. A concurrent caller waits.
+
+    Args:
+        force: stages to do again even if they were done before.
+        parent: an MLflow run that this one belongs to.
+        kind: what it is, as a tag.
+        settings: those of the environment, if none are given.
+    """
+    record = Record.open(settings, patient=True)
+    client, settings = record.client, record.settings
+    experiment = ensure_experiment(client, project, settings)
+    close_abandoned(record)
+    with work_folder(_folder(project, config, seed, settings), kept=True) as folder:
+        left = unfinished_pipeline(record, experiment, folder, kind)
+        if left is None:
+            name = ui.run_name() or f"{project}-seed-{seed}"
+            run_id = str(client.create_run(experiment, run_name=name).info.run_id)
+            remember_run(folder, run_id)
+        else:
+            run_id = left.info.run_id
+            reopen(record, left)
+        run = PipelineRun(
+            project=project,
+            run_id=run_id,
+            experiment_id=experiment,
+            seed=seed,
+            force=tuple(sorted(force)),
+        )
+        tags = {tag.STAGE: kind, **origin(seed, settings)}
+        tags |= {tag.PARENT_RUN: parent} if parent else {}
+        with closing_run(client, run_id):
+            record.add_tags(run_id, tags)
+            write_settings(record, run_id, config.model_dump(mode="json"), seed)
+            yield run
+
+
+def mark_for_resume(
+    project: str, config: BaseModel, seed: int, run_id: str, settings: Settings
+) -> None:
+    """Make `open_run` resume this run when it is asked for the same."""
+    folder = _folder(project, config, seed, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    remember_run(folder, run_id)
+
+
+def _folder(project: str, config: BaseModel, seed: int, settings: Settings) -> Path:
+    facts = {
+        "project": project,
+        "seed": seed,
+        "settings": config.model_dump(mode="json"),
+        "code": code_identity()[tag.CODE_DIGEST],
+    }
+    return settings.home / "work" / f"pipeline-{short_digest(facts)}"
+
+
+@contextmanager
+def closing_run(
+    client: MlflowClient, run_id: str, undo: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """End a run as the block ends.
+
+    Args:
+        undo: is called before a run is closed as FAILED or KILLED.
+    """
+    try:
+        yield
+        client.set_terminated(run_id, "FINISHED")
+    except ui.SUSPENSION:  # resumed when somebody has answered
+        client.update_run(run_id, status=SUSPENDED)
+        raise
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
+        for step in (
+            undo,
+            lambda: client.set_tag(run_id, tag.ERROR, message),
+            lambda: client.set_terminated(run_id, status),
+        ):
+            try:
+                step()
+            except Exception as trouble:
+                error.add_note(f"while the run {run_id} was closed as {status}: {trouble}")
+        raise

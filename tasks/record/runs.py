@@ -1,0 +1,116 @@
+"""What MLflow is asked about our runs: every query stands here."""
+
+from collections.abc import Iterator, Sequence
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from rlhf_core.errors import UserError
+from tasks.record import tags as tag
+
+PAGE = 1000
+FINISHED = "attributes.status = 'FINISHED'"
+OLDEST_FIRST = ("attributes.start_time ASC",)
+NEWEST_FIRST = ("attributes.start_time DESC",)
+
+
+class Runs:
+    """The runs of pipelines and stages. Changes nothing."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def find(self, run_id: str) -> Run | None:
+        """The run with an id, also one in MLflow's trash; None when it is gone for good."""
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def find_active(self, run_id: str) -> Run | None:
+        """The same, but for one in the trash."""
+        run = self.find(run_id)
+        return run if run is not None and run.info.lifecycle_stage == "active" else None
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+        return dict(self._client.get_run(run_id).data.tags)
+
+    def logged(self, run_id: str) -> set[tuple[str, int]]:
+        """Name and step of every metric value that a run has."""
+        names = self._client.get_run(run_id).data.metrics
+        return {
+            (name, m.step) for name in names for m in self._client.get_metric_history(run_id, name)
+        }
+
+    # ---- pipelines ----
+
+    def pipeline(self, name: str) -> Run:
+        """The pipeline run with that id, start of an id, or name.
+
+        Raises: UserError when none, or more than one, answers to it.
+        """
+        experiments = [found.experiment_id for found in self._client.search_experiments()]
+        return _named(name, list(self._search(experiments, _tagged(tag.STAGE, tag.PIPELINE))))
+
+    def last_pipeline(self, project: str) -> Run | None:
+        """The newest run of a project that has finished, and that has made a policy."""
+        experiment = self._client.get_experiment_by_name(project)
+        if experiment is None:
+            return None
+        # Of the runs with stages, whole pipelines alone name a policy.
+        policy = f"tags.`{tag.output_of('policy')}` LIKE 'models:/%'"
+        condition = f"{FINISHED} and {_tagged(tag.STAGE, tag.PIPELINE)} and {policy}"
+        return next(self._search([experiment.experiment_id], condition, NEWEST_FIRST), None)
+
+    def of_flow_run(self, experiment: str, flow_run_id: str, kind: str) -> Run | None:
+        """The run with stages that a Prefect run has begun."""
+        condition = f"{_tagged(tag.FLOW_RUN, flow_run_id)} and {_tagged(tag.STAGE, kind)}"
+        return next(self._search([experiment], condition), None)
+
+    # ---- stages ----
+
+    def stages(self, experiment: str, pipeline: str, name: str = "") -> list[Run]:
+        """The stages of a pipeline's run, or those of one name, in the order in which they ran."""
+        condition = _tagged(tag.PARENT_RUN, pipeline)
+        condition += f" and {_tagged(tag.STAGE, name)}" if name else ""
+        return list(self._search([experiment], condition, OLDEST_FIRST))
+
+    def finished(self, experiment: str, key: str) -> list[Run]:
+        """The stages that have finished under a key, the newest first."""
+        return list(self._search([experiment], f"{_tagged(tag.KEY, key)} and {FINISHED}"))
+
+    def _search(
+        self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
+    ) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                experiments, condition, max_results=PAGE, order_by=list(order), page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _tagged(name: str, value: str) -> str:
+    return f"tags.`{name}` = '{value}'"
+
+
+def _named(name: str, known: list[Run]) -> Run:
+    matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
+    matches = matches or [run for run in known if run.info.run_id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(run.info.run_id[:12] for run in matches[:5])
+        raise UserError(
+            f"{len(matches)} runs answer to '{name}' (the newest: {ids}); give an id instead"
+        )
+    newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
+    hint = f"the newest are {newest}" if newest else "there is none yet: start one with `rlhf run`"
+    raise UserError(f"no pipeline run answers to '{name}'; {hint}")

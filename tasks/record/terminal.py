@@ -1,0 +1,119 @@
+"""How far a stage has come: a bar at a terminal, and lines where there is none.
+
+Knows the terminal; knows nothing of MLflow or Prefect.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rlhf_core.metrics import StageLogger
+
+
+class Display(Protocol):
+    """Shows how far a stage has come."""
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Show that `done` of `total` is finished; a `total` of 0 is not known yet."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def how_far(done: int, total: int, note: str) -> str:
+    """`3/8 loss 0.412`, in one line."""
+    return f"{done}/{total} {note}".rstrip() if total else note
+
+
+def phase_text(what: str, done: int, total: int) -> str:
+    """`writing 40 %`, and without a total `writing`."""
+    return f"{what} {100 * done // total} %" if total else what
+
+
+class TerminalDisplay:
+    """One progress bar; plain lines, one in `line_seconds` at most, where there is no terminal.
+
+    One that is `passing` leaves no bar behind, and no line of what takes less than that.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        console: Console | None = None,
+        *,
+        line_seconds: float = 10.0,
+        passing: bool = False,
+    ) -> None:
+        self._title = title
+        self._console = console or Console(stderr=True)
+        self._line_seconds = line_seconds
+        self._passing = passing
+        self._next_line = time.monotonic() + line_seconds if passing else 0.0
+        self._finished = False
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Move the bar, or print a line when one is due, as it is when all is finished."""
+        finished, self._finished = self._finished, done >= total > 0 and not self._passing
+        if self._console.is_terminal:
+            self._move(done, total, note)
+        elif self._finished > finished or time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self._line_seconds
+            line = f"{self._title}: {how_far(done, total, note)}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _move(self, done: int, total: int, note: str) -> None:
+        fields: dict[str, Any] = {"note": note, "count": f"{done}/{total}" if total else ""}
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[count]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+                transient=self._passing,
+            )
+            self._task = self._bar.add_task(self._title, total=total or None, **fields)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total or None, **fields)
+
+    def close(self) -> None:
+        """Leave the bar as it stands; none of what never had steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, visible=self._bar.tasks[0].total is not None)
+            self._bar.stop()
+            self._bar = None
+
+
+class _Shown:
+    """A logger for which there is no run: what it is told is on a display, and nowhere else."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._done = (0, 0)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self._done = (done, total)
+        self._display.show(done, total, note)
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        self._display.show(*self._done, phase_text(what, done, total))
+
+
+@contextmanager
+def on_terminal(title: str) -> Iterator[StageLogger]:
+    """Shows at the terminal how far something is that has no run, while somebody waits for it."""
+    display = TerminalDisplay(title, passing=True)
+    try:
+        yield _Shown(display)
+    finally:
+        display.close()
