@@ -15,7 +15,6 @@ from contextvars import copy_context
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -25,11 +24,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rlhf_core.errors import UserError
 from rlhf_core.metrics import StageLogger
+from tasks.servers.client import NoAnswerError, ask
 from tasks.settings import Settings
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 5.0
+PAUSE_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # how often a phase of a stage is looked at
 SILENCE_SECONDS = 5.0  # after so long without news, it is said how long there has been none
 METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
@@ -81,23 +81,24 @@ def _wait_for(uri: str, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 raise
             log.warning("%s; trying again", error)
-            time.sleep(PROBE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
 
 
 def _probe(uri: str) -> None:
     way_out = "start it with `rlhf up`, or set MLFLOW_TRACKING_URI to where it runs"
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
-    except requests.RequestException as error:
-        reason = type(error).__name__
-        raise UserError(
-            f"the MLflow server at {uri} does not answer ({reason}); {way_out}"
-        ) from error
-    if answer.status_code == 403 and "host" in answer.text.lower():
-        raise UserError(
-            f"the MLflow server refuses the address {uri} (invalid Host header); start it with "
-            f"MLFLOW_SERVER_ALLOWED_HOSTS='{urlsplit(uri).netloc},localhost:*,127.0.0.1:*'"
-        )
+        # Whom to trust is for MLflow's own client to judge, which has settings for it.
+        ask(f"{uri.rstrip('/')}/health", verify=False)
+    except NoAnswerError as error:
+        if not error.status:
+            raise UserError(
+                f"the MLflow server at {uri} does not answer ({error}); {way_out}"
+            ) from error
+        if error.status == 403 and "host" in error.text.lower():
+            raise UserError(
+                f"the MLflow server refuses the address {uri} (invalid Host header); start it with "
+                f"MLFLOW_SERVER_ALLOWED_HOSTS='{urlsplit(uri).netloc},localhost:*,127.0.0.1:*'"
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,8 +24,9 @@ import pytest
 from flows import guard, services
 from flows.config import PipelineConfig
 from flows.loading import load_config
-from flows.supervisor import Service, ServiceError, Supervisor, ask
+from flows.supervisor import Service, ServiceError, Supervisor
 from rlhf_core.errors import UserError
+from tasks.servers.client import ask
 from tasks.settings import Settings
 
 TINY = Path(__file__).parent / "tiny.yaml"
