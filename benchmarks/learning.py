@@ -19,18 +19,18 @@ from statistics import mean
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from flows import memory
+from flows.local import memory
 
 if __name__ == "__main__":
     memory.keep()
 
 import torch
 
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.figures import BLUE, ORANGE, blank
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy import Given
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.onpolicy.loop import Given
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 
 PLACES = ("hotel", "restaurant", "film", "phone", "museum", "train", "book", "garden")

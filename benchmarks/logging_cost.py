@@ -29,17 +29,17 @@ from statistics import median
 import psutil
 from mlflow import MlflowClient
 
+from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.loading import load_config
-from flows.supervisor import unreachable
+from flows.local.supervisor import unreachable
 from rlhf_core.metrics import MemoryLogger, StageLogger
-from rlhf_core.onpolicy import Given
-from rlhf_core.scoring import PIPELINE_REWARD
+from rlhf_core.onpolicy.loop import Given
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.stages.sft import train_sft
-from tasks.tracking import MlflowLogger
+from tasks.record.tracking import MlflowLogger
 
 
 class Counted:

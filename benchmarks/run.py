@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flows import memory  # before torch is imported
+from flows.local import memory  # before torch is imported
 
 if __name__ == "__main__":
     memory.keep()
@@ -27,16 +27,16 @@ import torch
 from report import Clock, report
 from work import add_arguments, pairs, prompts, sft_rows
 
+from rlhf_core.backbone.networks import Network, Policy, ScalarModel, start_adapter
+from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.data.pairs import Pair
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.networks import Network, Policy, ScalarModel, start_adapter
-from rlhf_core.onpolicy import Asked, Given, Sampler
-from rlhf_core.optim import Learner, TrainingSection
-from rlhf_core.pairs import Pair
-from rlhf_core.ranks import Ranks
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD, load_reward
+from rlhf_core.onpolicy.loop import Asked, Given, Sampler
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, load_reward
 from rlhf_core.seeding import generator
 from rlhf_core.stages import ppo, reward_model, sft
+from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.ranks import Ranks
 
 PEERS = {"ppo": "peer-ppo", "sft": "peer", "reward": "peer"}  # their environments, see README.md
 

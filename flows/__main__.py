@@ -20,10 +20,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flows import memory, services
-from flows.failures import explain
-from flows.loading import presets
-from flows.printing import (
+from flows.cli.failures import explain
+from flows.cli.loading import presets
+from flows.cli.printing import (
     err,
     line,
     responses_as_json,
@@ -38,7 +37,8 @@ from flows.printing import (
     show_start,
     show_validation,
 )
-from flows.supervisor import ServiceError
+from flows.local import memory, services
+from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
 from tasks.settings import StoreSettings, read_settings
 
@@ -152,11 +152,11 @@ def resume(
     retry that comes within seconds of a crash would be lost. Any other goes on here and now.
     """
     settings = services.join(read_settings(), prefect=True)
-    from tasks.runs import find_stopped
+    from tasks.history.runs import find_stopped
 
     stopped = find_stopped(run, settings=settings)
     if settings.prefect_api_url:
-        from flows.resume import is_deployed, resume_deployed
+        from flows.cli.resume import is_deployed, resume_deployed
 
         if is_deployed(stopped.flow_run_id):
             name = resume_deployed(stopped.flow_run_id, say=line)
@@ -169,7 +169,7 @@ def resume(
             "that it ran on, or start the same again"
         )
     from flows.config import PipelineConfig
-    from tasks.stage import mark_for_resume
+    from tasks.record.stage import mark_for_resume
 
     pipeline = PipelineConfig.model_validate(stopped.config)
     mark_for_resume(pipeline.project, pipeline, pipeline.seed, stopped.run_id, settings)
@@ -281,18 +281,18 @@ def deploy(
     worker where this package is installed: prefect worker start --pool rlhf
     """
     if write is not None:
-        from flows.deployments import prefect_yaml
+        from flows.deploy.deployments import prefect_yaml
 
         write.write_text(prefect_yaml(configs or presets(), owner), encoding="utf-8")
         return
     settings = services.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
         raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
-    from flows.deployments import deploy as register
+    from flows.deploy.deployments import deploy as register
 
     for name in register(configs or presets(), working_dir=working_dir, owner=owner):
         line(name)
-    from flows import automations
+    from flows.deploy import automations
 
     for made in automations.register(settings):
         line(made)
@@ -311,7 +311,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     pipeline = _load(config, overrides)
     from rlhf_core.plan import make_plan
     from rlhf_core.stages.prepare import inspect
-    from tasks.tracking import on_terminal
+    from tasks.record.tracking import on_terminal
 
     with on_terminal("validate") as logger:
         limits, seed = pipeline.length_limits, pipeline.seed
@@ -371,8 +371,8 @@ def generate(
     """
     texts = prompts or _lines()
     settings = services.join(read_settings())
-    from tasks.generation import generate as ask
-    from tasks.tracking import on_terminal
+    from tasks.record.tracking import on_terminal
+    from tasks.serving.generation import generate as ask
 
     with on_terminal("generate") as logger:
         answers = ask(
@@ -404,7 +404,7 @@ def compare(
     metrics of that run.
     """
     settings = services.join(read_settings())
-    from tasks.comparison import compare as hold
+    from tasks.history.comparison import compare as hold
 
     comparison = hold(first, second, settings=settings)
     if as_json:
@@ -425,8 +425,8 @@ def promote(
     becomes the champion, if the champion is still the one that it was compared with.
     """
     settings = services.join(read_settings(), prefect=True)
-    from flows import logs
-    from tasks.promotion import promote_run
+    from flows.cli import logs
+    from tasks.steps.promotion import promote_run
 
     line(promote_run(run, by=by or getuser(), reason=reason, settings=settings))
     logs.deliver()
@@ -442,8 +442,8 @@ def rollback(
 ) -> None:
     """Put the policy that the champion has replaced, or any version, back in use."""
     settings = services.join(read_settings(), prefect=True)
-    from flows import logs
-    from tasks.promotion import roll_back
+    from flows.cli import logs
+    from tasks.steps.promotion import roll_back
 
     line(roll_back(project, to=to, by=by or getuser(), settings=settings))
     logs.deliver()
@@ -456,9 +456,9 @@ def export(
 ) -> None:
     """Write a model that MLflow serves: a policy answers prompts, a reward model scores texts."""
     settings = services.join(read_settings())
-    from tasks.model_store import MlflowModelStore
-    from tasks.serving import export_servable
-    from tasks.tracking import connect
+    from tasks.record.tracking import connect
+    from tasks.registry.model_store import MlflowModelStore
+    from tasks.serving.export import export_servable
 
     store = MlflowModelStore(connect(settings))
     export_servable(store, store.resolve(model), directory)
@@ -514,7 +514,7 @@ def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> 
 def _prefect(settings: "Settings") -> Iterator[None]:
     """A Prefect server for flows of this process, where none is in use; it starts meanwhile."""
     with services.prefect_server(settings, say_aloud) as ready:
-        from flows import logs
+        from flows.cli import logs
 
         logs.shorten_user_errors()
         logs.quiet_terminal()
@@ -549,8 +549,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _load(path: Path, overrides: list[str]) -> "PipelineConfig":
+    from flows.cli.loading import load_config
     from flows.config import PipelineConfig
-    from flows.loading import load_config
 
     return load_config(path, overrides, PipelineConfig)
 

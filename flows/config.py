@@ -4,11 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.gates import PromotionConfig, RewardGateConfig
-from rlhf_core.models import ModelConfig
+from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Sections
-from rlhf_core.sampling import SamplingConfig
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig

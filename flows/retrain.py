@@ -7,13 +7,13 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
+from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.rlhf import PipelineResult, rlhf
 from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
-from tasks.new_data import PreferenceCount, count_preferences
+from tasks.steps.new_data import PreferenceCount, count_preferences
 
 shorten_user_errors()
 

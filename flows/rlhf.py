@@ -6,22 +6,22 @@ from typing import Literal, TypeAlias
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
+from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.working_dir import in_working_dir
-from rlhf_core.gates import RewardQuality, Verdict
+from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.stages.evaluation import Scorecard
-from tasks.approval import ask_person
-from tasks.data import prepare_data
-from tasks.evaluation import evaluate
-from tasks.model_store import DatasetRef, ModelRef, PipelineRun
-from tasks.policy import find_rewards, train_policy
-from tasks.promotion import find_champion, find_model, promote
-from tasks.report import write_report
-from tasks.reward_model import check_reward_model, train_reward_model
-from tasks.sft import train_sft
-from tasks.stage import open_run
+from tasks.prefect.approval import ask_person
+from tasks.record.stage import open_run
+from tasks.registry.model_store import DatasetRef, ModelRef, PipelineRun
+from tasks.steps.data import prepare_data
+from tasks.steps.evaluation import evaluate
+from tasks.steps.policy import find_rewards, train_policy
+from tasks.steps.promotion import find_champion, find_model, promote
+from tasks.steps.report import write_report
+from tasks.steps.reward_model import check_reward_model, train_reward_model
+from tasks.steps.sft import train_sft
 
 # At import, as Prefect refuses bad parameters before the flow's first line.
 shorten_user_errors()

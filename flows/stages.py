@@ -10,6 +10,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.cli.logs import shorten_user_errors
 from flows.config import (
     Algorithm,
     DPOSection,
@@ -18,12 +19,11 @@ from flows.config import (
     RLOOSection,
     RunConfig,
 )
-from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.working_dir import in_working_dir
-from rlhf_core.gates import RewardGateConfig
-from rlhf_core.models import ModelConfig
-from rlhf_core.sampling import SamplingConfig
+from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.evaluation.gates import RewardGateConfig
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig, Scorecard
 from rlhf_core.stages.grpo import GRPOConfig
@@ -32,15 +32,15 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
-from tasks.data import prepare_data
-from tasks.evaluation import evaluate
-from tasks.model_store import DatasetRef, ModelRef
-from tasks.policy import PolicyConfig, TrainedPolicy, find_rewards, train_policy
-from tasks.promotion import find_champion, find_model
-from tasks.registered import find_data, find_parent
-from tasks.reward_model import check_reward_model, train_reward_model
-from tasks.sft import train_sft
-from tasks.stage import open_run
+from tasks.record.stage import open_run
+from tasks.registry.model_store import DatasetRef, ModelRef
+from tasks.registry.registered import find_data, find_parent
+from tasks.steps.data import prepare_data
+from tasks.steps.evaluation import evaluate
+from tasks.steps.policy import PolicyConfig, TrainedPolicy, find_rewards, train_policy
+from tasks.steps.promotion import find_champion, find_model
+from tasks.steps.reward_model import check_reward_model, train_reward_model
+from tasks.steps.sft import train_sft
 
 shorten_user_errors()
 

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple, Self
 from prefect import flow
 from pydantic import Field, ValidationError, model_validator
 
+from flows.cli.loading import parse_override
+from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.loading import parse_override
-from flows.logs import shorten_user_errors
 from flows.naming import run_name
 from flows.rlhf import evaluate_policy, train_models
 from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
-from tasks.stage import open_run
-from tasks.sweep import Outcome, SweepPoint, record_sweep
+from tasks.history.sweep import Outcome, SweepPoint, record_sweep
+from tasks.record.stage import open_run
 
 shorten_user_errors()
 

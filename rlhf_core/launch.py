@@ -34,8 +34,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
 from rlhf_core.metrics import SilentLogger, StageLogger
-from rlhf_core.ranks import Ranks, Strategy
-from rlhf_core.session import Interrupted, StopRequest
+from rlhf_core.training.ranks import Ranks, Strategy
+from rlhf_core.training.session import Interrupted, StopRequest
 
 if TYPE_CHECKING:  # the process that waits for the ranks is a small one
     from rlhf_core.types import Report
@@ -160,16 +160,16 @@ def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> N
 def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
     """The stage of a job, as one of its ranks."""
     # Imported here for the same reason.
-    from rlhf_core.models import ModelConfig
-    from rlhf_core.onpolicy import Given
-    from rlhf_core.recovery import Recovery
-    from rlhf_core.sampling import SamplingConfig
+    from rlhf_core.backbone.models import ModelConfig
+    from rlhf_core.backbone.sampling import SamplingConfig
+    from rlhf_core.onpolicy.loop import Given
     from rlhf_core.stages.dpo import DPOConfig, train_dpo
     from rlhf_core.stages.grpo import GRPOConfig, train_grpo
     from rlhf_core.stages.ppo import PPOConfig, train_ppo
     from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
     from rlhf_core.stages.rloo import RLOOConfig, train_rloo
     from rlhf_core.stages.sft import SFTConfig, train_sft
+    from rlhf_core.training.recovery import Recovery
 
     recovery = Recovery(job.checkpoints, job.every_seconds)
     common: dict[str, Any] = {"seed": job.seed, "device": device, "logger": logger}

@@ -14,18 +14,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf_core.backbone.models import ModelConfig, outline
+from rlhf_core.backbone.networks import Network, ScalarModel, start_adapter
+from rlhf_core.data.validation import Validation
+from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_show
 from rlhf_core.functional.ranking import win_rate
-from rlhf_core.gates import PromotionConfig, RewardGateConfig, can_show
-from rlhf_core.models import ModelConfig, outline
-from rlhf_core.networks import Network, ScalarModel, start_adapter
-from rlhf_core.onpolicy import OnPolicySection
-from rlhf_core.optim import TrainingSection
+from rlhf_core.onpolicy.loop import OnPolicySection
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.sft import SFTConfig
-from rlhf_core.validation import Validation
+from rlhf_core.training.learner import TrainingSection
 
 
 class _Facts(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.memory import ENVIRONMENT
+from flows.local.memory import ENVIRONMENT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -19,12 +19,12 @@ from typer.main import get_command
 from flows.__main__ import app
 from flows.config import PipelineConfig
 from rlhf_core import functional
-from rlhf_core.data import KINDS
-from rlhf_core.formats import parse
+from rlhf_core.data.formats import parse
+from rlhf_core.data.prepared import KINDS
+from rlhf_core.data.sources import read_rows
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy import Given
-from rlhf_core.scoring import PIPELINE_REWARD
-from rlhf_core.sources import read_rows
+from rlhf_core.onpolicy.loop import Given
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.dpo import train_dpo
 from rlhf_core.stages.evaluation import evaluate
 from rlhf_core.stages.grpo import train_grpo
@@ -282,12 +282,15 @@ def test_the_map_of_the_repository_is_true_and_complete():
         listed.add(folder + name)
         folder = folder if line.startswith(" ") else name
     for package in ("flows", "tasks", "rlhf_core"):
-        for path in (ROOT / package).iterdir():
-            name = f"{package}/{path.name}"
-            if path.is_dir() and (path / "__init__.py").exists():
-                assert f"{name}/" in listed
-            elif path.suffix == ".py" and path.name != "__init__.py":
-                assert name in listed
+        rooms = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+        assert {f"{package}/{room}/" for room in rooms} <= listed
+
+
+@pytest.mark.parametrize("package", ["flows", "tasks", "rlhf_core"])
+def test_no_room_is_an_attic(package):
+    for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 13, f"{folder.relative_to(ROOT)} has {len(files)} modules"
 
 
 # ---- commands ----

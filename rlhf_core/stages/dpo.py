@@ -26,15 +26,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
-from rlhf_core.data import read_table
-from rlhf_core.errors import NumericsError
-from rlhf_core.functional import losses, ranking
-from rlhf_core.functional.logprobs import ChunkedLoss
-from rlhf_core.metrics import Between, StageLogger, counted
-from rlhf_core.models import read_card, require_context
-from rlhf_core.networks import Policy, start_adapter
-from rlhf_core.optim import Batches, Learner, TrainingSection
-from rlhf_core.pairs import (
+from rlhf_core.backbone.models import read_card, require_context
+from rlhf_core.backbone.networks import Policy, start_adapter
+from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
     half_for_ties,
@@ -43,9 +37,15 @@ from rlhf_core.pairs import (
     require_decided,
     smoothing,
 )
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
+from rlhf_core.data.prepared import read_table
+from rlhf_core.errors import NumericsError
+from rlhf_core.functional import losses, ranking
+from rlhf_core.functional.logprobs import ChunkedLoss
+from rlhf_core.metrics import Between, StageLogger, counted
 from rlhf_core.seeding import generator, stream_seed
+from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.types import Report
 
 

@@ -22,9 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
+from rlhf_core.backbone.models import ModelConfig, context_of, load_tokenizer, require_context
+from rlhf_core.backbone.networks import Policy, Precision, ScalarModel
+from rlhf_core.backbone.responses import Written, lay_out, response_logprobs
+from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
 from rlhf_core.config import Section
-from rlhf_core.data import read_table
-from rlhf_core.encoding import (
+from rlhf_core.data.encoding import (
     Prompt,
     decode_responses,
     encode_prompt,
@@ -34,14 +37,11 @@ from rlhf_core.encoding import (
     right_pad,
     same_tokens,
 )
+from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
 from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.models import ModelConfig, context_of, load_tokenizer, require_context
-from rlhf_core.networks import Policy, Precision, ScalarModel
-from rlhf_core.rollout import Written, lay_out, response_logprobs
-from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
-from rlhf_core.scoring import (
+from rlhf_core.rewards.scoring import (
     PIPELINE_REWARD,
     Reward,
     RewardFunction,

@@ -20,9 +20,10 @@ from pathlib import Path
 from pydantic import Field
 from torch import Tensor
 
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import group_relative
 from rlhf_core.functional.rewards import FixedKL, missing_eos
-from rlhf_core.onpolicy import (
+from rlhf_core.onpolicy.loop import (
     Given,
     GroupSection,
     OnPolicyReport,
@@ -33,9 +34,8 @@ from rlhf_core.onpolicy import (
     ready_rewards,
     save_policy,
 )
-from rlhf_core.optim import Learner
-from rlhf_core.policy_update import optimise_policy
-from rlhf_core.sampling import SamplingConfig
+from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.training.learner import Learner
 from rlhf_core.types import Rollout
 
 

@@ -27,15 +27,17 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.backbone.models import require_same_tokenizer
+from rlhf_core.backbone.networks import Policy, ScalarModel, on_trunk, start_adapter
+from rlhf_core.backbone.responses import read_again
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import gae
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_value
 from rlhf_core.functional.masking import masked_mean, masked_whiten
 from rlhf_core.functional.rewards import missing_eos, shaped_rewards
 from rlhf_core.metrics import Between, counted, uncounted
-from rlhf_core.models import require_same_tokenizer
-from rlhf_core.networks import Policy, ScalarModel, on_trunk, start_adapter
-from rlhf_core.onpolicy import (
+from rlhf_core.onpolicy.loop import (
     Given,
     KLSection,
     OnPolicyReport,
@@ -45,13 +47,11 @@ from rlhf_core.onpolicy import (
     ready_rewards,
     save_policy,
 )
-from rlhf_core.optim import Learner
-from rlhf_core.policy_update import optimise_policy
-from rlhf_core.ranks import Ranks
-from rlhf_core.rollout import read_again
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD
+from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.seeding import stream_seed
+from rlhf_core.training.learner import Learner
+from rlhf_core.training.ranks import Ranks
 from rlhf_core.types import Rollout
 
 

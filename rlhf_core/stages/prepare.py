@@ -20,18 +20,21 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from rlhf_core import figures
+from rlhf_core.backbone.models import ModelConfig, load_tokenizer
 from rlhf_core.config import Section
-from rlhf_core.data import KINDS, SPLITS, Kind, Split, training_texts, write_table
-from rlhf_core.encoding import Prompt
-from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.formats import FIELDS, Table, parse
-from rlhf_core.metrics import SilentLogger, StageLogger, counted
-from rlhf_core.models import ModelConfig, load_tokenizer
-from rlhf_core.simulation import SimulationConfig, simulate
-from rlhf_core.sources import read_rows
-from rlhf_core.tables import Assembled, Tables, assemble, fill, shared_prompts, split_by_prompt
-from rlhf_core.types import Report
-from rlhf_core.validation import (
+from rlhf_core.data.assembly import (
+    Assembled,
+    Tables,
+    assemble,
+    fill,
+    shared_prompts,
+    split_by_prompt,
+)
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.formats import FIELDS, Table, parse
+from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, training_texts, write_table
+from rlhf_core.data.sources import read_rows
+from rlhf_core.data.validation import (
     TableSummary,
     Validation,
     contradictory_pairs,
@@ -39,6 +42,10 @@ from rlhf_core.validation import (
     count_truncated,
     summarise_lengths,
 )
+from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.metrics import SilentLogger, StageLogger, counted
+from rlhf_core.simulation import SimulationConfig, simulate
+from rlhf_core.types import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,15 +26,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
-from rlhf_core.data import read_table
-from rlhf_core.encoding import Prompt, encode_prompt
-from rlhf_core.functional import ranking
-from rlhf_core.functional.losses import bradley_terry, pointwise_mse
-from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.models import ModelConfig, load_tokenizer, require_context
-from rlhf_core.networks import Policy, ScalarModel, start_adapter
-from rlhf_core.optim import Batches, Learner, TrainingSection
-from rlhf_core.pairs import (
+from rlhf_core.backbone.models import ModelConfig, load_tokenizer, require_context
+from rlhf_core.backbone.networks import Policy, ScalarModel, start_adapter
+from rlhf_core.backbone.responses import lay_out, response_scores
+from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.data.encoding import Prompt, encode_prompt
+from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
     half_for_ties,
@@ -43,11 +40,14 @@ from rlhf_core.pairs import (
     require_decided,
     smoothing,
 )
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
-from rlhf_core.rollout import lay_out, response_scores
-from rlhf_core.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.data.prepared import read_table
+from rlhf_core.functional import ranking
+from rlhf_core.functional.losses import bradley_terry, pointwise_mse
+from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator, stream_seed
+from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.types import Report
 
 

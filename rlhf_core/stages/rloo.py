@@ -19,10 +19,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import leave_one_out
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.rewards import missing_eos
-from rlhf_core.onpolicy import (
+from rlhf_core.onpolicy.loop import (
     Given,
     GroupSection,
     KLSection,
@@ -34,9 +35,8 @@ from rlhf_core.onpolicy import (
     ready_rewards,
     save_policy,
 )
-from rlhf_core.optim import Learner
-from rlhf_core.policy_update import optimise_policy
-from rlhf_core.sampling import SamplingConfig
+from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.training.learner import Learner
 from rlhf_core.types import Rollout
 
 

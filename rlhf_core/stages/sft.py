@@ -22,17 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.data import read_table, training_texts
-from rlhf_core.encoding import encode_pair
+from rlhf_core.backbone.models import CARD, ModelConfig, load_base, require_context
+from rlhf_core.backbone.networks import Policy, start_adapter
+from rlhf_core.backbone.packing import Packed, pack
+from rlhf_core.data.encoding import encode_pair
+from rlhf_core.data.prepared import read_table, training_texts
 from rlhf_core.errors import CheckpointError, DataError
 from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.models import CARD, ModelConfig, load_base, require_context
-from rlhf_core.networks import Policy, start_adapter
-from rlhf_core.optim import Batches, Learner, TrainingSection
-from rlhf_core.packing import Packed, pack
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.seeding import generator, stream_seed
+from rlhf_core.training.learner import Batches, Learner, TrainingSection
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import NO_RECOVERY, Recovery, identity
 from rlhf_core.types import Report
 
 

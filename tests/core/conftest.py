@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rlhf_core.data import write_table
+from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_base, save_model
+from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.backbone.packing import ATTENTION
+from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.data.prepared import write_table
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import FreshModelConfig, ModelConfig, load_base, save_model
-from rlhf_core.networks import ScalarModel
-from rlhf_core.onpolicy import Given
-from rlhf_core.packing import ATTENTION
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD
+from rlhf_core.onpolicy.loop import Given
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.sft import SFTConfig, train_sft
 

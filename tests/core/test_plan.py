@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_base, outline, save_model
+from rlhf_core.backbone.networks import Network, Policy, ScalarModel
+from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
-from rlhf_core.gates import PromotionConfig, RewardGateConfig
-from rlhf_core.models import FreshModelConfig, ModelConfig, load_base, outline, save_model
-from rlhf_core.networks import Network, Policy, ScalarModel
+from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Learnt, Sections, make_plan
 from rlhf_core.seeding import generator
 from rlhf_core.stages.dpo import DPOConfig
@@ -15,7 +16,6 @@ from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.sft import SFTConfig
-from rlhf_core.validation import TableSummary, Validation
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=3, width=16, heads=2, context=40))
 VOCABULARY = 290

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.loading import load_config
 
 TINY = Path(__file__).with_name("tiny.yaml")
 

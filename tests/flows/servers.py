@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 
-from flows import services
+from flows.local import services
 from tasks.servers import sign_in
 from tasks.settings import Settings
 

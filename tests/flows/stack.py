@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 import yaml
 from servers import free_port, wait_until
 
-from flows import guard
+from flows.local import guard
 
 ROOT = Path(__file__).parents[2]
 PORTS = {"postgres": "5432", "s3": "8333", "mlflow": "5000", "prefect": "4200", "worker": "8090"}

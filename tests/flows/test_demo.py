@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.loading import load_config
 from flows.rlhf import rlhf
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from flows.generated_names import is_generated
 from flows.naming import run_name
-from tasks.prefect_run import run_name as name_for_mlflow
+from tasks.prefect.ui import run_name as name_for_mlflow
 
 
 class Config(BaseModel):

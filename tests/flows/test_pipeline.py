@@ -13,16 +13,16 @@ from prefect import flow
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.gates import PromotionConfig, RewardGateConfig, RewardQuality
-from tasks.generation import generate
-from tasks.model_store import MlflowModelStore, ModelRef
-from tasks.policy import train_policy
-from tasks.promotion import promote
-from tasks.report import render
-from tasks.reward_model import check_reward_model
-from tasks.serving import export_servable
+from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, RewardQuality
+from tasks.record.stage import open_run
+from tasks.registry.model_store import MlflowModelStore, ModelRef
+from tasks.serving.export import export_servable
+from tasks.serving.generation import generate
 from tasks.settings import read_settings
-from tasks.stage import open_run
+from tasks.steps.policy import train_policy
+from tasks.steps.promotion import promote
+from tasks.steps.report import render
+from tasks.steps.reward_model import check_reward_model
 
 pytestmark = pytest.mark.integration
 
@@ -261,7 +261,7 @@ def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first
     source = client.get_model_version("tiny-reward", "1").source
     made = client.create_model_version("tiny-reward", source)
     stranger = ModelRef(name="tiny-reward", version=int(made.version))
-    caplog.set_level(logging.WARNING, "tasks.reward_model")
+    caplog.set_level(logging.WARNING, "tasks.steps.reward_model")
     assert check_reward_model.fn(RewardGateConfig(), stranger) is None
     assert f"{stranger.uri}: its held-out accuracy is not known" in caplog.text
     text = render(
@@ -290,7 +290,7 @@ def test_a_poor_reward_model_is_a_warning_before_any_policy(client, first, caplo
     assert quality == RewardQuality(
         accuracy=(0.436, 0.18, 0.85), longer_accuracy=0.641, votes=39, prompts=None
     )
-    [said] = [r for r in caplog.records if r.name == "tasks.reward_model"]
+    [said] = [r for r in caplog.records if r.name == "tasks.steps.reward_model"]
     assert said.levelno == logging.WARNING
     assert said.getMessage() == f"{ref.uri}: {quality.numbers}. {quality.doubts}"
     client.delete_model_version("tiny-reward", made.version)

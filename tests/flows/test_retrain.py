@@ -8,7 +8,7 @@ from prefect.client.orchestration import get_client
 
 from flows.config import PipelineConfig
 from flows.retrain import RetrainConfig, retrain
-from tasks.new_data import count_preferences
+from tasks.steps.new_data import count_preferences
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]  # some pipelines, one after the other
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.loading import load_config
-from tasks.data import prepare_data
-from tasks.generation import generate
+from tasks.record.stage import open_run
+from tasks.serving.generation import generate
 from tasks.settings import read_settings
-from tasks.sft import train_sft
-from tasks.stage import open_run
+from tasks.steps.data import prepare_data
+from tasks.steps.sft import train_sft
 
 ROOT = Path(__file__).parents[2]
 PANDALM = ROOT.parent / "shared" / "data" / "pandalm-pairs-3annotators.jsonl"

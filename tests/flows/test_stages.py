@@ -8,8 +8,8 @@ from prefect.states import AwaitingRetry
 
 from flows import stages
 from rlhf_core.errors import DataError, ModelError
-from tasks.model_store import MlflowModelStore
-from tasks.promotion import CHAMPION
+from tasks.registry.model_store import MlflowModelStore
+from tasks.steps.promotion import CHAMPION
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]  # some pipelines, one after the other
 

@@ -11,7 +11,7 @@ from flows.config import PipelineConfig
 from flows.sweep import as_sweep, sweep
 from rlhf_core.errors import ConfigError, UserError
 from rlhf_core.figures import unbeaten
-from tasks.model_store import MlflowModelStore
+from tasks.registry.model_store import MlflowModelStore
 
 PIPELINE = PipelineConfig.model_validate({**TINY, "project": "swept"})
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_core.errors import DataError, UserError
 from tasks.backup import MANIFEST, Bucket, backup, restore
-from tasks.model_store import MlflowModelStore, model_digest
+from tasks.record.stage import ensure_experiment
+from tasks.record.tracking import connect
+from tasks.registry.model_store import MlflowModelStore, model_digest
 from tasks.settings import Settings, StoreSettings
-from tasks.stage import ensure_experiment
-from tasks.tracking import connect
 
 HERE = StoreSettings()
 
@@ -41,9 +41,9 @@ def publish(settings, policy_dir):
 LATER = """
 import json, sys
 from pathlib import Path
-from tasks.model_store import MlflowModelStore, model_digest
+from tasks.registry.model_store import MlflowModelStore, model_digest
 from tasks.settings import read_settings
-from tasks.tracking import connect
+from tasks.record.tracking import connect
 
 client = connect(read_settings())
 store = MlflowModelStore(client)

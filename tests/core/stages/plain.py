@@ -3,11 +3,11 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.data import read_table
-from rlhf_core.encoding import encode_prompt
-from rlhf_core.models import read_card
-from rlhf_core.networks import Policy
-from rlhf_core.sampling import respond
+from rlhf_core.backbone.models import read_card
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.sampling import respond
+from rlhf_core.data.encoding import encode_prompt
+from rlhf_core.data.prepared import read_table
 from rlhf_core.seeding import generator
 
 

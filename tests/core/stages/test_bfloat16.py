@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core import networks, sampling
-from rlhf_core.encoding import left_pad
+from rlhf_core.backbone import networks, sampling
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.responses import lay_out, response_logprobs, rounding
+from rlhf_core.backbone.sampling import respond, sample, uniforms
+from rlhf_core.data.encoding import left_pad
+from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.networks import Policy
-from rlhf_core.pairs import Pair
-from rlhf_core.recovery import Recovery
-from rlhf_core.rollout import lay_out, response_logprobs, rounding
-from rlhf_core.sampling import respond, sample, uniforms
 from rlhf_core.seeding import generator
 from rlhf_core.stages.dpo import leeway
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
+from rlhf_core.training.recovery import Recovery
 
 WIDTH = MODEL.fresh.width
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "attention")

@@ -10,17 +10,17 @@ from pydantic import ValidationError
 from tiny import first_gradients
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.data import read_table, write_table
-from rlhf_core.encoding import encode_pair
+from rlhf_core.backbone.models import load_policy, read_card
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.data.encoding import encode_pair
+from rlhf_core.data.pairs import encode_pairs
+from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import load_policy, read_card
-from rlhf_core.networks import Policy
-from rlhf_core.optim import Learner
-from rlhf_core.pairs import encode_pairs
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import Recovery
 from rlhf_core.stages.dpo import DPOConfig, _accumulate, train_dpo
+from rlhf_core.training.learner import Learner
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import Recovery
 
 CONFIG = DPOConfig(
     epochs=2, learning_rate=1e-3, batch_size=24, micro_batch_size=8, max_length=24, beta=0.2

@@ -9,19 +9,19 @@ import pytest
 import torch
 from plain import plain_logprobs, plain_policy, plain_scores
 
-from rlhf_core.data import read_table
-from rlhf_core.encoding import encode_prompt, encode_response
-from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.models import (
+from rlhf_core.backbone.models import (
     FreshModelConfig,
     ModelConfig,
     load_base,
     load_policy,
     save_model,
 )
-from rlhf_core.networks import Policy, ScalarModel
-from rlhf_core.sampling import SamplingConfig, respond
-from rlhf_core.scoring import load_function
+from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.data.encoding import encode_prompt, encode_response
+from rlhf_core.data.prepared import read_table
+from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.rewards.scoring import load_function
 from rlhf_core.seeding import generator
 from rlhf_core.stages.evaluation import (
     Arm,

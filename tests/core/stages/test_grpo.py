@@ -8,14 +8,14 @@ from plain import first_roll_out, plain_logprobs, plain_policy, plain_scores
 from pydantic import ValidationError
 from tiny import first_gradients
 
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.networks import Policy
-from rlhf_core.optim import Learner
-from rlhf_core.policy_update import optimise_policy
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import Recovery
-from rlhf_core.sampling import SamplingConfig
+from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.stages.grpo import GRPOConfig, judge, train_grpo
+from rlhf_core.training.learner import Learner
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import Recovery
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
 CONFIG = GRPOConfig(

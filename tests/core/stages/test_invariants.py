@@ -13,24 +13,24 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.data import read_table
-from rlhf_core.encoding import encode_pair, encode_prompt, encode_response, left_pad, right_pad
+from rlhf_core.backbone.models import load_base, load_policy
+from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.responses import lay_out
+from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.data.encoding import encode_pair, encode_prompt, encode_response, left_pad, right_pad
+from rlhf_core.data.pairs import encode_pairs
+from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import load_base, load_policy
-from rlhf_core.networks import Policy, ScalarModel
-from rlhf_core.onpolicy import Asked, Given, Sampler
-from rlhf_core.optim import Learner
-from rlhf_core.pairs import encode_pairs
-from rlhf_core.policy_update import optimise_policy
-from rlhf_core.ranks import Ranks
-from rlhf_core.recovery import NO_RECOVERY, Recovery
-from rlhf_core.rollout import lay_out
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD, Reward, load_reward
+from rlhf_core.onpolicy.loop import Asked, Given, Sampler
+from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, load_reward
 from rlhf_core.seeding import generator
-from rlhf_core.session import Session
 from rlhf_core.stages import grpo, ppo, rloo
+from rlhf_core.training.learner import Learner
+from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.recovery import NO_RECOVERY, Recovery
+from rlhf_core.training.session import Session
 from rlhf_core.types import PromptBatch, Responses
 
 ON_POLICY = ("ppo", "ppo_lora", "rloo", "grpo")

@@ -11,9 +11,7 @@ from plain import first_roll_out, plain_policy, plain_scores, plain_values
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
-from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import (
+from rlhf_core.backbone.models import (
     FreshModelConfig,
     ModelConfig,
     load_base,
@@ -21,10 +19,12 @@ from rlhf_core.models import (
     read_card,
     save_model,
 )
-from rlhf_core.networks import ScalarModel
-from rlhf_core.onpolicy import PromptStream
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD
+from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.backbone.sampling import SamplingConfig
+from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy.loop import PromptStream
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 

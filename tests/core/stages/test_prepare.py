@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.data import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
+from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
+from rlhf_core.data.prepared import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
+from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import FreshModelConfig, ModelConfig
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, inspect, prepare_data
-from rlhf_core.validation import Validation
 
 LIMITS = LengthLimits(prompt=64, sft=128, reward=128, response=48)
 MODEL = ModelConfig(fresh=FreshModelConfig(vocab_size=300))

@@ -9,7 +9,7 @@ from tiny import CONFIGS, MODEL, SAMPLING, World, change, run
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from rlhf_core import validation
+from rlhf_core.data import validation
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate

@@ -20,11 +20,11 @@ import pytest
 import torch
 from tiny import CONFIGS, MODEL, SAMPLING, World, change, digest, newest, run
 
-from rlhf_core.data import read_table, write_table
+from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.recovery import Recovery
-from rlhf_core.session import Interrupted
+from rlhf_core.training.recovery import Recovery
+from rlhf_core.training.session import Interrupted
 
 KILLS = int(os.environ.get("RLHF_KILLS", "2"))  # of each stage, at least
 FINISHED, STOPPED = 0, 75

@@ -11,14 +11,14 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_core.data import read_table, write_table
-from rlhf_core.encoding import encode_pair, encode_prompt
+from rlhf_core.backbone.models import load_policy, read_card
+from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.responses import lay_out
+from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.data.encoding import encode_pair, encode_prompt
+from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import load_policy, read_card
-from rlhf_core.networks import Policy, ScalarModel
-from rlhf_core.rollout import lay_out
-from rlhf_core.sampling import SamplingConfig, respond
 from rlhf_core.seeding import generator
 from rlhf_core.stages.reward_model import RewardModelConfig, _sft_scores, train_reward_model
 

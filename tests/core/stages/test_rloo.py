@@ -9,13 +9,13 @@ from plain import first_roll_out, plain_logprobs, plain_policy, plain_scores
 from pydantic import ValidationError
 from tiny import first_gradients
 
+from rlhf_core.backbone.models import read_card
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import read_card
-from rlhf_core.recovery import Recovery
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
 from rlhf_core.stages.rloo import RLOOConfig, judge, train_rloo
+from rlhf_core.training.recovery import Recovery
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
 CONFIG = RLOOConfig(

@@ -10,11 +10,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_core.data import read_table, training_texts, write_table
-from rlhf_core.encoding import encode_pair
+from rlhf_core.backbone.models import ModelConfig, load_base, load_policy, read_card, save_model
+from rlhf_core.data.encoding import encode_pair
+from rlhf_core.data.prepared import read_table, training_texts, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.models import ModelConfig, load_base, load_policy, read_card, save_model
 from rlhf_core.stages.sft import SFTConfig, train_sft
 
 CONFIG = SFTConfig(

@@ -11,20 +11,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.data import write_table
+from rlhf_core.data.prepared import write_table
 from rlhf_core.metrics import MemoryLogger, StageLogger
-from rlhf_core.models import FreshModelConfig, ModelConfig
-from rlhf_core.onpolicy import Given
-from rlhf_core.recovery import NO_RECOVERY, Recovery
-from rlhf_core.sampling import SamplingConfig
-from rlhf_core.scoring import PIPELINE_REWARD, RewardTerm
+from rlhf_core.onpolicy.loop import Given
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.rloo import RLOOConfig, train_rloo
 from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import PromptBatch, Report, Responses, Rollout
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=16, heads=2, context=32, vocab_size=290))

@@ -1,0 +1,266 @@
+"""A YAML file and `--set key=value` become a config; each mistake is a sentence with its place.
+
+Knows nothing about which config: the schema is an argument.
+"""
+
+import difflib
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from rlhf_core.config import Section
+from rlhf_core.errors import ConfigError, UserError
+
+Config = TypeVar("Config", bound=Section)
+Location = tuple[str | int, ...]
+
+
+class Override(NamedTuple):
+    """One `--set key=value`, as typed and as understood."""
+
+    text: str
+    path: tuple[str, ...]
+    value: object
+
+
+def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> Config:
+    """Read `path`, apply each `key.path=value` of `overrides` in order, and validate.
+
+    Raises:
+        ConfigError: names the file and line, or the `--set`, of every mistake, and says what
+            would be accepted.
+    """
+    tree, data = _parse(path)
+    settings = [parse_override(text) for text in overrides]
+    for override in settings:
+        _apply(override, data)
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        sentences = [
+            f"{_place(path, tree, settings, item['loc'])}: {_sentence(item, schema)}"
+            for item in error.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(sentences)) from None
+    except UserError as error:  # a check between settings, which names them itself
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def presets() -> Path:
+    """The folder `configs` here, else the one that comes with the package."""
+    here = Path("configs")
+    return here if here.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder, by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ConfigError(f"{folder} has no .yaml file: name the folder of the configs.")
+    return files
+
+
+def describe(path: Path) -> str:
+    """The comment at the top of a YAML file, as text: what the file is for."""
+    lines = []
+    for line in _read(path).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return "\n".join(lines).strip()
+
+
+def parse_override(text: str) -> Override:
+    """Split `a.b=value`; the value is read as YAML, so it means what it would mean in a file.
+
+    Nothing after the `=` is the empty text, which the sections use for "not given".
+    """
+    key, equals, raw = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text}: write it as section.key=value, as in ppo.kl_coef=0.1.")
+    try:
+        value = yaml.safe_load(raw) if raw.strip() else ""
+    except (yaml.YAMLError, ValueError):
+        raise ConfigError(
+            f"--set {text}: {raw!r} is not a YAML value; put quotes around text with special signs."
+        ) from None
+    return Override(text, path, value)
+
+
+# ---- the file ----
+
+
+def _read(path: Path) -> str:
+    """The text of `path`, or a sentence about why there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
+        hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
+        raise ConfigError(f"{path}: there is no such file.{hint}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: name a YAML file in it.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8: name a YAML file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _yaml_names(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("*.y*ml")]
+
+
+def _parse(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
+    """The node tree of the file, which knows the line of every key, and its plain data."""
+    text = _read(path)
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        tree = loader.get_single_node()
+        if tree is None:
+            raise ConfigError(f"{path} is empty: write settings as key: value lines.")
+        if not isinstance(tree, yaml.MappingNode):
+            raise ConfigError(f"{path}: the file must consist of key: value lines.")
+        data = loader.construct_document(tree)
+    except yaml.constructor.ConstructorError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(
+            f"{path}: the YAML value{line} cannot be read: {error.problem}."
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{line}: this is not valid YAML ({error.problem}); "
+            "check the indentation, colons and quotes there."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: this is not valid YAML ({reason}).") from None
+    return tree, {str(key): value for key, value in data.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe rules, by which no tag creates an object; and each key of a mapping stands once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
+                raise ConfigError(
+                    f"{self.name}:{key.start_mark.line + 1}: {key.value!r} stands here for the "
+                    f"second time (first in line {first[key.value].start_mark.line + 1}): "
+                    "keep one of them."
+                )
+        return node
+
+
+def _apply(override: Override, data: dict[str, Any]) -> None:
+    """Put one override into nested `data`, making the groups on its way."""
+    *groups, last = override.path
+    for group in groups:
+        # A section may be written as `sft:` with nothing below it, which YAML reads as null.
+        section = {} if data.get(group) is None else data[group]
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override.text}: {group!r} is a value, not a section.")
+        data[group] = dict(section)  # a copy: an alias in the file may share it with another key
+        data = data[group]
+    data[last] = override.value
+
+
+# ---- what is wrong, and where ----
+
+
+def _place(
+    path: Path, tree: yaml.MappingNode, overrides: Sequence[Override], location: Location
+) -> str:
+    """`--set …` when the wrong value was given there, else `file:line`."""
+    keys = tuple(str(part) for part in location)
+    for override in reversed(overrides):
+        if keys and keys[: len(override.path)] == override.path:
+            return f"--set {override.text}"
+    line = _line(tree, location)
+    return f"{path}:{line}" if line else str(path)
+
+
+def _line(tree: yaml.MappingNode, location: Location) -> int:
+    """The 1-based line of the deepest part of `location` that the file has, 0 when it has none."""
+    node: yaml.Node = tree
+    line = 0
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            key, node = found[-1]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _sentence(item: ErrorDetails, schema: type[BaseModel]) -> str:
+    """One pydantic error in the words of someone who writes YAML."""
+    name = ".".join(str(part) for part in item["loc"])
+    match item["type"]:
+        case "extra_forbidden":
+            return f"there is no setting {name!r}. {_suggestion(item['loc'], schema)}"
+        case "missing":
+            return f"{name} is missing: add it."
+        case "model_type":
+            return f"{name} must be a section: put its settings below it, indented."
+        case "value_error" | "assertion_error":
+            text = str(item["ctx"]["error"])
+            return f"{name}: {text}" if name else text
+    rule = item["msg"].replace("Input should be", "must be")
+    return f"{name} {rule}; it is {reprlib.repr(item['input'])}."
+
+
+def _suggestion(location: Location, schema: type[BaseModel]) -> str:
+    """The nearest known name: first among the neighbours, then anywhere in the schema."""
+    *parents, last = (str(part) for part in location)
+    neighbours = _fields(schema, parents)
+    near = difflib.get_close_matches(last, neighbours, n=1)
+    if near:
+        return f"Did you mean {'.'.join([*parents, near[0]])!r}?"
+    elsewhere = [name for name in _leaves(schema) if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]!r}?"
+    return f"Known here: {', '.join(neighbours)}."
+
+
+def _sections(schema: type[BaseModel]) -> Mapping[str, type[BaseModel]]:
+    """The fields of `schema` that are sections themselves."""
+    return {
+        name: field.annotation
+        for name, field in schema.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def _fields(schema: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    for parent in parents:
+        schema = _sections(schema).get(parent, schema)
+    return list(schema.model_fields)
+
+
+def _leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted name of every setting."""
+    sections = _sections(schema)
+    for name in schema.model_fields:
+        if name in sections:
+            yield from _leaves(sections[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -1,0 +1,253 @@
+"""What the command shows, as tables for a terminal. Knows rich; computes nothing."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.markdown import Markdown
+from rich.table import Column, Table
+from rich.text import Text
+
+from tasks.servers import sign_in
+
+if TYPE_CHECKING:
+    from flows.local.services import Services
+    from rlhf_core.data.validation import Validation
+    from rlhf_core.plan import Learnt, Plan
+    from tasks.history.comparison import Measure, RunComparison, Value
+    from tasks.settings import Settings
+
+ABSENT = "–"
+WIDEST = 10_000  # columns: what is piped is not folded
+
+out = Console()
+err = Console(stderr=True)
+
+
+def line(text: str) -> None:
+    """A line as it is: no markup, no colours, no breaks that would cut an address."""
+    out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def show_start(settings: "Settings") -> None:
+    """What a run uses: said before the seconds in which nothing else is to be seen."""
+    prefect = settings.prefect_api_url or "started for this run"
+    err.print(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}", markup=False, soft_wrap=True)
+
+
+def show_report(report: str) -> None:
+    """Markdown; on a terminal its tables are drawn."""
+    for block in report.strip().split("\n\n"):
+        if block.startswith("|") and out.is_terminal:
+            out.print(Markdown(block))
+        else:
+            line(block)
+        line("")
+
+
+def show_services(services: "Services", settings: "Settings") -> None:
+    """Where everything is, once it runs."""
+    logs = settings.home / "logs"
+    _table(
+        "Running; Ctrl-C stops all",
+        ("Service", "Address", "Log"),
+        [
+            ("Prefect", services.prefect, logs / "prefect.log"),
+            ("MLflow", services.mlflow, logs / "mlflow.log"),
+            ("worker", "polls Prefect for runs", logs / "worker.log"),
+        ],
+    )
+    show_links(services, settings)
+
+
+def show_links(services: "Services", settings: "Settings") -> None:
+    """Links that sign a browser in, each on a line of its own."""
+    line("Open the pages by these links, each of which signs in one browser, once:")
+    for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
+        line(f"  {name:8}{sign_in.link(address, settings.account)}")
+    line("`rlhf sign-in` prints new ones.")
+
+
+def say_aloud(text: str) -> None:
+    """Something that cannot wait, beside progress bars."""
+    err.print(f"rlhf: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_error(server: str, error: str, log: Path) -> None:
+    """What a server that runs has logged as an error."""
+    say_aloud(f"{server} has logged an error: {error} (more in {log})")
+
+
+def show_validation(validation: "Validation") -> None:
+    """The validation report: what is kept, what is left out and why, how long the texts are."""
+    rows = [
+        (name, table.source, table.rows, table.train, table.eval, sum(table.dropped.values()))
+        for name, table in validation.tables.items()
+    ]
+    _table("Examples", ("Table", "Source", "Rows", "Train", "Eval", "Dropped"), rows)
+    dropped = [
+        (name, reason, count)
+        for name, table in validation.tables.items()
+        for reason, count in table.dropped.items()
+    ]
+    _table("Dropped", ("Table", "Reason", "Examples"), dropped)
+    lengths = [
+        (item.table, item.text, item.count, item.mean, item.p50, item.p95, item.max)
+        for item in validation.lengths
+    ]
+    _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
+    _table("Cut by a stage", ("Limit", "Texts"), validation.truncated.items())
+    for row in validation.bad_rows:
+        line(row)
+    line(
+        f"{validation.ties} ties, {validation.contradictory_pairs} contradictory pairs, "
+        f"{validation.shared_prompts} prompts shared by training and evaluation."
+    )
+
+
+def show_plan(plan: "Plan") -> None:
+    """What a run would do: steps, parameters, and how much it could find out."""
+    rows = [
+        (stage.stage, stage.steps, stage.work, "\n".join(map(_learnt, stage.learnt)))
+        for stage in plan.stages
+    ]
+    _table("Work", ("Stage", "Steps", "Work", "Parameters that learn"), rows)
+    for text in plan.certainty:
+        line(text)
+    for text in plan.warnings:
+        line(f"Warning: {text}")
+
+
+def _learnt(network: "Learnt") -> str:
+    if not network.lora_rank:
+        return f"{network.network}: all {network.parameters:,}"
+    beside = f"LoRA of rank {network.lora_rank}, beside {network.frozen:,}"
+    return f"{network.network}: {network.parameters:,} ({beside})"
+
+
+def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
+    """What differs between two runs; with `everything` also what does not."""
+    left, right = (f"{run.name} {run.run_id[:8]}" for run in comparison.runs)
+    settings, stages = comparison.params, comparison.differing_stages()
+    measures, all_measures = comparison.differing_measures(), comparison.measures()
+    same = (
+        f"{len(comparison.same_params)} settings, "
+        f"{len(comparison.stages) - len(stages)} stages and "
+        f"{sum(not measure.differs for measure in all_measures)} metrics are the same"
+    )
+    if differs := bool(settings or stages or measures):
+        line(f"{left} and {right} differ; {same}.")
+    else:
+        line(f"Nothing differs between {left} and {right}: {same}.")
+    if everything:
+        settings = (*settings, *comparison.same_params)
+        stages, measures = list(comparison.stages), all_measures
+    _side_by_side(
+        ("Setting", left, right),
+        [(f"{row.stage}.{row.name}".lstrip("."), row.first, row.second) for row in settings],
+    )
+    _side_by_side(
+        ("Stage", left, right),
+        [
+            (row.stage, *((end or ABSENT).lower() for end in (row.first, row.second)))
+            for row in stages
+        ],
+    )
+    _side_by_side(
+        ("Metric", left, right, "Difference"),
+        [
+            (f"{row.stage} {row.name}", _value(row.first), _value(row.second), _change(row))
+            for row in measures
+        ],
+    )
+    if differs and not everything:
+        line("`--all` lists the rest, and the metrics of stages that only one run has.")
+    for run in comparison.runs:
+        line(f"{run.name} ({run.status.lower()}; {run.code}): {run.url}")
+    line(f"side by side: {comparison.url}")
+
+
+def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose cells are whole; where the terminal is too narrow, two lines a row."""
+    if not rows:
+        return
+    table = Table(*(Column(name, no_wrap=True) for name in columns))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    wide = Console(width=WIDEST)
+    if not out.is_terminal:
+        wide.print(table)
+    elif table.__rich_measure__(wide, wide.options).maximum <= out.width:
+        out.print(table)
+    else:
+        line(f"{columns[0]}: {' → '.join(columns[1:3])}")
+        for name, first, second, *change in rows:
+            line(f"{name}\n    {first} → {second}{''.join(f'  ({c})' for c in change if c)}")
+
+
+def _value(value: "Value | None") -> str:
+    """`0.83 [0.82, 0.84]`, and without an interval `0.8312`."""
+    if value is None:
+        return ABSENT
+    number, low, high = value
+    if low is None or high is None or low == high:
+        return _number(number)
+    return f"{number:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _number(value: float) -> str:
+    """Counts whole, and other numbers short."""
+    return str(int(value)) if value.is_integer() else f"{value:.4g}"
+
+
+def _change(measure: "Measure") -> str:
+    """The difference with its sign; empty where there is none to tell."""
+    if measure.difference is None or not measure.differs:
+        return ""
+    return f"{measure.difference:+.3g}" if measure.difference else "0"
+
+
+def responses_as_text(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """Each prompt after `>` above its responses, which are indented; a single response alone."""
+    if [len(group) for group in responses] == [1]:
+        return responses[0][0]
+    blocks = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        marks = [f"[{n}] " for n in range(1, len(group) + 1)] if len(group) > 1 else ["    "]
+        answers = [
+            mark + text.replace("\n", "\n" + " " * len(mark))
+            for mark, text in zip(marks, group, strict=True)
+        ]
+        blocks.append("\n".join(["> " + prompt.replace("\n", "\n> "), *answers]))
+    return "\n\n".join(blocks)
+
+
+def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+    """An object for each response, one a line."""
+    return "\n".join(
+        json.dumps({"prompt": prompt, "sample": n, "response": text}, ensure_ascii=False)
+        for prompt, group in zip(prompts, responses, strict=True)
+        for n, text in enumerate(group, 1)
+    )
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table; numbers to the right and short; nothing at all when there is no row."""
+    filled = [tuple(row) for row in rows]
+    if not filled:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        number = any(isinstance(row[index], int | float) for row in filled)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in filled:
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table)
+
+
+def _cell(value: object) -> RenderableType:
+    if value is None:
+        return "–"
+    return Text(f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -1,0 +1,276 @@
+"""Every flow as a form in the Prefect UI, filled in from the YAML files of a folder: the presets.
+
+One list of deployments serves `rlhf deploy`, which registers them, and `prefect.yaml`, which
+`rlhf deploy --write` makes of them for `prefect deploy --all`. Nothing of the machine that deploys
+is stored: a worker imports the flows from the package that is installed where it runs.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast, get_type_hints
+from uuid import UUID
+
+import yaml
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentUpdate,
+    GlobalConcurrencyLimitCreate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, VersionInfo
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.callables import parameter_schema
+from prefect.workers.process import ProcessWorker
+
+from flows import stages
+from flows.cli.loading import config_files, describe, load_config
+from flows.config import PipelineConfig
+from flows.local.services import OWNER, POOL
+from flows.retrain import RetrainConfig, retrain
+from flows.rlhf import rlhf
+from flows.sweep import sweep
+from rlhf_core.config import Section
+from tasks.prefect.accelerator import LIMIT
+
+VERSION = version("rlhf-pipeline")
+VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around the deployer
+FIRST_PRESET = "demo"
+# What a run may not choose. Without a command it is that of the worker, without an environment too,
+# and without a working directory it starts in an empty one: in a folder of a user Prefect would
+# import what lies there, and install what its pyproject.toml asks for.
+FIXED: Final = ("command", "env", "working_dir")
+NIGHTLY: Final = {"cron": "0 3 * * *", "timezone": "UTC", "slug": "nightly", "active": False}
+SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameters", "slug"}
+
+HEAD = """\
+# Every flow as a deployment: prefect deploy --all
+#
+# Written by `rlhf deploy --write prefect.yaml` from configs/ and flows/deploy/deployments.py; a
+# test compares it with them. `prefect deploy` cannot make the two things below, `rlhf deploy` does:
+#
+#     prefect work-pool create rlhf --type process
+#     prefect gcl create rlhf-accelerator --limit 1
+"""
+
+
+class Deployment(NamedTuple):
+    """A flow and the values that its form starts with."""
+
+    flow: Flow[..., Any]
+    name: str
+    about: str
+    form: Section
+    tags: list[str]
+
+    @property
+    def full_name(self) -> str:
+        """As Prefect writes it."""
+        return f"{self.flow.name}/{self.name}"
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The deployment in the terms of `prefect.yaml`."""
+        return {
+            "name": self.name,
+            "description": self.about,
+            "version": VERSION,
+            "version_type": VERSION_TYPE,
+            "tags": self.tags,
+            "entrypoint": f"{self.flow.fn.__module__}:{self.flow.fn.__name__}",
+            "work_pool": {"name": POOL},
+            "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
+            "schedules": [dict(NIGHTLY)] if self.flow is retrain else [],
+            "parameters": {"config": self.form.model_dump(mode="json")},
+        }
+
+
+def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
+    """What there is to deploy: the pipeline and retraining for each preset, other flows once.
+
+    The forms of those start with the values of the preset `demo`, else of the first one.
+
+    Args:
+        folder: its YAML files are the presets.
+        owner: who answers for them, shown as a tag.
+
+    Raises: ConfigError when the folder has no config, or one of them has a mistake.
+    """
+    files = config_files(folder)
+    presets = {file.stem: load_config(file, (), PipelineConfig) for file in files}
+    first = FIRST_PRESET if FIRST_PRESET in presets else files[0].stem
+    forms: list[tuple[Flow[..., Any], str, str, Section]] = [
+        *((rlhf, file.stem, describe(file), presets[file.stem]) for file in files),
+        *((flow, first, _about(flow), form) for flow, form in _single_forms(presets[first])),
+        *((retrain, n, _about(retrain), RetrainConfig(pipeline=c)) for n, c in presets.items()),
+    ]
+    return [
+        Deployment(flow, name, about, form, tags=["rlhf", presets[name].project, f"owner:{owner}"])
+        for flow, name, about, form in forms
+    ]
+
+
+def deploy(folder: Path, *, working_dir: str = "", owner: str = OWNER) -> list[str]:
+    """Register every deployment of `folder`, the work pool and the limit of the accelerator.
+
+    All files are read before anything is registered. What people have set in the UI stays: a
+    schedule, switched on or off or moved, and whether a deployment is paused.
+
+    Args:
+        working_dir: what relative paths in a config refer to; empty leaves it to the worker.
+
+    Returns: the names, as `flow/deployment`.
+
+    Raises: ConfigError, as `deployments` does.
+    """
+    declared = deployments(folder, owner)
+    with get_client(sync_client=True) as client:
+        _make_pool(client)
+        _make_limit(client)
+        for deployment in declared:
+            _register(client, deployment, working_dir)
+    return [deployment.full_name for deployment in declared]
+
+
+def prefect_yaml(folder: Path, owner: str = OWNER) -> str:
+    """The same deployments as a file for `prefect deploy --all`."""
+    entries = [deployment.entry for deployment in deployments(folder, owner)]
+    configs = [entry["parameters"]["config"] for entry in entries]
+    for config in configs:
+        if "pipeline" in config:  # one object for all that are equal becomes an alias in YAML
+            config["pipeline"] = configs[configs.index(config["pipeline"])]
+    content = {"pull": [], "deployments": entries}
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return HEAD + text
+
+
+def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Section]]:
+    """The flows beside the pipeline with the values of a preset, on what its first run makes."""
+    made = f"models:/{preset.project}-"
+    inputs: dict[Flow[..., Any], dict[str, Any]] = {
+        stages.prepare: {"lengths": preset.length_limits},
+        stages.sft: {},
+        stages.reward_model: {"sft": f"{made}sft/1", "data": ""},
+        stages.policy: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
+        stages.evaluation: {
+            "policy": f"{made}policy@champion",
+            "sft": "",
+            "reward_model": "",
+            "data": "",
+        },
+        sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
+    }
+    sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})
+    for flow, given in inputs.items():
+        form: type[Section] = get_type_hints(flow.fn)["config"]
+        values = sections | given
+        yield flow, form.model_validate({n: values[n] for n in form.model_fields if n in values})
+
+
+def _about(flow: Flow[..., Any]) -> str:
+    """What a docstring says to people who fill in a form."""
+    paragraphs = cleandoc(flow.fn.__doc__ or "").split("\n\n")
+    return "\n\n".join(p for p in paragraphs if not p.startswith(("Args:", "Returns:", "Raises:")))
+
+
+def _make_pool(client: SyncPrefectClient) -> None:
+    new = closed(ProcessWorker.get_default_base_job_template())
+    try:
+        pool = client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", base_job_template=new)
+        )
+    except ObjectAlreadyExists:
+        pool = client.read_work_pool(POOL)
+    template = closed(pool.base_job_template)
+    if template != pool.base_job_template:
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
+
+
+def closed(template: Mapping[str, Any]) -> dict[str, Any]:
+    """A work pool's template whose runs choose neither their command nor their environment.
+
+    Prefect's own lets whoever starts a run replace both by variables of the job. What is left is
+    the folder that relative paths refer to. What people have changed otherwise stays.
+    """
+    job = dict(template["job_configuration"])
+    properties = dict(template["variables"]["properties"])
+    for name in FIXED:
+        if re.search(r"\{\{\s*" + name + r"\s*\}\}", str(job.get(name))):
+            del job[name]
+    for name in ("command", "env"):  # `working_dir` is what the flow goes to by itself
+        properties.pop(name, None)
+    variables = template["variables"] | {"properties": properties, "additionalProperties": False}
+    return {**template, "job_configuration": job, "variables": variables}
+
+
+def _make_limit(client: SyncPrefectClient) -> None:
+    with suppress(ObjectAlreadyExists):  # as many as there are accelerators, which people know
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
+
+
+def _register(client: SyncPrefectClient, declared: Deployment, working_dir: str) -> None:
+    try:
+        known = client.read_deployment_by_name(declared.full_name)
+    except ObjectNotFound:
+        known = None
+    entry = declared.entry
+    deployment = RunnerDeployment.from_flow(
+        declared.flow,
+        schedules=_schedules(entry["schedules"], known),
+        paused=known is not None and known.paused,
+        concurrency_limit=ConcurrencyLimitConfig(**entry["concurrency_limit"]),
+        work_pool_name=POOL,
+        job_variables={"working_dir": working_dir} if working_dir else {},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        **{key: entry[key] for key in ("name", "description", "version", "tags", "parameters")},
+    )
+    deployment.entrypoint = entry["entrypoint"]
+    made = cast(
+        UUID, deployment.apply(version_info=VersionInfo(type=VERSION_TYPE, version=VERSION))
+    )
+    # Prefect lets a misspelt parameter through, of which the run would die without a word.
+    schema = parameter_schema(declared.flow).model_dump_for_openapi()
+    strict = DeploymentUpdate(parameter_openapi_schema={**schema, "additionalProperties": False})
+    client.update_deployment(made, strict)
+
+
+def _schedules(
+    declared: list[dict[str, Any]], known: DeploymentResponse | None
+) -> list[DeploymentScheduleCreate]:
+    """Those that the server has, which people may have changed, and what it lacks."""
+    kept = [
+        DeploymentScheduleCreate.model_validate(schedule.model_dump(include=SCHEDULE_FIELDS))
+        for schedule in (known.schedules if known else [])
+    ]
+    there = {schedule.slug for schedule in kept}
+    return kept + [
+        DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=new["cron"], timezone=new["timezone"]),
+            active=new["active"],
+            slug=new["slug"],
+        )
+        for new in declared
+        if new["slug"] not in there
+    ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as such."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,83 @@
+"""Ends marked processes, even those whose parent was killed. Linux only; standard library alone.
+
+A service of `rlhf up` carries a mark in its environment, and whatever it starts inherits the mark:
+server workers, and flow runs, which Prefect puts into sessions of their own, out of reach of a
+signal to a process group. `rlhf up` starts `python -m flows.local.guard MARK...` and keeps a pipe
+to it open. However `rlhf up` ends, SIGKILL included, the kernel closes the pipe and the guard acts.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+
+VARIABLE = "RLHF_SERVICE"
+GRACE_SECONDS = 6.0  # for the children, then for the service itself
+
+
+def end(marks: Sequence[str]) -> None:
+    """Stop the processes of each mark, one mark after the other.
+
+    Children go first, so that the service which started them still sees and reports their end.
+    Each is asked once, given `GRACE_SECONDS`, and then killed.
+    """
+    for mark in marks:
+        _ask(partial(children, mark))
+        _ask(partial(marked, mark))
+        while left := marked(mark):
+            _signal(left, signal.SIGKILL)
+            time.sleep(0.05)
+
+
+def marked(mark: str) -> set[int]:
+    """The ids of the running processes that carry `mark`; a zombie carries nothing any more."""
+    wanted = f"{VARIABLE}={mark}".encode()
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes()
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if wanted in environment.split(b"\0"):
+            found.add(int(entry.name))
+    return found
+
+
+def children(mark: str) -> set[int]:
+    """Those of the marked processes whose parent is one of them too."""
+    processes = marked(mark)
+    return {process for process in processes if _parent(process) in processes}
+
+
+def _parent(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def _ask(find: Callable[[], set[int]]) -> None:
+    """SIGTERM to what `find` finds, later arrivals included, until it finds nothing."""
+    asked: set[int] = set()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (found := find()) and time.monotonic() < deadline:
+        _signal(found - asked, signal.SIGTERM)
+        asked |= found
+        time.sleep(0.1)
+
+
+def _signal(processes: Collection[int], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            continue
+
+
+if __name__ == "__main__":
+    sys.stdin.buffer.read()  # returns when the other end of the pipe is closed
+    end(sys.argv[1:])

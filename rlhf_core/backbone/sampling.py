@@ -1,0 +1,216 @@
+"""Sampling responses from a policy. Knows token ids; knows nothing about rewards or training.
+
+One forward pass a token over keys and values that are kept in place, no top-k, no top-p: what is
+sampled is the distribution that the update differentiates. Rows that have ended leave the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlhf_core.backbone.models import position_ids
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.packing import Memory
+from rlhf_core.config import Section
+from rlhf_core.data.encoding import left_pad
+from rlhf_core.metrics import Between, batch_name, uncounted
+from rlhf_core.types import PromptBatch, Responses
+
+SAMPLING_LENGTH = "sampling.max_prompt_length + max_new_tokens"  # the settings of `max_length`
+BLOCK = 256  # tokens of the vocabulary whose probability is added up first
+
+
+class SamplingConfig(Section):
+    """How responses are drawn in the reward model's normalisation, on-policy stages, evaluation."""
+
+    max_prompt_length: int = Field(
+        256, ge=1, description="Longest prompt (tokens); a longer one loses its beginning"
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Divides the logits, in sampling and in the log-probabilities of samples",
+    )
+    batch_size: int = Field(128, ge=1, description="Prompts that are continued side by side")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.max_prompt_length + self.max_new_tokens
+
+
+def respond(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    config: SamplingConfig,
+    *,
+    generator: torch.Generator,
+    between: Between = uncounted,
+    what: str = "sampling",
+) -> Iterator[tuple[PromptBatch, Responses]]:
+    """Continue encoded prompts, `config.batch_size` at a time, in their order.
+
+    Each batch is a phase called `what`, whose parts are tokens.
+    """
+    model = policy.model
+    eos, pad_id = model.config.eos_token_id, model.config.pad_token_id
+    starts = range(0, len(prompts), config.batch_size)
+    for number, start in enumerate(starts):
+        rows = prompts[start : start + config.batch_size]
+        batch = left_pad(rows, pad_id, config.max_prompt_length).to(model.device)
+        draws = uniforms(len(rows), config.max_new_tokens, generator)
+        yield (
+            batch,
+            sample(
+                policy,
+                batch,
+                draws,
+                temperature=config.temperature,
+                eos_token_id=eos,
+                pad_token_id=pad_id,
+                between=between(batch_name(what, number, len(starts)), config.max_new_tokens),
+            ),
+        )
+
+
+def uniforms(rows: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(rows, steps) numbers in [0, 1), one for each token that may be drawn.
+
+    All are drawn beforehand, so that a row's text depends neither on how long its neighbours write
+    nor on the device or process that continues it.
+    """
+    return torch.rand(rows, steps, generator=generator, device=generator.device)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: PromptBatch,
+    draws: Tensor,
+    *,
+    temperature: float,
+    eos_token_id: int,
+    pad_token_id: int,
+    between: Callable[[], None] = lambda: None,
+) -> Responses:
+    """Continue each prompt until its end-of-sequence token or as many tokens as there are draws.
+
+    a_t = F⁻¹(u_t), F the distribution function of softmax(logits_t / temperature); temperature 0
+    takes the likeliest token.
+
+    Shapes: prompts (B, P); draws (B, steps) in [0, 1) -> tokens, mask (B, R), R <= steps;
+    finished (B,). `between` is called before each token and may raise.
+    """
+    policy.switch()
+    model = policy.model
+    head = model.get_output_embeddings()
+    rows, steps = draws.shape
+    draws = draws.to(prompts.mask.device)
+    tokens = torch.full((rows, steps), pad_token_id, device=draws.device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    finished = mask.new_zeros(rows)
+    alive = torch.arange(rows, device=draws.device)  # the rows that are still written
+    memory = _KeyValues(prompts.mask, steps)
+    step_ids, positions = prompts.input_ids, position_ids(prompts.mask)
+    with policy.autocast_once():
+        for t in range(steps):
+            between()
+            hidden = model.base_model(
+                input_ids=step_ids,
+                position_ids=positions,
+                attention_mask=prompts.input_ids.new_zeros(1, 1, 1, 1),  # the memory has the mask
+                use_cache=False,
+                memory=memory,
+            ).last_hidden_state[:, -1]
+            token = draw(head(hidden), draws[alive, t], temperature)
+            tokens[alive, t], mask[alive, t] = token, True
+            ended = token == eos_token_id
+            finished[alive] = ended
+            going = ~ended
+            step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
+            if bool(ended.any()):
+                if not bool(going.any()):
+                    break
+                alive, step_ids, positions = alive[going], step_ids[going], positions[going]
+                memory.keep(going)
+    length = int(mask.any(0).sum())
+    return Responses(tokens[:, :length], mask[:, :length], finished)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """The token at which the distribution function passes u.
+
+    Two sums, over blocks of the vocabulary and within one block, instead of one over all of it:
+    faster, and more exact in float32. A token of probability 0 is never drawn.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,) in [0, 1).
+        temperature: divides the logits; 0 takes the likeliest token.
+
+    Returns: (B,) token ids.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = logits.float().sub(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    of_block = blocks.sum(-1)
+    block, rest = _pass(of_block, uniform.unsqueeze(-1) * of_block.sum(-1, keepdim=True))
+    chosen = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+    within, _ = _pass(chosen, rest)
+    return (block * BLOCK + within).squeeze(-1)
+
+
+def _pass(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, n) weights and (B, 1) levels -> (B, 1) first place whose running sum is above the level,
+    and how far the level is above the sum before it."""
+    sums = weights.cumsum(-1)
+    # Rounding may put a level at the very end: step back below it, to a place with weight.
+    level = torch.minimum(level, torch.nextafter(sums[:, -1:], sums.new_zeros(())))
+    place = torch.searchsorted(sums, level, right=True)
+    return place, level - (sums.gather(1, place) - weights.gather(1, place))
+
+
+class _KeyValues(Memory):
+    """Keys and values of all layers, in buffers that have room for the whole text."""
+
+    def __init__(self, mask: Tensor, steps: int) -> None:
+        self._seen = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
+        self._padded = not bool(mask.all())
+        self._filled: dict[int, int] = {}
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(
+        self, layer: int, key: Tensor, value: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write behind what is there."""
+        start = self._filled.get(layer, 0)
+        end = self._filled[layer] = start + key.shape[2]
+        if layer not in self._buffers:
+            room = (*key.shape[:2], self._seen.shape[1])
+            self._buffers[layer] = (
+                key.new_empty(*room, key.shape[3]),
+                value.new_empty(*room, value.shape[3]),
+            )
+        keys, values = self._buffers[layer]
+        keys[:, :, start:end], values[:, :, start:end] = key, value
+        narrow = window is not None and window < end
+        mask = self._mask(start, end, window) if self._padded or narrow else None
+        return keys[:, :, :end], values[:, :, :end], mask
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget the other rows."""
+        self._seen = self._seen[rows]
+        self._buffers = {n: (k[rows], v[rows]) for n, (k, v) in self._buffers.items()}
+
+    def _mask(self, start: int, end: int, window: int | None) -> Tensor:
+        """(B, 1, end - start, end): back to the first token that counts; padding sees itself."""
+        places = torch.arange(end, device=self._seen.device)
+        queries = places[start:].unsqueeze(1)
+        near = (places <= queries) & (places > queries - (window or end))
+        seen = self._seen[:, :end].unsqueeze(1) & near
+        return (seen | (places == queries)).unsqueeze(1)

@@ -1,0 +1,350 @@
+"""From the rows that a user brings to the prepared columns of `rlhf_core.data.prepared`.
+
+A source of preferences holds one of these, and the first that its fields allow is taken:
+
+    prompt, chosen, rejected           texts, or the messages of the answer or the whole dialogue
+    chosen, rejected                   whole dialogues: messages, or the text format of HH-RLHF
+    prompt, response_a, response_b     with `votes`: a list of "a", "b" or "tie", of
+                                       [annotator, vote, ...] or of {"annotator", "vote"};
+                                       or with one `vote` (or `preference`)
+
+Demonstrations are `prompt`, `response`, or whole dialogues in `messages`; prompts are `prompt`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from rlhf_core.data.encoding import Message, Prompt
+from rlhf_core.data.prepared import COLUMNS, Kind
+from rlhf_core.data.sources import Fault, Row, Rows
+from rlhf_core.errors import DataError
+
+# What a source may hold, and so what can be mapped to a field of another name.
+FIELDS: Mapping[Kind, tuple[str, ...]] = {
+    "demonstrations": ("id", "prompt", "response", "messages"),
+    "preferences": (
+        *("id", "prompt", "chosen", "rejected", "margin", "annotator"),
+        *("response_a", "response_b", "votes", "vote", "preference"),
+    ),
+    "prompts": ("id", "prompt"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One source in the prepared columns, and what became of the rows that are not in it.
+
+    A source row with several votes gives several examples; `ballot` tells anonymous votes of the
+    same row apart, so that they are not taken for duplicates.
+    """
+
+    frame: pd.DataFrame  # COLUMNS of its kind, and `ballot`
+    source: str
+    rows: int
+    faults: Sequence[Fault]
+    skipped: Mapping[str, int]  # reason -> rows
+
+
+def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
+    """Bring the rows of a source into the prepared columns.
+
+    `names` maps a field of ours to the source's own name for it.
+
+    Raises: DataError when the source is empty or lacks a field altogether. Single bad rows are
+    returned as `faults`.
+    """
+    if not source.rows and not source.unreadable:
+        raise DataError(f"{source.source} has no rows; check that it is the right file")
+    columns = source.columns()
+    convert = _converter(source.source, columns, kind, names)
+    with_prompt = names.get("prompt", "prompt") in columns
+    stem = Path(source.source).stem
+    examples: list[Row] = []
+    faults, skipped = list(source.unreadable), Counter[str]()
+    for number, values in source.rows:
+        row = _Row(values, names, with_prompt)
+        try:
+            own = {"id": row.label("id") or f"{stem}-{number}", "ballot": 0}
+            examples += [{**own, **example} for example in convert(row)]
+        except _BadRowError as bad:
+            where = (source.source, source.unit, number, bad.field)
+            faults.append(Fault(*where, bad.category, bad.reason))
+        except _SkippedRowError as skip:
+            skipped[str(skip)] += 1
+    frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
+    faults.sort(key=lambda fault: fault.number)
+    rows = len(source.rows) + len(source.unreadable)
+    return Table(frame, source.source, rows, faults, skipped)
+
+
+_Converter: TypeAlias = Callable[["_Row"], list[Row]]
+_BALLOTS = ("votes", "vote", "preference")
+_NEEDED: Mapping[Kind, str] = {
+    "demonstrations": "'prompt' and 'response', or 'messages'",
+    "preferences": "'chosen' and 'rejected' (with 'prompt', or as whole dialogues), or 'prompt', "
+    "'response_a', 'response_b' and 'votes' (or 'vote')",
+    "prompts": "'prompt'",
+}
+
+
+def _converter(
+    source: str, columns: Sequence[str], kind: Kind, names: Mapping[str, str]
+) -> _Converter:
+    if not columns:
+        return lambda row: []  # not one row could be read: the faults will tell
+    listed = ", ".join(columns)
+    for field, name in names.items():
+        if name not in columns:
+            raise DataError(
+                f"{source} has no field '{name}', which data.{kind}.fields gives for '{field}'; "
+                f"its fields are: {listed}"
+            )
+    here = {field for field in FIELDS[kind] if names.get(field, field) in columns}
+    converter = _choose(kind, here, names)
+    if converter is None:
+        raise DataError(
+            f"{source} holds no {kind}: they need {_NEEDED[kind]}, and its fields are: {listed}; "
+            f"name the right ones in data.{kind}.fields"
+        )
+    return converter
+
+
+def _choose(kind: Kind, here: set[str], names: Mapping[str, str]) -> _Converter | None:
+    if kind == "prompts":
+        return _prompt if "prompt" in here else None
+    if kind == "demonstrations":
+        if {"prompt", "response"} <= here:
+            return partial(_demonstration, field="response")
+        return partial(_demonstration, field="messages") if "messages" in here else None
+    if {"chosen", "rejected"} <= here:
+        return _pair
+    # A field that the user mapped goes before one that happens to be there.
+    ballots = [field for field in _BALLOTS if field in here]
+    ballot = min(ballots, key=lambda field: field not in names, default=None)
+    if ballot and {"response_a", "response_b"} <= here:
+        return partial(_voted_pair, field=ballot)
+    return None
+
+
+def _prompt(row: "_Row") -> list[Row]:
+    return [{"prompt": row.prompt()}]
+
+
+def _demonstration(row: "_Row", field: str) -> list[Row]:
+    prompt, response = row.exchange(field)
+    return [{"prompt": prompt, "response": response}]
+
+
+def _pair(row: "_Row") -> list[Row]:
+    prompt, chosen, rejected = _sides(row, "chosen", "rejected")
+    annotator, margin = row.label("annotator"), row.margin()
+    return [_preference(prompt, chosen, rejected, False, margin, annotator)]
+
+
+def _voted_pair(row: "_Row", field: str) -> list[Row]:
+    """One preference a vote."""
+    prompt, a, b = _sides(row, "response_a", "response_b")
+    margin, anonymous = row.margin(), Counter[str]()
+    preferences = []
+    for annotator, vote in row.votes(field):
+        chosen, rejected = (b, a) if vote == "b" else (a, b)
+        preference = _preference(prompt, chosen, rejected, vote == "tie", margin, annotator)
+        anonymous[vote] += not annotator
+        preferences.append({**preference, "ballot": 0 if annotator else anonymous[vote]})
+    return preferences
+
+
+def _sides(row: "_Row", first: str, second: str) -> tuple[Prompt, str, str]:
+    prompt, one = row.exchange(first)
+    same, other = row.exchange(second)
+    if prompt != same:
+        raise _SkippedRowError("dialogues diverge before the last answer")
+    return prompt, one, other
+
+
+def _preference(
+    prompt: Prompt, chosen: str, rejected: str, tie: bool, margin: float, annotator: str
+) -> Row:
+    answers = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {**answers, "tie": tie, "margin": margin, "annotator": annotator}
+
+
+class _SkippedRowError(Exception):
+    """A sound row that holds nothing to learn from; the message is the reason."""
+
+
+class _BadRowError(Exception):
+    def __init__(self, field: str, category: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field, self.category, self.reason = field, category, reason
+
+
+_ROLES = ("system", "user", "assistant")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TYPES: Mapping[type, str] = {
+    **{bool: "a truth value", int: "a number", float: "a number"},
+    **{str: "text", list: "a list", dict: "an object"},
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a source, asked for by our field names; whatever it returns is sound."""
+
+    values: Row
+    names: Mapping[str, str]
+    with_prompt: bool  # the source has a field for the prompt
+
+    def label(self, field: str) -> str:
+        """An id or annotator: text or a whole number; empty when not given."""
+        value = self._get(field)
+        if value is None or isinstance(value, str):
+            return value or ""
+        if type(value) is int:
+            return str(value)
+        raise self._wrong_type(field, value, "text or a whole number")
+
+    def margin(self) -> float:
+        """The margin, 0 when not given."""
+        value = self._get("margin")
+        if value is None or value == "":
+            return 0.0
+        try:
+            margin = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            margin = math.nan
+        if not math.isfinite(margin):
+            raise self._bad("margin", "bad margin", f"{value!r} is not a finite number")
+        return margin
+
+    def prompt(self) -> Prompt:
+        """The prompt: text, or messages that ask for an answer."""
+        value = self._get("prompt")
+        if not isinstance(value, list):
+            return self._text(value, "prompt")
+        return self._question(self._messages(value, "prompt"), "prompt")
+
+    def exchange(self, field: str) -> tuple[Prompt, str]:
+        """The prompt and the answer in `field`, which holds the answer or the whole dialogue."""
+        value = self._get(field)
+        if isinstance(value, list):
+            dialogue = self._messages(value, field)
+        elif self.with_prompt:
+            return self.prompt(), self._text(value, field)
+        else:
+            dialogue = self._turns(self._text(value, field), field)
+        if dialogue[-1]["role"] != "assistant":
+            raise self._bad(field, "bad messages", "does not end with an answer of the assistant")
+        return self._asked(dialogue[:-1], field), dialogue[-1]["content"]
+
+    def votes(self, field: str) -> list[tuple[str, str]]:
+        """Annotator (empty when anonymous) and vote, for each vote on a pair."""
+        value = self._given(self._get(field), field)
+        if field != "votes":
+            return [(self.label("annotator"), self._vote(value, field))]
+        if not isinstance(value, list):
+            raise self._wrong_type(field, value, "a list of votes")
+        if not value:
+            raise _SkippedRowError("no votes")
+        return [self._ballot(entry, field) for entry in value]
+
+    def _get(self, field: str) -> Any:
+        return self.values.get(self.names.get(field, field))
+
+    def _bad(self, field: str, category: str, reason: str) -> _BadRowError:
+        return _BadRowError(self.names.get(field, field), category, reason)
+
+    def _wrong_type(self, field: str, value: Any, wanted: str, where: str = "") -> _BadRowError:
+        found = _TYPES.get(type(value), f"of type {type(value).__name__}")
+        return self._bad(field, "wrong type", f"{where}is {found}, not {wanted}")
+
+    def _given(self, value: Any, field: str, where: str = "") -> Any:
+        if value is None:
+            raise self._bad(field, "missing", f"{where}is missing")
+        return value
+
+    def _text(self, value: Any, field: str, where: str = "") -> str:
+        if not isinstance(self._given(value, field, where), str):
+            raise self._wrong_type(field, value, "text", where)
+        if not value or value.isspace():
+            raise self._bad(field, "empty text", f"{where}is empty")
+        if not value.isascii() and _has_surrogate(value):
+            raise self._bad(field, "broken text", f"{where}holds half of a surrogate pair")
+        return str(value)
+
+    def _messages(self, value: Sequence[Any], field: str) -> list[Message]:
+        if not value:
+            raise self._bad(field, "empty text", "is a list without messages")
+        return [self._message(entry, f"message {n} ", field) for n, entry in enumerate(value, 1)]
+
+    def _message(self, entry: Any, where: str, field: str) -> Message:
+        if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys():
+            reason = f"{where}is not an object with role and content"
+            raise self._bad(field, "bad messages", reason)
+        role = entry["role"]
+        if role not in _ROLES:
+            reason = f"{where}has the role {role!r}; it must be system, user or assistant"
+            raise self._bad(field, "bad messages", reason)
+        return {"role": role, "content": self._text(entry["content"], field, where)}
+
+    def _turns(self, text: str, field: str) -> list[Message]:
+        """The messages of a dialogue in the text format of HH-RLHF."""
+        before, *turns = _TURN.split("\n\n" + text.lstrip())
+        if before or not turns:
+            reason = "is no dialogue (messages, or turns that begin with 'Human:' and 'Assistant:')"
+            raise self._bad(field, "bad messages", f"{reason}, and there is no prompt beside it")
+        entries = [
+            {"role": _SPEAKERS[speaker], "content": said.strip()}
+            for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+        ]
+        return self._messages(entries, field)
+
+    def _asked(self, context: list[Message], field: str) -> Prompt:
+        """What a dialogue says before its answer, if a prompt beside it does not contradict."""
+        if not self.with_prompt:
+            return self._question(context, field)
+        prompt = self.prompt()
+        if not context or context == prompt:
+            return prompt
+        said = [message["content"].strip() for message in context]
+        if isinstance(prompt, list) or prompt.strip() not in said:
+            raise self._bad(field, "bad messages", "is a dialogue that does not contain the prompt")
+        return self._question(context, field)
+
+    def _question(self, context: list[Message], field: str) -> list[Message]:
+        if not context or context[-1]["role"] != "user":
+            raise self._bad(field, "bad messages", "has no question of the user to be answered")
+        return context
+
+    def _ballot(self, entry: Any, field: str) -> tuple[str, str]:
+        if isinstance(entry, dict):
+            annotator, vote = entry.get("annotator"), entry.get("vote")
+        elif isinstance(entry, list) and len(entry) > 1:
+            annotator, vote = entry[0], entry[1]
+        else:
+            annotator, vote = None, entry
+        return ("" if annotator is None else str(annotator)), self._vote(vote, field)
+
+    def _vote(self, value: Any, field: str) -> str:
+        vote = value.strip().lower() if isinstance(value, str) else ""
+        if vote not in ("a", "b", "tie"):
+            reason = f"{value!r} is not a vote; a vote is 'a', 'b' or 'tie'"
+            raise self._bad(field, "unknown vote", reason)
+        return vote
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,78 @@
+"""Preferences as tokens: what the reward model and DPO learn from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.backbone.packing import Packed, pack
+from rlhf_core.data.encoding import encode_pair
+from rlhf_core.errors import DataError
+
+
+class Pair(NamedTuple):
+    """One vote, encoded."""
+
+    chosen: list[int]
+    rejected: list[int]
+    starts: tuple[int, int]  # where the responses begin, at least 1
+    tie: bool
+    margin: float
+    truncated: bool
+
+
+def encode_pairs(
+    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Pair]:
+    """The votes of a table.
+
+    Raises: DataError when there is none.
+    """
+    if table.empty:
+        raise DataError(
+            "the preferences have no rows for training or for evaluation; add rows, or change "
+            "data.eval_fraction"
+        )
+    pairs = []
+    columns = (table[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
+    for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
+        chosen, head, cut = encode_pair(prompt, winner, tokenizer, max_length)
+        rejected, other_head, also_cut = encode_pair(prompt, loser, tokenizer, max_length)
+        # Nobody won a tie by a margin, whatever the row says of the votes beside it.
+        lead = 0.0 if tie else float(margin)
+        starts = max(head, 1), max(other_head, 1)
+        pairs.append(Pair(chosen, rejected, starts, bool(tie), lead, cut or also_cut))
+    return pairs
+
+
+def pack_pairs(pairs: Sequence[Pair], device: torch.device) -> Packed:
+    """Chosen and rejected texts in turn, so that the prompt of a pair is read once."""
+    return pack([ids for pair in pairs for ids in (pair.chosen, pair.rejected)], device)
+
+
+def smoothing(pairs: Sequence[Pair], label_smoothing: float, device: torch.device) -> Tensor:
+    """(B,) how likely each vote is the wrong way round: a tie is as likely either way."""
+    ties = torch.tensor([pair.tie for pair in pairs], device=device)
+    return torch.where(ties, 0.5, label_smoothing)
+
+
+def half_for_ties(gap: Tensor) -> Tensor:
+    """1 where the gap is positive, 1/2 where it is 0, 0 elsewhere."""
+    return (gap.sign().float() + 1) / 2
+
+
+def prompt_numbers(table: pd.DataFrame) -> Tensor:
+    """(N,) which prompt each vote is about."""
+    return torch.from_numpy(pd.factorize(table["prompt"].map(str))[0]).long()
+
+
+def require_decided(decided: Tensor) -> None:
+    """Raise DataError unless some held-out vote has a winner."""
+    if not decided.any():
+        raise DataError(
+            "the held-out preferences are all ties, so no accuracy can be measured; raise "
+            "data.eval_fraction or bring evaluation pairs with a winner"
+        )

@@ -1,0 +1,97 @@
+"""The three prepared tables of the pipeline: columns, files, and which prompts are for evaluation.
+
+    demonstrations   {id, prompt, response}
+    preferences      {id, prompt, chosen, rejected, tie, margin, annotator}
+    prompts          {id, prompt}
+
+A prompt is raw text or a list of chat messages; an answer is always text. In a tie `chosen` is the
+first answer and `rejected` the second. The votes on one pair are rows that share its id.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import pandas as pd
+
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.errors import DataError
+
+Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
+Split: TypeAlias = Literal["train", "eval"]
+
+KINDS: tuple[Kind, ...] = ("demonstrations", "preferences", "prompts")
+SPLITS: tuple[Split, ...] = ("train", "eval")
+COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+    "demonstrations": ("id", "prompt", "response"),
+    "preferences": ("id", "prompt", "chosen", "rejected", "tie", "margin", "annotator"),
+    "prompts": ("id", "prompt"),
+}
+
+
+def identity(prompt: Prompt) -> str:
+    """A text that is the same for equal prompts and for no others."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What two prompts share when a model would be asked the same: white space counts once, and a
+    single user message is its text."""
+    if not isinstance(prompt, str):
+        single = len(prompt) == 1 and prompt[0]["role"] == "user"
+        prompt = prompt[0]["content"] if single else identity(prompt)
+    return " ".join(prompt.split())
+
+
+def falls_to_eval(key: str, seed: int, fraction: float) -> bool:
+    """Whether a prompt belongs to evaluation: a hash of seed and prompt key, so the same in every
+    table, row order and process."""
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
+
+
+def training_texts(demonstrations: pd.DataFrame) -> Iterator[str]:
+    """Prompts and responses as plain texts: what a fresh tokenizer is trained on."""
+    for prompt, response in zip(demonstrations["prompt"], demonstrations["response"], strict=True):
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        yield "\n".join([*(message["content"] for message in messages), response])
+
+
+def write_table(frame: pd.DataFrame, directory: Path, kind: Kind, split: Split) -> None:
+    """Write one prepared table as JSON lines."""
+    records = frame[list(COLUMNS[kind])].to_dict("records")
+    # Not DataFrame.to_json, which rounds numbers to ten digits.
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    _file(directory, kind, split).write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_table(directory: Path, kind: Kind, split: Split) -> pd.DataFrame:
+    """One prepared table. Texts and messages are objects, `tie` is bool, `margin` float.
+
+    Raises: DataError when the directory does not hold it.
+    """
+    path = _file(directory, kind, split)
+    if not path.is_file():
+        raise DataError(f"there is no prepared table {path}; prepare the data first")
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        records = [json.loads(line) for line in lines]
+    frame = pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
+    return frame.astype({"tie": bool, "margin": float}) if kind == "preferences" else frame
+
+
+def digest(directory: Path) -> str:
+    """Sixteen hexadecimal digits that change with any byte of the prepared tables.
+
+    `validation.json` is left out: token counts change with the tokenizer, the data do not.
+    """
+    sha = hashlib.sha256()
+    for path in sorted(directory.glob("*.jsonl")):
+        sha.update(f"{path.name} {path.stat().st_size}\n".encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _file(directory: Path, kind: Kind, split: Split) -> Path:
+    return directory / f"{kind}.{split}.jsonl"

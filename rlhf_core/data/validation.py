@@ -1,0 +1,205 @@
+"""What the data are worth before anything is trained on them: checks, counts and the report.
+
+Knows prepared columns and tokenizers; knows nothing about files.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.data.encoding import Prompt, encode_prompt, render_prompt
+from rlhf_core.data.prepared import Kind, identity
+from rlhf_core.metrics import Between, uncounted
+
+ANSWERS: Mapping[Kind, tuple[str, ...]] = {
+    "demonstrations": ("response",),
+    "preferences": ("chosen", "rejected"),
+    "prompts": (),
+}
+_BATCH = 1000  # texts tokenised at once
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TableSummary(_Facts):
+    """What became of one table: examples = train + eval + all that were dropped."""
+
+    source: str = Field(description="Where the rows come from")
+    rows: int = Field(description="Rows of the source")
+    examples: int = Field(description="Rows after each vote on a pair has become one")
+    train: int = Field(description="Examples kept for training")
+    eval: int = Field(description="Examples kept for evaluation")
+    eval_prompts: int = Field(description="Distinct prompts of these")
+    dropped: Mapping[str, int] = Field(description="Examples left out, by reason")
+
+
+class LengthSummary(_Facts):
+    """The lengths of one kind of text, in tokens."""
+
+    table: str
+    text: str
+    count: int
+    mean: float
+    p50: float
+    p95: float
+    max: int
+
+
+class Validation(_Facts):
+    """The validation report, as it is written to `validation.json`."""
+
+    tables: Mapping[str, TableSummary]
+    bad_rows: Sequence[str] = Field(description="The first bad rows: file, line, field, reason")
+    ties: int = Field(description="Preferences without a winner")
+    contradictory_pairs: int = Field(description="Pairs of answers that won against each other")
+    shared_prompts: int = Field(description="Prompts on both sides of the split")
+    lengths: Sequence[LengthSummary]
+    truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
+    vocabulary: int = Field(description="Tokens that the tokenizer of the model has")
+
+    def rows_table(self) -> pd.DataFrame:
+        """One row for each table and outcome: train, eval, or the reason for being dropped."""
+        records = [
+            (name, table.source, outcome, examples)
+            for name, table in self.tables.items()
+            for outcome, examples in _outcomes(table).items()
+        ]
+        return pd.DataFrame(records, columns=["table", "source", "outcome", "examples"])
+
+    def lengths_table(self) -> pd.DataFrame:
+        """One row for each kind of text: its lengths in tokens."""
+        names = list(LengthSummary.model_fields)
+        return pd.DataFrame([length.model_dump() for length in self.lengths], columns=names)
+
+    def truncated_table(self) -> pd.DataFrame:
+        """One row for each limit: how many texts are longer."""
+        return pd.DataFrame(list(self.truncated.items()), columns=["limit", "texts"])
+
+
+def _outcomes(table: TableSummary) -> dict[str, int]:
+    dropped = {f"dropped: {reason}": count for reason, count in table.dropped.items()}
+    return {"train": table.train, "eval": table.eval, **dropped}
+
+
+def drop_useless(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, Counter[str]]:
+    """Without duplicates and pairs of identical answers, and how many of each there were.
+
+    A duplicate repeats all that counts: prompt and answers, and for a preference who won and who
+    said so. Anonymous votes on one row (`ballot`) are votes of different people. Rows on different
+    sides of a split (`split`) are not compared: that would hide a prompt on both sides.
+    """
+    keys = pd.DataFrame({"split": frame["split"], "prompt": frame["prompt"].map(identity)})
+    useless = pd.Series(False, index=frame.index)
+    if kind == "preferences":
+        useless |= frame["chosen"].map(str.strip) == frame["rejected"].map(str.strip)
+        keys = keys.assign(**_matches(frame), annotator=frame["annotator"], ballot=frame["ballot"])
+    elif kind == "demonstrations":
+        keys["response"] = frame["response"]
+    repeated = keys.duplicated() & ~useless
+    counts = Counter({"identical answers": int(useless.sum()), "duplicate": int(repeated.sum())})
+    return frame[~useless & ~repeated], +counts
+
+
+def contradictory_pairs(preferences: pd.DataFrame) -> int:
+    """Pairs of answers to one prompt of which each was chosen over the other at least once."""
+    decided = preferences[~preferences["tie"].astype(bool)]
+    matches = decided.assign(prompt=decided["prompt"].map(identity), **_matches(decided))
+    winners = matches.groupby(["prompt", "first", "second"])["winner"].nunique()
+    return int((winners > 1).sum())
+
+
+def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Each pair whichever way round it is written, and its winner (none in a tie)."""
+    pairs = list(zip(frame["chosen"], frame["rejected"], strict=True))
+    winners = ["" if tie else chosen for tie, (chosen, _) in zip(frame["tie"], pairs, strict=True)]
+    return {
+        "first": [min(pair) for pair in pairs],
+        "second": [max(pair) for pair in pairs],
+        "winner": winners,
+    }
+
+
+def count_tokens(
+    tables: Mapping[Kind, pd.DataFrame],
+    tokenizer: PreTrainedTokenizerBase,
+    between: Between = uncounted,
+) -> dict[Kind, pd.DataFrame]:
+    """Token counts of `prompt` and of the answers, by row, exactly as the stages encode them:
+    a rendered prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
+    """
+    distinct = {identity(p): p for frame in tables.values() for p in frame["prompt"]}
+    prompts = _prompt_lengths(distinct, tokenizer, between)
+    columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
+    texts = list(dict.fromkeys(text for column in columns for text in column))
+    encoded = _tokenise(texts, tokenizer, between)
+    answers = {text: len(ids) + 1 for text, ids in zip(texts, encoded, strict=True)}
+    return {
+        kind: pd.DataFrame(
+            {"prompt": [prompts[identity(prompt)] for prompt in frame["prompt"]]}
+            | {name: [answers[text] for text in frame[name]] for name in ANSWERS[kind]},
+            index=frame.index,
+        )
+        for kind, frame in tables.items()
+    }
+
+
+def _prompt_lengths(
+    prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, between: Between
+) -> dict[str, int]:
+    rendered = [render_prompt(prompt, tokenizer) for prompt in prompts.values()]
+    begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, where one is used
+    return {
+        name: len(ids) + len(begin) * (ids[: len(begin)] != begin)
+        for name, ids in zip(prompts, _tokenise(rendered, tokenizer, between), strict=True)
+    }
+
+
+def _tokenise(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, between: Between
+) -> Iterable[list[int]]:
+    starts = range(0, len(texts), _BATCH)
+    tell = between("tokenising", len(starts))
+    for start in starts:
+        tell()
+        batch = list(texts[start : start + _BATCH])
+        yield from tokenizer(
+            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+
+def summarise_lengths(counts: Mapping[Kind, pd.DataFrame]) -> list[LengthSummary]:
+    """Mean, median, 95th percentile and longest of each kind of text."""
+    return [
+        LengthSummary(
+            table=kind,
+            text=str(text),
+            count=len(lengths),
+            mean=float(lengths.mean()),
+            p50=float(lengths.quantile(0.5)),
+            p95=float(lengths.quantile(0.95)),
+            max=int(lengths.max()),
+        )
+        for kind, frame in counts.items()
+        for text, lengths in frame.items()
+    ]
+
+
+def count_truncated(
+    counts: Mapping[Kind, pd.DataFrame], *, prompt: int, sft: int, reward: int, response: int
+) -> dict[str, int]:
+    """How many texts are longer than each limit of the later stages (tokens)."""
+    demonstrations, pairs = counts["demonstrations"], counts["preferences"]
+    imitated = demonstrations["prompt"] + demonstrations["response"]
+    compared = pairs["prompt"] + pairs[["chosen", "rejected"]].max(axis=1)
+    texts = {
+        f"prompts over {prompt} tokens": counts["prompts"]["prompt"] > prompt,
+        f"demonstrations over {sft} tokens": imitated > sft,
+        f"responses over {response} tokens": demonstrations["response"] > response,
+        f"preferences over {reward} tokens": compared > reward,
+    }
+    return {name: int(cut.sum()) for name, cut in texts.items()}

@@ -1,0 +1,308 @@
+"""What a text is worth: one reward model, or a weighted sum of several parts.
+
+    total = Σ weight · part,   part = the normalised score of a model, or what a function returns
+
+A model that has the policy's tokens reads the very tokens that were sampled. To any other the text
+goes as text: the response is decoded, and both are encoded as that model was trained on them.
+"""
+
+import importlib
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple, SupportsFloat, TypeAlias, cast
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.backbone.models import (
+    ModelConfig,
+    context_of,
+    load_tokenizer,
+    require_context,
+    require_kind,
+)
+from rlhf_core.backbone.networks import Precision, ScalarModel
+from rlhf_core.backbone.packing import pack
+from rlhf_core.backbone.responses import Written
+from rlhf_core.backbone.sampling import SAMPLING_LENGTH
+from rlhf_core.config import Section
+from rlhf_core.data.encoding import (
+    PLAIN_CHAT_TEMPLATE,
+    Prompt,
+    decode_responses,
+    encode_pair,
+    render_prompt,
+    same_tokens,
+)
+from rlhf_core.errors import ConfigError
+from rlhf_core.types import Responses
+
+RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+PIPELINE_REWARD = "reward_model"  # the source that stands for the one of this pipeline
+_REGISTERED = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]*)(?:/([1-9]\d*)|@([A-Za-z0-9_-]+))")
+_FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:([A-Za-z_][A-Za-z0-9_]*)")
+
+
+class RewardTerm(Section):
+    """One part of the reward."""
+
+    source: str = Field(
+        PIPELINE_REWARD,
+        description="reward_model = the one that this pipeline trained; models:/NAME/VERSION or "
+        "models:/NAME@ALIAS = another of the registry; package.module:function = a Python "
+        "function, called with prompts and responses (lists of str), returning one number each",
+    )
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Factor of this part; below 0 for a penalty, not 0"
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_one_of_three(cls, source: str) -> str:
+        if (
+            source == PIPELINE_REWARD
+            or _REGISTERED.fullmatch(source)
+            or _FUNCTION.fullmatch(source)
+        ):
+            return source
+        raise ValueError(
+            f"'{source}' names no reward; write reward_model, models:/NAME/VERSION, "
+            "models:/NAME@ALIAS or package.module:function"
+        )
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_counts(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a part of weight 0 changes nothing; leave it out")
+        return weight
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a reward model gives this part, not a function."""
+        return not _FUNCTION.fullmatch(self.source)
+
+    @property
+    def name(self) -> str:
+        """What its metric is called: reward_model, NAME-VERSION, NAME-ALIAS or the function."""
+        if registered := _REGISTERED.fullmatch(self.source):
+            return "-".join(filter(None, registered.groups()))
+        return self.source.rpartition(":")[2]
+
+
+def check_terms(terms: Sequence[RewardTerm]) -> None:
+    """Raise ValueError unless there are parts, and each has a name of its own."""
+    if not terms:
+        raise ValueError("a reward needs at least one part; the least is source: reward_model")
+    name, count = Counter(term.name for term in terms).most_common(1)[0]
+    if count == 1:
+        return
+    sources = {term.source: None for term in terms if term.name == name}
+    if len(sources) == 1:
+        raise ValueError(f"{next(iter(sources))} is {count} parts of the reward; add their weights")
+    raise ValueError(
+        f"{' and '.join(sources)} would both be logged as '{name}'; give one of them another name"
+    )
+
+
+class Scores(NamedTuple):
+    """What some texts are worth."""
+
+    total: Tensor  # (B,) weighted sum
+    parts: dict[str, Tensor]  # (B,) each, unweighted, by name
+
+
+class Reward:
+    """The weighted sum of some parts.
+
+    Args:
+        terms: the parts.
+        models: by source, for the terms that are models.
+        tokenizers: of these models, by source.
+        policy_tokenizer: of what is scored.
+        max_length: tokens of the longest text that the policy writes.
+
+    Raises: ConfigError when a function cannot be imported, or a model with the policy's tokens
+    reads only shorter texts. A model with other tokens gets them cut.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        models: Mapping[str, ScalarModel],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase],
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+    ) -> None:
+        check_terms(terms)
+        self._tokenizer = policy_tokenizer
+        self._weights = {term.name: term.weight for term in terms}
+        self._judges: dict[str, _Judge] = {}
+        for term in terms:
+            if not term.is_model:
+                function = load_function(term.source, setting="the reward")
+                judge: _Judge = partial(_by_function, function, f"the reward '{term.source}'")
+            elif same_tokens(policy_tokenizer, tokenizers[term.source]):
+                require_context(models[term.source].model, max_length, SAMPLING_LENGTH)
+                judge = partial(_by_tokens, models[term.source])
+            else:
+                judge = partial(_by_text, models[term.source], tokenizers[term.source])
+            self._judges[term.name] = judge
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], written: Written, responses: Responses) -> Scores:
+        """Score B texts: `written` is the tokens of `responses` to `prompts`.
+
+        Functions, and models with other tokens, read the whole prompt, also where `written` has
+        lost its beginning.
+
+        Raises: ConfigError when a function fails, or does not return one finite number each.
+        """
+        said = _Said(prompts, written, responses, self._tokenizer)
+        parts = {name: judge(said) for name, judge in self._judges.items()}
+        weighted = [self._weights[name] * part for name, part in parts.items()]
+        return Scores(torch.stack(weighted).sum(0), parts)
+
+
+def load_reward(
+    terms: Sequence[RewardTerm],
+    directories: Mapping[str, Path],
+    policy_tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    precision: Precision = "float32",
+    *,
+    max_length: int,
+    ready: Mapping[str, ScalarModel] | None = None,
+) -> Reward:
+    """The reward whose models are in these directories, by source.
+
+    Models that are `ready` share the policy's trunk, and so its tokens; they need no directory.
+
+    Raises: ConfigError when a term has no directory, or as `Reward` does; ModelError when one holds
+    no reward model.
+    """
+    models = dict(ready or {})
+    tokenizers = dict.fromkeys(models, policy_tokenizer)
+    for source in (term.source for term in terms if term.is_model and term.source not in models):
+        if source not in directories:
+            given = ", ".join(directories) or "none"
+            raise ConfigError(
+                f"the reward '{source}' has no model directory (given: {given}); hand its "
+                "directory over, or leave this part out"
+            )
+        require_kind(directories[source], "reward")
+        models[source] = ScalarModel.load(directories[source], device, precision)
+        tokenizers[source] = load_tokenizer(ModelConfig(source=str(directories[source])), ())
+    return Reward(terms, models, tokenizers, policy_tokenizer, max_length=max_length)
+
+
+def reach_working_dir() -> None:
+    """Let modules of the working folder be found, after all others: none takes another's place."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def load_function(path: str, *, setting: str) -> RewardFunction:
+    """The function that `module:name` stands for; `setting` is where the path was given.
+
+    Raises: ConfigError when the module cannot be imported or has no such function in it.
+    """
+    module, _, name = path.partition(":")
+    reach_working_dir()
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{setting} '{path}' is not a function that can be imported ({error}); "
+            "write it as package.module:function"
+        ) from error
+    if not callable(function):
+        raise ConfigError(
+            f"{setting} '{path}' is no function but a {type(function).__name__}; "
+            "write it as package.module:function"
+        )
+    return cast(RewardFunction, function)
+
+
+def call_function(
+    function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str]
+) -> Tensor:
+    """(B,) what a function gives for each response; `name` is what messages call it.
+
+    Raises: ConfigError when it fails, or does not return one finite number each.
+    """
+    try:
+        values: list[object] = list(function(prompts, responses))
+    except Exception as error:
+        raise ConfigError(
+            f"{name} failed on {len(responses)} texts ({type(error).__name__}: {error}); mend the "
+            "function"
+        ) from error
+    wanted = f"{name} has to return one finite number for each of the {len(responses)} responses"
+    if len(values) != len(responses):
+        raise ConfigError(f"{wanted}; it gave {len(values)}")
+    numbers = torch.tensor([_number(value) for value in values])
+    if not numbers.isfinite().all():
+        row = int(numbers.isfinite().logical_not().nonzero()[0])
+        raise ConfigError(f"{wanted}; it gave {values[row]!r} for number {row}: {responses[row]!r}")
+    return numbers
+
+
+def _number(value: object) -> float:
+    """A value as a float; NaN where it is no number."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # arrays of several, 10**400
+        return math.nan
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a policy said, as tokens and as text."""
+
+    prompts: Sequence[Prompt]
+    written: Written
+    responses: Responses
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Each response, without special tokens."""
+        return decode_responses(self.responses.tokens, self.responses.mask, self.tokenizer)
+
+
+_Judge: TypeAlias = Callable[[_Said], Tensor]  # -> (B,)
+
+
+def _by_tokens(model: ScalarModel, said: _Said) -> Tensor:
+    return model.scores(said.written.packed)
+
+
+def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, said: _Said) -> Tensor:
+    room = context_of(model.model) or sys.maxsize
+    spaced = said.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
+    rows = []
+    finished = said.responses.finished.tolist()
+    for prompt, text, ended in zip(said.prompts, said.texts, finished, strict=True):
+        if spaced and not isinstance(prompt, str):
+            text = text.removeprefix(" ")  # of the policy's template, not of the answer
+        ids, _, _ = encode_pair(prompt, text, tokenizer, room)
+        closed = ids[-1] == tokenizer.eos_token_id  # not if it was cut
+        rows.append(ids if ended or not closed else ids[:-1] or ids)
+    return model.scores(pack(rows, model.model.device))
+
+
+def _by_function(function: RewardFunction, name: str, said: _Said) -> Tensor:
+    asked = [render_prompt(prompt, said.tokenizer) for prompt in said.prompts]
+    return call_function(function, name, asked, said.texts).to(said.responses.tokens.device)

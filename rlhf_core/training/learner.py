@@ -1,0 +1,248 @@
+"""What every training stage shares: a learner, its schedule, one safe step, batches."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf_core.backbone.networks import Network, Precision
+from rlhf_core.config import Section
+from rlhf_core.errors import NumericsError
+from rlhf_core.training.ranks import Ranks, full, shard_like
+
+
+class TrainingSection(Section):
+    """Settings of gradient descent that all training stages have."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate falls to 0 after warm-up"
+    )
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="Share of all steps in which the rate rises from 0"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, on matrices alone")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
+    batch_size: int = Field(32, ge=1, description="Samples in one optimizer step")
+    micro_batch_size: int = Field(
+        32, ge=1, description="Samples in one forward pass; less memory, same result"
+    )
+    precision: Precision = Field(
+        "float32",
+        description="What matrix products are computed in. bfloat16 is faster on GPUs and on CPUs "
+        "that have instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
+        "their gradients and the optimizer stay in float32",
+    )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA adapters beside every linear layer; 0 = all weights learn",
+    )
+    lora_layers: int = Field(
+        0,
+        ge=0,
+        description="Adapters in the last so many blocks alone; what lies below is then computed "
+        "once for all networks and epochs. 0 = in every block",
+    )
+    lora_alpha: int = Field(
+        32, gt=0, description="What the adapter adds is scaled by this over its rank"
+    )
+
+
+class Learner:
+    """A network with AdamW and a schedule, and a step that refuses what is not finite.
+
+    Called, it is the network's `forward`, over all ranks.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: TrainingSection,
+        total_steps: int,
+        *,
+        ranks: Ranks | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
+        self.network = network
+        self._ranks = ranks or Ranks()
+        parameters = list(network.learnable().values())
+        self._max_grad_norm = config.max_grad_norm
+        self._adamw = AdamW(
+            [
+                {
+                    "params": [p for p in parameters if p.ndim >= 2],
+                    "weight_decay": config.weight_decay,
+                },
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate if learning_rate is None else learning_rate,
+            fused=True,
+        )
+        self._module = self._ranks.prepare(network, self._adamw)
+        self._named = network.learnable()  # after that, as they may have become shards
+        warmup = round(config.warmup_ratio * total_steps)
+        self._schedule = LambdaLR(
+            self._adamw,
+            lambda step: learning_rate_factor(config.schedule, step, warmup, total_steps),
+        )
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The network's `forward`."""
+        return self._module(*inputs, **options)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step applies."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """One forward and backward pass; at the last of a step the ranks' gradients meet."""
+        return self._ranks.accumulate(self._module, last=last)
+
+    def backward(self, loss: Tensor, name: str) -> None:
+        """Add the gradient of this rank's share of a loss.
+
+        Raises: NumericsError naming the loss when it is not finite.
+        """
+        require_finite(name, loss)
+        self._ranks.backward(loss)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule, clear the gradients.
+
+        Returns: the gradient norm before clipping.
+        Raises: NumericsError naming the first tensor whose gradient is not finite.
+        """
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        # Measured before it is clipped: scaling by a norm of NaN would leave NaN in every tensor.
+        norm = full(nn.utils.get_total_norm(gradients))
+        if not bool(norm.isfinite()):
+            raise NumericsError(
+                f"the gradient of {self._first_bad()} is not finite; training has stopped before "
+                "the update. Lower learning_rate, or look at the batch that was logged last"
+            )
+        nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
+        self._adamw.step()
+        self._schedule.step()
+        self.drop_gradient()
+        return norm.item()
+
+    def drop_gradient(self) -> None:
+        """Forget what has been accumulated since the last step."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that learn, AdamW's moments, and the place in the schedule."""
+        adamw = self._adamw.state_dict()
+        moments = {
+            number: {name: full(value) for name, value in kept.items()}
+            for number, kept in adamw["state"].items()
+        }
+        return {
+            "parameters": {name: full(p.detach()) for name, p in self._named.items()},
+            "adamw": adamw | {"state": moments},
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(shard_like(state["parameters"][name], parameter))
+        held = [p for group in self._adamw.param_groups for p in group["params"]]
+        moments = {
+            number: {name: shard_like(value, held[number]) for name, value in kept.items()}
+            for number, kept in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict(state["adamw"] | {"state": moments})
+        self._schedule.load_state_dict(state["schedule"])
+
+    def _first_bad(self) -> str:
+        bad = (
+            name
+            for name, p in self._named.items()
+            if p.grad is not None and not full(p.grad).isfinite().all()
+        )
+        return next(bad, "the model")
+
+
+def learning_rate_factor(schedule: str, step: int, warmup: int, total: int) -> float:
+    """Share of the peak rate at a step: rises over `warmup` steps, then falls to 0 at `total`.
+
+    linear: 1 - p; cosine: (1 + cos πp) / 2; with p = (step - warmup) / (total - warmup).
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    p = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 1.0 - p if schedule == "linear" else (1.0 + math.cos(math.pi * p)) / 2.0
+
+
+def require_finite(name: str, value: Tensor) -> None:
+    """Raise NumericsError naming the tensor unless all of it is finite."""
+    if not bool(value.isfinite().all()):
+        raise NumericsError(
+            f"{name} is not finite; training has stopped before the update. Lower learning_rate, "
+            "or look at the batch that was logged last"
+        )
+
+
+class Batches(Iterator[list[int]]):
+    """Indices of one batch after another, each epoch in its own order; its last may be short.
+
+    Its state is its place: what is left of the epoch, how many epochs follow, and the generator.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        epochs: int,
+        generator: torch.Generator,
+        *,
+        first_in_order: bool = False,
+    ) -> None:
+        self._size = size
+        self._batch_size = batch_size
+        self._generator = generator
+        self._waiting = list(range(size)) if first_in_order else []
+        self._epochs = epochs - first_in_order
+
+    def __next__(self) -> list[int]:
+        if not self._waiting:
+            if self._epochs <= 0:
+                raise StopIteration
+            self._epochs -= 1
+            self._waiting = torch.randperm(self._size, generator=self._generator).tolist()
+        batch, self._waiting = (
+            self._waiting[: self._batch_size],
+            self._waiting[self._batch_size :],
+        )
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+        return {
+            "waiting": list(self._waiting),
+            "epochs": self._epochs,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._waiting, self._epochs = list(state["waiting"]), state["epochs"]
+        self._generator.set_state(state["generator"])
+
+
+def chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    """Consecutive pieces of at most `size` items: the micro-batches of a batch."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

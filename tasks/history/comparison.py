@@ -1,0 +1,250 @@
+"""Two pipeline runs side by side: settings, stages and the metrics of every stage.
+
+Reads MLflow and changes nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from tasks.history.runs import PIPELINE, find_run, search
+from tasks.record.stage import CACHED_FROM, run_url
+from tasks.record.tracking import connect
+from tasks.settings import Settings
+
+EVALUATION = "evaluation"
+LOW, HIGH = "_low", "_high"  # the bounds of a metric are metrics of their own
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunFacts(_Record):
+    """Which run, how it ended, by which code, and its page in MLflow."""
+
+    run_id: str
+    name: str
+    status: str
+    code: str
+    url: str
+
+
+class ParamRow(_Record):
+    """A setting in each run; empty where a run does not have it."""
+
+    stage: str
+    name: str
+    first: str
+    second: str
+
+
+class StageRow(_Record):
+    """How a stage ended in each run; None where a run does not have it."""
+
+    stage: str
+    first: str | None
+    second: str | None
+
+
+class MetricRow(_Record):
+    """The last value of a metric in each run; None where a run does not have it."""
+
+    stage: str
+    name: str
+    first: float | None
+    second: float | None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def difference(self) -> float | None:
+        """Second minus first."""
+        if self.first is None or self.second is None:
+            return None
+        return self.second - self.first
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs have different values; NaN is the same as NaN."""
+        if self.first is None or self.second is None:
+            return self.first is not self.second
+        both_nan = math.isnan(self.first) and math.isnan(self.second)
+        return self.first != self.second and not both_nan
+
+
+class Value(NamedTuple):
+    """A metric, and its interval where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Measure(NamedTuple):
+    """A metric with its bounds, in each run; None where a run does not have it."""
+
+    stage: str
+    name: str
+    first: Value | None
+    second: Value | None
+    difference: float | None
+    differs: bool  # in value or bounds
+
+
+class RunComparison(_Record):
+    """What `compare` found."""
+
+    runs: tuple[RunFacts, RunFacts]
+    params: tuple[ParamRow, ...]  # those that differ
+    same_params: tuple[ParamRow, ...]
+    stages: tuple[StageRow, ...]
+    metrics: tuple[MetricRow, ...]
+    url: str
+
+    def measures(self) -> list[Measure]:
+        """The metrics, each with its bounds beside it."""
+        rows = {(row.stage, row.name): row for row in self.metrics}
+        bounds = {(stage, name + end) for stage, name in rows for end in (LOW, HIGH)}
+        return [
+            _measure(
+                row, [rows[key] for end in (LOW, HIGH) if (key := (stage, name + end)) in rows]
+            )
+            for (stage, name), row in rows.items()
+            if (stage, name) not in bounds
+        ]
+
+    def differing_measures(self) -> list[Measure]:
+        """Those that differ, each once, of the stages that both runs have.
+
+        The pipeline's own run repeats the closing numbers of its evaluation.
+        """
+        shared = {row.stage for row in self.stages if None not in (row.first, row.second)}
+        evaluated = {row.name for row in self.metrics if row.stage == EVALUATION}
+        return [
+            measure
+            for measure in self.measures()
+            if measure.differs
+            and measure.stage in shared
+            and not (measure.stage == PIPELINE and f"summary/{measure.name}" in evaluated)
+        ]
+
+    def differing_stages(self) -> list[StageRow]:
+        """Those that only one run has, or that ended differently."""
+        return [row for row in self.stages if row.first != row.second]
+
+
+def _measure(row: MetricRow, bounds: list[MetricRow]) -> Measure:
+    first, second = row.first, row.second
+    return Measure(
+        stage=row.stage,
+        name=row.name,
+        first=None if first is None else Value(first, *(bound.first for bound in bounds)),
+        second=None if second is None else Value(second, *(bound.second for bound in bounds)),
+        difference=row.difference,
+        differs=any(part.differs for part in (row, *bounds)),
+    )
+
+
+def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
+    """Compare two pipeline runs, each named by its id, the start of its id, or its name.
+
+    Raises:
+        UserError: no run, or more than one, answers to a name.
+    """
+    client = connect(settings)
+    runs = (find_run(client, first), find_run(client, second))
+    stages = (_stages(client, runs[0]), _stages(client, runs[1]))
+    params = list(_params(*runs))
+    return RunComparison(
+        runs=(_facts(runs[0], settings), _facts(runs[1], settings)),
+        params=tuple(row for row in params if row.first != row.second),
+        same_params=tuple(row for row in params if row.first == row.second),
+        stages=tuple(_stage_rows(*stages)),
+        metrics=tuple(_metrics(client, *stages)),
+        url=_comparison_url(runs, settings),
+    )
+
+
+def _facts(run: Run, settings: Settings) -> RunFacts:
+    info, tags = run.info, run.data.tags
+    release, commit = tags.get("code_version", "unknown"), tags.get("git_commit", "unknown")
+    changed = " with changes" if tags.get("git_dirty") == "true" else ""
+    return RunFacts(
+        run_id=info.run_id,
+        name=info.run_name,
+        status=info.status,
+        code=f"release {release}, commit {commit[:12]}{changed}",
+        url=run_url(info.run_id, info.experiment_id, settings),
+    )
+
+
+def _stages(client: MlflowClient, run: Run) -> dict[str, Run]:
+    """The stages of a run by name, in the order in which they ran; of two the later one."""
+    condition = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    children = sorted(
+        search(client, [run.info.experiment_id], condition), key=lambda c: c.info.start_time
+    )
+    stages = {child.data.tags.get("stage", child.info.run_name): child for child in children}
+    return {PIPELINE: run, **stages}
+
+
+def _params(first: Run, second: Run) -> Iterator[ParamRow]:
+    """All settings; the run of the pipeline has all of them, as `section.name`."""
+    for name in _either(first.data.params, second.data.params):
+        section, _, key = name.rpartition(".")
+        left, right = (run.data.params.get(name, "") for run in (first, second))
+        yield ParamRow(stage=section, name=key, first=left, second=right)
+
+
+def _stage_rows(first: Mapping[str, Run], second: Mapping[str, Run]) -> Iterator[StageRow]:
+    for stage in _either(first, second):
+        left, right = (
+            runs[stage].info.status if stage in runs else None for runs in (first, second)
+        )
+        yield StageRow(stage=stage, first=left, second=right)
+
+
+def _metrics(
+    client: MlflowClient, first: Mapping[str, Run], second: Mapping[str, Run]
+) -> Iterator[MetricRow]:
+    for stage in _either(first, second):
+        values = [
+            _metrics_of(client, runs[stage]) if stage in runs else {} for runs in (first, second)
+        ]
+        for name in sorted(_either(*values)):
+            left, right = (side.get(name) for side in values)
+            yield MetricRow(stage=stage, name=name, first=left, second=right)
+
+
+def _metrics_of(client: MlflowClient, run: Run) -> dict[str, float]:
+    """The last values of a run; of one that was not done again, those of the run that did it.
+
+    A cached stage has only the closing numbers itself, and its curves would look like a difference.
+    """
+    found = dict(run.data.metrics)
+    if source := run.data.tags.get(CACHED_FROM):
+        try:
+            found = {**client.get_run(source).data.metrics, **found}
+        except MlflowException as error:  # somebody has deleted it for good
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return found
+
+
+def _either(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
+    """The keys of both, in order, each once."""
+    return list({**first, **second})
+
+
+def _comparison_url(runs: tuple[Run, Run], settings: Settings) -> str:
+    ids = [run.info.run_id for run in runs]
+    experiments = list(dict.fromkeys(run.info.experiment_id for run in runs))
+    query = f"runs={quote(json.dumps(ids))}&experiments={quote(json.dumps(experiments))}"
+    return f"{settings.mlflow_public_url}/#/compare-runs?{query}"

@@ -1,0 +1,232 @@
+"""What the Prefect run around a stage gets to see: log lines, progress, tables, figures, links.
+
+All of it is for people. Outside a Prefect run nothing happens, and when Prefect does not answer a
+warning is logged and the stage goes on.
+"""
+
+import base64
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
+from uuid import UUID
+
+import pandas as pd
+from prefect import task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.schemas.objects import State
+from prefect.context import TaskRunContext, get_run_context
+from prefect.exceptions import MissingContextError, Pause
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run, task_run
+from prefect.states import Completed
+
+from tasks.record.tracking import how_far
+from tasks.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+SUSPENSION = Pause  # what a flow that suspends itself is ended by
+LIBRARIES = ("rlhf_core", "tasks")
+TABLE_ROWS = 20
+FIGURE_BYTES = 200_000
+NAME_LENGTH = 250  # what a database of MLflow takes for the name of a run
+
+
+@dataclass(frozen=True)
+class PrefectRun:
+    """The Prefect run that this code is part of."""
+
+    flow_run_id: str
+    task_run_id: str
+    flow_name: str
+
+    @classmethod
+    def current(cls) -> "PrefectRun | None":
+        """The run of this thread; None outside Prefect."""
+        try:
+            get_run_context()
+        except MissingContextError:
+            return None
+        return cls(str(flow_run.id or ""), str(task_run.id or ""), str(flow_run.flow_name or ""))
+
+    def tags(self, public_url: str) -> dict[str, str]:
+        """The MLflow tags that lead back to this run."""
+        ids = {
+            "flow_run_id": self.flow_run_id,
+            "task_run_id": self.task_run_id,
+            "flow_name": self.flow_name,
+        }
+        content = {**ids, "flow_run_url": self.url(public_url)}
+        return {f"prefect.{k}": v for k, v in content.items() if v}
+
+    def url(self, public_url: str) -> str:
+        """The page of the flow run; empty where this is no part of one."""
+        return f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
+
+
+def run_name() -> str:
+    """The name of the flow run of this thread, as long as MLflow takes; empty outside Prefect."""
+    return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
+
+
+def closing_lines(settings: Settings) -> list[str]:
+    """The end of a report: the flow run's page, where there is one that stays."""
+    prefect = PrefectRun.current()
+    if prefect and settings.prefect_stays:
+        return [f"- The flow run in Prefect: {prefect.url(settings.prefect_public_url)}"]
+    if settings.artifact_root:  # MLflow is a file, which nobody serves now
+        return ["- `rlhf up` serves these pages, and the flow run in Prefect."]
+    return []
+
+
+def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function a Prefect task, whose run is shown as Cached when it returns `as_cached`."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known = task(name=name, task_run_name=run_name)(function)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            returned: object = known(*args, **kwargs)
+            return cast(T, returned.result() if isinstance(returned, State) else returned)
+
+        return call
+
+    return decorate
+
+
+def as_cached(value: T, message: str) -> T:
+    """What a `stage_task` returns to be shown as Cached; whoever called it gets the value."""
+    if TaskRunContext.get() is None:
+        return value
+    return cast(T, Completed(name="Cached", message=message, data=value))
+
+
+def artifact_key(*parts: str) -> str:
+    """Lower-case letters, digits and dashes, which is all that Prefect takes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+@contextmanager
+def forwarded_logs() -> Iterator[None]:
+    """Send what this project's packages log in this thread, from INFO on, to the Prefect run."""
+    handler = _Forward(get_run_logger(), threading.get_ident())
+    before = {name: logging.getLogger(name).level for name in LIBRARIES}
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).removeHandler(handler)
+            logging.getLogger(name).setLevel(level)
+
+
+class _Forward(logging.Handler):
+    def __init__(
+        self, to: "logging.Logger | logging.LoggerAdapter[logging.Logger]", thread: int
+    ) -> None:
+        super().__init__()
+        self._to = to
+        self._thread_id = thread
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log the record's text again, for the run; two stages in two threads stay apart."""
+        if record.thread == self._thread_id:
+            self._to.log(record.levelno, "%s", record.getMessage(), exc_info=record.exc_info)
+
+
+def show_link(key: str, url: str, text: str) -> None:
+    """A link on the run's page."""
+    with _for_people_only(key):
+        create_link_artifact(link=url, link_text=text, key=key, description=text)
+
+
+def show_table(key: str, table: pd.DataFrame, title: str) -> None:
+    """The first rows of a table."""
+    rows = json.loads(table.head(TABLE_ROWS).to_json(orient="records"))
+    more = f", first {TABLE_ROWS} of {len(table)} rows" if len(table) > TABLE_ROWS else ""
+    with _for_people_only(key):
+        create_table_artifact(table=rows, key=key, description=title + more)
+
+
+def show_figures(key: str, images: Mapping[str, bytes], title: str) -> None:
+    """PNG images inside one page; one that is too large for a database row is named only."""
+    with _for_people_only(key):
+        text = "\n\n".join(_image(name, png) for name, png in images.items())
+        create_markdown_artifact(markdown=f"# {title}\n\n{text}", key=key, description=title)
+
+
+def _image(name: str, png: bytes) -> str:
+    if len(png) > FIGURE_BYTES:
+        return f"**{name}** is too large to be shown here; see the MLflow run."
+    return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+@contextmanager
+def _for_people_only(key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        log.warning("the Prefect artifact %s could not be made", key, exc_info=True)
+
+
+class ArtifactDisplay:
+    """A Prefect progress artifact, changed at most once in `every` seconds.
+
+    It is only for people: when Prefect does not answer, a warning is logged and training goes on.
+    """
+
+    def __init__(self, key: str, title: str, *, every: float = 2.0) -> None:
+        self._key = key
+        self._title = title
+        self._every = every
+        self._artifact: UUID | None = None
+        self._waiting: tuple[int, int, str] | None = None
+        self._finished = False
+        self._next = 0.0
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Create or change the artifact if a change is due or the work is done."""
+        self._waiting = (done, total, note)
+        finished, self._finished = self._finished, done >= total > 0
+        if self._finished > finished or time.monotonic() >= self._next:
+            self._publish()
+
+    def close(self) -> None:
+        """Show the last state, which may have come too soon after the one before."""
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._waiting is None:
+            return
+        (done, total, note), self._waiting = self._waiting, None
+        self._next = time.monotonic() + self._every
+        percent = 100.0 * done / max(total, 1)
+        words = f"{self._title}: {how_far(done, total, note)}"
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(percent, key=self._key, description=words)
+                self._artifact = cast(UUID, made)
+            else:
+                update_progress_artifact(self._artifact, percent, description=words)
+        except Exception:
+            self._next = math.inf
+            log.warning("no progress artifact for %s from here on", self._title, exc_info=True)

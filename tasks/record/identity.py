@@ -1,0 +1,141 @@
+"""Which code is here, and which of it a stage runs: a part of what the stage is.
+
+A stage is trained again when its own code changes and not otherwise, so its key has the modules of
+`rlhf_core` that it imports, directly or through others, the functions that its settings name, and
+the releases of the libraries that move its numbers.
+"""
+
+import ast
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import rlhf_core
+from rlhf_core.rewards.scoring import reach_working_dir
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+# The module that a stage starts in, where it is not one of `rlhf_core.stages` with its name.
+STARTS = {"promotion": "rlhf_core.evaluation.gates"}
+FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:function
+ROOT = Path(rlhf_core.__file__).parent
+
+
+@lru_cache(maxsize=1)
+def code_identity() -> dict[str, str]:
+    """Version of this package, its git commit where it runs from a checkout, and a digest of the
+    whole core: a run that was stopped may go on with the very same code only."""
+    here = Path(__file__)
+    # An installed copy may lie in somebody else's repository: ask about this very file.
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
+    dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
+    return {
+        "code_version": version("rlhf-pipeline"),
+        "code_digest": _digest(sorted(ROOT.rglob("*.py"))),
+        "git_commit": commit or "unknown",
+        "git_dirty": str(dirty).lower(),
+    }
+
+
+def stage_code(stage: str, settings: Mapping[str, Any]) -> str:
+    """Digest of the code that decides about the numbers of a stage.
+
+    Args:
+        stage: its name; one that is not known is taken to run the whole core.
+        settings: its sections, as plain values: functions that they name are a part of it.
+    """
+    start = STARTS.get(stage, f"rlhf_core.stages.{stage}")
+    files = set(closure(start)) if _file(start) else set(ROOT.rglob("*.py"))
+    for module in sorted(_modules(settings)):
+        if module.partition(".")[0] == "rlhf_core":
+            files |= closure(module)
+        elif found := _foreign(module):
+            files.add(found)
+    return _digest(sorted(files))
+
+
+@cache
+def closure(module: str) -> frozenset[Path]:
+    """The files of `rlhf_core` that importing one of its modules runs, or a call of it may."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if path is None or path in found:
+            continue
+        found.add(path)
+        parents = name.split(".")[:-1]  # a package is run before what is in it
+        waiting += [".".join(parents[: end + 1]) for end in range(len(parents))]
+        waiting += _imports(path)
+    return frozenset(found)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """The modules that a file names; `from a import b` may mean the module `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _file(module: str) -> Path | None:
+    """Where a module of the core lies; None for any other name."""
+    first, *rest = module.split(".")
+    if first != "rlhf_core":
+        return None
+    place = ROOT.joinpath(*rest)
+    candidates = (place / "__init__.py", place.with_suffix(".py") if rest else place)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _modules(value: object) -> set[str]:
+    """The modules of all functions that settings name."""
+    if isinstance(value, Mapping):
+        return set().union(*map(_modules, value.values()))
+    if isinstance(value, list | tuple):
+        return set().union(*map(_modules, value))
+    match = FUNCTION.fullmatch(value) if isinstance(value, str) else None
+    return {match[1]} if match else set()
+
+
+def _foreign(module: str) -> Path | None:
+    """The file of a user's module; None where it is not found, which is said when it is called."""
+    reach_working_dir()  # before the function is loaded as after it, or the key would change
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _digest(files: list[Path]) -> str:
+    releases = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    sha = hashlib.sha256(releases.encode())
+    for path in files:
+        inside = path.is_relative_to(ROOT)
+        name = path.relative_to(ROOT).as_posix() if inside else path.name
+        sha.update(f"\n{name}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,115 @@
+"""Texts from a policy on demand, wherever it is kept. Knows nothing about training."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.backbone.models import CARD, ModelConfig, load_base, read_card, require_context
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.sampling import sample, uniforms
+from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
+from rlhf_core.errors import ModelError, UserError
+from rlhf_core.metrics import SilentLogger, StageLogger, counted
+from tasks.record.tracking import connect
+from tasks.registry.model_store import MlflowModelStore
+from tasks.settings import Settings
+
+BATCH_ROWS = 64
+
+
+def generate(
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    settings: Settings,
+    max_new_tokens: int,
+    temperature: float,
+    samples: int = 1,
+    seed: int = 0,
+    chat: bool = False,
+    logger: StageLogger | None = None,
+) -> list[list[str]]:
+    """`samples` responses to each prompt, in the order of the prompts.
+
+    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id. A policy
+    that was trained on messages is asked a text as a user's message, and so is any with `chat`;
+    temperature 0 takes the likeliest token each time. The same call gives the same texts.
+
+    Raises:
+        ModelError: there is no such model, it is not a policy, or it reads no text of that length.
+        UserError: a prompt without any token.
+    """
+    logger = logger or SilentLogger()
+    logger.phase("loading the model")
+    with tempfile.TemporaryDirectory() as scratch:
+        policy, tokenizer, trained_on_chat = _load(model, Path(scratch) / "model", settings)
+    if chat or trained_on_chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
+    if 0 in lengths:
+        raise UserError(
+            f"prompt {lengths.index(0) + 1} is empty and this model has no token to begin with; "
+            "write at least a word"
+        )
+    longest = max(lengths, default=0)
+    require_context(
+        policy.model, longest + max_new_tokens, "the longest prompt with --max-new-tokens"
+    )
+    generator = torch.Generator().manual_seed(seed)
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    texts: list[str] = []
+    for start in range(0, len(rows), BATCH_ROWS):
+        logger.progress(start, len(rows))
+        texts += _respond(
+            policy,
+            tokenizer,
+            rows[start : start + BATCH_ROWS],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            between=counted(logger, "writing", max_new_tokens),
+        )
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _load(
+    name: str, scratch: Path, settings: Settings
+) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
+    """Policy, tokenizer, and whether it was trained on messages."""
+    if name.startswith("models:/"):
+        store = MlflowModelStore(connect(settings))
+        source = str(store.fetch(store.resolve(name), scratch))
+    else:
+        source = name
+    card = read_card(Path(source)) if (Path(source) / CARD).is_file() else {"kind": "policy"}
+    if card["kind"] != "policy":
+        raise ModelError(f"{name} is a {card['kind']} model and writes no text; name a policy")
+    model, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
+    return Policy(model.to(settings.device)), tokenizer, bool(card.get("chat"))
+
+
+def _respond(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+    between: Callable[[], None],
+) -> list[str]:
+    """One response to each of the prompts, as one batch."""
+    whole = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
+    responses = sample(
+        policy,
+        encode_prompts(tokenizer, prompts, whole).to(policy.model.device),
+        uniforms(len(prompts), max_new_tokens, generator),
+        temperature=temperature,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        between=between,
+    )
+    return decode_responses(responses.tokens, responses.mask, tokenizer)

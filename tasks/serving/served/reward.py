@@ -1,0 +1,83 @@
+"""What `mlflow models serve` runs for a reward model: prompts and responses in, rewards out.
+
+This file is copied into the exported model and runs where this package is not installed: it stands
+on torch and transformers only. How a pair becomes tokens is `rlhf_core.data.encoding.encode_pair`,
+and what is computed from them `rlhf_core.backbone.networks.ScalarModel.scores`, written again; a
+test compares them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import torch
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+BATCH = 32
+
+
+class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
+    """Scores each row of the columns `prompt` and `response`."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load weights, tokenizer and normaliser; the device is the accelerator if there is one."""
+        directory = context.artifacts["model"]
+        self.card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True
+        )
+        self.model = model.to(self.device).eval()
+        self.room = model.config.max_position_embeddings
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[float]:
+        """One reward for each row: (logit - reward_mean) / reward_std, not its sigmoid."""
+        pairs = list(zip(model_input["prompt"], model_input["response"], strict=True))
+        rewards: list[float] = []
+        for start in range(0, len(pairs), BATCH):
+            rewards += self.score(pairs[start : start + BATCH])
+        return rewards
+
+    @torch.inference_mode()
+    def score(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """The rewards of one batch, read at the last token of each text."""
+        rows = [self.encode(prompt, response) for prompt, response in pairs]
+        width = max(map(len, rows))
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
+        places = torch.arange(width, device=self.device)
+        hidden = self.model.base_model(
+            input_ids=ids, attention_mask=(places < lengths[:, None]).long(), use_cache=False
+        ).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        logits = self.model.score(last).squeeze(-1)
+        rewards = (logits - self.card["reward_mean"]) / self.card["reward_std"]
+        return [float(reward) for reward in rewards]
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """Tokens of a pair. One that is longer than the context is cut there, by the rule that
+        training applies at `reward_model.max_length`.
+        """
+        head: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self.tokenizer("").input_ids[:1] == [bos] and head[:1] != [bos]:
+            head = [bos, *head]
+        tail = self.tokenizer(response, add_special_tokens=False).input_ids
+        tail = [*tail, self.tokenizer.eos_token_id]
+        if len(head) + len(tail) > self.room:
+            tail = tail[: max(self.room - len(head), self.room // 2, 1)]
+            head = head[max(len(head) + len(tail) - self.room, 0) :]
+        return [*head, *tail]
+
+
+mlflow.models.set_model(ServedReward())

@@ -1,0 +1,334 @@
+"""What each format of a row becomes, and how a bad row is named."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from rlhf_core.data.formats import parse
+from rlhf_core.data.sources import Rows, read_rows
+from rlhf_core.errors import DataError
+
+USER = {"role": "user", "content": "Why is the sky blue?"}
+GOOD = {"role": "assistant", "content": "Rayleigh scattering."}
+POOR = {"role": "assistant", "content": "It just is."}
+
+
+def table(kind, *rows, names=None):
+    return parse(Rows("my/file.jsonl", "line", list(enumerate(rows, 1))), kind, names or {})
+
+
+def records(found):
+    """The rows without the columns that are empty in most tests."""
+    assert not found.faults
+    plain = {"tie": False, "margin": 0.0, "annotator": "", "ballot": 0}
+    return [
+        {name: value for name, value in row.items() if plain.get(name) != value}
+        for row in found.frame.to_dict("records")
+    ]
+
+
+def pair(n, prompt, chosen, rejected, **more):
+    answers = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"id": f"file-{n}", **answers, **more}
+
+
+# --- demonstrations and prompts
+
+
+def test_demonstrations_of_texts_messages_and_dialogues():
+    text = {"id": 7, "prompt": " p", "response": "r ", "unused": None}
+    chat = {"id": "x", "prompt": [USER | {"name": "Ann"}], "response": "r"}
+    assert records(table("demonstrations", text, chat)) == [
+        {"id": "7", "prompt": " p", "response": "r "},
+        {"id": "x", "prompt": [USER], "response": "r"},
+    ]
+    answer = {"prompt": [USER], "response": [GOOD]}
+    asked = [{"id": "file-1", "prompt": [USER], "response": GOOD["content"]}]
+    assert records(table("demonstrations", answer)) == asked
+    assert records(table("demonstrations", {"messages": [USER, GOOD]})) == asked
+    beside = {"messages": [USER, GOOD], "prompt": USER["content"]}
+    assert records(table("demonstrations", beside)) == asked
+
+
+def test_prompts_of_texts_and_messages():
+    rows = [{"prompt": "p"}, {"prompt": [USER, GOOD, USER]}]
+    assert records(table("prompts", *rows)) == [
+        {"id": "file-1", "prompt": "p"},
+        {"id": "file-2", "prompt": [USER, GOOD, USER]},
+    ]
+
+
+def test_mapped_names_are_read_and_named_in_errors():
+    names = {"prompt": "question", "response": "answer"}
+    row = {"question": "q", "answer": "a"}
+    assert records(table("demonstrations", row, names=names)) == [
+        {"id": "file-1", "prompt": "q", "response": "a"}
+    ]
+    [fault] = table("demonstrations", row, {"question": "q", "answer": 3}, names=names).faults
+    assert str(fault) == "my/file.jsonl, line 2, field 'answer': is a number, not text"
+
+
+# --- preferences
+
+
+def test_a_pair_with_its_optional_fields():
+    row = {
+        "id": "i",
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "r",
+        "annotator": 3,
+        "margin": "0.5",
+    }
+    assert table("preferences", row).frame.to_dict("records") == [
+        {"id": "i", "prompt": "p", "chosen": "c", "rejected": "r"}
+        | {"tie": False, "margin": 0.5, "annotator": "3", "ballot": 0}
+    ]
+
+
+def test_the_optional_fields_may_be_null_or_an_empty_cell():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    null = dict.fromkeys(("id", "annotator", "margin"))
+    empty = dict.fromkeys(("id", "annotator", "margin"), "")
+    assert records(table("preferences", row | null, row | empty)) == [
+        pair(1, "p", "c", "r"),
+        pair(2, "p", "c", "r"),
+    ]
+
+
+VOTED = {"prompt": "p", "response_a": "A", "response_b": "B"}
+A_WINS, B_WINS, TIE = ("A", "B", {}), ("B", "A", {}), ("A", "B", {"tie": True})
+
+
+@pytest.mark.parametrize(
+    ("row", "outcomes"),
+    [
+        # annotator, vote and seconds, as in the argument pairs
+        (
+            {"votes": [["w1", "a", 12], ["w2", "b", 9], ["w3", "tie", 30]]},
+            [("w1", A_WINS), ("w2", B_WINS), ("w3", TIE)],
+        ),
+        ({"votes": [{"annotator": 1, "vote": "B"}, {"vote": " Tie "}]}, [("1", B_WINS), ("", TIE)]),
+        ({"votes": ["b", "a"]}, [("", B_WINS), ("", A_WINS)]),
+        ({"vote": "b", "annotator": "w9"}, [("w9", B_WINS)]),
+        ({"preference": "tie"}, [("", TIE)]),
+        ({"votes": ["a"], "vote": "b"}, [("", A_WINS)]),
+    ],
+)
+def test_each_vote_becomes_a_preference(row, outcomes):
+    found = table("preferences", VOTED | row)
+    assert not found.faults
+    assert found.rows == 1
+    columns = ["id", "chosen", "rejected", "tie", "annotator"]
+    assert found.frame[columns].to_numpy().tolist() == [
+        ["file-1", chosen, rejected, more.get("tie", False), annotator]
+        for annotator, (chosen, rejected, more) in outcomes
+    ]
+
+
+def test_a_mapped_label_goes_before_votes_that_are_there_too():
+    row = VOTED | {"votes": ["a", "a", "b"], "gold": "b"}
+    [found] = records(table("preferences", row, names={"vote": "gold"}))
+    assert found["chosen"] == "B"
+
+
+def test_anonymous_votes_are_told_apart_and_named_ones_are_not():
+    votes = ["a", "b", "a", ["w1", "a"], ["w1", "a"]]
+    frame = table("preferences", VOTED | {"votes": votes}).frame
+    assert frame["ballot"].tolist() == [1, 1, 2, 0, 0]
+
+
+def test_a_pair_without_votes_is_skipped_with_its_reason():
+    found = table("preferences", VOTED | {"votes": []}, VOTED | {"votes": ["a"]})
+    assert found.skipped == {"no votes": 1}
+    assert len(found.frame) == 1
+
+
+# A sample written by hand in the public format of HH-RLHF: no prompt, whole dialogues.
+HH = [
+    {
+        "chosen": "\n\nHuman: Can eggs float?\n\nAssistant: Old ones do.\n\nThey hold air."
+        "\n\nHuman: Why?\n\nAssistant: The shell lets gas in.",
+        "rejected": "\n\nHuman: Can eggs float?\n\nAssistant: Old ones do.\n\nThey hold air."
+        "\n\nHuman: Why?\n\nAssistant: I don't know.",
+    },
+    {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: Bye!",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: What?\n\nHuman: Bye\n\nAssistant: Bye.",
+    },
+    {
+        "chosen": "\n\nHuman: Human: and Assistant: are words\n\nAssistant: So they are.\n",
+        "rejected": "\n\nHuman: Human: and Assistant: are words\n\nAssistant: No.",
+    },
+]
+
+
+def test_dialogues_in_the_format_of_hh_rlhf(tmp_path):
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in HH), encoding="utf-8")
+    found = parse(read_rows(str(path), split="train", subset="", limit=0), "preferences", {})
+    eggs = [
+        {"role": "user", "content": "Can eggs float?"},
+        {"role": "assistant", "content": "Old ones do.\n\nThey hold air."},
+        {"role": "user", "content": "Why?"},
+    ]
+    words = [{"role": "user", "content": "Human: and Assistant: are words"}]
+    assert records(found) == [
+        {
+            "id": "hh-1",
+            "prompt": eggs,
+            "chosen": "The shell lets gas in.",
+            "rejected": "I don't know.",
+        },
+        {"id": "hh-3", "prompt": words, "chosen": "So they are.", "rejected": "No."},
+    ]
+    assert found.skipped == {"dialogues diverge before the last answer": 1}
+    assert found.rows == 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, GOOD], "rejected": [USER, POOR]},
+        {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, POOR]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, POOR]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR]},
+        {"prompt": [USER], "chosen": GOOD["content"], "rejected": POOR["content"]},
+    ],
+    ids=["no prompt", "ultrafeedback", "full dialogues", "answers alone", "answers as text"],
+)
+def test_pairs_of_messages(row):
+    assert records(table("preferences", row)) == [pair(1, [USER], GOOD["content"], POOR["content"])]
+
+
+def test_a_dialogue_keeps_what_stands_around_its_prompt():
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": f" {USER['content']}\n"}
+    row |= {"chosen": [system, USER, GOOD], "rejected": [system, USER, POOR]}
+    [found] = records(table("preferences", row))
+    assert found["prompt"] == [system, USER]
+
+
+# --- bad rows
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+DIALOGUE = {"chosen": [USER, GOOD], "rejected": [USER, POOR]}
+NO_DIALOGUE = (
+    "is no dialogue (messages, or turns that begin with 'Human:' and 'Assistant:'), "
+    "and there is no prompt beside it"
+)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "category", "message"),
+    [
+        (PAIR, {"chosen": None}, "missing", "'chosen': is missing"),
+        (PAIR, {"rejected": ...}, "missing", "'rejected': is missing"),
+        (PAIR, {"chosen": 3}, "wrong type", "'chosen': is a number, not text"),
+        (PAIR, {"chosen": True}, "wrong type", "'chosen': is a truth value, not text"),
+        (PAIR, {"prompt": {"a": 1}}, "wrong type", "'prompt': is an object, not text"),
+        (PAIR, {"prompt": ""}, "empty text", "'prompt': is empty"),
+        (PAIR, {"chosen": " \n\t\u00a0"}, "empty text", "'chosen': is empty"),
+        (PAIR, {"chosen": "x\ud83d"}, "broken text", "'chosen': holds half of a surrogate pair"),
+        (PAIR, {"annotator": 0.5}, "wrong type",
+         "'annotator': is a number, not text or a whole number"),
+        (PAIR, {"id": ["x"]}, "wrong type", "'id': is a list, not text or a whole number"),
+        (PAIR, {"margin": float("nan")}, "bad margin", "'margin': nan is not a finite number"),
+        (PAIR, {"margin": float("inf")}, "bad margin", "'margin': inf is not a finite number"),
+        (PAIR, {"margin": "high"}, "bad margin", "'margin': 'high' is not a finite number"),
+        (PAIR, {"margin": True}, "bad margin", "'margin': True is not a finite number"),
+        (VOTED | {"votes": ["a"]}, {"votes": ["a", "c"]}, "unknown vote",
+         "'votes': 'c' is not a vote; a vote is 'a', 'b' or 'tie'"),
+        (VOTED | {"votes": ["a"]}, {"votes": [["w1"]]}, "unknown vote",
+         "'votes': ['w1'] is not a vote; a vote is 'a', 'b' or 'tie'"),
+        (VOTED | {"votes": ["a"]}, {"votes": [["w1", 1]]}, "unknown vote",
+         "'votes': 1 is not a vote; a vote is 'a', 'b' or 'tie'"),
+        (VOTED | {"votes": ["a"]}, {"votes": "a"}, "wrong type",
+         "'votes': is text, not a list of votes"),
+        (VOTED | {"votes": ["a"]}, {"votes": None}, "missing", "'votes': is missing"),
+        (VOTED | {"vote": "a"}, {"vote": None}, "missing", "'vote': is missing"),
+        (VOTED | {"vote": "a"}, {"response_b": ""}, "empty text", "'response_b': is empty"),
+        (DIALOGUE, {"chosen": "Hello."}, "bad messages", f"'chosen': {NO_DIALOGUE}"),
+        (DIALOGUE, {"chosen": "\n\nHuman: Hi"}, "bad messages",
+         "'chosen': does not end with an answer of the assistant"),
+        (DIALOGUE, {"chosen": "\n\nHuman: Hi\n\nAssistant: "}, "empty text",
+         "'chosen': message 2 is empty"),
+        (DIALOGUE, {"chosen": "\n\nAssistant: Hi"}, "bad messages",
+         "'chosen': has no question of the user to be answered"),
+        (DIALOGUE, {"chosen": []}, "empty text", "'chosen': is a list without messages"),
+        (DIALOGUE, {"chosen": [USER, "x"]}, "bad messages",
+         "'chosen': message 2 is not an object with role and content"),
+        (DIALOGUE, {"chosen": [USER, {"role": "assistant"}]}, "bad messages",
+         "'chosen': message 2 is not an object with role and content"),
+        (DIALOGUE, {"chosen": [USER, {"role": "tool", "content": "x"}]}, "bad messages",
+         "'chosen': message 2 has the role 'tool'; it must be system, user or assistant"),
+        (DIALOGUE, {"chosen": [USER, {"role": "assistant", "content": ["x"]}]}, "wrong type",
+         "'chosen': message 2 is a list, not text"),
+        (DIALOGUE, {"rejected": [USER]}, "bad messages",
+         "'rejected': does not end with an answer of the assistant"),
+        (DIALOGUE | {"prompt": [USER]}, {"prompt": [USER, GOOD]}, "bad messages",
+         "'prompt': has no question of the user to be answered"),
+        (DIALOGUE | {"prompt": [USER]}, {"prompt": "Other?"}, "bad messages",
+         "'chosen': is a dialogue that does not contain the prompt"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_by_file_line_and_field(good, bad, category, message):
+    row = {name: value for name, value in {**good, **bad}.items() if value is not ...}
+    found = table("preferences", good, row, good)
+    [fault] = found.faults
+    assert str(fault) == f"my/file.jsonl, line 2, field {message}"
+    assert fault.category == category
+    assert len(found.frame) == 2
+
+
+def test_unreadable_lines_are_faults_too_in_the_order_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p"}\n{"prompt": ""}\n?\n{"prompt": 1}\n', encoding="utf-8")
+    found = parse(read_rows(str(path), split="train", subset="", limit=0), "prompts", {})
+    assert [(fault.number, fault.category) for fault in found.faults] == [
+        (2, "empty text"),
+        (3, "unreadable"),
+        (4, "wrong type"),
+    ]
+    assert found.rows == 4
+    assert len(found.frame) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "names", "message"),
+    [
+        ("prompts", [], {}, "f has no rows; check that it is the right file"),
+        ("prompts", [{"q": "x", "n": 1}], {}, "f holds no prompts: they need 'prompt', and its "
+         "fields are: q, n; name the right ones in data.prompts.fields"),
+        ("preferences", [{"chosen": "x"}], {}, "f holds no preferences: they need 'chosen' and "
+         "'rejected' (with 'prompt', or as whole dialogues), or 'prompt', 'response_a', "
+         "'response_b' and 'votes' (or 'vote'), and its fields are: chosen; name the right ones in "
+         "data.preferences.fields"),
+        ("demonstrations", [{"response": "x"}], {}, "f holds no demonstrations: they need 'prompt' "
+         "and 'response', or 'messages', and its fields are: response; name the right ones in "
+         "data.demonstrations.fields"),
+        ("prompts", [{"q": "x"}], {"prompt": "question"}, "f has no field 'question', which "
+         "data.prompts.fields gives for 'prompt'; its fields are: q"),
+    ],
+)  # fmt: skip
+def test_a_source_without_the_fields_says_what_it_has_and_needs(kind, rows, names, message):
+    with pytest.raises(DataError) as caught:
+        parse(Rows("f", "line", list(enumerate(rows, 1))), kind, names)
+    assert str(caught.value) == message
+
+
+def test_a_file_of_another_format_gives_its_lines_as_faults(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("prompt,response\np,r\n", encoding="utf-8")
+    source = read_rows(str(path), split="train", subset="", limit=0)
+    found = parse(source, "demonstrations", {"prompt": "question"})
+    assert [fault.number for fault in found.faults] == [1, 2]
+    assert found.frame.empty
+
+
+def test_the_columns_are_there_even_when_every_row_is_bad():
+    frame = table("preferences", PAIR | {"chosen": ""}).frame
+    assert isinstance(frame, pd.DataFrame)
+    assert frame.empty
+    assert "annotator" in frame.columns

@@ -1,0 +1,91 @@
+"""Votes as tokens, and what a tie counts."""
+
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_core.data.encoding import encode_prompt, encode_response
+from rlhf_core.data.pairs import (
+    Pair,
+    encode_pairs,
+    half_for_ties,
+    pack_pairs,
+    prompt_numbers,
+    require_decided,
+    smoothing,
+)
+from rlhf_core.errors import DataError
+
+VOTES = pd.DataFrame(
+    [
+        {"prompt": "the room", "chosen": " is good", "rejected": " is bad", "tie": False},
+        {"prompt": "", "chosen": " nice", "rejected": " poor and cold", "tie": True},
+    ]
+).assign(margin=[0.5, 0.7])
+
+
+def pair(chosen, rejected, *, tie=False):
+    return Pair(chosen, rejected, (1, 1), tie=tie, margin=0.0, truncated=False)
+
+
+def test_both_texts_of_a_vote_are_prompt_response_and_end(gpt2):
+    tokenizer = gpt2[1]
+    one, two = encode_pairs(VOTES, tokenizer, 40)
+    prompt = encode_prompt("the room", tokenizer)
+    assert one.chosen == prompt + encode_response(" is good", tokenizer)
+    assert one.rejected == prompt + encode_response(" is bad", tokenizer)
+    assert one[2:] == ((len(prompt), len(prompt)), False, 0.5, False)
+    # An empty prompt: the first token of a text is predicted from nothing, so it starts at 1. And
+    # nobody won a tie by a margin.
+    assert two[2:] == ((1, 1), True, 0.0, False)
+    assert two.chosen[-1] == two.rejected[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("cut", [4, 6, 8])
+def test_a_pair_is_truncated_when_either_text_is(gpt2, cut):
+    votes = pd.DataFrame(
+        [{"prompt": "the", "chosen": " is", "rejected": " is very good and fine", "tie": False}]
+    ).assign(margin=0.0)
+    swapped = votes.rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    for table in (votes, swapped):
+        (found,) = encode_pairs(table, gpt2[1], cut)
+        (whole,) = encode_pairs(table, gpt2[1], 40)
+        assert found.truncated == (max(len(whole.chosen), len(whole.rejected)) > cut)
+        assert max(len(found.chosen), len(found.rejected)) <= cut
+    assert not whole.truncated
+
+
+def test_no_votes(gpt2):
+    with pytest.raises(DataError, match="the preferences have no rows"):
+        encode_pairs(VOTES.head(0), gpt2[1], 40)
+
+
+def test_chosen_and_rejected_lie_in_turn_and_share_their_prompt():
+    packed = pack_pairs([pair([5, 6, 7], [5, 6, 8]), pair([9, 4], [9, 3, 2])], torch.device("cpu"))
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2]]
+    assert packed.input_ids[0, packed.last()].view(-1, 2).tolist() == [[7, 8], [4, 2]]
+
+
+def test_a_tie_is_as_likely_either_way():
+    votes = [pair([1], [2]), pair([1], [2], tie=True)]
+    found = smoothing(votes, 0.125, torch.device("cpu"))
+    assert found.tolist() == [0.125, 0.5]
+
+
+def test_half_a_point_for_a_gap_of_0():
+    gap = torch.tensor([2.0, -1e-30, 0.0, -0.0])
+    assert half_for_ties(gap).tolist() == [1.0, 0.0, 0.5, 0.5]
+    assert half_for_ties(torch.tensor([3, -2, 0])).tolist() == [1.0, 0.0, 0.5]
+
+
+def test_votes_about_one_prompt_have_one_number():
+    chat = [{"role": "user", "content": "the room"}]
+    prompts = ["the room", "a bed", chat, "the room", [dict(chat[0])]]
+    numbers = prompt_numbers(pd.DataFrame({"prompt": pd.Series(prompts, dtype=object)}))
+    assert numbers.tolist() == [0, 1, 2, 0, 2]
+
+
+def test_ties_alone_cannot_be_measured():
+    require_decided(torch.tensor([False, True]))
+    with pytest.raises(DataError, match="all ties"):
+        require_decided(torch.tensor([False, False]))

@@ -1,0 +1,53 @@
+"""The end of a pipeline as a flow of its own, for a worker and for the tests of the approval."""
+
+from prefect import flow
+
+from rlhf_core.evaluation.gates import PromotionConfig, Verdict
+from rlhf_core.functional.ranking import Interval
+from rlhf_core.stages.evaluation import Arm, Comparison, Scorecard
+from tasks.prefect.approval import ask_person
+from tasks.record.stage import open_run
+from tasks.registry.model_store import ModelRef
+from tasks.steps.promotion import find_champion, promote
+
+
+def exactly(value):
+    return Interval(value, value, value)
+
+
+def arm(name, kl):
+    return Arm(
+        name=name,
+        proxy_reward=exactly(0.0),
+        true_reward=None,
+        kl=exactly(kl),
+        perplexity=3.0,
+        length=20.0,
+        distinct_1=0.5,
+        distinct_2=0.8,
+    )
+
+
+def scorecard(kl=4.0):
+    """A policy that wins 80 % against SFT."""
+    win = Comparison(
+        candidate="policy",
+        opponent="sft",
+        judge="true_reward",
+        wins=8,
+        ties=0,
+        losses=2,
+        prompts=10,
+        win_rate=Interval(0.8, 0.61, 0.9),
+    )
+    return Scorecard(arms=(arm("sft", 0.0), arm("policy", kl)), comparisons=(win,))
+
+
+@flow(name="approval")
+def approval(config: PromotionConfig, version: int, kl: float = 4.0) -> Verdict:
+    """Promote a version of `toy-policy`, if rules and person allow it."""
+    candidate = ModelRef(name="toy-policy", version=version)
+    with open_run("toy", config, 0) as run:
+        champion = find_champion(run, candidate)
+        question = config, scorecard(kl), candidate, champion, run
+        return promote(*question, ask_person(*question))

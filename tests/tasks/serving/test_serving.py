@@ -1,0 +1,211 @@
+"""An exported version answers as the model does, where this package is not installed."""
+
+import ast
+import json
+import sys
+import urllib.error
+import urllib.request
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_core.backbone.models import ModelConfig, load_policy, load_tokenizer
+from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.backbone.packing import pack
+from rlhf_core.data.encoding import encode_pair, encode_prompt
+from rlhf_core.errors import ModelError
+from tasks.registry.model_store import DirectoryModelStore
+from tasks.serving.export import SERVED, export_servable
+from tasks.serving.served.policy import ServedPolicy
+from tasks.serving.served.reward import ServedReward
+
+PROMPTS = ["a fine room", "the film was", "it works " * 40]
+RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DirectoryModelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def exported(store, tmp_path, policy_dir, reward_dir):
+    """A function that publishes and exports a tiny model of a kind."""
+
+    def _export(kind):
+        source = {"policy": policy_dir, "reward": reward_dir}[kind]
+        ref = store.publish(source, f"demo-{kind}", run_id="r", tags={})
+        return export_servable(store, ref, tmp_path / f"servable-{kind}")
+
+    return _export
+
+
+def expected_rewards(directory):
+    scalar = ScalarModel.load(directory)
+    tokenizer = load_tokenizer(ModelConfig(source=str(directory)), ())
+    room = scalar.model.config.max_position_embeddings
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    rows = [encode_pair(p, r, tokenizer, max_length=room)[0] for p, r in pairs]
+    with torch.inference_mode():
+        return scalar.scores(pack(rows, "cpu")).tolist()
+
+
+def expected_texts(directory, new_tokens):
+    """One prompt at a time, so without padding."""
+    model, tokenizer = load_policy(directory)
+    room = model.config.max_position_embeddings - new_tokens
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)[-room:]])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def frame():
+    return pd.DataFrame({"prompt": PROMPTS, "response": RESPONSES})
+
+
+def test_a_served_reward_is_the_normalised_score(exported, reward_dir):
+    served = mlflow.pyfunc.load_model(str(exported("reward")))
+    rewards = served.predict(frame())
+    assert rewards == pytest.approx(expected_rewards(reward_dir), abs=1e-5)
+    assert max(map(abs, rewards)) > 1  # so it is no sigmoid
+
+
+def test_a_served_policy_says_what_the_policy_says(exported, policy_dir):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+    texts = served.predict(frame()[["prompt"]], params={"max_new_tokens": 8})
+    assert texts == expected_texts(policy_dir, new_tokens=8)
+    assert all(texts)
+
+
+def test_sampling_follows_its_seed(exported):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+
+    def say(seed):
+        params = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
+        return served.predict(frame()[["prompt"]], params=params)
+
+    assert say(1) == say(1)
+    assert say(1) != say(2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "message"), [("", 8, "is empty"), ("a", 48, "no room for a prompt")]
+)
+def test_what_cannot_be_continued_is_said(exported, prompt, new_tokens, message):
+    served = mlflow.pyfunc.load_model(str(exported("policy")))
+    with pytest.raises(ValueError, match=message):
+        served.predict(pd.DataFrame({"prompt": [prompt]}), params={"max_new_tokens": new_tokens})
+
+
+def test_the_served_files_encode_as_training_does(policy_dir):
+    tokenizer = load_tokenizer(ModelConfig(source=str(policy_dir)), ())
+    for with_bos in (False, True):
+        if with_bos:
+            tokenizer = with_bos_token(tokenizer)
+        policy, reward = ServedPolicy(), ServedReward()
+        policy.tokenizer = reward.tokenizer = tokenizer
+        policy.chat = True
+        message = [{"role": "user", "content": "a fine"}]
+        assert policy.encode("a fine") == encode_prompt(message, tokenizer)
+        policy.chat = False
+        for room in (3, 6, 20, 400):
+            reward.room = room
+            for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+                assert policy.encode(prompt) == encode_prompt(prompt, tokenizer)
+                assert (
+                    reward.encode(prompt, response)
+                    == encode_pair(prompt, response, tokenizer, max_length=room)[0]
+                )
+
+
+def with_bos_token(tokenizer):
+    """The same tokenizer, starting every text with a begin-of-sequence token, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id]
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", sorted(SERVED.glob("*.py")), ids=lambda path: path.name)
+def test_the_served_files_stand_alone(file):
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    allowed = {"mlflow", "pandas", "torch", "transformers", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in plain | named} <= allowed
+
+
+def test_a_critic_is_not_served(store, tmp_path, reward_dir):
+    critic = tmp_path / "critic"
+    scalar = ScalarModel.load(reward_dir)
+    scalar.save(load_tokenizer(ModelConfig(source=str(reward_dir)), ()), critic, kind="critic")
+    ref = store.publish(critic, "demo-critic", run_id="r", tags={})
+    with pytest.raises(ModelError, match="is a critic; only policy and reward are served"):
+        export_servable(store, ref, tmp_path / "servable")
+
+
+def test_nothing_is_overwritten(exported, store, tmp_path):
+    exported("reward")
+    with pytest.raises(ModelError, match="is not empty"):
+        export_servable(store, store.resolve("models:/demo-reward/1"), tmp_path / "servable-reward")
+
+
+def test_the_weights_are_safetensors_and_nothing_is_pickled(exported):
+    files = [path for path in exported("policy").rglob("*") if path.is_file()]
+    assert [p.name for p in files if p.suffix == ".safetensors"] == ["model.safetensors"]
+    assert not [p for p in files if p.suffix in {".pkl", ".bin", ".pt"}]
+
+
+def post(url, body):
+    request = urllib.request.Request(
+        f"{url}/invocations",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["predictions"]
+
+
+@pytest.fixture
+def served(exported, start_server):
+    """A function that serves a kind with MLflow's own command and gives the URL."""
+
+    def _serve(kind):
+        options = ("-m", str(exported(kind)), "--env-manager", "local", "--workers", "1")
+        return start_server("models", "serve", *options, page="/ping")
+
+    return _serve
+
+
+@pytest.mark.integration
+def test_mlflow_serves_the_reward(served, reward_dir):
+    url = served("reward")
+    rows = frame().to_dict(orient="records")
+    expected = pytest.approx(expected_rewards(reward_dir), abs=1e-5)
+    assert post(url, {"dataframe_records": rows}) == expected
+    with pytest.raises(urllib.error.HTTPError, match="400") as raised:
+        post(url, {"dataframe_records": [{"prompt": "no response"}]})
+    raised.value.close()
+
+
+@pytest.mark.integration
+def test_mlflow_serves_the_policy(served, policy_dir):
+    url = served("policy")
+    body = {"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in PROMPTS]}}
+    answers = post(url, {**body, "params": {"max_new_tokens": 8}})
+    assert answers == expected_texts(policy_dir, new_tokens=8)
