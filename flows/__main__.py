@@ -516,7 +516,6 @@ def _prefect(settings: "Settings") -> Iterator[None]:
     with services.prefect_server(settings, say_aloud) as ready:
         from flows.cli import logs
 
-        logs.shorten_user_errors()
         logs.quiet_terminal()
         ready()
         try:

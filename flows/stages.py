@@ -7,10 +7,8 @@ The data are those that the given model learnt from, or those of another run by 
 
 from typing import Annotated
 
-from prefect import flow
 from pydantic import Field
 
-from flows.cli.logs import shorten_user_errors
 from flows.config import (
     Algorithm,
     DPOSection,
@@ -19,8 +17,7 @@ from flows.config import (
     RLOOSection,
     RunConfig,
 )
-from flows.naming import run_name
-from flows.working_dir import in_working_dir
+from flows.pipeline_flow import pipeline_flow
 from rlhf_core.backbone.models import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig
@@ -41,8 +38,6 @@ from tasks.steps.policy import PolicyConfig, TrainedPolicy, find_rewards, train_
 from tasks.steps.promotion import find_champion, find_model
 from tasks.steps.reward_model import check_reward_model, train_reward_model
 from tasks.steps.sft import train_sft
-
-shorten_user_errors()
 
 _MODEL = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 _DATA = r"runs:/[0-9a-f]{32}/data"
@@ -140,16 +135,14 @@ class EvaluationFlowConfig(RunConfig):
     )
 
 
-@flow(name="prepare", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("prepare")
 def prepare(config: PrepareFlowConfig) -> DatasetRef:
     """Check and split data, and store them for the other stages."""
     with open_run(config.project, config, config.seed) as run:
         return prepare_data(config.data, config.model, config.lengths, run)
 
 
-@flow(name="sft", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("sft")
 def sft(config: SFTFlowConfig) -> ModelRef:
     """Fine-tune a base model on demonstrations."""
     longest = config.sft.max_length
@@ -159,8 +152,7 @@ def sft(config: SFTFlowConfig) -> ModelRef:
         return train_sft(config.sft, config.model, data, run)
 
 
-@flow(name="reward-model", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("reward-model")
 def reward_model(config: RewardModelFlowConfig) -> ModelRef:
     """Learn a reward from preferences, starting from a registered SFT policy."""
     start = find_model(config.sft)
@@ -171,8 +163,7 @@ def reward_model(config: RewardModelFlowConfig) -> ModelRef:
         return made
 
 
-@flow(name="policy", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("policy")
 def policy(config: PolicyFlowConfig) -> TrainedPolicy:
     """Optimise a registered SFT policy on a registered reward model."""
     reward = find_model(config.reward_model)
@@ -185,8 +176,7 @@ def policy(config: PolicyFlowConfig) -> TrainedPolicy:
         )
 
 
-@flow(name="evaluation", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("evaluation")
 def evaluation(config: EvaluationFlowConfig) -> Scorecard:
     """Hold a registered policy against SFT, best-of-n and the champion; nothing is promoted."""
     judged = find_model(config.policy)

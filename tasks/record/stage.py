@@ -397,7 +397,7 @@ def _open(
     sweep(settings.home / "work", settings.keep_work_days)
     with ExitStack() as stack:
         if in_prefect:
-            stack.enter_context(ui.forwarded_logs())
+            ui.forward_logs()
         work = stack.enter_context(folder)
         opened = partial(
             Stage,
