@@ -278,7 +278,7 @@ def deploy(
     the concurrency limit `rlhf-accelerator`, which lets one training run at a time.
 
     `rlhf up` does this by itself. Anywhere else name the server by PREFECT_API_URL, and start a
-    worker where this package is installed: prefect worker start --pool rlhf
+    worker where this package is installed: rlhf exec prefect worker start --pool rlhf
     """
     if write is not None:
         from flows.deploy.deployments import prefect_yaml
@@ -515,7 +515,6 @@ def _prefect(settings: "Settings") -> Iterator[None]:
     with services.prefect_server(settings, say_aloud) as ready:
         from flows.cli import logs
 
-        logs.shorten_user_errors()
         logs.quiet_terminal()
         ready()
         try:

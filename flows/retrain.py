@@ -2,20 +2,15 @@
 
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.naming import run_name
+from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import PipelineResult, rlhf
-from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from tasks.steps.new_data import PreferenceCount, count_preferences
-
-shorten_user_errors()
 
 
 class RetrainConfig(Section):
@@ -29,8 +24,7 @@ class RetrainConfig(Section):
     )
 
 
-@flow(name="retrain", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("retrain")
 def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":
     """Run the pipeline if enough preferences are new; else end as Skipped and say how many miss.
 

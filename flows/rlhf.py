@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
-from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.naming import run_name
-from flows.working_dir import in_working_dir
+from flows.pipeline_flow import pipeline_flow
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
@@ -23,9 +20,6 @@ from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
 from tasks.steps.reward_model import check_reward_model, train_reward_model
 from tasks.steps.sft import train_sft
-
-# At import, as Prefect refuses bad parameters before the flow's first line.
-shorten_user_errors()
 
 Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
 
@@ -58,8 +52,7 @@ class PipelineResult(Trained):
     report: str
 
 
-@flow(name="rlhf", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("rlhf")
 def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better.
 

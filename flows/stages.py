@@ -6,7 +6,7 @@ The data are those that the given model learnt from, or those of another run by 
 it that needs no more than its inputs becomes a flow by `stage_flow`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, create_model
@@ -118,9 +118,7 @@ def _field(role: str) -> str:
     return FIELDS.get(role, role)
 
 
-RewardModelFlowConfig = stage_form(
-    "reward_model", "A reward model, from a registered SFT policy."
-)
+RewardModelFlowConfig = stage_form("reward_model", "A reward model, from a registered SFT policy.")
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
     "evaluation", "A registered policy, compared with SFT, best-of-n and the champion."

@@ -4,21 +4,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
-from prefect import flow
 from pydantic import Field, ValidationError, model_validator
 
 from flows.cli.loading import parse_override
-from flows.cli.logs import shorten_user_errors
 from flows.config import PipelineConfig
-from flows.naming import run_name
+from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import evaluate_policy, train_models
-from flows.working_dir import in_working_dir
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
 from tasks.history.sweep import Outcome, SweepPoint, record_sweep
 from tasks.record.run import open_run
-
-shorten_user_errors()
 
 
 class SweepConfig(Section):
@@ -77,8 +72,7 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
-@flow(name="sweep", flow_run_name=run_name)
-@in_working_dir
+@pipeline_flow("sweep")
 def sweep(config: SweepConfig) -> str:
     """Run every point, one after the other, and hold their KL and reward against each other.
 
@@ -108,8 +102,7 @@ def _try_point(point: Point, parent: str) -> Outcome:
         return Outcome(point=point.about, problem=str(error))
 
 
-@flow(name="sweep-point", flow_run_name="{about.label}")
-@in_working_dir
+@pipeline_flow("sweep-point", "{about.label}")
 def sweep_point(config: PipelineConfig, about: SweepPoint, parent: str) -> Outcome:
     """A pipeline without promotion."""
     with open_run(config.project, config, config.seed, parent=parent) as run:

@@ -1,56 +1,63 @@
 """Foreign exceptions that mean a user's situation and not a defect, each as one sentence.
 
-The project's own `UserError` needs no translation. Exceptions of other libraries are known by
-their names, so that nothing heavy is imported to say that a disk is full.
+The project's own `UserError` needs no translation. Whichever library raises, the root is an error
+of the operating system, which is looked for; so no library is imported for its exceptions.
 """
 
 import errno
 from collections.abc import Iterator
+from socket import gaierror
 
-NETWORK = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "huggingface_hub"})
-UNREACHABLE = ("Connect", "Timeout", "Unreachable", "Offline", "MaxRetry", "Resolution")
-READ_ONLY = ("readonly database", "unable to open database file")
+UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the name is not known
+NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
+FORBIDDEN = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
+# SQLite has no errno, and its errors come from a server as text.
+DATABASE_FULL = "disk is full"
+DATABASE_CLOSED = ("readonly database", "unable to open database file")
 
 
 def explain(error: BaseException) -> str:
     """What the user can do about `error` or what caused it; empty when it is a defect."""
     for cause in _causes(error):
-        if sentence := _explain_one(cause):
+        if sentence := _explain_one(cause, error):
             return sentence
     return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what it was raised from or while handling, down to the root."""
+    """The error, then what it was raised from or while handling, down to the roots."""
     seen = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            waiting.append(current.__cause__ or current.__context__)
+            if isinstance(current, BaseExceptionGroup):  # one attempt for each address of a name
+                waiting.extend(reversed(current.exceptions))
 
 
-def _explain_one(error: BaseException) -> str:
-    text = str(error)
-    if "disk is full" in text or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+def _explain_one(cause: BaseException, error: BaseException) -> str:
+    """A sentence for `cause`; who was asked in vain is known only to the `error` that it became."""
+    text = str(cause)
+    code = cause.errno if isinstance(cause, OSError) else None
+    if code == errno.ENOSPC or DATABASE_FULL in text:
         return (
             f"The disk is full ({_first_line(text)}): free some space, or set RLHF_HOME to a "
             "folder on another disk."
         )
-    if any(phrase in text for phrase in READ_ONLY) or (
-        isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
-    ):
+    if code in FORBIDDEN or any(phrase in text for phrase in DATABASE_CLOSED):
         return (
             f"A file cannot be written or read ({_first_line(text)}): mend its permissions, or set "
             "RLHF_HOME to a folder of yours."
         )
-    kind = type(error)
-    if kind.__module__.partition(".")[0] in NETWORK and any(
-        w in kind.__name__ for w in UNREACHABLE
-    ):
+    local = isinstance(cause, BrokenPipeError)  # whoever read from here has ended
+    if (isinstance(cause, UNREACHABLE) and not local) or code in NO_ROUTE:
+        reason = _first_line(str(error)) or _first_line(text) or type(error).__name__
         return (
-            f"A server cannot be reached ({_first_line(text) or kind.__name__}): see that MLflow, "
-            "Prefect and the network are up, then start again."
+            f"A server cannot be reached ({reason}): see that MLflow, Prefect and the network are "
+            "up, then start again."
         )
     return ""
 

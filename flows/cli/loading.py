@@ -35,9 +35,8 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
         ConfigError: names the file and line, or the `--set`, of every mistake, and says what
             would be accepted.
     """
-    tree = _parse(path)
+    tree, data = _parse(path)
     settings = [parse_override(text) for text in overrides]
-    data = _construct(tree)
     for override in settings:
         _apply(override, data)
     try:
@@ -91,7 +90,7 @@ def parse_override(text: str) -> Override:
         raise ConfigError(f"--set {text}: write it as section.key=value, as in ppo.kl_coef=0.1.")
     try:
         value = yaml.safe_load(raw) if raw.strip() else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(
             f"--set {text}: {raw!r} is not a YAML value; put quotes around text with special signs."
         ) from None
@@ -121,10 +120,23 @@ def _yaml_names(folder: Path) -> list[str]:
     return [file.name for file in folder.glob("*.y*ml")]
 
 
-def _parse(path: Path) -> yaml.MappingNode:
-    """The node tree of the file: unlike plain data, it knows the line of every key."""
+def _parse(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
+    """The node tree of the file, which knows the line of every key, and its plain data."""
+    text = _read(path)
     try:
-        tree = yaml.compose(_read(path), Loader=yaml.SafeLoader)
+        loader = _Loader(text)
+        loader.name = str(path)
+        tree = loader.get_single_node()
+        if tree is None:
+            raise ConfigError(f"{path} is empty: write settings as key: value lines.")
+        if not isinstance(tree, yaml.MappingNode):
+            raise ConfigError(f"{path}: the file must consist of key: value lines.")
+        data = loader.construct_document(tree)
+    except yaml.constructor.ConstructorError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(
+            f"{path}: the YAML value{line} cannot be read: {error.problem}."
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -132,57 +144,26 @@ def _parse(path: Path) -> yaml.MappingNode:
             f"{path}{line}: this is not valid YAML ({error.problem}); "
             "check the indentation, colons and quotes there."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: this is not valid YAML ({reason}).") from None
-    if tree is None:
-        raise ConfigError(f"{path} is empty: write settings as key: value lines.")
-    if not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{path}: the file must consist of key: value lines.")
-    for key, first in _duplicates(tree):
-        raise ConfigError(
-            f"{path}:{key.start_mark.line + 1}: {key.value!r} stands here for the second time "
-            f"(first in line {first.start_mark.line + 1}): keep one of them."
-        )
-    return tree
+    return tree, {str(key): value for key, value in data.items()}
 
 
-def _duplicates(tree: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Pairs of (second, first) key that are equal within one mapping, anywhere in the file."""
-    for mapping in _mappings(tree, set()):
-        seen: dict[str, yaml.Node] = {}
-        for key, _ in mapping.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                yield key, seen[key.value]
-            seen[key.value] = key
+class _Loader(yaml.SafeLoader):
+    """The safe rules, by which no tag creates an object; and each key of a mapping stands once."""
 
-
-def _mappings(node: yaml.Node, visited: set[int]) -> Iterator[yaml.MappingNode]:
-    """Every mapping once, though an alias may lead to it many times or back to itself."""
-    if id(node) in visited or isinstance(node, yaml.ScalarNode):
-        return
-    visited.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        yield node
-    for item in node.value:
-        for child in item if isinstance(item, tuple) else (item,):
-            yield from _mappings(child, visited)
-
-
-def _construct(tree: yaml.MappingNode) -> dict[str, Any]:
-    """Plain data from a node tree, by the safe rules: no tag can create an object."""
-    loader = yaml.SafeLoader("")
-    try:
-        data = loader.construct_document(tree)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"The YAML value{line} cannot be read: {error.problem}.") from None
-    finally:
-        loader.dispose()
-    return {str(key): value for key, value in data.items()}
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
+                raise ConfigError(
+                    f"{self.name}:{key.start_mark.line + 1}: {key.value!r} stands here for the "
+                    f"second time (first in line {first[key.value].start_mark.line + 1}): "
+                    "keep one of them."
+                )
+        return node
 
 
 def _apply(override: Override, data: dict[str, Any]) -> None:

@@ -56,8 +56,8 @@ SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameter
 HEAD = """\
 # Every flow as a deployment: prefect deploy --all
 #
-# Written by `rlhf deploy --write prefect.yaml` from configs/ and flows/deploy/deployments.py; a
-# test compares it with them. `prefect deploy` cannot make the two things below, `rlhf deploy` does:
+# Written by `rlhf deploy --write`. `prefect deploy` cannot make the two things below, as
+# `rlhf deploy` does:
 #
 #     prefect work-pool create rlhf --type process
 #     prefect gcl create rlhf-accelerator --limit 1

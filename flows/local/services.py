@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from shutil import which
 from typing import IO, NamedTuple, NoReturn
@@ -29,9 +28,10 @@ from pydantic import SecretStr
 from flows.cli.loading import config_files
 from flows.local import memory
 from flows.local.keeper import Keeper
-from flows.local.supervisor import Service, Supervisor, ask, unreachable
+from flows.local.supervisor import Service, Supervisor
 from rlhf_core.errors import UserError
 from tasks.servers import error_log
+from tasks.servers.client import ask, unreachable
 from tasks.settings import PASSWORD_LENGTH, Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
@@ -300,7 +300,7 @@ def _errors(address: str, account: str) -> list[str]:
     """What a server has logged as errors lately; a server that is busy is asked again later."""
     try:
         return [str(line) for line in json.loads(ask(address + error_log.PATH, account=account))]
-    except (OSError, ValueError, HTTPException):
+    except (OSError, ValueError):
         return []
 
 

@@ -1,26 +1,20 @@
 """Runs several programs together: all live, or all are ended. Knows nothing about what they do."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
 from uuid import uuid4
 
 from flows.local import guard
 from rlhf_core.errors import UserError
 
 START_SECONDS = 180.0
-PROBE_SECONDS = 5.0
 TAIL_LINES = 15
 
 
@@ -38,30 +32,6 @@ class Service(NamedTuple):
     command: Sequence[str]
     environment: Mapping[str, str]
     problem: Callable[[], str] = str
-
-
-def unreachable(url: str, account: str = "") -> str:
-    """Why `url` does not answer with success; empty when it does."""
-    try:
-        ask(url, account=account)
-    except HTTPError as error:
-        return f"it answers {error.code} {error.reason}"
-    except (OSError, ValueError, HTTPException) as error:
-        return str(getattr(error, "reason", error))
-    return ""
-
-
-def ask(url: str, question: object = None, *, account: str = "", **headers: str) -> bytes:
-    """What `url` answers to a GET, or to a POST of a question as JSON, for a `user:password`."""
-    local = "//127.0.0.1" in url or "//localhost" in url
-    opener = build_opener(ProxyHandler({}) if local else ProxyHandler())
-    body = None if question is None else json.dumps(question).encode()
-    request = Request(url, data=body, headers={"Content-Type": "application/json", **headers})
-    if account:
-        token = b64encode(account.encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    with opener.open(request, timeout=PROBE_SECONDS) as answer:
-        return bytes(answer.read())
 
 
 class Supervisor:

@@ -16,9 +16,9 @@ Prefect adds the flow run, its deployment and tags as related resources. Events 
 background. One that cannot be sent is a warning, and outside Prefect nothing happens.
 
 Prefect's own event of a run that lives, its heartbeat, comes every 30 seconds from each process
-that imports this module, whatever its environment says: by its absence the server tells that a
-process is gone (flows/deploy/automations.py), and at Prefect's 180 seconds a healthy run would be
-absent.
+that runs a flow of this project, whatever its environment says (`beat_often`): by its absence the
+server tells that a process is gone (flows/deploy/automations.py), and at Prefect's 180 seconds a
+healthy run would be absent.
 """
 
 import logging
@@ -46,13 +46,11 @@ HEARTBEAT_SECONDS = 30  # the least that Prefect takes
 log = logging.getLogger(__name__)
 
 
-def _beat_often() -> None:
+def beat_often() -> None:
+    """Have Prefect send the heartbeats of runs that begin from here on every 30 seconds."""
     flows = get_current_settings().flows
     if flows.heartbeat_frequency is not None:  # as in tests
         flows.heartbeat_frequency = HEARTBEAT_SECONDS
-
-
-_beat_often()
 
 
 @contextmanager

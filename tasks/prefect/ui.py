@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from prefect.artifacts import (
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext, get_run_context
 from prefect.exceptions import MissingContextError, Pause
-from prefect.logging import get_run_logger
+from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
@@ -124,34 +123,27 @@ def artifact_key(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-@contextmanager
-def forwarded_logs() -> Iterator[None]:
-    """Send what this project's packages log in this thread, from INFO on, to the Prefect run."""
-    handler = _Forward(get_run_logger(), threading.get_ident())
-    before = {name: logging.getLogger(name).level for name in LIBRARIES}
+def forward_logs() -> None:
+    """From here on Prefect's runs have what this project's packages log in them, from INFO on.
+
+    By Prefect's own handler, which knows the run of each line, as PREFECT_LOGGING_EXTRA_LOGGERS has
+    it; but without that variable, which would have to be set before Prefect is imported.
+    """
     for name in LIBRARIES:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).removeHandler(handler)
-            logging.getLogger(name).setLevel(level)
+        logger = logging.getLogger(name)
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
+        if not any(isinstance(known, APILogHandler) for known in logger.handlers):
+            logger.addHandler(_TO_PREFECT)
 
 
-class _Forward(logging.Handler):
-    def __init__(
-        self, to: "logging.Logger | logging.LoggerAdapter[logging.Logger]", thread: int
-    ) -> None:
-        super().__init__()
-        self._to = to
-        self._thread_id = thread
+def _in_a_run(record: logging.LogRecord) -> bool:
+    """Whether a line is of a run; Prefect warns of any other."""
+    return PrefectRun.current() is not None
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Log the record's text again, for the run; two stages in two threads stay apart."""
-        if record.thread == self._thread_id:
-            self._to.log(record.levelno, "%s", record.getMessage(), exc_info=record.exc_info)
+
+_TO_PREFECT = APILogHandler()
+_TO_PREFECT.addFilter(_in_a_run)
 
 
 def show_link(key: str, url: str, text: str) -> None:

@@ -20,7 +20,7 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -116,14 +116,15 @@ class Stage:
         source = self._tags().get(tag.CACHED_FROM, self.run_id)
         return ui.as_cached(value, f"done before, by the MLflow run {source}")
 
-    def fetch(self, ref: ModelRef | DatasetRef) -> Path:
+    def fetch(self, ref: Ref) -> Path:
         """The files that a reference means, in the working folder."""
         self.logger.phase(f"fetching {ref.uri}")
         if isinstance(ref, DatasetRef):
             to = self.work / INPUTS / f"data-{ref.digest}"
             return to if to.exists() else fetch_dataset(self._record.client, ref, to)
-        to = self.work / INPUTS / f"{ref.name}-{ref.version}"
-        return to if to.exists() else self._record.store.fetch(ref, to)
+        model = cast(ModelRef, ref)
+        to = self.work / INPUTS / f"{model.name}-{model.version}"
+        return to if to.exists() else self._record.store.fetch(model, to)
 
     def call(self, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> Report:
         """Call the stage's function as the stage table says, a training from its last checkpoint.
@@ -267,8 +268,9 @@ def _open(
 ) -> Iterator[Stage]:
     """Find the stage done, or do it."""
     sweep(record.settings.home / "work", record.settings.keep_work_days)
-    logs = ui.forwarded_logs() if PrefectRun.current() else nullcontext()
-    with logs, folder as work:
+    if PrefectRun.current():
+        ui.forward_logs()
+    with folder as work:
         tags = run_tags(what, key, record.settings)
         done = None
         if reuse != "no":

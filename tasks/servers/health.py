@@ -4,11 +4,11 @@ A server is healthy when it answers, and has not logged one error after the othe
 inside it, such as Prefect's scheduler, may fail every minute while all pages work.
 """
 
+import json
 import sys
 from urllib.parse import urlsplit
 
-import requests
-
+from tasks.servers.client import ask
 from tasks.servers.error_log import PATH
 from tasks.settings import read_settings
 
@@ -18,15 +18,13 @@ TOLERATED = 2  # of the same kind, in the time that a server remembers
 
 def problem(url: str) -> str:
     """What is wrong with the server whose health is at `url`; empty when nothing is."""
-    account = tuple(read_settings().account.split(":", 1))
     root = urlsplit(url)._replace(path=PATH).geturl()
     try:
-        requests.get(url, timeout=SECONDS).raise_for_status()
-        answer = requests.get(root, auth=account, timeout=SECONDS)  # type: ignore[arg-type]
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        return str(error)
-    errors: list[str] = answer.json()
+        ask(url, seconds=SECONDS)
+        answer = ask(root, account=read_settings().account, seconds=SECONDS)
+    except OSError as error:
+        return f"{url}: {error}"
+    errors: list[str] = json.loads(answer)
     repeated = [error for error in errors if errors.count(error) > TOLERATED]
     return f"it logs again and again: {repeated[-1]}" if repeated else ""
 

@@ -1,7 +1,6 @@
 """Reward-model training as a Prefect task, and what its held-out votes say of the result."""
 
 import logging
-from contextlib import nullcontext
 
 from prefect import task
 
@@ -9,7 +8,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_reward_model
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.reward_model import RewardModelConfig
-from tasks.prefect.ui import PrefectRun, forwarded_logs, stage_task
+from tasks.prefect.ui import stage_task
 from tasks.record import tags as tag
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
@@ -46,13 +45,12 @@ def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality
     Raises: ModelError when it is not what the gate asks for.
     """
     quality = _find_quality(Record.open(), model)
-    with forwarded_logs() if PrefectRun.current() else nullcontext():
-        if quality is None:
-            log.warning("%s: its held-out accuracy is not known", model.uri)
-        elif quality.doubts:
-            log.warning("%s: %s. %s", model.uri, quality.numbers, quality.doubts)
-        else:
-            log.info("%s: %s", model.uri, quality.numbers)
+    if quality is None:
+        log.warning("%s: its held-out accuracy is not known", model.uri)
+    elif quality.doubts:
+        log.warning("%s: %s. %s", model.uri, quality.numbers, quality.doubts)
+    else:
+        log.info("%s: %s", model.uri, quality.numbers)
     require_reward_model(gate, quality, model.uri)
     return quality
 

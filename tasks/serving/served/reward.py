@@ -65,8 +65,9 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         return [float(reward) for reward in rewards]
 
     def encode(self, prompt: str, response: str) -> list[int]:
-        """Tokens of a pair. One that is longer than the context is cut there, by the rule that
-        training applies at `reward_model.max_length`.
+        """Tokens of a pair, as the pipeline scores it: what fits into the context is read whole.
+
+        Only training cuts earlier, at `reward_model.max_length`, and by the same rule.
         """
         head: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         bos = self.tokenizer.bos_token_id

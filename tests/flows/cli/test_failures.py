@@ -1,11 +1,14 @@
 """Which exceptions of other libraries are a user's situation, tried with real ones."""
 
+import asyncio
+import errno
 import socket
 import sqlite3
 
 import httpx
 import pytest
-import requests
+from huggingface_hub.errors import OfflineModeIsEnabled
+from mlflow import MlflowClient
 
 from flows.cli.failures import explain
 
@@ -52,10 +55,65 @@ def test_a_file_without_permission():
     assert "/there" in explain(error)
 
 
-@pytest.mark.parametrize("get", [requests.get, httpx.get])
-def test_a_server_that_is_not_there(get):
-    error = caught(lambda: get(closed_port(), timeout=5))
+def ask_httpx(url: str):
+    httpx.get(url, timeout=0.5)
+
+
+def ask_async_httpx(url: str):
+    async def ask():
+        async with httpx.AsyncClient() as client:
+            await client.get(url, timeout=0.5)
+
+    asyncio.run(ask())
+
+
+def ask_mlflow(url: str):  # its exceptions come from requests
+    MlflowClient(tracking_uri=url).search_experiments(max_results=1)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+
+
+@pytest.mark.parametrize("ask", [ask_httpx, ask_async_httpx, ask_mlflow])
+def test_a_server_that_is_not_there(ask, impatient):
+    error = caught(lambda: ask(closed_port()))
+    assert explain(error).startswith(f"A server cannot be reached ({str(error)[:20]}")
+
+
+@pytest.mark.parametrize("ask", [ask_httpx, ask_async_httpx, ask_mlflow])
+def test_a_server_that_says_nothing(ask, impatient):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        error = caught(lambda: ask(f"http://127.0.0.1:{silent.getsockname()[1]}"))
     assert explain(error).startswith("A server cannot be reached (")
+
+
+@pytest.mark.parametrize("ask", [ask_httpx, ask_async_httpx, ask_mlflow])
+def test_a_server_whose_name_nobody_knows(ask, impatient):
+    error = caught(lambda: ask("http://rlhf.invalid"))
+    assert explain(error).startswith("A server cannot be reached (")
+
+
+def test_a_model_hub_that_is_switched_off():
+    error = OfflineModeIsEnabled("Cannot reach it")
+    assert explain(error).startswith("A server cannot be reached (Cannot reach it)")
+
+
+def test_a_network_without_a_way_there():
+    error = OSError(errno.ENETUNREACH, "Network is unreachable")
+    assert explain(error).startswith("A server cannot be reached ([Errno")
+
+
+def test_every_attempt_of_a_group_counts():
+    def attempt():
+        try:
+            raise ExceptionGroup("attempts", [ValueError("x"), ConnectionRefusedError("here")])
+        except ExceptionGroup as group:
+            raise OSError("All connection attempts failed") from group
+
+    assert explain(caught(attempt)).startswith("A server cannot be reached (All connection")
 
 
 def test_the_cause_counts_however_deep_it_lies():
@@ -68,7 +126,13 @@ def test_the_cause_counts_however_deep_it_lies():
     assert explain(caught(wrapped)).startswith("The disk is full (")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), KeyError("disk"), FileNotFoundError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ZeroDivisionError("x"), KeyError("disk"), FileNotFoundError()),
+        *(BrokenPipeError(32, "a pipe"), ExceptionGroup("two", [ValueError("a")])),
+    ],
+)
 def test_a_defect_is_not_explained_away(error):
     assert explain(error) == ""
 

@@ -178,6 +178,41 @@ def test_control_characters_and_tags_are_refused_in_a_sentence(write):
     assert "in line 1" in complaint(write("project: !!python/object/apply:os.getcwd []\n"))
 
 
+@pytest.mark.parametrize("text", ["2026-13-01", "2026-02-30 10:00:00"])
+def test_a_date_that_there_is_not_is_refused_in_a_sentence(write, text):
+    assert "not valid YAML" in complaint(write(f"project: {text}\n"))
+    assert "is not a YAML value" in complaint(write("project: p\n"), f"project={text}")
+
+
+def test_a_merged_section_may_say_a_key_again(write):
+    # `d` merges `c` before `c` itself is built, which is deeper in the file.
+    text = (
+        "ppo:\n  optimiser: &c\n    <<: &x {steps: 1, learning_rate: 0.5}\n    steps: 2\n"
+        "other:\n  optimiser:\n    <<: *c\n    learning_rate: 0.25\n"
+    )
+    config = load(write(text))
+    assert config.ppo.optimiser == Optimiser(steps=2, learning_rate=0.5)
+    assert config.other.optimiser == Optimiser(steps=2, learning_rate=0.25)
+    with pytest.raises(ConfigError, match="'steps' stands here for the second time"):
+        load(write(text.replace("    steps: 2\n", "    steps: 2\n    steps: 3\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 8), ("1_000", 1000), ("0x1f", 31), ("1:30", 90), ("08", 8)]
+)
+def test_whole_numbers_mean_what_they_mean_in_yaml_1_1(write, text, value):
+    assert load(write(f"ppo:\n  optimiser:\n    steps: {text}\n")).ppo.optimiser.steps == value
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "no", "off", "y", "n", "1e5", "'010'"])
+def test_a_text_that_may_be_read_otherwise_is_kept_or_refused(write, text):
+    path = write(f"project: {text}\n")
+    if text in ("yes", "on", "no", "off"):
+        assert "run.yaml:1: project must be a valid string" in complaint(path)
+    else:
+        assert load(path).project == text.strip("'")
+
+
 def test_a_mapping_that_contains_itself_is_refused(write):
     assert "run.yaml:2: " in complaint(write("ppo: &loop\n  optimiser: *loop\n"))
 

@@ -32,19 +32,24 @@ PARTS = {"sweep-point"}  # flows that run as a part of another alone
 
 @pytest.fixture(scope="module")
 def declared():
-    return yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(prefect_yaml(ROOT / "configs"))
 
 
 # ---- what is declared ----
 
 
-def test_the_file_is_what_the_code_and_the_presets_say():
-    assert (ROOT / "prefect.yaml").read_text(encoding="utf-8") == prefect_yaml(ROOT / "configs")
+def test_the_file_for_prefect_deploy_is_written_on_demand(tmp_path):
+    shutil.copy(TINY, tmp_path / "tiny.yaml")
+    command = [sys.executable, "-P", "-m", "flows", "deploy", str(tmp_path), "--write"]
+    home = {"RLHF_HOME": str(tmp_path / "home")}
+    subprocess.run([*command, str(tmp_path / "p.out")], check=True, env=os.environ | home)
+    assert (tmp_path / "p.out").read_text(encoding="utf-8") == prefect_yaml(tmp_path)
 
 
 def test_every_flow_is_deployed():
     written = [
-        re.findall(r'@flow\(name="([^"]+)"', f.read_text()) for f in (ROOT / "flows").glob("*.py")
+        re.findall(r'@pipeline_flow\("([^"]+)"', f.read_text())
+        for f in (ROOT / "flows").glob("*.py")
     ]
     assert {d.flow.name for d in deployments(ROOT / "configs")} == {*chain(*written)} - PARTS
 
@@ -74,7 +79,7 @@ def test_a_form_holds_what_its_flow_takes(declared):
 
 
 def test_nothing_of_the_machine_that_deploys_is_stored(declared):
-    text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
+    text = prefect_yaml(ROOT / "configs")
     assert declared["pull"] == []
     for word in (str(ROOT), str(Path.home()), socket.gethostname()):
         assert word not in text

@@ -24,8 +24,9 @@ import pytest
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
 from flows.local import guard, services
-from flows.local.supervisor import Service, ServiceError, Supervisor, ask
+from flows.local.supervisor import Service, ServiceError, Supervisor
 from rlhf_core.errors import UserError
+from tasks.servers.client import ask
 from tasks.settings import Settings
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

@@ -3,8 +3,8 @@
 from prefect import flow
 
 from rlhf_core.evaluation.gates import PromotionConfig, Verdict
-from rlhf_core.functional.ranking import Interval
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
+from rlhf_core.functional.ranking import Interval
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import ModelRef
