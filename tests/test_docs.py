@@ -23,16 +23,9 @@ from rlhf_core.data.formats import parse
 from rlhf_core.data.prepared import KINDS
 from rlhf_core.data.sources import read_rows
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.loop import Given
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.stages.dpo import train_dpo
-from rlhf_core.stages.evaluation import evaluate
-from rlhf_core.stages.grpo import train_grpo
-from rlhf_core.stages.ppo import train_ppo
-from rlhf_core.stages.prepare import prepare_data
-from rlhf_core.stages.reward_model import train_reward_model
-from rlhf_core.stages.rloo import train_rloo
-from rlhf_core.stages.sft import train_sft
+from rlhf_core.stages.table import STAGES as TABLE
+from rlhf_core.stages.table import run_stage
+from rlhf_core.work import Work
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -56,7 +49,7 @@ evaluation: {prompts: 2, best_of: 2, true_reward: "rlhf_core.simulation:true_rew
 """
 
 
-STAGES = ["prepare", "sft", "reward_model", "ppo", "rloo", "grpo", "dpo", "evaluation"]
+STAGES = list(TABLE)
 
 
 def ids(page):
@@ -108,60 +101,32 @@ def logged(tmp_path_factory):
     """The names of all metrics of each stage, as a run of them on the smallest data logs them."""
     root = tmp_path_factory.mktemp("stages")
     config = PipelineConfig.model_validate(yaml.safe_load(TINY))
-    data, sft, reward, policy = (root / name for name in ("data", "sft", "reward", "policy"))
+    made = {kind: root / kind for kind in ("data", "sft", "reward", "policy")}
+    made["champion"] = made["sft"]
+    sections = {
+        "model": config.model,
+        "limits": config.length_limits,
+        "sampling": config.sampling,
+    }
     loggers = {name: MemoryLogger() for name in STAGES}
 
-    def common(name):
-        return {"seed": 0, "device": "cpu", "logger": loggers[name]}
+    def report(name):
+        spec = TABLE[name]
+        # The policy of PPO, the first that is made, is the one that is evaluated.
+        outputs = {
+            kind: made[kind] if kind in made and not made[kind].exists() else root / name / kind
+            for kind in spec.outputs
+        }
+        roles = {*spec.inputs, *spec.optional_inputs} & made.keys()
+        work = Work(
+            inputs={role: made[role] for role in roles},
+            outputs=outputs,
+            sections={key: sections[key] for key in spec.sections},
+            logger=loggers[name],
+        )
+        return run_stage(name, config.data if name == "prepare" else getattr(config, name), work)
 
-    def given(name):
-        return Given(sft=sft, reward_models={PIPELINE_REWARD: reward}, data=data, **common(name))
-
-    reports = {
-        "prepare": prepare_data(
-            config.data,
-            model=config.model,
-            limits=config.length_limits,
-            output=data,
-            seed=0,
-            logger=loggers["prepare"],
-        ),
-        "sft": train_sft(config.sft, model=config.model, data=data, output=sft, **common("sft")),
-        "reward_model": train_reward_model(
-            config.reward_model,
-            config.sampling,
-            sft=sft,
-            data=data,
-            output=reward,
-            **common("reward_model"),
-        ),
-        "ppo": train_ppo(
-            config.ppo,
-            config.sampling,
-            given("ppo"),
-            policy_output=policy,
-            critic_output=root / "critic",
-        ),
-        "rloo": train_rloo(
-            config.rloo, config.sampling, given("rloo"), policy_output=root / "rloo"
-        ),
-        "grpo": train_grpo(
-            config.grpo, config.sampling, given("grpo"), policy_output=root / "grpo"
-        ),
-        "dpo": train_dpo(
-            config.dpo, sft=sft, data=data, policy_output=root / "dpo", **common("dpo")
-        ),
-        "evaluation": evaluate(
-            config.evaluation,
-            config.sampling,
-            sft=sft,
-            policy=policy,
-            reward_model=reward,
-            champion=sft,
-            data=data,
-            **common("evaluation"),
-        ),
-    }
+    reports = {name: report(name) for name in STAGES}
     return {
         name: {general(key) for _, values in loggers[name].history for key in values}
         | {general(f"summary/{key}", arms=name == "evaluation") for key in report.summary()}

@@ -207,13 +207,13 @@ def test_a_run_that_was_broken_off_and_resumed_has_the_bits_of_one_that_was_not(
 
     history(stage, world, tmp_path / "one")
     recovery = Recovery(tmp_path / "checkpoints", every_seconds=0)
-    other = {"output": tmp_path / "other", "recovery": recovery}
+    other = tmp_path / "other"
     narrow = change(CONFIGS[stage], precision="bfloat16")
     with pytest.raises(RuntimeError, match="broken off"):
-        run(narrow, world, **other, logger=BreaksOff())
+        run(narrow, world, other, recovery=recovery, logger=BreaksOff())
     assert list((tmp_path / "checkpoints").glob("step-*"))
-    run(narrow, world, **other)
-    assert digest(tmp_path / "one") == digest(tmp_path / "other")
+    run(narrow, world, other, recovery=recovery)
+    assert digest(tmp_path / "one") == digest(other)
 
 
 # --- what is sampled, and what is learnt from it ---

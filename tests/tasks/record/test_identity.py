@@ -46,14 +46,14 @@ TRAINED = {"sft", "reward_model", "ppo", "rloo", "grpo", "dpo"}
 @pytest.mark.parametrize(
     ("path", "stages"),
     [
-        ("stages/evaluation.py", {"evaluation", "promotion"}),
+        ("stages/evaluation.py", {"evaluation"}),
         ("evaluation/gates.py", {"promotion"}),
         ("stages/sft.py", {"sft"}),
         ("stages/ppo.py", {"ppo"}),
         ("onpolicy/update.py", {"ppo", "rloo", "grpo"}),
         ("functional/losses.py", {"reward_model", "ppo", "rloo", "grpo", "dpo"}),
-        ("functional/logprobs.py", TRAINED | {"evaluation", "promotion"}),
-        ("backbone/packing.py", set(STAGES)),
+        ("functional/logprobs.py", TRAINED | {"evaluation"}),
+        ("backbone/packing.py", set(STAGES) - {"promotion"}),
         ("launch.py", set()),
         ("__init__.py", set(STAGES)),
     ],
@@ -79,7 +79,7 @@ def test_all_that_an_import_really_loads_is_in_it(stage):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert loaded <= {str(path) for path in closure(start)}
-    assert len(closure(start)) < 40 < len(list(identity.ROOT.rglob("*.py")))
+    assert len(closure(start)) < 50 < len(list(identity.ROOT.rglob("*.py")))
 
 
 def test_a_stage_that_nobody_knows_has_the_whole_core(core):

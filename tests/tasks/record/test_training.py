@@ -200,7 +200,7 @@ def make(stage, directory):
         stage.logger.metrics({"loss": 0.5}, step=1)
         stage.record(ToyReport(score=0.25))
         stage.publish({"sft": directory})
-    return stage.model("sft")
+    return stage.models()["sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
