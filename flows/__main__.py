@@ -152,7 +152,7 @@ def resume(
     retry that comes within seconds of a crash would be lost. Any other goes on here and now.
     """
     settings = services.join(read_settings(), prefect=True)
-    from tasks.history.runs import find_stopped
+    from tasks.history.stopped import find_stopped
 
     stopped = find_stopped(run, settings=settings)
     if settings.prefect_api_url:
