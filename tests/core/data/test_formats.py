@@ -265,7 +265,7 @@ def test_a_time_of_a_parquet_file_is_written_as_text(tmp_path):
 OTHER = {
     "shown_first": ("left", "'left' is not a side; a side is 'a' or 'b'"),
     "gold": ("b", "'b' is neither true nor false"),
-    "time": (12.5, "12.5 is not a date and time such as 2026-03-01T12:30"),
+    "time": (20260301, "20260301 is not a date and time such as 2026-03-01T12:30"),
     "source": ("x" * 300, f"'{'x' * 58}… is not a name"),
 }
 LIKE_OURS = {"shown_first": "a", "gold": True, "time": "2026-03-01", "source": "forum"}
