@@ -295,6 +295,7 @@ def test_every_example_of_a_data_format_is_read(tmp_path):
         table = parse(read_rows(str(file), split="train", subset="", limit=0), kind, {})
         assert not table.faults
         assert not table.skipped
+        assert not table.unread
         assert len(table.frame)
 
 

@@ -99,11 +99,15 @@ def show_validation(validation: "Validation") -> None:
     ]
     _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
     _table("Cut by a stage", ("Limit", "Texts"), validation.truncated.items())
-    for row in validation.bad_rows:
-        line(row)
+    for note in (*validation.bad_rows, *validation.unread):
+        line(note)
     line(
         f"{validation.ties} ties, {validation.contradictory_pairs} contradictory pairs, "
         f"{validation.shared_prompts} prompts shared by training and evaluation."
+    )
+    line(
+        f"Of the votes, {validation.known_sides} have a known first side, {validation.timed} a "
+        f"time, {validation.gold} are on pairs with a known answer."
     )
 
 

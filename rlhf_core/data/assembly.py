@@ -12,6 +12,7 @@ from typing import TypeAlias
 import pandas as pd
 
 from rlhf_core.data.formats import Table
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, falls_to_eval, prompt_key
 from rlhf_core.data.validation import drop_useless
 
@@ -27,6 +28,7 @@ class Assembled:
     rows: int  # of the source
     dropped: Counter[str]
     bad_rows: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def side(self, split: Split) -> pd.DataFrame:
         """The rows of one side."""
@@ -53,6 +55,7 @@ def assemble(kind: Kind, parts: Mapping[str, Table]) -> Assembled:
         rows=sum(table.rows for table in parts.values()),
         dropped=dropped,
         bad_rows=tuple(map(str, faults[:_LISTED])),
+        unread=tuple(note for table in parts.values() for note in table.unread),
     )
 
 
@@ -83,7 +86,8 @@ def fill(tables: Tables) -> Tables:
     preferences = tables["preferences"].frame
     filled = dict(tables)
     if "demonstrations" not in filled:
-        decided = preferences[~preferences["tie"].astype(bool)]
+        voted = with_winners(preferences)
+        decided = voted[~voted["tie"]]
         answers = decided.assign(response=decided["chosen"])
         filled["demonstrations"] = _derived(
             answers, "answers chosen in the preferences", "response"

@@ -5,8 +5,12 @@ A source of preferences holds one of these, and the first that its fields allow 
     prompt, chosen, rejected           texts, or the messages of the answer or the whole dialogue
     chosen, rejected                   whole dialogues: messages, or the text format of HH-RLHF
     prompt, response_a, response_b     with `votes`: a list of "a", "b" or "tie", of
-                                       [annotator, vote, ...] or of {"annotator", "vote"};
-                                       or with one `vote` (or `preference`)
+                                       [annotator, vote, ...] or of {"annotator", "vote",
+                                       "shown_first", "time", "gold"}; or with one `vote` (or
+                                       `preference`)
+
+Each vote becomes a row. Chosen and rejected are the vote "a" on them. How a vote was cast may be
+said too: `rlhf_core.data.vote_details`.
 
 Demonstrations are `prompt`, `response`, or whole dialogues in `messages`; prompts are `prompt`.
 """
@@ -14,7 +18,7 @@ Demonstrations are `prompt`, `response`, or whole dialogues in `messages`; promp
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +27,9 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from rlhf_core.data.encoding import Message, Prompt
-from rlhf_core.data.prepared import COLUMNS, Kind
+from rlhf_core.data.prepared import COLUMNS, Kind, writable
 from rlhf_core.data.sources import Fault, Row, Rows
+from rlhf_core.data.vote_details import DETAILS, OF_A_VOTE, READERS, UnlikeError, first_unlike
 from rlhf_core.errors import DataError
 
 # What a source may hold, and so what can be mapped to a field of another name.
@@ -32,7 +37,7 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "demonstrations": ("id", "prompt", "response", "messages"),
     "preferences": (
         *("id", "prompt", "chosen", "rejected", "margin", "annotator"),
-        *("response_a", "response_b", "votes", "vote", "preference"),
+        *("response_a", "response_b", "votes", "vote", "preference", *DETAILS),
     ),
     "prompts": ("id", "prompt"),
 }
@@ -51,6 +56,7 @@ class Table:
     rows: int
     faults: Sequence[Fault]
     skipped: Mapping[str, int]  # reason -> rows
+    unread: Sequence[str] = ()  # columns that are ours by their name and not by what is in them
 
 
 def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
@@ -64,15 +70,16 @@ def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
     if not source.rows and not source.unreadable:
         raise DataError(f"{source.source} has no rows; check that it is the right file")
     columns = source.columns()
-    convert = _converter(source.source, columns, kind, names)
+    convert = _converter(source, columns, kind, names)
+    details, unread = _details(source, kind, names, sided=convert is not _pair)
     with_prompt = names.get("prompt", "prompt") in columns
-    stem = Path(source.source).stem
+    place = Path(source.source)
     examples: list[Row] = []
     faults, skipped = list(source.unreadable), Counter[str]()
     for number, values in source.rows:
-        row = _Row(values, names, with_prompt)
+        row = _Row(values, names, with_prompt, details, place.name)
         try:
-            own = {"id": row.label("id") or f"{stem}-{number}", "ballot": 0}
+            own = {"id": row.label("id") or f"{place.stem}-{number}", "ballot": 0}
             examples += [{**own, **example} for example in convert(row)]
         except _BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
@@ -82,7 +89,7 @@ def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
     frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
-    return Table(frame, source.source, rows, faults, skipped)
+    return Table(frame, source.source, rows, faults, skipped, unread)
 
 
 _Converter: TypeAlias = Callable[["_Row"], list[Row]]
@@ -96,25 +103,74 @@ _NEEDED: Mapping[Kind, str] = {
 
 
 def _converter(
-    source: str, columns: Sequence[str], kind: Kind, names: Mapping[str, str]
+    source: Rows, columns: Sequence[str], kind: Kind, names: Mapping[str, str]
 ) -> _Converter:
     if not columns:
         return lambda row: []  # not one row could be read: the faults will tell
     listed = ", ".join(columns)
     for field, name in names.items():
-        if name not in columns:
+        in_votes = field in OF_A_VOTE and any(name in vote for _, vote in _votes(source, names))
+        if name not in columns and not in_votes:
             raise DataError(
-                f"{source} has no field '{name}', which data.{kind}.fields gives for '{field}'; "
-                f"its fields are: {listed}"
+                f"{source.source} has no field '{name}', which data.{kind}.fields gives for "
+                f"'{field}'; its fields are: {listed}"
             )
     here = {field for field in FIELDS[kind] if names.get(field, field) in columns}
     converter = _choose(kind, here, names)
     if converter is None:
         raise DataError(
-            f"{source} holds no {kind}: they need {_NEEDED[kind]}, and its fields are: {listed}; "
-            f"name the right ones in data.{kind}.fields"
+            f"{source.source} holds no {kind}: they need {_NEEDED[kind]}, and its fields are: "
+            f"{listed}; name the right ones in data.{kind}.fields"
         )
     return converter
+
+
+def _details(
+    source: Rows, kind: Kind, names: Mapping[str, str], *, sided: bool
+) -> tuple[frozenset[str], Sequence[str]]:
+    """The details of a vote that are read, and a note of each column that only has such a name."""
+    if kind != "preferences":
+        return frozenset(), ()
+    read, notes = set(names) & set(DETAILS), []
+    if "shown_first" in names and not sided:
+        raise DataError(
+            f"data.{kind}.fields names '{names['shown_first']}' of {source.source} as the answer "
+            "that was shown first, but chosen and rejected have no sides; bring 'response_a', "
+            "'response_b' and 'vote', or take shown_first out of the fields"
+        )
+    for field in DETAILS:
+        if field in names or field in names.values():  # mapped, or another field's by mapping
+            continue
+        values = [(number, row[field]) for number, row in source.rows if field in row]
+        if field in OF_A_VOTE:
+            values += [(n, vote[field]) for n, vote in _votes(source, names) if field in vote]
+        if not values:
+            continue
+        if field == "shown_first" and not sided:
+            notes.append(
+                f"{source.source}: chosen and rejected have no sides, so the field 'shown_first' "
+                "is not read"
+            )
+        elif odd := first_unlike(field, values):
+            number, reason = odd
+            notes.append(
+                f"{source.source}, {source.unit} {number}, field '{field}': {reason}, so the field "
+                f"is taken for one of another meaning and is not read; if it is meant, map it in "
+                f"data.{kind}.fields"
+            )
+        else:
+            read.add(field)
+    return frozenset(read), notes
+
+
+def _votes(source: Rows, names: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+    """The votes of a source that are objects, each with the number of its row."""
+    listed = names.get("votes", "votes")
+    for number, row in source.rows:
+        votes = row.get(listed)
+        for vote in votes if isinstance(votes, list) else ():
+            if isinstance(vote, dict):
+                yield number, vote
 
 
 def _choose(kind: Kind, here: set[str], names: Mapping[str, str]) -> _Converter | None:
@@ -145,20 +201,22 @@ def _demonstration(row: "_Row", field: str) -> list[Row]:
 
 def _pair(row: "_Row") -> list[Row]:
     prompt, chosen, rejected = _sides(row, "chosen", "rejected")
-    annotator, margin = row.label("annotator"), row.margin()
-    return [_preference(prompt, chosen, rejected, False, margin, annotator)]
+    answers = {"prompt": prompt, "response_a": chosen, "response_b": rejected}
+    known = {"margin": row.margin(), "source": row.source(), **row.cast({})}
+    return [{**answers, "vote": "a", "annotator": row.label("annotator"), **known}]
 
 
 def _voted_pair(row: "_Row", field: str) -> list[Row]:
     """One preference a vote."""
     prompt, a, b = _sides(row, "response_a", "response_b")
-    margin, anonymous = row.margin(), Counter[str]()
+    answers = {"prompt": prompt, "response_a": a, "response_b": b}
+    known, anonymous = {"margin": row.margin(), "source": row.source()}, Counter[str]()
     preferences = []
-    for annotator, vote in row.votes(field):
-        chosen, rejected = (b, a) if vote == "b" else (a, b)
-        preference = _preference(prompt, chosen, rejected, vote == "tie", margin, annotator)
+    for annotator, vote, details in row.votes(field):
         anonymous[vote] += not annotator
-        preferences.append({**preference, "ballot": 0 if annotator else anonymous[vote]})
+        ballot = {"ballot": 0 if annotator else anonymous[vote]}
+        cast = {"vote": vote, "annotator": annotator, **row.cast(details)}
+        preferences.append({**answers, **known, **cast, **ballot})
     return preferences
 
 
@@ -168,13 +226,6 @@ def _sides(row: "_Row", first: str, second: str) -> tuple[Prompt, str, str]:
     if prompt != same:
         raise _SkippedRowError("dialogues diverge before the last answer")
     return prompt, one, other
-
-
-def _preference(
-    prompt: Prompt, chosen: str, rejected: str, tie: bool, margin: float, annotator: str
-) -> Row:
-    answers = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return {**answers, "tie": tie, "margin": margin, "annotator": annotator}
 
 
 class _SkippedRowError(Exception):
@@ -203,15 +254,25 @@ class _Row:
     values: Row
     names: Mapping[str, str]
     with_prompt: bool  # the source has a field for the prompt
+    details: frozenset[str]  # of a vote, that are read
+    file: str  # the name of the source
 
     def label(self, field: str) -> str:
         """An id or annotator: text or a whole number; empty when not given."""
         value = self._get(field)
         if value is None or isinstance(value, str):
-            return value or ""
+            return self._writable(value or "", field)
         if type(value) is int:
             return str(value)
         raise self._wrong_type(field, value, "text or a whole number")
+
+    def source(self) -> str:
+        """Where the row comes from: what it says itself, else the name of the source."""
+        return str(self._detail("source", {})) or self.file
+
+    def cast(self, vote: Row) -> Row:
+        """How a vote was cast: what `vote`, its object in `votes`, says of it, else the row."""
+        return {field: self._detail(field, vote) for field in OF_A_VOTE}
 
     def margin(self) -> float:
         """The margin, 0 when not given."""
@@ -246,11 +307,12 @@ class _Row:
             raise self._bad(field, "bad messages", "does not end with an answer of the assistant")
         return self._asked(dialogue[:-1], field), dialogue[-1]["content"]
 
-    def votes(self, field: str) -> list[tuple[str, str]]:
-        """Annotator (empty when anonymous) and vote, for each vote on a pair."""
+    def votes(self, field: str) -> list[tuple[str, str, Row]]:
+        """Annotator (empty when anonymous), vote and what else its object has, for each vote on a
+        pair."""
         value = self._given(self._get(field), field)
         if field != "votes":
-            return [(self.label("annotator"), self._vote(value, field))]
+            return [(self.label("annotator"), self._vote(value, field), {})]
         if not isinstance(value, list):
             raise self._wrong_type(field, value, "a list of votes")
         if not value:
@@ -259,6 +321,14 @@ class _Row:
 
     def _get(self, field: str) -> Any:
         return self.values.get(self.names.get(field, field))
+
+    def _detail(self, field: str, vote: Row) -> str | bool:
+        name = self.names.get(field, field)
+        value = vote.get(name) if vote.get(name) is not None else self.values.get(name)
+        try:
+            return READERS[field](value if field in self.details else None)
+        except UnlikeError as error:
+            raise self._bad(field, error.category, str(error)) from error
 
     def _bad(self, field: str, category: str, reason: str) -> _BadRowError:
         return _BadRowError(self.names.get(field, field), category, reason)
@@ -277,9 +347,12 @@ class _Row:
             raise self._wrong_type(field, value, "text", where)
         if not value or value.isspace():
             raise self._bad(field, "empty text", f"{where}is empty")
-        if not value.isascii() and _has_surrogate(value):
+        return self._writable(value, field, where)
+
+    def _writable(self, text: str, field: str, where: str = "") -> str:
+        if not writable(text):
             raise self._bad(field, "broken text", f"{where}holds half of a surrogate pair")
-        return str(value)
+        return text
 
     def _messages(self, value: Sequence[Any], field: str) -> list[Message]:
         if not value:
@@ -325,14 +398,16 @@ class _Row:
             raise self._bad(field, "bad messages", "has no question of the user to be answered")
         return context
 
-    def _ballot(self, entry: Any, field: str) -> tuple[str, str]:
+    def _ballot(self, entry: Any, field: str) -> tuple[str, str, Row]:
+        details: Row = {}
         if isinstance(entry, dict):
-            annotator, vote = entry.get("annotator"), entry.get("vote")
+            annotator, vote, details = entry.get("annotator"), entry.get("vote"), entry
         elif isinstance(entry, list) and len(entry) > 1:
             annotator, vote = entry[0], entry[1]
         else:
             annotator, vote = None, entry
-        return ("" if annotator is None else str(annotator)), self._vote(vote, field)
+        name = self._writable("" if annotator is None else str(annotator), field)
+        return name, self._vote(vote, field), details
 
     def _vote(self, value: Any, field: str) -> str:
         vote = value.strip().lower() if isinstance(value, str) else ""
@@ -340,11 +415,3 @@ class _Row:
             reason = f"{value!r} is not a vote; a vote is 'a', 'b' or 'tie'"
             raise self._bad(field, "unknown vote", reason)
         return vote
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -24,6 +24,22 @@ class Pair(NamedTuple):
     truncated: bool
 
 
+def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
+    """The votes of a table with `chosen`, `rejected` and `tie` beside them.
+
+    vote "a"      chosen = response_a, rejected = response_b
+    vote "b"      chosen = response_b, rejected = response_a
+    vote "tie"    chosen = response_a, rejected = response_b, tie = True: nobody won, and
+                  whoever learns from a tie gives it the same weight either way round
+    """
+    second = votes["vote"] == "b"
+    return votes.assign(
+        chosen=votes["response_b"].where(second, votes["response_a"]),
+        rejected=votes["response_a"].where(second, votes["response_b"]),
+        tie=votes["vote"] == "tie",
+    )
+
+
 def encode_pairs(
     table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Pair]:
@@ -37,7 +53,8 @@ def encode_pairs(
             "data.eval_fraction"
         )
     pairs = []
-    columns = (table[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
+    voted = with_winners(table)
+    columns = (voted[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
     for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
         chosen, head, cut = encode_pair(prompt, winner, tokenizer, max_length)
         rejected, other_head, also_cut = encode_pair(prompt, loser, tokenizer, max_length)

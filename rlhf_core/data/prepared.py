@@ -1,18 +1,29 @@
 """The three prepared tables of the pipeline: columns, files, and which prompts are for evaluation.
 
     demonstrations   {id, prompt, response}
-    preferences      {id, prompt, chosen, rejected, tie, margin, annotator}
+    preferences      {id, prompt, response_a, response_b, vote, shown_first, annotator, gold,
+                      margin, time, source}
     prompts          {id, prompt}
 
-A prompt is raw text or a list of chat messages; an answer is always text. In a tie `chosen` is the
-first answer and `rejected` the second. The votes on one pair are rows that share its id.
+A prompt is raw text or a list of chat messages; an answer is always text. A row of the preferences
+is one vote, as it was cast; the votes on one pair are rows that share its id:
+
+    vote             "a", "b" or "tie"
+    shown_first      which answer the annotator saw first, "a" or "b"; "" where that is not known
+    annotator        who voted; "" for an anonymous vote
+    gold             whether the right answer is known, as for a control question
+    margin           by how much the winner should win, in raw reward; 0 where none was given
+    time             when the vote was cast, as the source has it; "" where that is not known
+    source           where the row comes from
+
+Who won is derived from them where it is needed: `rlhf_core.data.pairs.with_winners`.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 
@@ -27,7 +38,10 @@ KINDS: tuple[Kind, ...] = ("demonstrations", "preferences", "prompts")
 SPLITS: tuple[Split, ...] = ("train", "eval")
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
     "demonstrations": ("id", "prompt", "response"),
-    "preferences": ("id", "prompt", "chosen", "rejected", "tie", "margin", "annotator"),
+    "preferences": (
+        *("id", "prompt", "response_a", "response_b", "vote", "shown_first"),
+        *("annotator", "gold", "margin", "time", "source"),
+    ),
     "prompts": ("id", "prompt"),
 }
 
@@ -60,6 +74,17 @@ def training_texts(demonstrations: pd.DataFrame) -> Iterator[str]:
         yield "\n".join([*(message["content"] for message in messages), response])
 
 
+def writable(text: str) -> bool:
+    """Whether a table can hold a text: half of a surrogate pair has no place in UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_table(frame: pd.DataFrame, directory: Path, kind: Kind, split: Split) -> None:
     """Write one prepared table as JSON lines."""
     records = frame[list(COLUMNS[kind])].to_dict("records")
@@ -69,7 +94,10 @@ def write_table(frame: pd.DataFrame, directory: Path, kind: Kind, split: Split) 
 
 
 def read_table(directory: Path, kind: Kind, split: Split) -> pd.DataFrame:
-    """One prepared table. Texts and messages are objects, `tie` is bool, `margin` float.
+    """One prepared table. Texts and messages are objects, `gold` is bool, `margin` float.
+
+    Votes that an earlier version prepared, in which the winner stands first, are brought into the
+    columns of today.
 
     Raises: DataError when the directory does not hold it.
     """
@@ -78,8 +106,21 @@ def read_table(directory: Path, kind: Kind, split: Split) -> pd.DataFrame:
         raise DataError(f"there is no prepared table {path}; prepare the data first")
     with path.open(encoding="utf-8", newline="\n") as lines:
         records = [json.loads(line) for line in lines]
+    if kind != "preferences":
+        return pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
+    records = [_as_cast(record) for record in records]
     frame = pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
-    return frame.astype({"tie": bool, "margin": float}) if kind == "preferences" else frame
+    return frame.astype({"gold": bool, "margin": float})
+
+
+def _as_cast(record: dict[str, Any]) -> dict[str, Any]:
+    """A vote in the columns of today; version 0.1.0 wrote `chosen`, `rejected` and `tie`."""
+    if "chosen" not in record:
+        return record
+    answers = {"response_a": record["chosen"], "response_b": record["rejected"]}
+    vote = "tie" if record["tie"] else "a"
+    unknown = {"shown_first": "", "gold": False, "time": "", "source": ""}
+    return {**record, **answers, "vote": vote, **unknown}
 
 
 def digest(directory: Path) -> str:

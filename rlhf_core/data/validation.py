@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.encoding import Prompt, encode_prompt, render_prompt
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import Kind, identity
 from rlhf_core.metrics import Between, uncounted
 
@@ -55,7 +56,11 @@ class Validation(_Facts):
 
     tables: Mapping[str, TableSummary]
     bad_rows: Sequence[str] = Field(description="The first bad rows: file, line, field, reason")
+    unread: Sequence[str] = Field(description="Columns with a name of ours and other content")
     ties: int = Field(description="Preferences without a winner")
+    known_sides: int = Field(description="Votes of which it is known which answer was shown first")
+    timed: int = Field(description="Votes of which it is known when they were cast")
+    gold: int = Field(description="Votes on pairs whose right answer is known")
     contradictory_pairs: int = Field(description="Pairs of answers that won against each other")
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
@@ -96,7 +101,7 @@ def drop_useless(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, Counter
     keys = pd.DataFrame({"split": frame["split"], "prompt": frame["prompt"].map(identity)})
     useless = pd.Series(False, index=frame.index)
     if kind == "preferences":
-        useless |= frame["chosen"].map(str.strip) == frame["rejected"].map(str.strip)
+        useless |= frame["response_a"].map(str.strip) == frame["response_b"].map(str.strip)
         keys = keys.assign(**_matches(frame), annotator=frame["annotator"], ballot=frame["ballot"])
     elif kind == "demonstrations":
         keys["response"] = frame["response"]
@@ -107,7 +112,7 @@ def drop_useless(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, Counter
 
 def contradictory_pairs(preferences: pd.DataFrame) -> int:
     """Pairs of answers to one prompt of which each was chosen over the other at least once."""
-    decided = preferences[~preferences["tie"].astype(bool)]
+    decided = preferences[preferences["vote"] != "tie"]
     matches = decided.assign(prompt=decided["prompt"].map(identity), **_matches(decided))
     winners = matches.groupby(["prompt", "first", "second"])["winner"].nunique()
     return int((winners > 1).sum())
@@ -115,8 +120,9 @@ def contradictory_pairs(preferences: pd.DataFrame) -> int:
 
 def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
     """Each pair whichever way round it is written, and its winner (none in a tie)."""
-    pairs = list(zip(frame["chosen"], frame["rejected"], strict=True))
-    winners = ["" if tie else chosen for tie, (chosen, _) in zip(frame["tie"], pairs, strict=True)]
+    pairs = list(zip(frame["response_a"], frame["response_b"], strict=True))
+    voted = with_winners(frame)
+    winners = voted["chosen"].mask(voted["tie"], "").tolist()
     return {
         "first": [min(pair) for pair in pairs],
         "second": [max(pair) for pair in pairs],

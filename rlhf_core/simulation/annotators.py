@@ -111,11 +111,11 @@ class Annotator:
 
 
 class Vote(NamedTuple):
-    """What an annotator made of a pair. In a tie the text shown first stands as chosen."""
+    """What an annotator made of a pair."""
 
-    chosen: str
-    rejected: str
-    tie: bool
+    response_a: str  # shown first
+    response_b: str
+    vote: Preference
 
 
 def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
@@ -140,10 +140,7 @@ def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
 def vote(annotator: Annotator, texts: tuple[str, str], rng: Random) -> Vote:
     """Show two texts to an annotator in random order, and note the verdict."""
     first, second = rng.sample(texts, 2)
-    verdict = annotator.prefers(first, second, rng)
-    if verdict == "b":
-        first, second = second, first
-    return Vote(chosen=first, rejected=second, tie=verdict == "tie")
+    return Vote(first, second, annotator.prefers(first, second, rng))
 
 
 def _clause_valences(text: str) -> list[tuple[str, float]]:

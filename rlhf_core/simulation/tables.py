@@ -32,7 +32,7 @@ class SimulatedTables:
     """The raw data of a pipeline, as a user would bring it, and who voted on it."""
 
     demonstrations: pd.DataFrame  # id, prompt, response
-    preferences: pd.DataFrame  # id, prompt, chosen, rejected, tie, margin, annotator
+    preferences: pd.DataFrame  # the columns of `rlhf_core.data.prepared`, response_a shown first
     prompts: pd.DataFrame  # id, prompt
     annotators: tuple[Annotator, ...]  # in the order of their names
 
@@ -81,16 +81,18 @@ def _preferences(
     for n in range(rows):
         prompt = rng.choice(prompts)
         annotator = rng.choice(annotators)
-        verdict = vote(annotator, (write_review(prompt, rng), write_review(prompt, rng)), rng)
+        cast = vote(annotator, (write_review(prompt, rng), write_review(prompt, rng)), rng)
         records.append(
             {
                 "id": f"pair-{n:05d}",
                 "prompt": prompt,
-                "chosen": verdict.chosen,
-                "rejected": verdict.rejected,
-                "tie": verdict.tie,
-                "margin": 0.0,
+                **cast._asdict(),
+                "shown_first": "a",
                 "annotator": annotator.name,
+                "gold": False,
+                "margin": 0.0,
+                "time": "",
+                "source": "simulated",
             }
         )
     return pd.DataFrame(records)

@@ -31,6 +31,7 @@ from rlhf_core.data.assembly import (
 )
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.formats import FIELDS, Table, parse
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, training_texts, write_table
 from rlhf_core.data.sources import read_rows
 from rlhf_core.data.validation import (
@@ -342,13 +343,17 @@ def _validate(
     """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
-    frames = {kind: table.frame for kind, table in tables.items()}
+    preferences = with_winners(tables["preferences"].frame)
+    frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
     counts = count_tokens(frames, tokenizer, partial(counted, logger))
-    preferences = tables["preferences"].frame
     validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
+        unread=[note for table in tables.values() for note in table.unread],
         ties=int(preferences["tie"].sum()),
+        known_sides=int((preferences["shown_first"] != "").sum()),
+        timed=int((preferences["time"] != "").sum()),
+        gold=int(preferences["gold"].sum()),
         contradictory_pairs=contradictory_pairs(preferences),
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),

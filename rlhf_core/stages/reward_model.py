@@ -39,6 +39,7 @@ from rlhf_core.data.pairs import (
     prompt_numbers,
     require_decided,
     smoothing,
+    with_winners,
 )
 from rlhf_core.data.prepared import read_table
 from rlhf_core.functional import ranking
@@ -117,7 +118,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
     train = encode_pairs(train_table, tokenizer, config.max_length)
-    held_out_table = read_table(data, "preferences", "eval")
+    held_out_table = with_winners(read_table(data, "preferences", "eval"))
     held_out = encode_pairs(held_out_table, tokenizer, config.max_length)
 
     steps = config.epochs * math.ceil(len(train) / config.batch_size)

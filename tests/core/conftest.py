@@ -44,13 +44,15 @@ def tables():
         votes = []
         for number, prompt in enumerate(prompts * 4):
             one, two = answer(draws, GOOD), answer(draws, BAD)
-            votes.append({"prompt": prompt, "chosen": one, "rejected": two, "tie": False})
+            sides = (one, two, "a") if number % 2 else (two, one, "b")
+            votes.append((prompt, *sides))
             if number % 16 == 0:
-                same = answer(draws, GOOD), answer(draws, GOOD)
-                votes.append(
-                    {"prompt": prompt, "chosen": same[0], "rejected": same[1], "tie": True}
-                )
-        yield "preferences", split, [vote | {"margin": 0.0, "annotator": "x"} for vote in votes]
+                votes.append((prompt, answer(draws, GOOD), answer(draws, GOOD), "tie"))
+        names = ("prompt", "response_a", "response_b", "vote")
+        rows = [dict(zip(names, vote, strict=True)) for vote in votes]
+        how = {"margin": 0.0, "annotator": "x"}
+        how |= {"shown_first": "", "gold": False, "time": "", "source": "toy"}
+        yield "preferences", split, [row | how for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.simulation import (
     Annotator,
     AnnotatorsConfig,
@@ -96,19 +97,23 @@ def test_the_votes_are_those_of_the_annotators_named():
     people = {person.name: person for person in drawn.annotators}
     for row in drawn.preferences.itertuples():
         person = people[row.annotator]
-        assert person.utility(row.chosen) > person.utility(row.rejected)
+        a, b = person.utility(row.response_a), person.utility(row.response_b)
+        assert row.vote == ("a" if a > b else "b")
 
 
 def test_tables_have_the_columns_and_rows_of_the_contract(tables):
     assert list(tables.demonstrations) == ["id", "prompt", "response"]
     assert list(tables.preferences) == [
-        *("id", "prompt", "chosen", "rejected", "tie", "margin", "annotator")
+        *("id", "prompt", "response_a", "response_b", "vote", "shown_first"),
+        *("annotator", "gold", "margin", "time", "source"),
     ]
     assert list(tables.prompts) == ["id", "prompt"]
     assert len(tables.demonstrations) == 8000
     assert len(tables.preferences) == 4000
-    assert tables.preferences.tie.dtype == bool
-    assert (tables.preferences.margin == 0.0).all()
+    assert set(tables.preferences.vote) == {"a", "b", "tie"}
+    same = {"shown_first": "a", "gold": False, "margin": 0.0, "time": "", "source": "simulated"}
+    for name, value in same.items():
+        assert tables.preferences[name].tolist() == [value] * 4000
     assert tables.preferences.annotator.nunique() == 12
     for frame in (tables.demonstrations, tables.preferences, tables.prompts):
         assert frame.id.is_unique
@@ -396,18 +401,31 @@ def test_a_vote_shows_the_pair_in_random_order():
     # One who always takes the first text chooses each of the two half the time.
     rng, first = Random(0), Annotator("first", side_bias=5.0)
     votes = [vote(first, (LOVELY, AWFUL), rng) for _ in range(4000)]
-    assert within(sum(v.chosen == LOVELY for v in votes) / 4000, 0.5)
-    assert all({v.chosen, v.rejected} == {LOVELY, AWFUL} and not v.tie for v in votes)
+    assert within(sum(v.response_a == LOVELY for v in votes) / 4000, 0.5)
+    assert all({v.response_a, v.response_b} == {LOVELY, AWFUL} for v in votes)
+    assert {v.vote for v in votes} == {"a"}
     indifferent = Annotator("indifferent", tie_margin=9.0)
     ties = [vote(indifferent, (LOVELY, AWFUL), rng) for _ in range(4000)]
-    assert all(v.tie for v in ties)
-    assert within(sum(v.chosen == LOVELY for v in ties) / 4000, 0.5)
+    assert {v.vote for v in ties} == {"tie"}
+    assert within(sum(v.response_a == LOVELY for v in ties) / 4000, 0.5)
 
 
-def test_a_vote_names_the_better_text_as_chosen():
+def test_a_vote_names_the_side_of_the_better_text():
     rng = Random(0)
-    for _ in range(50):
-        assert vote(Annotator("judge"), (AWFUL, LOVELY), rng) == (LOVELY, AWFUL, False)
+    votes = {vote(Annotator("judge"), (AWFUL, LOVELY), rng) for _ in range(50)}
+    assert votes == {(LOVELY, AWFUL, "a"), (AWFUL, LOVELY, "b")}
+
+
+def test_a_liking_for_the_text_shown_first_is_in_the_votes():
+    fond = AnnotatorsConfig(count=6, lowest_reliability=1.0, side_bias=1.0)
+    drawn = simulate(SMALL.model_copy(update={"annotators": fond}), 3)
+    decided = drawn.preferences[drawn.preferences.vote != "tie"]
+    first = (decided.vote == decided.shown_first).groupby(decided.annotator).mean()
+    liking = {person.name: person.side_bias for person in drawn.annotators}
+    assert max(liking.values()) > 0.4 > -0.4 > min(liking.values())
+    # About 100 votes each: without a liking, four standard deviations of the share are 0.2.
+    assert first[max(liking, key=liking.get)] > 0.7
+    assert first[min(liking, key=liking.get)] < 0.3
 
 
 def test_annotators_differ_within_the_bounds_of_the_config():
@@ -431,12 +449,12 @@ def test_annotators_differ_within_the_bounds_of_the_config():
 def test_votes_agree_with_the_truth_at_a_useful_but_imperfect_rate(seed):
     # 0.82 to 0.85 on seeds 0 to 9: good enough to learn from, noisy enough to be lifelike.
     pairs = simulate(SimulationConfig(demonstrations=1), seed).preferences
-    decided = pairs[~pairs.tie]
+    decided = with_winners(pairs[pairs.vote != "tie"])
     better = true_reward(decided.prompt.tolist(), decided.chosen.tolist())
     worse = true_reward(decided.prompt.tolist(), decided.rejected.tolist())
     agreement = sum(b > w for b, w in zip(better, worse, strict=True)) / len(decided)
     assert 0.8 < agreement < 0.88
-    assert 0.02 < pairs.tie.mean() < 0.07
+    assert 0.02 < (pairs.vote == "tie").mean() < 0.07
 
 
 def test_annotators_overlook_what_the_truth_punishes():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import (
     COLUMNS,
     digest,
@@ -26,11 +27,14 @@ GOOD = {"role": "assistant", "content": "Because."}
 def preferences():
     rows = [
         # texts that a careless reader takes for numbers, dates and nothing
-        ("007", "1.50", "2020-01-01", "null", True, 1 / 3, "é\u2028“"),
-        ("b", [USER, GOOD, USER], "", "\n\ttab", False, 0.0, ""),
+        (
+            *("007", "1.50", "2020-01-01", "null", "tie", "b", "é\u2028“"),
+            *(True, 1 / 3, "2020-01-01", "1e5"),
+        ),
+        ("b", [USER, GOOD, USER], "", "\n\ttab", "b", "", "", False, 0.0, "", "x"),
     ]
     frame = pd.DataFrame(rows, columns=list(COLUMNS["preferences"]), dtype=object)
-    return frame.astype({"tie": bool, "margin": float})
+    return frame.astype({"gold": bool, "margin": float})
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
@@ -45,6 +49,31 @@ def test_only_the_prepared_columns_are_written(tmp_path):
     write_table(frame, tmp_path, "prompts", "train")
     text = (tmp_path / "prompts.train.jsonl").read_text(encoding="utf-8")
     assert text == '{"id": "1", "prompt": [{"role": "user", "content": "Why?"}]}\n'
+
+
+def test_votes_of_an_earlier_version_are_read_with_the_winner_as_side_a(tmp_path):
+    # As 0.1.0 wrote them: the winner first, and in a tie the first answer.
+    (tmp_path / "preferences.train.jsonl").write_text(
+        '{"id": "p-1", "prompt": "Why?", "chosen": "yes", "rejected": "no", "tie": false, '
+        '"margin": 0.25, "annotator": "ann"}\n'
+        '{"id": "p-2", "prompt": [{"role": "user", "content": "Why?"}], "chosen": "1", '
+        '"rejected": "2", "tie": true, "margin": 0.0, "annotator": ""}\n',
+        encoding="utf-8",
+    )
+    found = read_table(tmp_path, "preferences", "train")
+    unknown = {"shown_first": "", "gold": False, "time": "", "source": ""}
+    assert found.to_dict("records") == [
+        {"id": "p-1", "prompt": "Why?", "response_a": "yes", "response_b": "no", "vote": "a"}
+        | {"annotator": "ann", "margin": 0.25}
+        | unknown,
+        {"id": "p-2", "prompt": [USER], "response_a": "1", "response_b": "2", "vote": "tie"}
+        | {"annotator": "", "margin": 0.0}
+        | unknown,
+    ]
+    assert list(found) == list(COLUMNS["preferences"])
+    assert found.dtypes[["gold", "margin"]].tolist() == [bool, float]
+    outcomes = with_winners(found)[["chosen", "rejected", "tie"]].to_numpy().tolist()
+    assert outcomes == [["yes", "no", False], ["1", "2", True]]
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path):

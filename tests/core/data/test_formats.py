@@ -1,6 +1,8 @@
 """What each format of a row becomes, and how a bad row is named."""
 
 import json
+import math
+from datetime import datetime
 
 import pandas as pd
 import pytest
@@ -21,7 +23,8 @@ def table(kind, *rows, names=None):
 def records(found):
     """The rows without the columns that are empty in most tests."""
     assert not found.faults
-    plain = {"tie": False, "margin": 0.0, "annotator": "", "ballot": 0}
+    plain = {"vote": "a", "margin": 0.0, "annotator": "", "ballot": 0}
+    plain |= {"shown_first": "", "gold": False, "time": "", "source": "file.jsonl"}
     return [
         {name: value for name, value in row.items() if plain.get(name) != value}
         for row in found.frame.to_dict("records")
@@ -29,7 +32,7 @@ def records(found):
 
 
 def pair(n, prompt, chosen, rejected, **more):
-    answers = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    answers = {"prompt": prompt, "response_a": chosen, "response_b": rejected}
     return {"id": f"file-{n}", **answers, **more}
 
 
@@ -80,17 +83,21 @@ def test_a_pair_with_its_optional_fields():
         "rejected": "r",
         "annotator": 3,
         "margin": "0.5",
+        "gold": True,
+        "time": "2026-03-01",
+        "source": "forum",
     }
     assert table("preferences", row).frame.to_dict("records") == [
-        {"id": "i", "prompt": "p", "chosen": "c", "rejected": "r"}
-        | {"tie": False, "margin": 0.5, "annotator": "3", "ballot": 0}
+        {"id": "i", "prompt": "p", "response_a": "c", "response_b": "r", "vote": "a"}
+        | {"shown_first": "", "annotator": "3", "gold": True, "margin": 0.5}
+        | {"time": "2026-03-01", "source": "forum", "ballot": 0}
     ]
 
 
 def test_the_optional_fields_may_be_null_or_an_empty_cell():
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    null = dict.fromkeys(("id", "annotator", "margin"))
-    empty = dict.fromkeys(("id", "annotator", "margin"), "")
+    optional = ("id", "annotator", "margin", "gold", "time", "source")
+    null, empty = dict.fromkeys(optional), dict.fromkeys(optional, "")
     assert records(table("preferences", row | null, row | empty)) == [
         pair(1, "p", "c", "r"),
         pair(2, "p", "c", "r"),
@@ -98,7 +105,6 @@ def test_the_optional_fields_may_be_null_or_an_empty_cell():
 
 
 VOTED = {"prompt": "p", "response_a": "A", "response_b": "B"}
-A_WINS, B_WINS, TIE = ("A", "B", {}), ("B", "A", {}), ("A", "B", {"tie": True})
 
 
 @pytest.mark.parametrize(
@@ -107,30 +113,29 @@ A_WINS, B_WINS, TIE = ("A", "B", {}), ("B", "A", {}), ("A", "B", {"tie": True})
         # annotator, vote and seconds, as in the argument pairs
         (
             {"votes": [["w1", "a", 12], ["w2", "b", 9], ["w3", "tie", 30]]},
-            [("w1", A_WINS), ("w2", B_WINS), ("w3", TIE)],
+            [("w1", "a"), ("w2", "b"), ("w3", "tie")],
         ),
-        ({"votes": [{"annotator": 1, "vote": "B"}, {"vote": " Tie "}]}, [("1", B_WINS), ("", TIE)]),
-        ({"votes": ["b", "a"]}, [("", B_WINS), ("", A_WINS)]),
-        ({"vote": "b", "annotator": "w9"}, [("w9", B_WINS)]),
-        ({"preference": "tie"}, [("", TIE)]),
-        ({"votes": ["a"], "vote": "b"}, [("", A_WINS)]),
+        ({"votes": [{"annotator": 1, "vote": "B"}, {"vote": " Tie "}]}, [("1", "b"), ("", "tie")]),
+        ({"votes": ["b", "a"]}, [("", "b"), ("", "a")]),
+        ({"vote": "b", "annotator": "w9"}, [("w9", "b")]),
+        ({"preference": "tie"}, [("", "tie")]),
+        ({"votes": ["a"], "vote": "b"}, [("", "a")]),
     ],
 )
 def test_each_vote_becomes_a_preference(row, outcomes):
     found = table("preferences", VOTED | row)
     assert not found.faults
     assert found.rows == 1
-    columns = ["id", "chosen", "rejected", "tie", "annotator"]
+    columns = ["id", "response_a", "response_b", "vote", "annotator"]
     assert found.frame[columns].to_numpy().tolist() == [
-        ["file-1", chosen, rejected, more.get("tie", False), annotator]
-        for annotator, (chosen, rejected, more) in outcomes
+        ["file-1", "A", "B", vote, annotator] for annotator, vote in outcomes
     ]
 
 
 def test_a_mapped_label_goes_before_votes_that_are_there_too():
     row = VOTED | {"votes": ["a", "a", "b"], "gold": "b"}
     [found] = records(table("preferences", row, names={"vote": "gold"}))
-    assert found["chosen"] == "B"
+    assert found["vote"] == "b"
 
 
 def test_anonymous_votes_are_told_apart_and_named_ones_are_not():
@@ -178,10 +183,12 @@ def test_dialogues_in_the_format_of_hh_rlhf(tmp_path):
         {
             "id": "hh-1",
             "prompt": eggs,
-            "chosen": "The shell lets gas in.",
-            "rejected": "I don't know.",
+            "response_a": "The shell lets gas in.",
+            "response_b": "I don't know.",
+            "source": "hh.jsonl",
         },
-        {"id": "hh-3", "prompt": words, "chosen": "So they are.", "rejected": "No."},
+        {"id": "hh-3", "prompt": words, "response_a": "So they are.", "response_b": "No."}
+        | {"source": "hh.jsonl"},
     ]
     assert found.skipped == {"dialogues diverge before the last answer": 1}
     assert found.rows == 3
@@ -210,6 +217,160 @@ def test_a_dialogue_keeps_what_stands_around_its_prompt():
     assert found["prompt"] == [system, USER]
 
 
+# --- how a vote was cast
+
+
+def cast(found):
+    """Side shown first, gold, time and source of each vote."""
+    assert not found.faults
+    return found.frame[["shown_first", "gold", "time", "source"]].to_numpy().tolist()
+
+
+def test_a_row_may_say_how_its_vote_was_cast():
+    row = VOTED | {"vote": "b", "shown_first": " B ", "gold": "True"}
+    row |= {"time": "2026-03-01T12:30Z", "source": 3}
+    plain = VOTED | {"vote": "a"}
+    assert cast(table("preferences", row, plain)) == [
+        ["b", True, "2026-03-01T12:30Z", "3"],
+        ["", False, "", "file.jsonl"],
+    ]
+    assert not table("preferences", row, plain).unread
+
+
+def test_a_vote_in_a_list_may_say_it_itself_and_what_it_leaves_out_is_that_of_the_row():
+    votes = [
+        {"vote": "a", "shown_first": "a", "gold": False, "time": "2026-03-02"},
+        {"vote": "b", "shown_first": None, "gold": None},
+        {"vote": "tie", "shown_first": ""},  # says that it is not known
+        ["w1", "a", 12],
+    ]
+    row = VOTED | {"votes": votes, "shown_first": "b", "gold": True, "time": "2026-03-01"}
+    assert cast(table("preferences", row)) == [
+        ["a", False, "2026-03-02", "file.jsonl"],
+        ["b", True, "2026-03-01", "file.jsonl"],
+        ["", True, "2026-03-01", "file.jsonl"],
+        ["b", True, "2026-03-01", "file.jsonl"],
+    ]
+
+
+def test_a_time_of_a_parquet_file_is_written_as_text(tmp_path):
+    when = datetime(2026, 3, 1, 12, 30)
+    pd.DataFrame([VOTED | {"vote": "a", "time": when}]).to_parquet(tmp_path / "v.parquet")
+    source = read_rows(str(tmp_path / "v.parquet"), split="train", subset="", limit=0)
+    assert cast(parse(source, "preferences", {})) == [
+        ["", False, "2026-03-01T12:30:00", "v.parquet"]
+    ]
+
+
+OTHER = {
+    "shown_first": ("left", "'left' is not a side; a side is 'a' or 'b'"),
+    "gold": ("b", "'b' is neither true nor false"),
+    "time": (20260301, "20260301 is not a date and time such as 2026-03-01T12:30"),
+    "source": ("x" * 300, f"'{'x' * 58}… is not a name"),
+}
+LIKE_OURS = {"shown_first": "a", "gold": True, "time": "2026-03-01", "source": "forum"}
+NOT_READ = (
+    "my/file.jsonl, line 3, field '{field}': {reason}, so the field is taken for one of another "
+    "meaning and is not read; if it is meant, map it in data.preferences.fields"
+)
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_a_column_that_only_has_such_a_name_is_left_aside_and_said(field):
+    value, reason = OTHER[field]
+    rows = [VOTED | {"vote": "a", field: found} for found in (LIKE_OURS[field], None, value)]
+    found = table("preferences", *rows)
+    # Neither a bad row, nor half of the column.
+    assert cast(found) == [["", False, "", "file.jsonl"]] * 3
+    assert list(found.unread) == [NOT_READ.format(field=field, reason=reason)]
+
+
+@pytest.mark.parametrize("field", ["shown_first", "gold", "time"])
+def test_the_same_holds_for_the_votes_of_a_list(field):
+    value, reason = OTHER[field]
+    good, odd = ({"vote": "a", field: found} for found in (LIKE_OURS[field], value))
+    found = table("preferences", *(VOTED | {"votes": [vote]} for vote in (good, good, odd)))
+    assert cast(found) == [["", False, "", "file.jsonl"]] * 3
+    assert list(found.unread) == [NOT_READ.format(field=field, reason=reason)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "category", "reason"),
+    [
+        ("shown_first", "left", "unknown side", "'left' is not a side; a side is 'a' or 'b'"),
+        ("shown_first", 1, "unknown side", "1 is not a side; a side is 'a' or 'b'"),
+        ("gold", "b", "bad gold", "'b' is neither true nor false"),
+        ("gold", 1, "bad gold", "1 is neither true nor false"),
+        ("time", [1], "wrong type", "is neither text nor a number"),
+        ("time", True, "wrong type", "is neither text nor a number"),
+        ("source", {"a": 1}, "wrong type", "is neither text nor a whole number"),
+        ("source", 0.5, "wrong type", "is neither text nor a whole number"),
+        ("source", "\ud83d", "broken text", "holds half of a surrogate pair"),
+    ],
+)
+def test_a_mapped_field_is_read_and_what_is_wrong_in_it_is_a_bad_row(
+    field, value, category, reason
+):
+    rows = [VOTED | {"vote": "a", "theirs": found} for found in (None, value)]
+    found = table("preferences", *rows, names={field: "theirs"})
+    [fault] = found.faults
+    assert str(fault) == f"my/file.jsonl, line 2, field 'theirs': {reason}"
+    assert fault.category == category
+    assert len(found.frame) == 1
+    assert not found.unread
+
+
+def test_a_mapped_time_or_source_is_kept_as_it_came():
+    names = {"time": "time", "source": "document"}
+    times = (1700000000, 12.5, "yesterday", math.nan)
+    rows = [VOTED | {"vote": "a", "time": t, "document": "x" * 300} for t in times]
+    found = cast(table("preferences", *rows, names=names))
+    assert [row[2] for row in found] == ["1700000000", "12.5", "yesterday", ""]
+    assert {row[3] for row in found} == {"x" * 300}
+
+
+def test_a_mapped_field_may_be_that_of_the_votes_in_a_list():
+    votes = [{"vote": "a", "left": "b"}, {"vote": "a", "left": "right"}]
+    rows = [VOTED | {"votes": [vote]} for vote in votes]
+    found = table("preferences", *rows, names={"shown_first": "left"})
+    assert found.frame["shown_first"].tolist() == ["b"]
+    assert [str(fault) for fault in found.faults] == [
+        "my/file.jsonl, line 2, field 'left': 'right' is not a side; a side is 'a' or 'b'"
+    ]
+    with pytest.raises(DataError, match=r"has no field 'first', which .* gives for 'shown_first'"):
+        table("preferences", *rows, names={"shown_first": "first"})
+
+
+def test_a_column_that_is_mapped_to_another_field_is_that_field_and_no_more():
+    row = VOTED | {"vote": "a", "source": "w1", "time": "2026-03-01"}
+    names = {"annotator": "source", "id": "time"}
+    [found] = table("preferences", row, names=names).frame.to_dict("records")
+    assert (found["annotator"], found["source"]) == ("w1", "file.jsonl")
+    assert (found["id"], found["time"]) == ("2026-03-01", "")
+
+
+def test_chosen_and_rejected_have_no_sides():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "shown_first": "a"}
+    found = table("preferences", row)
+    assert records(found) == [pair(1, "p", "c", "r")]
+    assert list(found.unread) == [
+        "my/file.jsonl: chosen and rejected have no sides, so the field 'shown_first' is not read"
+    ]
+    with pytest.raises(DataError) as caught:
+        table("preferences", row | {"first": "a"}, names={"shown_first": "first"})
+    assert str(caught.value) == (
+        "data.preferences.fields names 'first' of my/file.jsonl as the answer that was shown "
+        "first, but chosen and rejected have no sides; bring 'response_a', 'response_b' and "
+        "'vote', or take shown_first out of the fields"
+    )
+
+
+def test_a_data_set_of_the_hub_is_the_source_of_its_rows():
+    row = VOTED | {"vote": "a"}
+    found = parse(Rows("Anthropic/hh-rlhf (train)", "row", [(1, row)]), "preferences", {})
+    assert found.frame["source"].tolist() == ["hh-rlhf (train)"]
+
+
 # --- bad rows
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -234,6 +395,10 @@ NO_DIALOGUE = (
         (PAIR, {"annotator": 0.5}, "wrong type",
          "'annotator': is a number, not text or a whole number"),
         (PAIR, {"id": ["x"]}, "wrong type", "'id': is a list, not text or a whole number"),
+        (PAIR, {"annotator": "w\ud83d"}, "broken text",
+         "'annotator': holds half of a surrogate pair"),
+        (VOTED | {"votes": ["a"]}, {"votes": [["w\ud83d", "a"]]}, "broken text",
+         "'votes': holds half of a surrogate pair"),
         (PAIR, {"margin": float("nan")}, "bad margin", "'margin': nan is not a finite number"),
         (PAIR, {"margin": float("inf")}, "bad margin", "'margin': inf is not a finite number"),
         (PAIR, {"margin": "high"}, "bad margin", "'margin': 'high' is not a finite number"),

@@ -13,15 +13,17 @@ from rlhf_core.data.pairs import (
     prompt_numbers,
     require_decided,
     smoothing,
+    with_winners,
 )
 from rlhf_core.errors import DataError
 
 VOTES = pd.DataFrame(
     [
-        {"prompt": "the room", "chosen": " is good", "rejected": " is bad", "tie": False},
-        {"prompt": "", "chosen": " nice", "rejected": " poor and cold", "tie": True},
+        {"prompt": "the room", "response_a": " is good", "response_b": " is bad", "vote": "a"},
+        {"prompt": "the bed", "response_a": " is bad", "response_b": " is good", "vote": "b"},
+        {"prompt": "", "response_a": " nice", "response_b": " poor and cold", "vote": "tie"},
     ]
-).assign(margin=[0.5, 0.7])
+).assign(margin=[0.5, 0.6, 0.7])
 
 
 def pair(chosen, rejected, *, tie=False):
@@ -30,11 +32,15 @@ def pair(chosen, rejected, *, tie=False):
 
 def test_both_texts_of_a_vote_are_prompt_response_and_end(gpt2):
     tokenizer = gpt2[1]
-    one, two = encode_pairs(VOTES, tokenizer, 40)
+    one, second, two = encode_pairs(VOTES, tokenizer, 40)
     prompt = encode_prompt("the room", tokenizer)
     assert one.chosen == prompt + encode_response(" is good", tokenizer)
     assert one.rejected == prompt + encode_response(" is bad", tokenizer)
     assert one[2:] == ((len(prompt), len(prompt)), False, 0.5, False)
+    bed = encode_prompt("the bed", tokenizer)
+    assert second.chosen == bed + encode_response(" is good", tokenizer)  # the second won
+    assert second.rejected == bed + encode_response(" is bad", tokenizer)
+    assert second[2:] == ((len(bed), len(bed)), False, 0.6, False)
     # An empty prompt: the first token of a text is predicted from nothing, so it starts at 1. And
     # nobody won a tie by a margin.
     assert two[2:] == ((1, 1), True, 0.0, False)
@@ -44,15 +50,26 @@ def test_both_texts_of_a_vote_are_prompt_response_and_end(gpt2):
 @pytest.mark.parametrize("cut", [4, 6, 8])
 def test_a_pair_is_truncated_when_either_text_is(gpt2, cut):
     votes = pd.DataFrame(
-        [{"prompt": "the", "chosen": " is", "rejected": " is very good and fine", "tie": False}]
+        [{"prompt": "the", "response_a": " is", "response_b": " is very good and fine"}]
     ).assign(margin=0.0)
-    swapped = votes.rename(columns={"chosen": "rejected", "rejected": "chosen"})
-    for table in (votes, swapped):
+    for table in (votes.assign(vote="a"), votes.assign(vote="b")):
         (found,) = encode_pairs(table, gpt2[1], cut)
         (whole,) = encode_pairs(table, gpt2[1], 40)
         assert found.truncated == (max(len(whole.chosen), len(whole.rejected)) > cut)
         assert max(len(found.chosen), len(found.rejected)) <= cut
     assert not whole.truncated
+
+
+def test_the_winner_of_a_vote_is_the_side_that_it_names():
+    votes = pd.DataFrame({"response_a": "A", "response_b": "B", "vote": ["a", "b", "tie"]})
+    found = with_winners(votes)
+    assert found[["chosen", "rejected", "tie"]].to_numpy().tolist() == [
+        ["A", "B", False],
+        ["B", "A", False],
+        ["A", "B", True],
+    ]
+    pd.testing.assert_frame_equal(found[["response_a", "response_b", "vote"]], votes)
+    assert with_winners(votes.head(0)).empty
 
 
 def test_no_votes(gpt2):

@@ -11,7 +11,7 @@ from rlhf_core.data.sources import Fault
 
 ANSWERS = {
     "demonstrations": {"response": "r"},
-    "preferences": {"chosen": "c", "rejected": "r", "tie": False, "margin": 0.0, "annotator": ""},
+    "preferences": {"response_a": "c", "response_b": "r", "vote": "a", "annotator": ""},
     "prompts": {},
 }
 
@@ -23,7 +23,7 @@ def source(kind, prompts, name="f"):
         for n, prompt in enumerate(prompts)
     ]
     for n, row in enumerate(rows):
-        row.update({text: f"{text} {n}" for text in ("response", "chosen") if text in row})
+        row.update({text: f"{text} {n}" for text in ("response", "response_a") if text in row})
     frame = pd.DataFrame(rows, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     return Table(frame, name, len(rows), (), {})
 
@@ -77,12 +77,12 @@ def test_a_prompt_on_both_sides_is_not_dropped_as_a_duplicate():
 
 
 def test_tables_that_were_not_brought_come_from_the_preferences():
-    columns = ["id", "prompt", "chosen", "rejected", "tie", "margin", "annotator", "ballot"]
+    columns = ["id", "prompt", "response_a", "response_b", "vote", "annotator", "ballot"]
     rows = [
-        ("1", "p", "A", "B", False, 0.0, "w1", 0),
-        ("1", "p", "A", "B", False, 0.0, "w2", 0),  # the same answer won twice: one demonstration
-        ("1", "p", "B", "A", False, 0.0, "w3", 0),  # the other one won once: another
-        ("2", "q", "C", "D", True, 0.0, "w1", 0),  # nobody won: no demonstration, but a prompt
+        ("1", "p", "A", "B", "a", "w1", 0),
+        ("1", "p", "B", "A", "b", "w2", 0),  # the same answer won twice: one demonstration
+        ("1", "p", "A", "B", "b", "w3", 0),  # the other one won once: another
+        ("2", "q", "C", "D", "tie", "w1", 0),  # nobody won: no demonstration, but a prompt
     ]
     pairs = Table(pd.DataFrame(rows, columns=columns, dtype=object), "f", 2, (), {})
     found = fill(split_by_prompt({"preferences": assemble("preferences", {"": pairs})}, 0.5, 0))

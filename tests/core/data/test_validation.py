@@ -15,14 +15,15 @@ from rlhf_core.data.validation import (
     summarise_lengths,
 )
 
-COLUMNS = ["prompt", "chosen", "rejected", "tie", "annotator", "ballot", "split"]
+COLUMNS = ["prompt", "response_a", "response_b", "vote", "annotator", "ballot", "split"]
 CHAT = [{"role": "user", "content": "p"}]
 
 
 def pairs(*rows):
-    """Rows of prompt, chosen, rejected, and what differs from an anonymous win."""
-    usual = {"tie": False, "annotator": "", "ballot": 0, "split": ""}
-    names = ("prompt", "chosen", "rejected")
+    """Rows of prompt, first and second answer, and what differs from an anonymous vote for the
+    first."""
+    usual = {"vote": "a", "annotator": "", "ballot": 0, "split": ""}
+    names = ("prompt", "response_a", "response_b")
     records = [
         dict(zip(names, row[:3], strict=True)) | usual | (row[3:] or ({},))[0] for row in rows
     ]
@@ -38,7 +39,9 @@ FIRST = ("p", "A", "B")
         (("p", "A", "B"), "duplicate"),
         (("p", "A", "B", {"annotator": "w1"}), None),
         (("p", "A", "B", {"ballot": 1}), None),
-        (("p", "A", "B", {"tie": True}), None),
+        (("p", "A", "B", {"vote": "tie"}), None),
+        (("p", "B", "A", {"vote": "b"}), "duplicate"),  # A won again, on the other side
+        (("p", "A", "B", {"vote": "b"}), None),
         (("p", "A", "B", {"split": "eval"}), None),
         (("p", "B", "A"), None),
         (("q", "A", "B"), None),
@@ -53,7 +56,7 @@ def test_what_makes_a_preference_useless(second, reason):
 
 
 def test_a_tie_is_the_same_whichever_answer_is_first():
-    tie = {"tie": True, "annotator": "w1"}
+    tie = {"vote": "tie", "annotator": "w1"}
     _, dropped = drop_useless(pairs(("p", "A", "B", tie), ("p", "B", "A", tie)), "preferences")
     assert dropped == {"duplicate": 1}
 
@@ -81,9 +84,11 @@ def test_a_pair_is_contradictory_when_both_answers_have_won():
     frame = pairs(
         ("p", "A", "B", {"annotator": "w1"}),
         ("p", "B", "A", {"annotator": "w2"}),  # p, A-B: both won
-        ("p", "B", "A", {"annotator": "w3"}),  # the same pair: still one
+        ("p", "A", "B", {"annotator": "w3", "vote": "b"}),  # the same pair: still one
+        ("q", "A", "B"),
+        ("q", "B", "A", {"vote": "b"}),  # A won on either side
         ("p", "A", "C"),
-        ("p", "C", "A", {"tie": True}),  # a tie contradicts nobody
+        ("p", "C", "A", {"vote": "tie"}),  # a tie contradicts nobody
         ("q", "C", "A"),  # another prompt
         (CHAT, "X", "Y"),
         (CHAT, "Y", "X"),  # a second contradictory pair
@@ -172,7 +177,11 @@ def test_the_report_reads_as_tables_and_comes_back_from_json():
     report = Validation(
         tables={"prompts": TableSummary(**summary, dropped={"duplicate": 2})},
         bad_rows=["f, line 1: bad"],
+        unread=["f, line 1, field 'gold': no"],
         ties=0,
+        known_sides=0,
+        timed=0,
+        gold=0,
         contradictory_pairs=0,
         shared_prompts=0,
         lengths=summarise_lengths({"prompts": pd.DataFrame({"prompt": [1, 3]})}),

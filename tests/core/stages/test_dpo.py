@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_core.backbone.models import load_policy, read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.encoding import encode_pair
-from rlhf_core.data.pairs import encode_pairs
+from rlhf_core.data.pairs import encode_pairs, with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
@@ -65,7 +65,7 @@ def test_first_update_by_hand(
     train(config, recovery=Recovery(tmp_path / "checkpoints", every_seconds=0))
 
     policy, tokenizer = plain_policy(toy_sft), load_policy(toy_sft)[1]
-    table = read_table(prepared, "preferences", "train")
+    table = with_winners(read_table(prepared, "preferences", "train"))
     said = [sums(policy, tokenizer, table, column) for column in ("chosen", "rejected")]
     rewards = [0.2 * (x - x.detach()) for x in said]
     ties = torch.tensor(table["tie"].tolist())
@@ -82,7 +82,7 @@ def test_first_update_by_hand(
 
 def test_loss_and_gradient_by_hand_far_from_the_reference(toy_sft, prepared):
     policy, tokenizer = plain_policy(toy_sft), load_policy(toy_sft)[1]
-    table = read_table(prepared, "preferences", "train")
+    table = with_winners(read_table(prepared, "preferences", "train"))
     said = [sums(policy, tokenizer, table, column) for column in ("chosen", "rejected")]
     draws = torch.Generator().manual_seed(0)
     reference = torch.stack([x.detach() + torch.randn(PAIRS, generator=draws) for x in said], 1)
@@ -115,7 +115,7 @@ def new_answers(prepared, tmp_path):
     adapter can know, as it leaves the embedding of a new word at random."""
     data = shutil.copytree(prepared, tmp_path / "new_answers")
     table = read_table(data, "preferences", "train")
-    answers = ["chosen", "rejected", "tie"]
+    answers = ["response_a", "response_b", "vote"]
     table[answers] = table[answers].shift(37).fillna(table[answers]).astype(table[answers].dtypes)
     write_table(table.iloc[40:80], data, "preferences", "eval")
     return data
@@ -127,7 +127,8 @@ def test_learns_and_reports_what_plain_transformers_finds(
 ):
     config = change(**settings)
     report = train(config, data=new_answers)
-    tokenizer, table = load_policy(toy_sft)[1], read_table(new_answers, "preferences", "eval")
+    tokenizer = load_policy(toy_sft)[1]
+    table = with_winners(read_table(new_answers, "preferences", "eval"))
     with torch.no_grad():
         rewards = [
             config.beta
@@ -161,7 +162,8 @@ def test_what_is_logged_at_every_step(train, logger):
 
 
 def test_a_higher_beta_stays_closer_to_the_reference(train, toy_sft, prepared, tmp_path):
-    tokenizer, table = load_policy(toy_sft)[1], read_table(prepared, "preferences", "train")
+    tokenizer = load_policy(toy_sft)[1]
+    table = with_winners(read_table(prepared, "preferences", "train"))
     moved = {}
     for beta in (0.05, 5.0):
         train(change(beta=beta, schedule="constant"))
@@ -176,7 +178,7 @@ def test_a_higher_beta_stays_closer_to_the_reference(train, toy_sft, prepared, t
 
 def test_ties_pull_the_two_implicit_rewards_together(train, prepared, tmp_path):
     data = shutil.copytree(prepared, tmp_path / "data")
-    table = read_table(data, "preferences", "train").assign(tie=True)
+    table = read_table(data, "preferences", "train").assign(vote="tie")
     write_table(table, data, "preferences", "train")
     assert abs(train(data=data).margin) < train().margin / 5
 
@@ -219,7 +221,7 @@ def test_what_is_refused_in_words(train, toy_reward, prepared, tmp_path, logger)
         train(sft=toy_reward)
     assert not logger.history
     data = shutil.copytree(prepared, tmp_path / "data")
-    table = read_table(data, "preferences", "eval").assign(tie=True)
+    table = read_table(data, "preferences", "eval").assign(vote="tie")
     write_table(table, data, "preferences", "eval")
     with pytest.raises(DataError, match="all ties"):
         train(data=data)

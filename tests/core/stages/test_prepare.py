@@ -78,7 +78,12 @@ def test_simulated_data_are_prepared(tmp_path):
             for prompt in table["prompt"]:
                 assert seen.setdefault(prompt_key(prompt), split) == split
     assert report.prompts_train + report.prompts_eval == 60
-    assert report.ties == both(tmp_path, "preferences")["tie"].sum()
+    votes = both(tmp_path, "preferences")
+    assert report.ties == (votes["vote"] == "tie").sum() > 0
+    assert (votes["vote"] == "b").sum() > 50
+    assert set(votes["shown_first"]) == {"a"}
+    assert report.validation.known_sides == len(votes) == 200
+    assert (report.validation.timed, report.validation.gold) == (0, 0)
 
 
 def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
@@ -190,6 +195,34 @@ def test_all_three_tables_from_files_of_different_formats(tmp_path):
     assert report.preferences_train + report.preferences_eval == 40
     assert report.prompts_train + report.prompts_eval == 60
     assert report.shared_prompts == 0
+
+
+def test_the_report_counts_what_is_known_of_the_votes(tmp_path):
+    answers = {"response_a": "yes", "response_b": "no"}
+    rows = [{"prompt": f"Q{n}?", **answers, "vote": "a", "shown_first": ""} for n in range(20)]
+    rows[3] |= {"shown_first": "b", "gold": True}
+    rows[4] |= {"shown_first": "a", "time": "2026-03-01", "gold": False}
+    path = write(tmp_path / "p.jsonl", rows)
+    report, _ = prepare(files(preferences=path, eval_fraction=0.3), tmp_path / "out")
+    found = report.validation
+    assert (found.known_sides, found.timed, found.gold, list(found.unread)) == (2, 1, 1, [])
+    rows[5]["gold"] = "b"
+    write(tmp_path / "p.jsonl", rows)
+    found = inspect(files(preferences=path, eval_fraction=0.3), MODEL, LIMITS, seed=0)
+    assert (found.known_sides, found.timed, found.gold) == (2, 1, 0)
+    [note] = found.unread
+    assert note.startswith(f"{path}, line 6, field 'gold': 'b' is neither true nor false")
+
+
+def test_tables_do_not_depend_on_the_folder_of_their_file(tmp_path):
+    digests = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name / "p.jsonl", pairs(20))
+        prepare(files(preferences=path, eval_fraction=0.3), tmp_path / name / "out")
+        digests.append(digest(tmp_path / name / "out"))
+        assert set(both(tmp_path / name / "out", "preferences")["source"]) == {"p.jsonl"}
+    assert digests[0] == digests[1]
 
 
 # --- what is refused
@@ -333,6 +366,11 @@ def test_the_argument_pairs_keep_every_vote(tmp_path):
     assert table.train + table.eval == len(kept)
     frame = both(tmp_path, "preferences")
     assert set(frame["annotator"].str[0]) == {"w"}
+    assert {row["response_a"] for row in loads(path)} >= set(frame["response_a"])
+    # Its column `gold` is the better answer as its authors see it: no control question of ours.
+    assert not frame["gold"].any()
+    [note] = report.validation.unread
+    assert "field 'gold': 'b' is neither true nor false" in note
     assert report.ties == sum(winner is None for *_, winner in kept)
     assert report.prompts_train + report.prompts_eval == 12  # six debates, two sides
 
@@ -368,5 +406,6 @@ def test_the_majority_label_of_pandalm_by_mapping(tmp_path):
     winners = {row["id"]: row for row in loads(table.path)[:200]}
     for row in both(tmp_path, "preferences").to_dict("records"):
         source = winners[row["id"]]
-        assert row["tie"] == (source["majority"] == "tie")
-        assert row["chosen"] == source["response_b" if source["majority"] == "b" else "response_a"]
+        columns = ("response_a", "response_b")
+        assert [row[name] for name in columns] == [source[name] for name in columns]
+        assert (row["vote"], row["shown_first"]) == (source["majority"], "")

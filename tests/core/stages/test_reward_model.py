@@ -16,6 +16,7 @@ from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import encode_pair, encode_prompt
+from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError
 from rlhf_core.metrics import MemoryLogger
@@ -53,6 +54,17 @@ def with_margins(prepared, tmp_path):
     return data
 
 
+def votes_of(data, split):
+    """The prepared votes with their winners."""
+    return with_winners(read_table(data, "preferences", split))
+
+
+def as_votes(rows):
+    """Prepared votes of rows with prompt, response_a, response_b and vote."""
+    how = {"margin": 0.0, "annotator": "", "shown_first": "", "gold": False, "time": ""}
+    return pd.DataFrame(rows).assign(id="x", source="", **how)
+
+
 def change(**settings):
     return RewardModelConfig(**dict(CONFIG) | settings)
 
@@ -70,7 +82,7 @@ def test_reward_model_learns_and_reports_what_plain_transformers_finds(train, pr
     report = train(change(epochs=4))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    table = read_table(prepared, "preferences", "eval")
+    table = votes_of(prepared, "eval")
     with torch.no_grad():
         chosen, rejected = (logits(plain, tokenizer, table, c) for c in ("chosen", "rejected"))
     tie = torch.tensor(table["tie"].tolist())
@@ -94,7 +106,7 @@ def test_adapter_learns_and_is_merged_into_what_is_saved(train, prepared, tmp_pa
     assert report.accuracy > 0.9
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    table = read_table(prepared, "preferences", "eval")
+    table = votes_of(prepared, "eval")
     with torch.no_grad():
         chosen = logits(plain, tokenizer, table, "chosen")
     shown = report.tables["reward_held_out"]["chosen_reward"]
@@ -106,13 +118,12 @@ def test_longer_accuracy_by_hand(train, toy_sft, tmp_path, prepared):
     # Longer twice, shorter, as long, and a tie that does not count: (1 + 1 + 0 + 1/2) / 4.
     data = tmp_path / "data"
     shutil.copytree(prepared, data)
-    rows = [(" is good and fine", " is", False), (" is good", " is", False)]
-    rows += [(" is", " is bad", False)]
-    rows += [(" is good", " is fine", False), (" is good", " is good and fine", True)]
-    keys = ("chosen", "rejected", "tie")
+    rows = [(" is good and fine", " is", "a"), (" is", " is good", "b")]
+    rows += [(" is", " is bad", "a")]
+    rows += [(" is good", " is fine", "a"), (" is good", " is good and fine", "tie")]
+    keys = ("response_a", "response_b", "vote")
     votes = [dict(zip(keys, row, strict=True)) | {"prompt": "the room"} for row in rows]
-    frame = pd.DataFrame(votes).assign(id="x", margin=0.0, annotator="")
-    write_table(frame, data, "preferences", "eval")
+    write_table(as_votes(votes), data, "preferences", "eval")
     _, tokenizer = load_policy(toy_sft)
     assert len(tokenizer(" is good").input_ids) == len(tokenizer(" is fine").input_ids)
     assert train(data=data).longer_accuracy == pytest.approx(2.5 / 4)
@@ -122,11 +133,9 @@ def test_interval_draws_whole_prompts(train, prepared, tmp_path):
     # Twelve votes on one prompt that the model gets right, and the same twelve the wrong way round
     # on another: a draw of two prompts has accuracy 0, 1/2 or 1. Single votes would stay near 1/2.
     data = shutil.copytree(prepared, tmp_path / "data")
-    vote = {"chosen": " is good and fine", "rejected": " is bad and dull"}
-    against = {"chosen": vote["rejected"], "rejected": vote["chosen"]}
-    rows = [{"prompt": "the room"} | vote, {"prompt": "the film"} | against] * 12
-    frame = pd.DataFrame(rows).assign(id="x", tie=False, margin=0.0, annotator="")
-    write_table(frame, data, "preferences", "eval")
+    pair = {"response_a": " is good and fine", "response_b": " is bad and dull"}
+    rows = [{"prompt": "the room", "vote": "a"} | pair, {"prompt": "the film", "vote": "b"} | pair]
+    write_table(as_votes(rows * 12), data, "preferences", "eval")
     report = train(change(epochs=4), data=data)
     assert (report.accuracy_low, report.accuracy, report.accuracy_high) == (0, 0.5, 1)
 
@@ -164,7 +173,7 @@ def test_first_loss_and_gradient_by_hand(
     whole = {"batch_size": 200, "epochs": 1, "micro_batch_size": micro_batch_size}
     train(change(**settings, **whole), data=with_margins)
     model = ScalarModel.from_policy(toy_sft, generator(0, "reward/head"))
-    table, (_, tokenizer) = read_table(with_margins, "preferences", "train"), load_policy(toy_sft)
+    table, (_, tokenizer) = votes_of(with_margins, "train"), load_policy(toy_sft)
     chosen, rejected = (logits(model.model, tokenizer, table, c) for c in ("chosen", "rejected"))
     tie = torch.tensor(table["tie"].tolist())
     wrong = torch.where(tie, 0.5, settings.get("label_smoothing", 0.0))
@@ -197,7 +206,7 @@ def test_ties_pull_the_two_rewards_together(train, prepared, tmp_path):
     data = tmp_path / "ties"
     shutil.copytree(prepared, data)
     table = read_table(data, "preferences", "train")
-    write_table(table.assign(tie=True), data, "preferences", "train")
+    write_table(table.assign(vote="tie"), data, "preferences", "train")
     gaps = {}
     for name, source in (("votes", prepared), ("ties", data)):
         shown = train(data=source, output=tmp_path / name).tables["reward_held_out"]
@@ -238,7 +247,7 @@ def test_a_prompt_with_many_votes_is_asked_no_more_often(toy_sft, toy_reward, to
 def test_held_out_ties_alone_say_nothing(train, prepared, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(prepared, data)
-    table = read_table(data, "preferences", "eval").assign(tie=True)
+    table = read_table(data, "preferences", "eval").assign(vote="tie")
     write_table(table, data, "preferences", "eval")
     with pytest.raises(DataError, match="all ties"):
         train(data=data)

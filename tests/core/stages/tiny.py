@@ -98,19 +98,26 @@ def write_tables(data: Path) -> None:
         said = [f" is {one} and {two}" for one, two in words]
         shown = [(p, said[(5 * i) % len(said)]) for i, p in enumerate(prompts * 2)]
         votes = [
-            (p, f" is {GOOD[i % 2]}", f" is {BAD[i // 2 % 2]} and {BAD[0]}", i % 7 == 0, i % 3 / 10)
+            (p, *cast(i, f" is {GOOD[i % 2]}", f" is {BAD[i // 2 % 2]} and {BAD[0]}"), i % 3 / 10)
             for i, p in enumerate(prompts * 2)
         ]
         for kind, columns, rows in (
             ("prompts", ["prompt"], [(p,) for p in prompts]),
             ("demonstrations", ["prompt", "response"], shown),
-            ("preferences", ["prompt", "chosen", "rejected", "tie", "margin"], votes),
+            ("preferences", ["prompt", "response_a", "response_b", "vote", "margin"], votes),
         ):
             frame = pd.DataFrame(rows, columns=columns)
             frame.insert(0, "id", [f"{split}-{i}" for i in range(len(frame))])
             if kind == "preferences":
-                frame["annotator"] = "x"
+                frame = frame.assign(annotator="x", shown_first="", gold=False, time="", source="")
             write_table(frame, data, kind, split)
+
+
+def cast(number: int, better: str, worse: str) -> tuple[str, str, str]:
+    """Two answers and the vote on them: a tie now and then, and the better one on either side."""
+    if number % 7 == 0:
+        return better, worse, "tie"
+    return (worse, better, "b") if number % 2 else (better, worse, "a")
 
 
 def work_of(
