@@ -34,11 +34,12 @@ from rlhf_core.adapters import (
     use_adapter,
 )
 from rlhf_core.errors import ModelError
+from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
-    ChunkedLoss,
-    TokenLoss,
     chunked_token_logprobs,
     chunked_token_loss,
+    entropy,
+    token_logprobs,
 )
 from rlhf_core.models import (
     Kind,

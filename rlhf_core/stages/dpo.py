@@ -29,7 +29,7 @@ from rlhf_core import figures
 from rlhf_core.data import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional import losses, ranking
-from rlhf_core.functional.logprobs import ChunkedLoss
+from rlhf_core.functional.chunked_head import ChunkedLoss
 from rlhf_core.metrics import Between, StageLogger, counted
 from rlhf_core.models import read_card, require_context
 from rlhf_core.networks import Policy, start_adapter
