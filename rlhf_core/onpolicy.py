@@ -21,13 +21,8 @@ from rlhf_core.data import read_table
 from rlhf_core.encoding import Prompt, decode_responses, encode_prompt, left_pad
 from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.functional.logprobs import KLKind
-from rlhf_core.functional.rewards import (
-    MAX_ERROR,
-    AdaptiveKL,
-    FixedKL,
-    KLController,
-    MissingEOS,
-)
+from rlhf_core.functional.rewards import MissingEOS
+from rlhf_core.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
 from rlhf_core.metrics import Between, StageLogger, batch_name, uncounted
 from rlhf_core.models import read_card, require_context
 from rlhf_core.networks import Policy, Precision, ScalarModel, on_trunk, start_adapter

@@ -168,6 +168,7 @@ class LogprobsInChunks(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
     ) -> Tensor:
+        """(N,) log-probabilities."""
         ctx.save_for_backward(hidden, weight, bias, tokens)
         ctx.settings = (temperature, chunk_size)
         head = Head(hidden, weight, bias, temperature, chunk_size)
@@ -177,6 +178,7 @@ class LogprobsInChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each input of the forward."""
         hidden, weight, bias, tokens = ctx.saved_tensors
         temperature, chunk_size = ctx.settings
         wanted = ctx.needs_input_grad[:3]
@@ -201,6 +203,7 @@ class LossInChunks(torch.autograd.Function):
         token_loss: TokenLoss,
         with_entropy: bool,
     ) -> tuple[Tensor | None, ...]:
+        """The fields of a `ChunkedLoss`."""
         wanted = ctx.needs_input_grad[:3]
         head = Head(hidden, weight, bias, temperature, chunk_size, wanted)
         out = head.sweep(tokens, token_loss, with_entropy, learns=any(wanted))
@@ -212,6 +215,7 @@ class LossInChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each input of the forward."""
         gradients: Sequence[Tensor | None] = ctx.saved_tensors
         # On a GPU the question would wait for the device, which costs more than the product.
         if upstream.is_cuda or upstream.item() != 1:

@@ -35,7 +35,12 @@ from rlhf_core.encoding import (
     same_tokens,
 )
 from rlhf_core.errors import DataError
-from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
+from rlhf_core.functional.ranking import (
+    Interval,
+    best_of_n_kl,
+    clustered_bootstrap,
+    win_rate,
+)
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.models import ModelConfig, context_of, load_tokenizer, require_context
 from rlhf_core.networks import Policy, Precision, ScalarModel
@@ -417,17 +422,20 @@ def _compare(
         gap = ours.true - theirs.true
     else:
         gap = ours.proxy - theirs.proxy
-    outcome = gap.sign()
+    outcome = (gap.sign() + 1) / 2  # a tie is half a win
+    counts = [int((outcome == points).sum()) for points in (1, 0.5, 0)]
     draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
+    # Answers to one prompt resemble each other, so the bounds are not Wilson's.
+    bounds = clustered_bootstrap(outcome, ours.prompt, generator=draws)
     return Comparison(
         candidate=pair[0],
         opponent=pair[1],
         judge="reward_model" if ours.true is None else "true_reward",
-        wins=int((outcome > 0).sum()),
-        ties=int((outcome == 0).sum()),
-        losses=int((outcome < 0).sum()),
+        wins=counts[0],
+        ties=counts[1],
+        losses=counts[2],
         prompts=len(outcome) // k,
-        win_rate=clustered_bootstrap((outcome + 1) / 2, ours.prompt, generator=draws),
+        win_rate=bounds._replace(value=win_rate(*counts).value),
     )
 
 

@@ -21,7 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.functional.advantages import group_relative
-from rlhf_core.functional.rewards import FixedKL, missing_eos
+from rlhf_core.functional.rewards import missing_eos
+from rlhf_core.kl_control import FixedKL
 from rlhf_core.onpolicy import (
     Given,
     GroupSection,

@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhf_core.checkpoint import Checkpoints
 from rlhf_core.errors import CheckpointError
-from rlhf_core.functional.rewards import AdaptiveKL
+from rlhf_core.kl_control import AdaptiveKL
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import rng_state, set_rng_state
 from rlhf_core.session import Interrupted, Session

@@ -51,7 +51,7 @@ TRAINED = {"sft", "reward_model", "ppo", "rloo", "grpo", "dpo"}
         ("stages/sft.py", {"sft"}),
         ("stages/ppo.py", {"ppo"}),
         ("policy_update.py", {"ppo", "rloo", "grpo"}),
-        ("functional/losses.py", {"reward_model", "ppo", "rloo", "grpo", "dpo"}),
+        ("functional/losses.py", TRAINED),
         ("functional/logprobs.py", TRAINED | {"evaluation", "promotion"}),
         ("packing.py", set(STAGES)),
         ("launch.py", set()),
