@@ -52,7 +52,7 @@ from rlhf_core.models import (
     weights_digest,
     weights_from_source,
 )
-from rlhf_core.packing import Packed, hidden_states
+from rlhf_core.packing import Packed, blocks, hidden_states
 
 Precision = Literal["float32", "bfloat16"]
 ADAPTER = "adapter"  # its folder in a model directory, and its base in the card
@@ -111,6 +111,10 @@ class Network(nn.Module):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks from the first to the last, each with weights of its own."""
+        return list(blocks(self.model.base_model)[1])
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """What training changes: the adapter, or every weight where there is none."""
