@@ -44,13 +44,14 @@ from rlhf_core.backbone.models import (
     weights_digest,
     weights_from_source,
 )
-from rlhf_core.backbone.packing import Packed, hidden_states
-from rlhf_core.errors import ModelError
+from rlhf_core.backbone.packing import Packed, blocks, hidden_states
+from rlhf_core.errors import ModelError, NumericsError
+from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
-    ChunkedLoss,
-    TokenLoss,
     chunked_token_logprobs,
     chunked_token_loss,
+    entropy,
+    token_logprobs,
 )
 
 Precision = Literal["float32", "bfloat16"]
@@ -110,6 +111,10 @@ class Network(nn.Module):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks from the first to the last, each with weights of its own."""
+        return list(blocks(self.model.base_model)[1])
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """What training changes: the adapter, or every weight where there is none."""
@@ -374,16 +379,43 @@ def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:
 
 @torch.no_grad()
 def _require_plain_head(model: PreTrainedModel) -> None:
-    """Raise ModelError unless logits are W·h + b: what the chunked head computes."""
+    """Raise ModelError unless logits are W·h + b: what the chunked head computes.
+
+    The first tokens that a model is asked about go both ways, that of the formulas and that of the
+    head which trains, and a difference is a NumericsError.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         # Several tokens, as that of the padding may be embedded as 0, and its logits be 0 anyway.
-        text = torch.arange(min(8, head.out_features), device=model.device).unsqueeze(0)
-        hidden = cast(Any, model.base_model)(input_ids=text, use_cache=False).last_hidden_state
-        logits = model(input_ids=text, use_cache=False).logits
-        if torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-4, equal_nan=True):
+        text = torch.arange(min(8, head.out_features), device=model.device)
+        hidden = cast(Any, model.base_model)(input_ids=text[None], use_cache=False)
+        logits = model(input_ids=text[None], use_cache=False).logits
+        if _close(head(hidden.last_hidden_state), logits):
+            _require_same_head(head, hidden.last_hidden_state[0], text, logits)
             return
     raise ModelError(
         f"{type(model).__name__} does more to its logits than a linear head, which is not "
         "supported here; take another family (GPT-2, Llama, Qwen, SmolLM, Mistral, ...)"
+    )
+
+
+def _require_same_head(head: nn.Linear, hidden: Tensor, tokens: Tensor, logits: Tensor) -> None:
+    """Invariant: the chunked head says what `token_logprobs` and `entropy` say of (1, n, V) logits.
+
+    Shapes: hidden (n, d), tokens (n,).
+    """
+    said = chunked_token_loss(
+        hidden, head.weight, tokens, lambda x, _: x.sum(), bias=head.bias, with_entropy=True
+    )
+    expected = token_logprobs(logits, tokens[None])[0], entropy(logits)[0]
+    if not (_close(said.logprobs, expected[0]) and _close(said.entropy, expected[1])):
+        raise NumericsError(
+            "a broken invariant: the head that trains gives other log-probabilities or entropies "
+            "than the logits of the model. This is a defect: please report it with the config"
+        )
+
+
+def _close(found: Tensor | None, expected: Tensor) -> bool:
+    return found is not None and torch.allclose(
+        found.float(), expected.float(), rtol=1e-4, atol=1e-4, equal_nan=True
     )

@@ -6,6 +6,7 @@ its first ratio is 1 to the bit.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,9 +27,20 @@ class Written:
     tokens: Tensor  # (M,) the response tokens, row by row
     mask: Tensor  # (B, R) bool
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(M,) a value for each response token -> (B, R); masked places are 0."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+    def spread(self, values: Tensor, span: slice = slice(None)) -> Tensor:
+        """(n,) a value for each response token, or for each of some -> (B, R); 0 elsewhere."""
+        row = values.new_zeros(self.mask.numel()).index_copy(0, self._at[span], values)
+        return row.view(self.mask.shape)
+
+    def part(self, span: slice) -> Tensor:
+        """(B, R) bool, True for some of the M response tokens."""
+        row = self.mask.new_zeros(self.mask.numel()).index_fill(0, self._at[span], True)
+        return row.view(self.mask.shape)
+
+    @cached_property
+    def _at(self) -> Tensor:
+        """(M,) where the response tokens lie in the rows behind one another."""
+        return self.mask.flatten().nonzero().squeeze(-1)
 
     def below(self) -> Tensor | None:
         """(B, T, d) what all networks of a transformer have in common; None if nothing."""

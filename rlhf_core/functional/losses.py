@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlhf_core.functional._contracts import check_shapes
+from rlhf_core.functional.logprobs import token_logprobs
 
 IGNORE_INDEX = -100
 MAX_LOG_RATIO = 20.0
@@ -42,8 +43,28 @@ class DPOLoss(NamedTuple):
     rejected_rewards: Tensor  # (B,)
 
 
+def token_nll(logprobs: Tensor, *, normalizer: Tensor | float | None = None) -> Tensor:
+    """Negative log-likelihood of the tokens that are trained on: the loss of SFT.
+
+        loss = -Σₜ log π(yₜ|sₜ) / n
+
+    Args:
+        logprobs: (N,) log π of these tokens in nats.
+        normalizer: n, the tokens of the whole minibatch; N when None. At least 1.
+
+    Returns:
+        () in nats; 0 without a token.
+
+    Raises:
+        ValueError: if the shape does not fit.
+    """
+    check_shapes(logprobs=(logprobs, "N"))
+    n = torch.as_tensor(len(logprobs) if normalizer is None else normalizer)
+    return -logprobs.sum() / n.clamp(min=1)
+
+
 def completion_nll(logits: Tensor, labels: Tensor) -> TokenNLL:
-    """Negative log-likelihood of the labelled tokens, summed.
+    """Negative log-likelihood of the labelled tokens, summed: `token_nll` of `token_logprobs`.
 
         total = -Σₜ 1[labelₜ ≠ -100]·log π(labelₜ|sₜ)
 
@@ -64,9 +85,8 @@ def completion_nll(logits: Tensor, labels: Tensor) -> TokenNLL:
     check_shapes(logits=(logits, "BTV"), labels=(labels, "BT"))
     keep = labels != IGNORE_INDEX
     # Only the rows that count are copied: less memory, and nothing else can reach the gradient.
-    kept = logits[keep]
-    wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
-    return TokenNLL(functional.cross_entropy(wide, labels[keep], reduction="sum"), keep.sum())
+    logprobs = token_logprobs(logits[keep].unsqueeze(0), labels[keep].unsqueeze(0)).squeeze(0)
+    return TokenNLL(token_nll(logprobs, normalizer=1), keep.sum())
 
 
 def bradley_terry(

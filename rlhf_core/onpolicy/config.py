@@ -5,14 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.functional.logprobs import KLKind
-from rlhf_core.functional.rewards import (
-    MAX_ERROR,
-    AdaptiveKL,
-    Combination,
-    FixedKL,
-    KLController,
-    MissingEOS,
-)
+from rlhf_core.functional.rewards import Combination, MissingEOS
+from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
 from rlhf_core.rewards.scoring import RewardTerm, check_terms
 from rlhf_core.training.learner import TrainingSection
 

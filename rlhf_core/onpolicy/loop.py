@@ -16,11 +16,11 @@ from rlhf_core.backbone.networks import Precision
 from rlhf_core.backbone.responses import rounding
 from rlhf_core.backbone.sampling import SAMPLING_LENGTH, PolicySampler, Sampler, SamplingConfig
 from rlhf_core.errors import NumericsError
-from rlhf_core.functional.rewards import KLController
 from rlhf_core.metrics import batch_name
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import GroupSection, OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
+from rlhf_core.onpolicy.kl_control import KLController
 from rlhf_core.onpolicy.observe import Observation, Observer, kl_budget, observe
 from rlhf_core.onpolicy.report import OnPolicyReport, sample_rows
 from rlhf_core.rewards.scoring import load_reward, reward_directories

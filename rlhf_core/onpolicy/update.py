@@ -2,21 +2,63 @@
 come from, and nothing of critics."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from rlhf_core.backbone.networks import Precision
-from rlhf_core.backbone.responses import read_again, rounding
+from rlhf_core.backbone.responses import Written, read_again, rounding
 from rlhf_core.errors import NumericsError
-from rlhf_core.functional.logprobs import ChunkedLoss, kl_estimate
+from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_policy
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.types import Rollout
+
+
+class Surrogate:
+    """The policy loss of a micro-batch as the head asks for it, a chunk of tokens at a time.
+
+    A chunk lies in its rows of the micro-batch with every other place masked. Under one normalizer
+    the losses of the chunks add up to that of the minibatch, and so do the shares that are clipped.
+    """
+
+    def __init__(
+        self,
+        written: Written,
+        experience: Rollout,
+        advantages: Tensor,  # (B, R)
+        normalizer: float,
+        config: OnPolicySection,
+        kl_coef: float,
+    ) -> None:
+        self._written = written
+        self._experience = experience
+        self._advantages = advantages
+        self._normalizer = normalizer
+        self._config = config
+        self._kl_coef = kl_coef
+        self.clipped = advantages.new_zeros(())  # so far: tokens that a clip decided / normalizer
+
+    def __call__(self, logprobs: Tensor, span: slice) -> Tensor:
+        """() the loss of the tokens in `span`, from their (n,) log-probabilities."""
+        rows, mask = self._written.spread(logprobs, span), self._written.part(span)
+        loss, clipped = clipped_policy(
+            rows,
+            self._experience.logprobs,
+            self._advantages,
+            mask,
+            clip_range=self._config.clip_range,
+            dual_clip=self._config.dual_clip or None,
+            normalizer=self._normalizer,
+        )
+        self.clipped += clipped
+        if self._kl_coef:
+            kl = kl_estimate(rows, self._experience.ref_logprobs, kind="k3")[mask].sum()
+            loss = loss + self._kl_coef * kl / self._normalizer
+        return loss
 
 
 def update_policy(
@@ -54,15 +96,7 @@ def update_policy(
         experience = rollout.rows(rows)
         mask = experience.responses.mask
         written = read_again(experience, learner.network)
-        surrogate = partial(
-            _surrogate,
-            old_logprobs=experience.logprobs[mask],
-            ref_logprobs=experience.ref_logprobs[mask],
-            advantages=advantages[rows][mask],
-            config=config,
-            kl_coef=kl_coef,
-            scale=micro.weight / normalizer,
-        )
+        surrogate = Surrogate(written, experience, advantages[rows], normalizer, config, kl_coef)
         with learner.accumulate(last=micro.last):
             out = learner(
                 written.packed,
@@ -72,12 +106,18 @@ def update_policy(
                 token_loss=surrogate,
                 with_entropy=True,
             )
-            learner.backward(out.loss, "the policy loss")
+            learner.backward(out.loss * micro.weight, "the policy loss")
         if first and micro.weight:
             _require_ratio_one(out.logprobs, experience.logprobs[mask], config.precision)
-        for name, value in _policy_stats(out, experience, advantages[rows], config).items():
-            sums[name] = sums.get(name, 0.0) + value * micro.weight / tokens
-        sums["policy/loss"] = sums.get("policy/loss", 0.0) + out.loss.item()
+        kl = kl_estimate(experience.logprobs, written.spread(out.logprobs), kind="k3")
+        means = {
+            "policy/loss": out.loss.item(),
+            "policy/clip_fraction": surrogate.clipped.item() * normalizer / tokens,
+            "policy/approx_kl": kl[mask].sum().item() / tokens,
+            "policy/entropy": cast(Tensor, out.entropy).sum().item() / tokens,
+        }
+        for name, value in means.items():
+            sums[name] = sums.get(name, 0.0) + value * micro.weight
     return ranks.sum(sums)
 
 
@@ -120,57 +160,6 @@ def optimise_policy(
 def went_too_far(stats: Mapping[str, float], config: OnPolicySection) -> bool:
     """Whether the policy has moved so far from the one that sampled that the epochs end."""
     return 0 < 1.5 * config.update_kl_limit < stats["policy/approx_kl"]
-
-
-def _surrogate(
-    logprobs: Tensor,
-    index: slice,
-    *,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    advantages: Tensor,
-    config: OnPolicySection,
-    kl_coef: float,
-    scale: float,
-) -> Tensor:
-    """The loss of some tokens in a row of their own."""
-    row, old, ref = (x.unsqueeze(0) for x in (logprobs, old_logprobs[index], ref_logprobs[index]))
-    loss, _ = clipped_policy(
-        row,
-        old,
-        advantages[index].unsqueeze(0),
-        torch.ones_like(row, dtype=torch.bool),
-        clip_range=config.clip_range,
-        dual_clip=config.dual_clip or None,
-        normalizer=1.0,
-    )
-    if kl_coef:
-        loss = loss + kl_coef * kl_estimate(row, ref, kind="k3").sum()
-    return loss * scale
-
-
-@torch.no_grad()
-def _policy_stats(
-    out: ChunkedLoss, experience: Rollout, advantages: Tensor, config: OnPolicySection
-) -> dict[str, float]:
-    """Sums over the tokens of a micro-batch."""
-    mask = experience.responses.mask
-    old = experience.logprobs[mask]
-    row, before = out.logprobs.unsqueeze(0), old.unsqueeze(0)
-    _, clipped = clipped_policy(
-        row,
-        before,
-        advantages[mask].unsqueeze(0),
-        torch.ones_like(row, dtype=torch.bool),
-        clip_range=config.clip_range,
-        dual_clip=config.dual_clip or None,
-        normalizer=1.0,
-    )
-    return {
-        "policy/clip_fraction": clipped.item(),
-        "policy/approx_kl": kl_estimate(before, row, kind="k3").sum().item(),
-        "policy/entropy": cast(Tensor, out.entropy).sum().item(),
-    }
 
 
 def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor, precision: Precision) -> None:

@@ -39,7 +39,7 @@ from rlhf_core.data.pairs import (
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional import losses, ranking
-from rlhf_core.functional.logprobs import ChunkedLoss
+from rlhf_core.functional.chunked_head import ChunkedLoss
 from rlhf_core.metrics import Between, counted
 from rlhf_core.seeding import generator
 from rlhf_core.training.epochs import optimizer_steps

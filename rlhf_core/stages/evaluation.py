@@ -38,7 +38,12 @@ from rlhf_core.data.encoding import (
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.scorecard import ARMS, Arm, ArmName, Comparison, Scorecard
-from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap
+from rlhf_core.functional.ranking import (
+    Interval,
+    best_of_n_kl,
+    clustered_bootstrap,
+    win_rate,
+)
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.scoring import (
     PIPELINE_REWARD,
@@ -356,17 +361,20 @@ def _compare(
         gap = ours.true - theirs.true
     else:
         gap = ours.proxy - theirs.proxy
-    outcome = gap.sign()
+    outcome = (gap.sign() + 1) / 2  # a tie is half a win
+    counts = [int((outcome == points).sum()) for points in (1, 0.5, 0)]
     draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
+    # Answers to one prompt resemble each other, so the bounds are not Wilson's.
+    bounds = clustered_bootstrap(outcome, ours.prompt, generator=draws)
     return Comparison(
         candidate=pair[0],
         opponent=pair[1],
         judge="reward_model" if ours.true is None else "true_reward",
-        wins=int((outcome > 0).sum()),
-        ties=int((outcome == 0).sum()),
-        losses=int((outcome < 0).sum()),
+        wins=counts[0],
+        ties=counts[1],
+        losses=counts[2],
         prompts=len(outcome) // k,
-        win_rate=clustered_bootstrap((outcome + 1) / 2, ours.prompt, generator=draws),
+        win_rate=bounds._replace(value=win_rate(*counts).value),
     )
 
 

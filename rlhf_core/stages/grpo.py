@@ -21,9 +21,10 @@ from torch import Tensor
 
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import group_relative
-from rlhf_core.functional.rewards import FixedKL, missing_eos
+from rlhf_core.functional.rewards import missing_eos
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import GroupSection
+from rlhf_core.onpolicy.kl_control import FixedKL
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy

@@ -11,7 +11,6 @@ over the responses y and not the prompts x. Deviations from common trainers, eac
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -27,6 +26,7 @@ from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts
 from rlhf_core.errors import CheckpointError, DataError
+from rlhf_core.functional.losses import token_nll
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator
 from rlhf_core.training.epochs import optimizer_steps
@@ -197,16 +197,11 @@ def accumulate(
         with learner.accumulate(last=micro.last):
             out = learner(
                 *_predictions(rows, learner.network.model.device),
-                token_loss=partial(_mean_share, weight=micro.weight / targets),
+                token_loss=lambda logprobs, _: token_nll(logprobs, normalizer=targets),
             )
-            learner.backward(out.loss, "the SFT loss")
-        loss += out.loss.item()
+            learner.backward(out.loss * micro.weight, "the SFT loss")
+        loss += out.loss.item() * micro.weight
     return ranks.sum({"loss": loss})["loss"]
-
-
-def _mean_share(logprobs: Tensor, _: slice, *, weight: float) -> Tensor:
-    """What some tokens add to the mean negative log-likelihood."""
-    return -weight * logprobs.sum()
 
 
 @torch.no_grad()
@@ -218,15 +213,15 @@ def _mean_nll(
     logger: StageLogger,
 ) -> float:
     """Nats a token over held-out examples."""
-    nll = 0.0
+    nll, targets = 0.0, sum(example.targets for example in examples)
     micros = ranks.micro_batches(range(len(examples)), config.micro_batch_size)
     between = counted(logger, "held-out loss", len(micros))
     for micro in micros:
         between()
         rows = [examples[i] for i in micro.rows]
         out = policy(*_predictions(rows, policy.model.device))
-        nll -= micro.weight * out.logprobs.double().sum().item()
-    return ranks.sum({"nll": nll})["nll"] / sum(example.targets for example in examples)
+        nll += token_nll(out.logprobs.double(), normalizer=targets).item() * micro.weight
+    return ranks.sum({"nll": nll})["nll"]
 
 
 def _predictions(

@@ -91,7 +91,9 @@ class Learner:
     ) -> None:
         self.network = network
         self._ranks = ranks or Ranks()
-        parameters = list(network.learnable().values())
+        self._module = self._ranks.prepare(network, network.learnable().values(), network.blocks())
+        self._named = network.learnable()  # after that, as they may have become shards
+        parameters = list(self._named.values())
         self._max_grad_norm = config.max_grad_norm
         self._adamw = AdamW(
             [
@@ -104,8 +106,6 @@ class Learner:
             lr=config.learning_rate if learning_rate is None else learning_rate,
             fused=True,
         )
-        self._module = self._ranks.prepare(network, self._adamw)
-        self._named = network.learnable()  # after that, as they may have become shards
         warmup = round(config.warmup_ratio * total_steps)
         self._schedule = LambdaLR(
             self._adamw,
@@ -158,14 +158,14 @@ class Learner:
         self._adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that learn, AdamW's moments, and the place in the schedule."""
+        """The weights that learn, AdamW's moments, and the place in the schedule.
+
+        With FSDP all ranks have to ask, and the main one is told: the others keep no whole tensor.
+        """
         adamw = self._adamw.state_dict()
-        moments = {
-            number: {name: full(value) for name, value in kept.items()}
-            for number, kept in adamw["state"].items()
-        }
+        moments = {number: self._whole(kept) for number, kept in adamw["state"].items()}
         return {
-            "parameters": {name: full(p.detach()) for name, p in self._named.items()},
+            "parameters": self._whole({name: p.detach() for name, p in self._named.items()}),
             "adamw": adamw | {"state": moments},
             "schedule": self._schedule.state_dict(),
         }
@@ -182,6 +182,10 @@ class Learner:
         }
         self._adamw.load_state_dict(state["adamw"] | {"state": moments})
         self._schedule.load_state_dict(state["schedule"])
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = ((name, full(tensor)) for name, tensor in tensors.items())
+        return {name: tensor for name, tensor in found if self._ranks.main}
 
     def _first_bad(self) -> str:
         bad = (

@@ -1,28 +1,23 @@
 """The processes that train together, each with its share of every batch. Knows nothing of losses.
 
-One process alone is the same with a world of one, so a stage is written once. With several,
-Accelerate starts the process group and wraps the networks (DDP), or spreads them over the ranks
-(FSDP); every number that a stage computes is then that of the whole batch, whatever the number of
-ranks.
+One process alone is the same with a world of one, so a stage is written once. With several, torch
+brings the process group and wraps the networks (DDP), or spreads them over the ranks (FSDP); every
+number that a stage computes is then that of the whole batch, whatever the number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Literal, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
-    gather_object,
-)
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_core.errors import ConfigError
 
@@ -53,43 +48,36 @@ class Micro(NamedTuple):
 
 
 class Ranks:
-    """This process among those that share the work."""
+    """This process among those that share the work; by itself without a group."""
 
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
-        alone = accelerator is None or accelerator.num_processes == 1
-        self._accelerator = None if alone else accelerator
-        self.rank = 0 if accelerator is None else accelerator.process_index
-        self.world = 1 if accelerator is None else accelerator.num_processes
+    def __init__(self, device: torch.device | None = None, strategy: Strategy = "ddp") -> None:
+        self._device = device  # of this rank, when there are others
+        self._strategy = strategy
+        self.rank = 0 if device is None else dist.get_rank()
+        self.world = 1 if device is None else dist.get_world_size()
 
     @classmethod
     def meet(cls, *, cpu: bool, strategy: Strategy = "ddp") -> tuple[Self, str]:
         """Join the processes that a launcher such as torchrun has started; also says which device
         is this rank's."""
-        options = [InitProcessGroupKwargs(timeout=PATIENCE)]
-        if strategy == "ddp":
-            accelerator = Accelerator(cpu=cpu, kwargs_handlers=options)
-            return cls(accelerator), str(accelerator.device)
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            reshard_after_forward=True,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
-        )
-        accelerator = Accelerator(cpu=cpu, kwargs_handlers=options, fsdp_plugin=plugin)
-        if cpu:  # Accelerate turns to FSDP on GPUs alone; told to, it does the same on a CPU
-            for state in (PartialState(), accelerator.state):
-                state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = plugin
-        return cls(accelerator), str(accelerator.device)
+        found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device("cpu")
+        if found is not None:
+            device = torch.device(found.type, dist.get_node_local_rank(fallback_rank=0))
+            torch.accelerator.set_device_index(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(), str(device)
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(device)
+            dist.init_process_group(
+                backend, timeout=PATIENCE, device_id=None if found is None else device
+            )
+        return cls(device, strategy), str(device)
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and talks to people."""
         return self.rank == 0
-
-    @property
-    def _sharded(self) -> bool:
-        return self._accelerator is not None and self._accelerator.is_fsdp2
 
     # --- whose rows ---
 
@@ -117,32 +105,34 @@ class Ranks:
 
     # --- networks ---
 
-    def prepare(self, network: nn.Module, optimizer: Optimizer) -> nn.Module:
-        """The network as it is called in training.
+    def prepare(
+        self, network: nn.Module, learns: Iterable[nn.Parameter], blocks: Iterable[nn.Module]
+    ) -> nn.Module:
+        """The network as it is called in training; the optimizer is made afterwards.
 
-        What the optimizer does not hold is frozen. With FSDP the network's own parameters, and
-        those that the optimizer holds, are shards from here on.
+        What does not learn is frozen. With FSDP all parameters of the network are shards from here
+        on, those of each block gathered for themselves.
 
         Raises: ConfigError when FSDP would have to spread a transformer a second time.
         """
-        if self._accelerator is None:
+        if self._device is None:
             return network
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(parameter) for parameter in learns}
         for parameter in network.parameters():
             parameter.requires_grad_(id(parameter) in held)
-        if not self._sharded:
-            return cast(nn.Module, self._accelerator.prepare(network))
+        if self._strategy == "ddp":
+            places = None if self._device.type == "cpu" else [self._device.index]
+            return DistributedDataParallel(network, device_ids=places)
         if next(_shards(network), None) is not None:
             raise ConfigError(
                 "FSDP cannot spread a transformer that two networks learn on; take strategy ddp, "
                 "set lora_rank to 0, or train the reward model without LoRA"
             )
-        self._accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _blocks(network)
-        self._accelerator.prepare(network, optimizer)
-        # No copy of the weights outlives a forward pass, so none can be older than the shards.
-        spread = cast(FSDPModule, network)
-        spread.set_reshard_after_forward(True)
-        spread._get_fsdp_state()._lazy_init()  # the shards belong together, whichever comes first
+        mesh = init_device_mesh(self._device.type, (self.world,))
+        for module in (*blocks, network):
+            # No copy of the weights outlives a forward pass, so none can be older than the shards.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        _join_shards(network)
         return network
 
     @contextmanager
@@ -171,9 +161,9 @@ class Ranks:
 
         With FSDP they are summed each time, as no rank has room for all of them.
         """
-        if last or self._accelerator is None or self._sharded:
+        if last or not isinstance(module, DistributedDataParallel):
             return nullcontext()
-        return cast(AbstractContextManager[None], self._accelerator.no_sync(module))
+        return cast(AbstractContextManager[None], module.no_sync())
 
     def backward(self, loss: Tensor) -> None:
         """Add this rank's part of a gradient; the ranks' parts are summed and not averaged."""
@@ -183,11 +173,10 @@ class Ranks:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over the ranks, the same to the bit on every rank."""
-        if self._accelerator is None:
+        if self._device is None:
             return dict(values)
-        device = self._accelerator.device
-        parts = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-        sums = cast(Tensor, self._accelerator.reduce(parts, "sum"))
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+        dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
     def collect(
@@ -212,15 +201,19 @@ class Ranks:
 
         `rows` says which rows of the batch this rank's `parts` hold; both may be empty.
         """
-        if self._accelerator is None:
+        if self._device is None:
             return join(parts)
         whole = join(self._all([part.to("cpu") for part in parts]))
         order = torch.tensor(self._all(list(rows))).argsort()
-        return whole.rows(order).to(str(self._accelerator.device))
+        return whole.rows(order).to(str(self._device))
 
     def _all(self, items: list[Item]) -> list[Item]:
         """The items of every rank, in the order of the ranks."""
-        return items if self._accelerator is None else cast(list[Item], gather_object(items))
+        if self._device is None:
+            return items
+        found: list[list[Item]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, items)
+        return [item for part in found for item in part]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -241,8 +234,14 @@ def _shards(network: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in network.modules() if isinstance(module, FSDPModule))
 
 
-def _blocks(network: nn.Module) -> list[str]:
-    """What transformers calls the classes of the blocks, each of which is spread for itself."""
-    modules = list(network.modules())
-    named = {name for m in modules for name in getattr(m, "_no_split_modules", None) or ()}
-    return sorted(named & {type(m).__name__ for m in modules})
+def _join_shards(network: nn.Module) -> None:
+    """Have FSDP take the network as the root of its shards, whichever of them is called first.
+
+    The root is what runs the first forward pass, so the network runs one that does nothing. A block
+    that came first, when texts are sampled, would be a root of its own.
+    """
+    root = cast(Any, network)
+    root.join_shards = lambda: None
+    register_fsdp_forward_method(root, "join_shards")
+    root.join_shards()
+    del root.join_shards

@@ -31,7 +31,8 @@ from rlhf_core.backbone.models import (
 from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, on_trunk, start_adapter
 from rlhf_core.backbone.packing import ATTENTION, pack
 from rlhf_core.data.encoding import left_pad, right_pad
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ModelError, NumericsError
+from rlhf_core.functional.logprobs import chunked_token_loss
 from rlhf_core.training.learner import Learner, TrainingSection
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [70, 80, 90, 100], [110, 120, 130]]
@@ -170,6 +171,20 @@ MORE_THAN_LINEAR = {
 def test_head_that_is_more_than_linear_is_refused(make):
     with pytest.raises(ModelError, match="does more to its logits than a linear head"):
         Policy(make().eval())
+
+
+@pytest.mark.parametrize("field", ["logprobs", "entropy"])
+def test_head_that_says_something_else_than_the_formulas_is_a_broken_invariant(
+    causal, monkeypatch, field
+):
+    def wrong(*inputs, **options):
+        out = chunked_token_loss(*inputs, **options)
+        return out._replace(**{field: getattr(out, field) + 0.01})
+
+    Policy(causal[0])
+    monkeypatch.setattr(networks, "chunked_token_loss", wrong)
+    with pytest.raises(NumericsError, match="the head that trains gives other log-probabilities"):
+        Policy(causal[0])
 
 
 def test_policy_comes_back_from_disk(causal, tmp_path):

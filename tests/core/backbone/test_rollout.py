@@ -74,6 +74,20 @@ def padded_on_the_right(prompts, responses):
 # --- layout ---
 
 
+def test_some_of_the_response_tokens_go_to_their_places(batch):
+    written, mask = lay_out(*batch), batch[1].mask
+    values = torch.arange(1.0, 1 + int(mask.sum())).requires_grad_()
+    whole = written.spread(values)
+    assert whole[mask].tolist() == values.tolist()
+    assert (whole[~mask] == 0).all()
+    span = slice(2, 5)  # the end of the first row and the start of the second
+    part = written.part(span)
+    assert part.nonzero().tolist() == [[0, 2], [1, 0], [1, 1]]
+    assert torch.equal(written.spread(values[span], span), torch.where(part, whole, 0))
+    (written.spread(values[span], span) * torch.arange(25.0).view(5, 5)).sum().backward()
+    assert values.grad[span].tolist() == [2.0, 5.0, 6.0]
+
+
 def test_texts_are_prompt_and_response_without_padding(batch):
     expected = [prompt + said for prompt, said in zip(PROMPTS, SAID, strict=True)]
     for same in (batch, padded_otherwise(*batch), padded_on_the_right(*batch)):

@@ -15,6 +15,7 @@ from rlhf_core.functional.losses import (
     completion_nll,
     dpo,
     pointwise_mse,
+    token_nll,
 )
 
 GARBAGE = [float("nan"), float("inf"), -float("inf"), 1e30]
@@ -36,6 +37,27 @@ CLIPPED = pytest.mark.parametrize("loss", [policy_loss, clipped_value], ids=["po
 
 
 # --- SFT ---
+
+
+def test_token_nll_by_hand():
+    # Tokens of probability 1/2 and 1/8: log 2 + log 8 = 4·log 2, over 2 tokens or over 8.
+    logprobs = torch.tensor([0.5, 0.125]).log().requires_grad_()
+    assert_close(token_nll(logprobs), torch.tensor(2 * math.log(2)))
+    loss = token_nll(logprobs, normalizer=8)
+    assert_close(loss, torch.tensor(math.log(2) / 2))
+    loss.backward()
+    assert logprobs.grad.tolist() == [-1 / 8, -1 / 8]
+
+
+def test_token_nll_of_unequal_parts_adds_up_under_one_normalizer():
+    logprobs = -torch.rand(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = [token_nll(part, normalizer=7) for part in (logprobs[:1], logprobs[1:5], logprobs[5:])]
+    assert_close(sum(parts), token_nll(logprobs))
+    assert_close(token_nll(logprobs), -logprobs.mean())
+
+
+def test_token_nll_without_a_token_is_zero():
+    assert token_nll(torch.zeros(0)).item() == 0.0
 
 
 def test_nll_by_hand():

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import log_softmax
 from torch.testing import assert_close
 
+from rlhf_core.backbone import networks
 from rlhf_core.backbone.models import position_ids
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import NumericsError
+from rlhf_core.functional.losses import clipped_policy
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy import update as update_module
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
@@ -165,6 +168,37 @@ def test_update_is_that_of_a_naive_padded_implementation(causal, plain, settings
     assert 0 < expected["policy/clip_fraction"] < 1
     assert stats == pytest.approx(expected, rel=1e-4, abs=1e-5)
     same_gradient(found, gradient)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_chunks_that_end_within_a_row_give_the_same_update(causal, plain, monkeypatch, chunk):
+    monkeypatch.setattr(networks, "CHUNK", chunk)
+    config = section(clip_range=0.1, dual_clip=1.5, micro_batch_size=3)
+    policy, advantages = Policy(causal[0]), noise(1.0, seed=4)
+    rollout = moved(policy)
+    stats, found = update(policy, rollout, advantages, config, kl_coef=2.0)
+    expected, gradient = naive(plain(causal[0]), rollout, advantages, config, kl_coef=2.0)
+    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    same_gradient(found, gradient)
+
+
+def test_what_trains_is_the_masked_and_normalised_loss(causal, monkeypatch):
+    monkeypatch.setattr(networks, "CHUNK", 4)
+    masks, normalizers, logprobs = [], [], []
+
+    def watched(new, old, advantages, mask, *, normalizer, **settings):
+        masks.append(mask), normalizers.append(normalizer), logprobs.append(new.detach())
+        return clipped_policy(new, old, advantages, mask, normalizer=normalizer, **settings)
+
+    monkeypatch.setattr(update_module, "clipped_policy", watched)
+    policy = Policy(causal[0])
+    rollout = experience(policy)
+    update(policy, rollout, noise(1.0, seed=4), section(), picked=[*range(6)])
+    assert len(masks) > 1
+    assert set(normalizers) == {7.0}
+    # Every token is in the mask of one call, at its place, and no padding is in any.
+    assert torch.equal(torch.stack(masks).sum(0), rollout.responses.mask.long())
+    assert_close(torch.stack(logprobs).sum(0), rollout.logprobs)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

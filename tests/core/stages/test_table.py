@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import read_table
-from rlhf_core.functional.rewards import FixedKL
 from rlhf_core.launch import Job, run
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.kl_control import FixedKL
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.observe import Action
 from rlhf_core.onpolicy.report import describe

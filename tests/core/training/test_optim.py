@@ -29,6 +29,9 @@ class Net(nn.Sequential):
     def learnable(self):
         return dict(self.named_parameters())
 
+    def blocks(self):
+        return []
+
 
 @pytest.fixture
 def model():

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -107,7 +106,6 @@ def pair(world: tiny.World, folder: Path) -> None:
         found[f"ddp {name}"] = course(name, world, folder / "ddp" / name, ranks)
     found["stopped"] = asked_on_one_rank(ranks, folder / "checkpoints")
     found["sum"] = ranks.sum({"a": 1.0 + ranks.rank, "b": 0.1})
-    AcceleratorState._reset_state()
     ranks, _ = Ranks.meet(cpu=True, strategy="fsdp")
     for name in FSDP:
         found[f"fsdp {name}"] = course(name, world, folder / "fsdp" / name, ranks)
@@ -159,7 +157,12 @@ def shards(world: tiny.World, ranks: Ranks) -> dict[str, tuple[int, int]]:
     moments = learner._adamw.state.values()
     counts["moments"] = [kept["exp_avg"] for kept in moments]
     kept = learner.state_dict()
-    assert not any(isinstance(p, DTensor) for p in kept["parameters"].values())
+    told = [
+        *kept["parameters"].values(),
+        *(m["exp_avg"] for m in kept["adamw"]["state"].values() if m),
+    ]
+    assert not any(isinstance(tensor, DTensor) for tensor in told)
+    assert sum(tensor.numel() for tensor in told) == (2 * whole if ranks.main else 0)
     return {
         name: (sum(tensor.to_local().numel() for tensor in tensors), whole)
         for name, tensors in counts.items()

@@ -51,7 +51,7 @@ TRAINED = {"sft", "reward_model", "ppo", "rloo", "grpo", "dpo"}
         ("stages/sft.py", {"sft"}),
         ("stages/ppo.py", {"ppo"}),
         ("onpolicy/update.py", {"ppo", "rloo", "grpo"}),
-        ("functional/losses.py", {"reward_model", "ppo", "rloo", "grpo", "dpo"}),
+        ("functional/losses.py", TRAINED),
         ("functional/logprobs.py", TRAINED | {"evaluation"}),
         ("backbone/packing.py", set(STAGES) - {"promotion"}),
         ("launch.py", set()),
