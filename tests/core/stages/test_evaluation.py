@@ -21,18 +21,12 @@ from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.evaluation.answers import Answers
+from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
+from rlhf_core.evaluation.scorecard import Arm
 from rlhf_core.rewards.scoring import load_function
 from rlhf_core.seeding import generator
-from rlhf_core.stages.evaluation import (
-    Arm,
-    EvaluationConfig,
-    _Answers,
-    _best_of_each,
-    _compare,
-    _first_of_each,
-    distinct_n,
-    evaluate,
-)
+from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)
@@ -119,7 +113,7 @@ def test_distinct_n_by_hand():
 
 def answers(prompt, *, proxy, true=None):
     n = len(prompt)
-    return _Answers(
+    return Answers(
         texts=[""] * n,
         prompt=torch.tensor(prompt),
         tokens=torch.ones(n),
@@ -141,7 +135,7 @@ def test_win_rate_by_hand(with_truth):
     }
     if not with_truth:
         pair = {name: answers(prompt, proxy=a.proxy.tolist()) for name, a in pair.items()}
-    found = _compare(("policy", "sft"), pair, 0)
+    found = compare(("policy", "sft"), pair, 0)
     assert (found.wins, found.ties, found.losses) == (2, 1, 1)
     assert found.win_rate.value == 2.5 / 4
     # The prompts are drawn whole: their rates are 3/4 and 1/2, so no draw lies outside.
@@ -154,16 +148,16 @@ def test_comparison_takes_as_many_answers_as_both_have():
         "policy": answers([0, 0, 0, 1, 1, 1], proxy=[1.0, 9.0, 9.0, 1.0, 9.0, 9.0]),
         "best_of_n": answers([0, 1], proxy=[2.0, 0.0]),
     }
-    found = _compare(("policy", "best_of_n"), pair, 0)
+    found = compare(("policy", "best_of_n"), pair, 0)
     assert (found.wins, found.ties, found.losses) == (1, 0, 1)
 
 
 def test_first_and_best_of_each_prompt():
     prompt = torch.tensor([0, 0, 0, 1, 1, 1])
     score = torch.tensor([1.0, 5.0, 9.0, 4.0, 4.0, 7.0])
-    assert _first_of_each(prompt, 2).tolist() == [0, 1, 3, 4]
-    assert _best_of_each(prompt, score, 2).tolist() == [1, 3]
-    assert _best_of_each(prompt, score, 3).tolist() == [2, 5]
+    assert first_of_each(prompt, 2).tolist() == [0, 1, 3, 4]
+    assert best_of_each(prompt, score, 2).tolist() == [1, 3]
+    assert best_of_each(prompt, score, 3).tolist() == [2, 5]
 
 
 # --- the whole stage ---

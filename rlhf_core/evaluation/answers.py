@@ -1,0 +1,158 @@
+"""What a policy writes to the held-out prompts, and everything that is measured of it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.backbone.models import context_of, require_context
+from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.responses import Written, lay_out, response_logprobs
+from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.data.encoding import (
+    Prompt,
+    decode_responses,
+    encode_prompt,
+    encode_response,
+    left_pad,
+    render_prompt,
+    right_pad,
+    same_tokens,
+)
+from rlhf_core.evaluation.scorecard import ArmName
+from rlhf_core.metrics import StageLogger, counted
+from rlhf_core.rewards.scoring import (
+    PIPELINE_REWARD,
+    Reward,
+    RewardFunction,
+    RewardTerm,
+    call_function,
+)
+from rlhf_core.seeding import generator
+from rlhf_core.types import PromptBatch, Responses
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of an arm: some to each prompt, prompt by prompt."""
+
+    texts: list[str]
+    prompt: Tensor  # (N,) which prompt
+    tokens: Tensor  # (N,) length
+    proxy: Tensor  # (N,) normalised reward-model score
+    true: Tensor | None  # (N,)
+    kl: Tensor | None  # (N,) log π - log π_sft, summed over the response
+    sft_logprob: Tensor  # (N,) log π_sft, summed over the response, at temperature 1
+
+    def pick(self, index: Tensor) -> "Answers":
+        """Some of the answers."""
+        return Answers(
+            texts=[self.texts[i] for i in index.tolist()],
+            prompt=self.prompt[index],
+            tokens=self.tokens[index],
+            proxy=self.proxy[index],
+            true=None if self.true is None else self.true[index],
+            kl=None if self.kl is None else self.kl[index],
+            sft_logprob=self.sft_logprob[index],
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every arm is measured with."""
+
+    prompts: list[Prompt]
+    sft: Policy
+    tokenizer: PreTrainedTokenizerBase
+    reward_model: ScalarModel
+    reward_tokenizer: PreTrainedTokenizerBase
+    truth: RewardFunction | None
+    sampling: SamplingConfig
+    seed: int
+    logger: StageLogger
+
+
+@torch.no_grad()
+def answer(
+    bench: Bench,
+    name: ArmName,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    k: int,
+) -> Answers:
+    """k answers of a policy to each prompt, measured."""
+    require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
+    prompts = [prompt for prompt in bench.prompts for _ in range(k)]
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    comparable = same_tokens(tokenizer, bench.tokenizer)
+    texts: list[str] = []
+    tokens, proxy, sft_logprob, kl = [], [], [], []
+    reward = Reward(
+        [RewardTerm()],
+        {PIPELINE_REWARD: bench.reward_model},
+        {PIPELINE_REWARD: bench.reward_tokenizer},
+        tokenizer,
+        max_length=bench.sampling.max_length,
+    )
+    draws, between = generator(bench.seed, f"evaluation/{name}"), partial(counted, bench.logger)
+    for batch, responses in respond(
+        policy, rows, bench.sampling, generator=draws, between=between, what="answers"
+    ):
+        bench.logger.phase("scoring", len(texts), len(rows))
+        said = decode_responses(responses.tokens, responses.mask, tokenizer)
+        asked = prompts[len(texts) : len(texts) + len(said)]
+        written = lay_out(batch, responses)
+        proxy.append(reward(asked, written, responses).total)
+        if comparable:
+            bench.logger.phase("KL to SFT", len(texts), len(rows))
+            at = bench.sampling.temperature
+            kl.append(_sums(policy, written, at) - _sums(bench.sft, written, at))
+        else:
+            batch, responses = _encode_again(bench, asked, said, responses)
+            written = lay_out(batch, responses)
+        bench.logger.phase("perplexity under SFT", len(texts), len(rows))
+        texts += said
+        tokens.append(responses.mask.sum(-1).float())
+        sft_logprob.append(_sums(bench.sft, written, 1.0))
+    return Answers(
+        texts=texts,
+        prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
+        tokens=torch.cat(tokens).cpu(),
+        proxy=torch.cat(proxy).cpu(),
+        true=_truth(bench, prompts, texts),
+        kl=torch.cat(kl).cpu() if comparable else None,
+        sft_logprob=torch.cat(sft_logprob).cpu(),
+    )
+
+
+def _sums(policy: Policy, written: Written, temperature: float) -> Tensor:
+    """(B,) log-probability of each whole response in nats."""
+    return response_logprobs(policy, written, temperature=temperature).sum(-1)
+
+
+def _encode_again(
+    bench: Bench, prompts: list[Prompt], texts: list[str], said: Responses
+) -> tuple[PromptBatch, Responses]:
+    """Texts of a policy with another tokenizer, in the tokens of the SFT policy."""
+    tokenizer, device = bench.tokenizer, bench.sft.model.device
+    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    batch = left_pad(rows, tokenizer.pad_token_id, bench.sampling.max_prompt_length).to(device)
+    encoded = [encode_response(text, tokenizer) for text in texts]
+    ended = said.finished.tolist()
+    kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
+    context = context_of(bench.sft.model)
+    if context is not None:  # the same text may be longer in these tokens
+        kept = [ids[: context - batch.input_ids.shape[-1]] for ids in kept]
+    tokens, mask = right_pad(kept, tokenizer.pad_token_id)
+    return batch, Responses(tokens.to(device), mask.to(device), said.finished)
+
+
+def _truth(bench: Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | None:
+    """(N,) true reward of each answer, where a truth is known."""
+    if bench.truth is None:
+        return None
+    bench.logger.phase("true reward")
+    asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
+    return call_function(bench.truth, "evaluation.true_reward", asked, texts)
