@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig

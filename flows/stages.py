@@ -13,7 +13,7 @@ from pydantic import Field, create_model
 
 from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
 from flows.pipeline_flow import PipelineFlow, pipeline_flow
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.evaluation.gates import RewardGateConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig

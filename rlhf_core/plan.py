@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_core.backbone.models import ModelConfig, outline
+from rlhf_core.backbone.base_model import ModelConfig, outline
 from rlhf_core.backbone.networks import Network, ScalarModel
 from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_show

@@ -33,18 +33,17 @@ from rlhf_core.backbone.adapters import (
     save_adapter,
     use_adapter,
 )
-from rlhf_core.backbone.models import (
+from rlhf_core.backbone.directory import (
     Kind,
-    ModelConfig,
     add_facts,
     load_policy,
     read_card,
     require_kind,
     save_model,
     weights_digest,
-    weights_from_source,
 )
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
+from rlhf_core.backbone.pretrained import load_weights
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
@@ -262,9 +261,11 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no policy, or one without such a head.
         """
         require_kind(directory, "policy")
-        source = ModelConfig(source=str(directory))
-        model = weights_from_source(
-            AutoModelForSequenceClassification, source, new=("score.weight",), num_labels=1
+        model = load_weights(
+            AutoModelForSequenceClassification,
+            str(directory),
+            new=("score.weight",),
+            num_labels=1,
         )
         scalar = cls(model)
         weight = scalar.head.weight
@@ -280,8 +281,7 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no scalar model.
         """
         card = require_kind(directory, "reward", "critic")
-        source = ModelConfig(source=str(directory))
-        model = weights_from_source(AutoModelForSequenceClassification, source).to(device)
+        model = load_weights(AutoModelForSequenceClassification, str(directory)).to(device)
         return cls(model, mean=card["reward_mean"], std=card["reward_std"], precision=precision)
 
     def save(

@@ -256,3 +256,8 @@ def _window(length: int, window: int | None, device: torch.device) -> Tensor | N
     places = torch.arange(length, device=device)
     back = places.unsqueeze(1) - places
     return ((back >= 0) & (back < window)).view(1, 1, length, length)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B, T) position of each token among those that count, wherever padding is."""
+    return mask.long().cumsum(-1).sub(1).clamp(min=0)

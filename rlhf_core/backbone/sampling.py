@@ -13,15 +13,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_core.backbone.models import position_ids
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.packing import Memory
+from rlhf_core.backbone.packing import Memory, position_ids
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.types import PromptBatch, Responses
 
-SAMPLING_LENGTH = "sampling.max_prompt_length + max_new_tokens"  # the settings of `max_length`
 BLOCK = 256  # tokens of the vocabulary whose probability is added up first
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.models import context_of, require_context
+from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import Written, lay_out, response_logprobs
-from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import (
     Prompt,
     decode_responses,

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhf_core.backbone.models import require_context
+from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.networks import Precision
 from rlhf_core.backbone.responses import rounding
-from rlhf_core.backbone.sampling import SAMPLING_LENGTH, PolicySampler, Sampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler, Sampler, SamplingConfig
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import batch_name
 from rlhf_core.onpolicy.actors import Actors

@@ -22,17 +22,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.models import (
-    ModelConfig,
-    context_of,
-    load_tokenizer,
-    require_context,
-    require_kind,
-)
+from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
+from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
 from rlhf_core.backbone.networks import Precision, ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.backbone.responses import Written
-from rlhf_core.backbone.sampling import SAMPLING_LENGTH
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
     PLAIN_CHAT_TEMPLATE,
@@ -220,7 +214,7 @@ def load_reward(
             )
         require_kind(directories[source], "reward")
         models[source] = ScalarModel.load(directories[source], device, precision)
-        tokenizers[source] = load_tokenizer(ModelConfig(source=str(directories[source])), ())
+        tokenizers[source] = load_saved_tokenizer(directories[source])
     return Reward(
         terms,
         models,

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import require_context
+from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.pairs import (
     Pair,

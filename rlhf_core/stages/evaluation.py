@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import Field
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import ModelConfig, load_tokenizer
+from rlhf_core.backbone.directory import load_saved_tokenizer
 from rlhf_core.backbone.networks import Policy, Precision, ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
@@ -104,7 +104,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         sft=sft_policy,
         tokenizer=tokenizer,
         reward_model=ScalarModel.load(reward_model, device, config.precision),
-        reward_tokenizer=load_tokenizer(ModelConfig(source=str(reward_model)), ()),
+        reward_tokenizer=load_saved_tokenizer(reward_model),
         truth=_known_truth(config),
         sampling=sampling,
         seed=work.seed,

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.backbone.models import require_same_tokenizer
+from rlhf_core.backbone.directory import require_same_tokenizer
 from rlhf_core.backbone.networks import ScalarModel, on_trunk
 from rlhf_core.backbone.responses import read_again
 from rlhf_core.backbone.sampling import SamplingConfig

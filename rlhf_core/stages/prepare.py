@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
 from rlhf_core.config import Section
 from rlhf_core.data.assembly import (
     Assembled,

@@ -26,10 +26,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import ModelConfig, load_tokenizer, require_context
+from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
+from rlhf_core.backbone.directory import load_saved_tokenizer
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out, response_scores
-from rlhf_core.backbone.sampling import SAMPLING_LENGTH, SamplingConfig, respond
+from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.pairs import (
     Pair,
@@ -114,7 +115,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     config.adapt(reward_model, "reward", seed=seed, stream="reward/adapter")
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
-    tokenizer = load_tokenizer(ModelConfig(source=str(sft)), ())
+    tokenizer = load_saved_tokenizer(sft)
     logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
     train = encode_pairs(train_table, tokenizer, config.max_length)

@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.backbone.models import CARD, ModelConfig, load_base, require_context
+from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.context import require_context
+from rlhf_core.backbone.directory import CARD
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import encode_pair

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import Kind

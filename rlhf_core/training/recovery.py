@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from rlhf_core.backbone.models import weights_digest
+from rlhf_core.backbone.directory import weights_digest
 from rlhf_core.data import prepared
 from rlhf_core.digests import content_digest
 from rlhf_core.metrics import StageLogger

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.models import read_card
+from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.work import Work
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.models import CARD, ModelConfig, load_base, read_card, require_context
+from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.context import require_context
+from rlhf_core.backbone.directory import CARD, read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import sample, uniforms
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, encode_prompts

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.prefect.ui import stage_task
 from tasks.registry.refs import DatasetRef, PipelineRun

@@ -4,7 +4,7 @@ from mlflow.entities import Run
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.record import tags as tag

@@ -1,6 +1,6 @@
 """Supervised fine-tuning as a Prefect task."""
 
-from rlhf_core.backbone.models import ModelConfig
+from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages.sft import SFTConfig
 from tasks.prefect.ui import stage_task
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_base, save_model
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.sampling import SamplingConfig

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_base, outline, save_model
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base, outline
+from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_base, save_model
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import ScalarModel
 
 TINY = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=48, vocab_size=300))

@@ -21,15 +21,9 @@ from transformers import (
 )
 
 from rlhf_core.backbone import networks
-from rlhf_core.backbone.models import (
-    load_policy,
-    position_ids,
-    read_card,
-    save_model,
-    weights_digest,
-)
+from rlhf_core.backbone.directory import load_policy, read_card, save_model, weights_digest
 from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, on_trunk, start_adapter
-from rlhf_core.backbone.packing import ATTENTION, pack
+from rlhf_core.backbone.packing import ATTENTION, pack, position_ids
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.logprobs import chunked_token_loss

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.validation import (
     TableSummary,

@@ -13,8 +13,8 @@ from torch.nn.functional import log_softmax
 from torch.testing import assert_close
 
 from rlhf_core.backbone import networks
-from rlhf_core.backbone.models import position_ids
 from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
 from rlhf_core.data.encoding import left_pad, right_pad

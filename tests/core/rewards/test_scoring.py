@@ -9,13 +9,8 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_core.backbone.models import (
-    FreshModelConfig,
-    ModelConfig,
-    load_base,
-    load_tokenizer,
-    save_model,
-)
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.directory import load_saved_tokenizer, save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.data.encoding import left_pad, right_pad
@@ -187,7 +182,7 @@ def test_model_with_the_policys_tokens_reads_the_tokens_that_were_sampled(own, t
 
 
 def test_to_another_tokenizer_texts_go_as_texts(other, tokenizer):
-    theirs = load_tokenizer(ModelConfig(source=str(other)), ())
+    theirs = load_saved_tokenizer(other)
     eos = theirs.eos_token_id
     assert ids_of(SAID[0], theirs) != ids_of(SAID[0], tokenizer)
     rows = [
@@ -205,7 +200,7 @@ def test_to_another_tokenizer_texts_go_as_texts(other, tokenizer):
 
 def test_policy_with_a_template_of_its_own_keeps_the_spaces_that_it_wrote(other, tokenizer):
     tokenizer.chat_template = TEMPLATE + " "  # any but the plain one
-    theirs = load_tokenizer(ModelConfig(source=str(other)), ())
+    theirs = load_saved_tokenizer(other)
     row = [*ids_of("[user]the room?[assistant]", theirs), *ids_of(" is", theirs)]
     call = spoken(tokenizer, [CHAT], [" is"], [False])
     score = loaded([OTHER], tokenizer, other=other)(*call).total
@@ -215,7 +210,7 @@ def test_policy_with_a_template_of_its_own_keeps_the_spaces_that_it_wrote(other,
 def test_text_that_another_model_cannot_read_whole_is_cut(other, tokenizer):
     # Of 40 places the prompt's 8 leave 32: the response loses its end, and its end of sequence.
     # A prompt of 60 is cut at its beginning and leaves the response half, of which it needs few.
-    theirs = load_tokenizer(ModelConfig(source=str(other)), ())
+    theirs = load_saved_tokenizer(other)
     q, z, eos = ids_of("q", theirs), ids_of("z", theirs), theirs.eos_token_id
     prompts, said = ["q" * 8, "q" * 8, "q" * 60, "q" * 60], ["z" * 50, "z" * 50, "zz", "zz"]
     rows = [q * 8 + z * 32, q * 8 + z * 32, q * 37 + z * 2 + [eos], q * 37 + z * 2]
@@ -226,7 +221,7 @@ def test_text_that_another_model_cannot_read_whole_is_cut(other, tokenizer):
 
 def test_nothing_said_is_scored_as_an_end(other, tokenizer):
     # A policy may sample its pad token, which is no text; and the prompt may be empty.
-    theirs = load_tokenizer(ModelConfig(source=str(other)), ())
+    theirs = load_saved_tokenizer(other)
     _, *said = sampled(tokenizer, ["q"], [[tokenizer.pad_token_id]], [False])
     scores = loaded([OTHER], tokenizer, other=other)([""], *said)
     assert_close(scores.total, by_hand(other, [[theirs.eos_token_id]], -1.0, 2.0), **CLOSE)

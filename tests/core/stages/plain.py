@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.backbone.models import read_card
+from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import encode_prompt

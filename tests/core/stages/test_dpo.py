@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tiny import first_gradients
 from torch.nn.functional import logsigmoid
 
-from rlhf_core.backbone.models import load_policy, read_card
+from rlhf_core.backbone.directory import load_policy, read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import encode_pairs, with_winners

@@ -9,13 +9,8 @@ import pytest
 import torch
 from plain import plain_logprobs, plain_policy, plain_scores
 
-from rlhf_core.backbone.models import (
-    FreshModelConfig,
-    ModelConfig,
-    load_base,
-    load_policy,
-    save_model,
-)
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.directory import load_policy, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import encode_prompt, encode_response

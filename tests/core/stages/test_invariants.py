@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.backbone.models import load_base, load_policy
+from rlhf_core.backbone.base_model import load_base
+from rlhf_core.backbone.directory import load_policy
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig

@@ -11,14 +11,8 @@ from plain import first_roll_out, plain_policy, plain_scores, plain_values
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.backbone.models import (
-    FreshModelConfig,
-    ModelConfig,
-    load_base,
-    load_policy,
-    read_card,
-    save_model,
-)
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError

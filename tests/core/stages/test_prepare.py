@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.prepared import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
 from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError

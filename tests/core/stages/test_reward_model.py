@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_core.backbone.models import load_policy, read_card
+from rlhf_core.backbone.directory import load_policy, read_card
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.backbone.sampling import SamplingConfig, respond

@@ -9,7 +9,7 @@ from plain import first_roll_out, plain_logprobs, plain_policy, plain_scores
 from pydantic import ValidationError
 from tiny import first_gradients
 
-from rlhf_core.backbone.models import read_card
+from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger

@@ -10,7 +10,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_core.backbone.models import ModelConfig, load_base, load_policy, read_card, save_model
+from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError

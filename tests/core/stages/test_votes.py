@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import MODEL
 
-from rlhf_core.backbone.models import load_base, save_model
+from rlhf_core.backbone.base_model import load_base
+from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import encode_pairs

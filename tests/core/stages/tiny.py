@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table

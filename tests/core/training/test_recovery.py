@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import Field
 
-from rlhf_core.backbone.models import ModelConfig, save_model
+from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table

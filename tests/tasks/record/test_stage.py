@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from pydantic import Field
 
-from rlhf_core.backbone.models import load_policy
+from rlhf_core.backbone.directory import load_policy
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, ModelError, UserError
 from rlhf_core.types import Report

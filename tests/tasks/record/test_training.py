@@ -18,7 +18,7 @@ from mlflow.entities import Param
 from prefect.exceptions import Pause
 from pydantic import Field
 
-from rlhf_core.backbone.models import FreshModelConfig, ModelConfig
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from rlhf_core.backbone.models import load_policy
+from rlhf_core.backbone.directory import load_policy
 from rlhf_core.data.encoding import encode_prompt
 from rlhf_core.errors import ConfigError, ModelError, UserError
 from tasks.registry.model_store import MlflowModelStore

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_core.backbone.models import ModelConfig, load_policy, load_tokenizer
+from rlhf_core.backbone.directory import load_policy, load_saved_tokenizer
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.data.encoding import encode_pair, encode_prompt
@@ -56,7 +56,7 @@ def exported(store, run_id, tmp_path, policy_dir, reward_dir):
 
 def expected_rewards(directory):
     scalar = ScalarModel.load(directory)
-    tokenizer = load_tokenizer(ModelConfig(source=str(directory)), ())
+    tokenizer = load_saved_tokenizer(directory)
     room = scalar.model.config.max_position_embeddings
     pairs = zip(PROMPTS, RESPONSES, strict=True)
     rows = [encode_pair(p, r, tokenizer, max_length=room)[0] for p, r in pairs]
@@ -121,7 +121,7 @@ def test_what_cannot_be_continued_is_said(exported, prompt, new_tokens, message)
 
 
 def test_the_served_files_encode_as_training_does(policy_dir):
-    tokenizer = load_tokenizer(ModelConfig(source=str(policy_dir)), ())
+    tokenizer = load_saved_tokenizer(policy_dir)
     for with_bos in (False, True):
         if with_bos:
             tokenizer = with_bos_token(tokenizer)
@@ -165,7 +165,7 @@ def test_the_served_files_stand_alone(file):
 def test_a_critic_is_not_served(store, run_id, tmp_path, reward_dir):
     critic = tmp_path / "critic"
     scalar = ScalarModel.load(reward_dir)
-    scalar.save(load_tokenizer(ModelConfig(source=str(reward_dir)), ()), critic, kind="critic")
+    scalar.save(load_saved_tokenizer(reward_dir), critic, kind="critic")
     ref = store.publish(critic, "demo-critic", run_id=run_id, tags={})
     with pytest.raises(ModelError, match="is a critic; only policy and reward are served"):
         export_servable(store, ref, tmp_path / "servable")

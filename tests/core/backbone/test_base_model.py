@@ -21,23 +21,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.backbone.models import (
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base, load_tokenizer
+from rlhf_core.backbone.context import context_of, require_context
+from rlhf_core.backbone.directory import (
     CARD,
-    FreshModelConfig,
-    ModelConfig,
     add_facts,
-    context_of,
-    load_base,
     load_policy,
-    load_tokenizer,
-    position_ids,
+    load_saved_tokenizer,
     read_card,
-    require_context,
     require_same_tokenizer,
     save_model,
     weights_digest,
 )
 from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import encode_prompts, right_pad
 from rlhf_core.errors import ConfigError, ModelError
@@ -171,7 +168,7 @@ def test_pad_that_is_the_end_of_sequence_is_replaced(bare):
     tokenizer = AutoTokenizer.from_pretrained(bare)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(bare)
-    ours = load_tokenizer(ModelConfig(source=str(bare)), ())
+    ours = load_saved_tokenizer(bare)
     assert ours.pad_token_id == len(tokenizer) != ours.eos_token_id
 
 
@@ -228,14 +225,14 @@ def test_model_with_room_to_spare_is_not_resized(bare):
 
 
 def test_tokenizer_without_a_template_gets_the_plain_dialogue(bare):
-    assert "Human:" in load_tokenizer(ModelConfig(source=str(bare)), ()).chat_template
+    assert "Human:" in load_saved_tokenizer(bare).chat_template
 
 
 def test_template_of_the_model_is_kept(bare):
     tokenizer = AutoTokenizer.from_pretrained(bare)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(bare)
-    ours = load_tokenizer(ModelConfig(source=str(bare)), ())
+    ours = load_saved_tokenizer(bare)
     assert ours.chat_template == "{{ messages[0]['content'] }}"
 
 
@@ -312,7 +309,7 @@ def test_tokenizer_without_an_end_of_sequence_is_refused(bare):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(bare)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        load_tokenizer(ModelConfig(source=str(bare)), ())
+        load_saved_tokenizer(bare)
 
 
 @pytest.mark.parametrize(

