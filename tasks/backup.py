@@ -17,10 +17,12 @@ import shutil
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,7 +32,10 @@ from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, DataError, UserError
 from tasks.settings import Settings, StoreSettings
 
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
+STREAMS = 8  # objects of the S3 store that are moved at once
 # Under RLHF_HOME: what is only of use to the processes that run now, or can be had again.
 PASSING = frozenset({"work", "logs", "services.json", "password", "huggingface"})
 
@@ -243,32 +248,53 @@ class Bucket(Part):
     def save(self, to: Path) -> None:
         """Download every object to the path that its key says."""
         to.mkdir()
-        for key in self._keys():
+
+        def fetch(key: str) -> None:
             copy = to / key
             if not copy.resolve().is_relative_to(to.resolve()):
                 raise DataError(f"the bucket {self._bucket} has '{key}', which leads out of it")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            self._client().download_file(self._bucket, key, str(copy))
+            self._client.download_file(self._bucket, key, str(copy), Config=_one_stream())
+
+        _at_once(fetch, self._keys())
 
     def load(self, saved: Path) -> None:
         """Upload every file."""
-        for path in sorted(path for path in saved.rglob("*") if path.is_file()):
+
+        def send(path: Path) -> None:
             key = path.relative_to(saved).as_posix()
-            self._client().upload_file(str(path), self._bucket, key)
+            self._client.upload_file(str(path), self._bucket, key, Config=_one_stream())
+
+        _at_once(send, (path for path in saved.rglob("*") if path.is_file()))
 
     def occupied(self) -> str:
         """Whether there is any object."""
         return f"the bucket {self._bucket} is not empty" if any(self._keys()) else ""
 
     def _keys(self) -> Iterator[str]:
-        pages = self._client().get_paginator("list_objects_v2")
+        pages = self._client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
             yield from (item["Key"] for item in page.get("Contents", ()))
 
+    @cached_property
     def _client(self) -> Any:
         import boto3
 
         return boto3.client("s3")
+
+
+def _one_stream() -> Any:
+    """How boto3 moves an object: not by threads of its own, as many are moved at once."""
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(use_threads=False)
+
+
+def _at_once(move: Callable[[T], None], what: Iterable[T]) -> None:
+    """Call `move` for each, several at a time; the first error is raised."""
+    with ThreadPoolExecutor(STREAMS) as pool:
+        for _ in pool.map(move, what):
+            pass
 
 
 # ---- the folder ----
