@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 from prefect.client.orchestration import get_client
 
-from flows.local.services import signed_in
+from flows.local.find import signed_in
 from tasks.servers import sign_in
 from tasks.settings import read_settings
 

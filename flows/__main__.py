@@ -37,7 +37,7 @@ from flows.cli.printing import (
     show_start,
     show_validation,
 )
-from flows.local import memory, services
+from flows.local import find, memory, serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
 from tasks.settings import StoreSettings, read_settings
@@ -136,7 +136,7 @@ def run(
     registry. A run that was interrupted or killed is continued by the same command: the stage in
     which it stopped goes on from its last checkpoint.
     """
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     show_start(settings)
     _run(_load(config, overrides), force, settings)
 
@@ -151,7 +151,7 @@ def resume(
     last checkpoint. A run of a deployment goes back to its workers, once its state has settled: a
     retry that comes within seconds of a crash would be lost. Any other goes on here and now.
     """
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     from tasks.history.stopped import find_stopped
 
     stopped = find_stopped(run, settings=settings)
@@ -193,7 +193,7 @@ def sweep(
     points share are done once. Nothing is promoted. Interrupted or killed, the same command goes
     on.
     """
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     show_start(settings)
     pipeline = _load(config, overrides)
     with _stoppable(), _prefect(settings):
@@ -225,7 +225,7 @@ def up(
     """
     err.print("Starting Prefect, MLflow and a worker …", highlight=False)
     try:
-        services.up(
+        serve.up(
             read_settings(),
             prefect_port=prefect_port,
             mlflow_port=mlflow_port,
@@ -240,7 +240,7 @@ def up(
 @app.command(name="sign-in", epilog="Example: rlhf sign-in")
 def sign_in() -> None:
     """Print links that open the pages of a running `rlhf up`; each signs in one browser, once."""
-    show_links(*services.signed_in(read_settings()))
+    show_links(*find.signed_in(read_settings()))
 
 
 @app.command(
@@ -253,8 +253,8 @@ def run_program(
     arguments: Annotated[list[str] | None, typer.Argument(help="What it is called with.")] = None,
 ) -> None:
     """Run another program with the addresses and the password of this home's servers."""
-    services.join(read_settings(), prefect=True)
-    services.become(program, arguments or [])
+    find.join(read_settings(), prefect=True)
+    find.become(program, arguments or [])
 
 
 @app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy")
@@ -266,7 +266,7 @@ def deploy(
     working_dir: Annotated[
         str, typer.Option(help="What relative paths in a config refer to, on the worker.")
     ] = "",
-    owner: Annotated[str, typer.Option(help="Who answers for them: a tag.")] = services.OWNER,
+    owner: Annotated[str, typer.Option(help="Who answers for them: a tag.")] = find.OWNER,
     write: Annotated[
         Path | None, typer.Option(help="Write them for `prefect deploy --all` instead.")
     ] = None,
@@ -285,7 +285,7 @@ def deploy(
 
         write.write_text(prefect_yaml(configs or presets(), owner), encoding="utf-8")
         return
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
         raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
     from flows.deploy.deployments import deploy as register
@@ -307,7 +307,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     Then come the steps of each stage, the parameters that learn, and whether there are enough
     held-out prompts to find anything out. No weights are loaded.
     """
-    services.join(read_settings())
+    find.join(read_settings())
     pipeline = _load(config, overrides)
     from rlhf_core.plan import make_plan
     from rlhf_core.stages.prepare import inspect
@@ -327,7 +327,7 @@ def show_config(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
     """Print a config as YAML with every default filled in: a file that `rlhf run` takes."""
     import yaml
 
-    services.join(read_settings())
+    find.join(read_settings())
     resolved = _load(config, overrides).model_dump(mode="json")
     typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False)
 
@@ -370,7 +370,7 @@ def generate(
     has more than one.
     """
     texts = prompts or _lines()
-    settings = services.join(read_settings())
+    settings = find.join(read_settings())
     from tasks.record.terminal import on_terminal
     from tasks.serving.generation import generate as ask
 
@@ -403,7 +403,7 @@ def compare(
     A metric stands with its 95 % interval, and a stage that was taken from another run with the
     metrics of that run.
     """
-    settings = services.join(read_settings())
+    settings = find.join(read_settings())
     from tasks.history.comparison import compare as hold
 
     comparison = hold(first, second, settings=settings)
@@ -424,7 +424,7 @@ def promote(
     A run that is suspended in Prefect gets the answer and goes on. The policy of one that has ended
     becomes the champion, if the champion is still the one that it was compared with.
     """
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     from flows.cli import logs
     from tasks.steps.promotion import promote_run
 
@@ -441,7 +441,7 @@ def rollback(
     by: Annotated[str, typer.Option(help="Who says so; else the user of this machine.")] = "",
 ) -> None:
     """Put the policy that the champion has replaced, or any version, back in use."""
-    settings = services.join(read_settings(), prefect=True)
+    settings = find.join(read_settings(), prefect=True)
     from flows.cli import logs
     from tasks.steps.promotion import roll_back
 
@@ -455,7 +455,7 @@ def export(
     directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
 ) -> None:
     """Write a model that MLflow serves: a policy answers prompts, a reward model scores texts."""
-    settings = services.join(read_settings())
+    settings = find.join(read_settings())
     from tasks.record.record import Record
     from tasks.serving.export import export_servable
 
@@ -483,7 +483,7 @@ def backup(
 def restore(folder: Annotated[Path, typer.Argument(help="What `rlhf backup` wrote.")]) -> None:
     """Put back what was saved, into an RLHF_HOME that is empty and that no `rlhf up` serves."""
     settings = read_settings()
-    if there := services.running(settings):
+    if there := find.running(settings):
         raise UserError(
             f"`rlhf up` runs for {settings.home} (process {there.pid}): stop it with Ctrl-C in its "
             "terminal, and move its folder away."
@@ -512,7 +512,7 @@ def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> 
 @contextmanager
 def _prefect(settings: "Settings") -> Iterator[None]:
     """A Prefect server for flows of this process, where none is in use; it starts meanwhile."""
-    with services.prefect_server(settings, say_aloud) as ready:
+    with serve.prefect_server(settings, say_aloud) as ready:
         from flows.cli import logs
 
         logs.quiet_terminal()

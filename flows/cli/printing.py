@@ -13,7 +13,7 @@ from rich.text import Text
 from tasks.servers import sign_in
 
 if TYPE_CHECKING:
-    from flows.local.services import Services
+    from flows.local.find import Services
     from rlhf_core.data.validation import Validation
     from rlhf_core.plan import Learnt, Plan
     from tasks.history.comparison import Measure, RunComparison, Value

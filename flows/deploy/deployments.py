@@ -36,7 +36,7 @@ from prefect.workers.process import ProcessWorker
 from flows import stages
 from flows.cli.loading import config_files, describe, load_config
 from flows.config import PipelineConfig
-from flows.local.services import OWNER, POOL
+from flows.local.find import OWNER, POOL
 from flows.retrain import RetrainConfig, retrain
 from flows.rlhf import rlhf
 from flows.sweep import sweep

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 
-from flows.local import services
+from flows.local import find, serve
 from tasks.servers import sign_in
 from tasks.settings import Settings
 
@@ -51,13 +51,13 @@ class Servers:
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True)
         self.settings = Settings.model_validate({"RLHF_HOME": self.home, "RLHF_PASSWORD": PASSWORD})
-        services.make_home(self.settings)
-        self.addresses = services.Services(
+        find.make_home(self.settings)
+        self.addresses = find.Services(
             f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}", os.getpid()
         )
         self.clients = {
             **os.environ,
-            **services._client_environment(self.settings, self.addresses),
+            **serve._client_environment(self.settings, self.addresses),
             "RLHF_CHECKPOINT_SECONDS": "0",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             **variables,
@@ -69,9 +69,9 @@ class Servers:
 
     def start(self, name: str) -> None:
         make = {
-            "prefect": lambda: services._prefect(self.settings, self.addresses.prefect),
-            "mlflow": lambda: services._mlflow(self.settings, self.addresses.mlflow),
-            "worker": lambda: services._worker(self.addresses, self.clients),
+            "prefect": lambda: serve._prefect(self.settings, self.addresses.prefect),
+            "mlflow": lambda: serve._mlflow(self.settings, self.addresses.mlflow),
+            "worker": lambda: serve._worker(self.addresses, self.clients),
         }
         service = make[name]()
         with (self.logs / f"{name}.log").open("a") as log:

@@ -23,7 +23,7 @@ import pytest
 
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.local import guard, services
+from flows.local import find, guard, serve
 from flows.local.supervisor import Service, ServiceError, Supervisor
 from rlhf_core.errors import UserError
 from tasks.servers.client import ask
@@ -213,7 +213,7 @@ def local(home: Path, **variables: str) -> Settings:
 
 
 def test_without_any_server_files_under_the_home_are_used(tmp_path, own_environment):
-    found = services.join(local(tmp_path / "home"), prefect=True)
+    found = find.join(local(tmp_path / "home"), prefect=True)
     assert found.mlflow_uri == f"sqlite:///{tmp_path}/home/mlflow/mlflow.db"
     assert found.prefect_api_url == ""
     assert os.environ["PREFECT_HOME"] == f"{tmp_path}/home/prefect"
@@ -228,7 +228,7 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
 ):
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError) as caught:
-        services.join(local(tmp_path, **{variable: address}), prefect=True)
+        find.join(local(tmp_path, **{variable: address}), prefect=True)
     text = str(caught.value)
     assert f"The {name} server at {address} does not answer" in text
     assert f"set {variable} to where it runs" in text
@@ -236,23 +236,23 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
 
 def test_a_home_that_cannot_be_made_is_named(own_environment):
     with pytest.raises(UserError, match=r"/dev/null/x cannot be used .*: set RLHF_HOME to"):
-        services.join(local(Path("/dev/null/x")))
+        find.join(local(Path("/dev/null/x")))
 
 
 def test_a_state_file_is_believed_only_while_its_writer_lives(tmp_path):
     settings = local(tmp_path)
-    state = services.Services("http://127.0.0.1:1", "http://127.0.0.1:2", 7)
+    state = find.Services("http://127.0.0.1:1", "http://127.0.0.1:2", 7)
     with (tmp_path / "services.json").open("w") as file:
         json.dump(state._asdict(), file)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert services.running(settings) == state
+        assert find.running(settings) == state
         file.truncate(0)
         with pytest.raises(UserError, match="just starting"):
-            services.running(settings)
+            find.running(settings)
     # The writer is gone without having cleaned up, as after SIGKILL.
     (tmp_path / "services.json").write_text(json.dumps(state._asdict()))
-    assert services.running(settings) is None
+    assert find.running(settings) is None
 
 
 def test_what_a_server_logs_as_an_error_is_told_once(tmp_path):
@@ -279,8 +279,8 @@ def test_what_a_server_logs_as_an_error_is_told_once(tmp_path):
     addresses = [f"http://127.0.0.1:{port}" for port in ports]
     told = []
     settings = local(tmp_path, RLHF_PASSWORD="pw")
-    reports = services._ErrorReports(
-        services.Services(*addresses, 1), settings, lambda *what: told.append(what)
+    reports = serve._ErrorReports(
+        find.Services(*addresses, 1), settings, lambda *what: told.append(what)
     )
     reports.EVERY_SECONDS = 0
     reports.look()
@@ -454,7 +454,7 @@ def test_up_makes_a_deployment_of_each_config(up):
 
 @pytest.mark.integration
 def test_other_commands_find_the_services_of_their_home(up, own_environment):
-    found = services.join(local(up.home), prefect=True)
+    found = find.join(local(up.home), prefect=True)
     assert found.tracking_uri == f"http://127.0.0.1:{up.mlflow}"
     assert found.prefect_api_url == f"http://127.0.0.1:{up.prefect}/api"
     assert found.mlflow_public_url == f"http://127.0.0.1:{up.mlflow}"
@@ -479,7 +479,7 @@ def test_the_password_goes_to_the_servers_of_the_home_and_to_no_other(up, own_en
     with HTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         other = f"http://127.0.0.1:{server.server_port}"
-        services.join(local(up.home, MLFLOW_TRACKING_URI=other), prefect=True)
+        find.join(local(up.home, MLFLOW_TRACKING_URI=other), prefect=True)
         server.shutdown()
     assert heard == [None]
     assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
@@ -822,7 +822,7 @@ def test_interrupt_stops_everything_and_says_so(up):
     assert up.processes() == []
     assert "All services have been stopped." in up.output.read_text()
     assert "Traceback" not in up.output.read_text()
-    assert services.running(local(up.home)) is None
+    assert find.running(local(up.home)) is None
     assert not (up.home / "password").exists()
 
 
@@ -832,4 +832,4 @@ def test_kill_leaves_no_orphan(tmp_path):
     wait_until(lambda: (running.home / "logs" / "mlflow.log").exists())
     wait_until(lambda: len(running.processes()) >= 3)
     running.kill()  # waits until there is no process of this home, and fails if there stays one
-    assert services.running(local(running.home)) is None
+    assert find.running(local(running.home)) is None

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from servers import free_port, wait_until
 from stack import ROOT, Stack, compose, example, interpolate, missing, status
 
-from flows.local import services
+from flows.local import find, serve
 from flows.local.stack_check import check
 from rlhf_core.errors import ConfigError, UserError
 from tasks.settings import Settings, StackSettings
@@ -334,10 +334,10 @@ def test_a_command_without_the_password_says_so(tmp_path, monkeypatch, password,
         threading.Thread(target=server.serve_forever, daemon=True).start()
         given = {variable: f"http://127.0.0.1:{server.server_port}"}
         monkeypatch.setattr(os, "environ", {})
-        right = services.join(local(tmp_path, **given, RLHF_PASSWORD="right"), prefect=True)
+        right = find.join(local(tmp_path, **given, RLHF_PASSWORD="right"), prefect=True)
         assert right.tracking_uri or right.prefect_api_url
         with pytest.raises(UserError, match=f"{name} server at .* a password: set RLHF_PASSWORD"):
-            services.join(local(tmp_path, **given, RLHF_PASSWORD=password), prefect=True)
+            find.join(local(tmp_path, **given, RLHF_PASSWORD=password), prefect=True)
         server.shutdown()
 
 
@@ -366,7 +366,7 @@ def test_a_home_goes_and_comes_back(tmp_path):
 
 
 def test_a_home_that_is_served_is_not_restored_into(tmp_path):
-    state = services.Services("http://127.0.0.1:1", "http://127.0.0.1:2", 7)
+    state = find.Services("http://127.0.0.1:1", "http://127.0.0.1:2", 7)
     with (tmp_path / "services.json").open("w") as file:
         json.dump(state._asdict(), file)
         file.flush()
@@ -582,7 +582,7 @@ class TestStack:
 
     def test_the_servers_have_logged_no_error(self, running):
         for address in (running.mlflow_uri, running.prefect_api.removesuffix("/api")):
-            assert json.loads(services.ask(f"{address}/errors", account=running.account)) == []
+            assert json.loads(serve.ask(f"{address}/errors", account=running.account)) == []
 
     def test_a_killed_worker_and_its_run_go_on_where_they_were(self, running, mlflow):
         before = result(mlflow)

@@ -1,7 +1,7 @@
-"""The local services: how a command finds MLflow and Prefect, and `rlhf up`, which runs them.
+"""`rlhf up`: Prefect, MLflow and a worker on this machine; and the server of a single run.
 
-All listen on the loopback address only, and ask for a password that is made at each start and kept
-in a file of the home which its owner alone can read: other users and web pages reach that address
+All listen only on the loopback address, and ask for a password that is made at each start and kept
+in a file of the home which only its owner can read: other users and web pages reach that address
 too. They keep their data where `rlhf run` keeps it when no server runs, so one history is seen
 either way.
 """
@@ -15,204 +15,31 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shutil import which
-from typing import IO, NamedTuple, NoReturn
+from typing import IO
 from uuid import uuid4
-
-from pydantic import SecretStr
 
 from flows.cli.loading import config_files
 from flows.local import memory
+from flows.local.find import (
+    HOST,
+    POOL,
+    Services,
+    make_home,
+    password_file,
+    read_state,
+    state_file,
+    with_password,
+)
 from flows.local.keeper import Keeper
 from flows.local.supervisor import Service, Supervisor
 from rlhf_core.errors import UserError
 from tasks.servers import error_log
 from tasks.servers.client import ask, unreachable
-from tasks.settings import PASSWORD_LENGTH, Settings, apply_environment, read_settings
-
-HOST = "127.0.0.1"
-POOL = "rlhf"
-OWNER = "rlhf-team"  # who answers for the deployments, unless they are told otherwise
-
-
-class Services(NamedTuple):
-    """A running `rlhf up`."""
-
-    prefect: str
-    mlflow: str
-    pid: int
-
-
-# ---- finding them ----
-
-
-def join(settings: Settings, *, prefect: bool = False) -> Settings:
-    """Make this process use the MLflow, and on demand the Prefect, that serve this home.
-
-    A variable that the user has set wins; then a live `rlhf up` of this home; else MLflow is a
-    database under the home, and Prefect starts a server for the length of the run. To be called
-    before MLflow or Prefect is imported: they read their environment at import.
-
-    Returns: the settings as they are now.
-
-    Raises:
-        UserError: an address that does not answer, or a home that cannot be written.
-    """
-    for name, value in _addresses(settings, prefect).items():
-        os.environ.setdefault(name, value)
-    apply_environment(settings)
-    make_home(settings)
-    return read_settings()
-
-
-def make_home(settings: Settings) -> None:
-    """Create the folders under the home, which is its owner's alone.
-
-    Raises:
-        UserError: they cannot be made.
-    """
-    home = settings.home
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if home.stat().st_uid == os.getuid():
-            home.chmod(0o700)
-        for folder in ("mlflow/artifacts", "prefect", "logs"):
-            (home / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{settings.home} cannot be used to keep things in ({error.strerror}): set RLHF_HOME "
-            "to a folder of yours."
-        ) from None
-
-
-def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
-    """The variables that say where the servers are, once each has answered, and their password.
-
-    The password of a running `rlhf up` goes to its own two addresses and nowhere else.
-    """
-    given = settings.tracking_uri and (settings.prefect_api_url or not with_prefect)
-    services = None if given and settings.account else running(settings)
-    mlflow = settings.tracking_uri or (services.mlflow if services else "")
-    prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
-    found: dict[str, str] = {}
-    if mlflow.startswith(("http://", "https://")):
-        theirs = services is not None and _plain(mlflow) == services.mlflow
-        known = _with_password(settings) if theirs else settings
-        _expect(known, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
-        found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
-        found |= known.mlflow_credentials()
-    if prefect and with_prefect:
-        theirs = services is not None and _plain(prefect) == f"{services.prefect}/api"
-        known = _with_password(settings) if theirs else settings
-        _expect(known, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
-        page = prefect.rstrip("/").removesuffix("/api")
-        found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
-        found |= known.prefect_credentials()
-    return found
-
-
-def _plain(address: str) -> str:
-    """An address as `rlhf up` writes its own."""
-    return address.rstrip("/").replace("//localhost:", f"//{HOST}:")
-
-
-def _with_password(settings: Settings, password: str = "") -> Settings:
-    """The settings with a password: the user's own, else the given one, else that of the home."""
-    if settings.account:
-        return settings
-    secret = SecretStr(password or _read_password(settings))
-    return settings.model_copy(update={"password": secret})
-
-
-def _read_password(settings: Settings) -> str:
-    try:
-        return _password_file(settings).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise UserError(
-            f"`rlhf up` runs for {settings.home}, but its password cannot be read "
-            f"({error.strerror}): be the user who started it, or set RLHF_PASSWORD."
-        ) from None
-
-
-def _password_file(settings: Settings) -> Path:
-    return settings.home / "password"
-
-
-def running(settings: Settings) -> Services | None:
-    """The `rlhf up` that serves this home, or None.
-
-    Its state file is locked for as long as it lives and the kernel drops the lock with the
-    process, so that a file which a killed one left behind is not believed.
-    """
-    path = _state_file(settings)
-    if not path.exists():
-        return None
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _read_state(file)
-    return None
-
-
-def _read_state(file: IO[str]) -> Services:
-    text = file.read()
-    if not text:
-        raise UserError(
-            "`rlhf up` is just starting for this home: try again when it shows its addresses."
-        )
-    return Services(**json.loads(text))
-
-
-def _state_file(settings: Settings) -> Path:
-    return settings.home / "services.json"
-
-
-def _expect(settings: Settings, address: str, path: str, name: str, variable: str) -> None:
-    problem = unreachable(address.rstrip("/") + path, settings.account)
-    if problem.startswith("it answers 401"):
-        raise UserError(
-            f"The {name} server at {address} asks for a password: set RLHF_PASSWORD to the one "
-            "that it was started with."
-        )
-    if problem:
-        raise UserError(
-            f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
-            f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
-        )
-
-
-def signed_in(settings: Settings) -> tuple[Services, Settings]:
-    """The servers that a browser can sign in to, and the settings with their password.
-
-    Those of the stack are known where its password is in the environment, else those of the running
-    `rlhf up` of this home.
-
-    Raises: UserError when there are none.
-    """
-    if settings.account and settings.prefect_api_url:
-        return Services(settings.prefect_public_url, settings.mlflow_public_url, 0), settings
-    services = running(settings)
-    if services is None:
-        raise UserError(f"No `rlhf up` runs for {settings.home}: start it, or set RLHF_HOME.")
-    return services, _with_password(settings)
-
-
-def become(program: str, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by a program of this environment, else of the PATH.
-
-    Raises: UserError when there is none of this name.
-    """
-    here = str(Path(sys.executable).parent)
-    found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        raise UserError(f"There is no program {program} here.")
-    os.execv(found, [found, *arguments])  # Python looks for its packages beside its first word
-
+from tasks.settings import PASSWORD_LENGTH, Settings
 
 # ---- running them ----
 
@@ -307,14 +134,14 @@ def _errors(address: str, account: str) -> list[str]:
 @contextmanager
 def _password(settings: Settings) -> Iterator[Settings]:
     """The settings with the password of this start, which other commands find in a file."""
-    settings = _with_password(settings, secrets.token_urlsafe(32))
+    settings = with_password(settings, secrets.token_urlsafe(32))
     password = settings.password.get_secret_value()
     if len(password) < PASSWORD_LENGTH:
         raise UserError(
             f"RLHF_PASSWORD has {len(password)} characters: take {PASSWORD_LENGTH} or more, or "
             "unset it to have one made at each start."
         )
-    path = _password_file(settings)
+    path = password_file(settings)
     path.unlink(missing_ok=True)  # one that others could read stays readable when written again
     path.touch(0o600, exist_ok=False)
     path.write_text(password, encoding="utf-8")
@@ -348,7 +175,7 @@ def prefect_server(
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         address = f"http://{HOST}:{probe.getsockname()[1]}"
-    settings = _with_password(settings, secrets.token_urlsafe(32))
+    settings = with_password(settings, secrets.token_urlsafe(32))
     os.environ |= {
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_API_AUTH_STRING": settings.account,
@@ -369,7 +196,7 @@ def prefect_server(
 def _claim(settings: Settings) -> Iterator[IO[str]]:
     """The state file of this home, emptied and locked: at most one `rlhf up` can have it."""
     make_home(settings)
-    path = _state_file(settings)
+    path = state_file(settings)
     with path.open("a+") as file:
         for attempt in range(10):  # another command may look at the file at this very moment
             try:
@@ -379,7 +206,7 @@ def _claim(settings: Settings) -> Iterator[IO[str]]:
                 time.sleep(0.1 if attempt < 9 else 0)
         else:
             file.seek(0)
-            there = _read_state(file)
+            there = read_state(file)
             raise UserError(
                 f"`rlhf up` already runs for {settings.home} (process {there.pid}): Prefect at "
                 f"{there.prefect}, MLflow at {there.mlflow}. Stop it with Ctrl-C in its terminal, "

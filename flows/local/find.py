@@ -1,0 +1,198 @@
+"""How a command finds the MLflow and the Prefect that serve a home, and signs in to them."""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import which
+from typing import IO, NamedTuple, NoReturn
+
+from pydantic import SecretStr
+
+from rlhf_core.errors import UserError
+from tasks.servers.client import unreachable
+from tasks.settings import Settings, apply_environment, read_settings
+
+HOST = "127.0.0.1"
+POOL = "rlhf"
+OWNER = "rlhf-team"  # who answers for the deployments, unless they are told otherwise
+
+
+class Services(NamedTuple):
+    """A running `rlhf up`."""
+
+    prefect: str
+    mlflow: str
+    pid: int
+
+
+# ---- finding them ----
+
+
+def join(settings: Settings, *, prefect: bool = False) -> Settings:
+    """Make this process use the MLflow, and on demand the Prefect, that serve this home.
+
+    A variable that the user has set wins; then a live `rlhf up` of this home; else MLflow is a
+    database under the home, and Prefect starts a server for the length of the run. To be called
+    before MLflow or Prefect is imported: they read their environment at import.
+
+    Returns: the settings as they are now.
+
+    Raises:
+        UserError: an address that does not answer, or a home that cannot be written.
+    """
+    for name, value in _addresses(settings, prefect).items():
+        os.environ.setdefault(name, value)
+    apply_environment(settings)
+    make_home(settings)
+    return read_settings()
+
+
+def make_home(settings: Settings) -> None:
+    """Create the folders under the home, which is its owner's alone.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    home = settings.home
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if home.stat().st_uid == os.getuid():
+            home.chmod(0o700)
+        for folder in ("mlflow/artifacts", "prefect", "logs"):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{settings.home} cannot be used to keep things in ({error.strerror}): set RLHF_HOME "
+            "to a folder of yours."
+        ) from None
+
+
+def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
+    """The variables that say where the servers are, once each has answered, and their password.
+
+    The password of a running `rlhf up` goes to its own two addresses and nowhere else.
+    """
+    given = settings.tracking_uri and (settings.prefect_api_url or not with_prefect)
+    services = None if given and settings.account else running(settings)
+    mlflow = settings.tracking_uri or (services.mlflow if services else "")
+    prefect = settings.prefect_api_url or (f"{services.prefect}/api" if services else "")
+    found: dict[str, str] = {}
+    if mlflow.startswith(("http://", "https://")):
+        theirs = services is not None and _plain(mlflow) == services.mlflow
+        known = with_password(settings) if theirs else settings
+        _expect(known, mlflow, "/version", "MLflow", "MLFLOW_TRACKING_URI")
+        found |= {"MLFLOW_TRACKING_URI": mlflow, "RLHF_MLFLOW_URL": mlflow}
+        found |= known.mlflow_credentials()
+    if prefect and with_prefect:
+        theirs = services is not None and _plain(prefect) == f"{services.prefect}/api"
+        known = with_password(settings) if theirs else settings
+        _expect(known, prefect, "/admin/version", "Prefect", "PREFECT_API_URL")
+        page = prefect.rstrip("/").removesuffix("/api")
+        found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
+        found |= known.prefect_credentials()
+    return found
+
+
+def _plain(address: str) -> str:
+    """An address as `rlhf up` writes its own."""
+    return address.rstrip("/").replace("//localhost:", f"//{HOST}:")
+
+
+def with_password(settings: Settings, password: str = "") -> Settings:
+    """The settings with a password: the user's own, else the given one, else that of the home."""
+    if settings.account:
+        return settings
+    secret = SecretStr(password or _read_password(settings))
+    return settings.model_copy(update={"password": secret})
+
+
+def _read_password(settings: Settings) -> str:
+    try:
+        return password_file(settings).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(
+            f"`rlhf up` runs for {settings.home}, but its password cannot be read "
+            f"({error.strerror}): be the user who started it, or set RLHF_PASSWORD."
+        ) from None
+
+
+def password_file(settings: Settings) -> Path:
+    """Where the password of a running `rlhf up` is kept."""
+    return settings.home / "password"
+
+
+def running(settings: Settings) -> Services | None:
+    """The `rlhf up` that serves this home, or None.
+
+    Its state file is locked for as long as it lives and the kernel drops the lock with the
+    process, so that a file which a killed one left behind is not believed.
+    """
+    path = state_file(settings)
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return read_state(file)
+    return None
+
+
+def read_state(file: IO[str]) -> Services:
+    """What the state file says."""
+    text = file.read()
+    if not text:
+        raise UserError(
+            "`rlhf up` is just starting for this home: try again when it shows its addresses."
+        )
+    return Services(**json.loads(text))
+
+
+def state_file(settings: Settings) -> Path:
+    """What a running `rlhf up` holds locked."""
+    return settings.home / "services.json"
+
+
+def _expect(settings: Settings, address: str, path: str, name: str, variable: str) -> None:
+    problem = unreachable(address.rstrip("/") + path, settings.account)
+    if problem.startswith("it answers 401"):
+        raise UserError(
+            f"The {name} server at {address} asks for a password: set RLHF_PASSWORD to the one "
+            "that it was started with."
+        )
+    if problem:
+        raise UserError(
+            f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
+            f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
+        )
+
+
+def signed_in(settings: Settings) -> tuple[Services, Settings]:
+    """The servers that a browser can sign in to, and the settings with their password.
+
+    Those of the stack are known where its password is in the environment, else those of the running
+    `rlhf up` of this home.
+
+    Raises: UserError when there are none.
+    """
+    if settings.account and settings.prefect_api_url:
+        return Services(settings.prefect_public_url, settings.mlflow_public_url, 0), settings
+    services = running(settings)
+    if services is None:
+        raise UserError(f"No `rlhf up` runs for {settings.home}: start it, or set RLHF_HOME.")
+    return services, with_password(settings)
+
+
+def become(program: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a program of this environment, else of the PATH.
+
+    Raises: UserError when there is none of this name.
+    """
+    here = str(Path(sys.executable).parent)
+    found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise UserError(f"There is no program {program} here.")
+    os.execv(found, [found, *arguments])  # Python looks for its packages beside its first word
