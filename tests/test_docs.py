@@ -8,7 +8,7 @@ import io
 import pkgutil
 import re
 import tomllib
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -256,6 +256,42 @@ def test_no_room_is_an_attic(package):
     for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= 13, f"{folder.relative_to(ROOT)} has {len(files)} modules"
+
+
+def rooms():
+    """The packages below flows, tasks and rlhf_core."""
+    return {
+        f"{package}/{path.parent.name}"
+        for package in ("flows", "tasks", "rlhf_core")
+        for path in (ROOT / package).glob("*/__init__.py")
+    }
+
+
+def test_the_rooms_of_the_architecture_are_those_that_there_are():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| \[`([\w/]+/\w+)`\]\(", text, re.M)) == rooms()
+
+
+def ways():
+    """The steps of each way through the rooms: a symbol and its file."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Three ways through the rooms\n")[1].split("\n## ")[0]
+    return {
+        title: re.findall(r"^\d+\. \[`(\w+)`\]\(\.\./([^)]+)\)", steps, re.M)
+        for title, steps in re.findall(r"^### ([^\n]+)\n(.*?)(?=^### |\Z)", section, re.M | re.S)
+    }
+
+
+@pytest.mark.parametrize("way", ways())
+def test_each_step_of_a_way_knows_its_neighbour(way):
+    steps = ways()[way]
+    assert len(steps) >= 9
+    for (name, file), (other, to) in pairwise(steps):
+        assert name in names_in(ROOT / file)
+        assert other in names_in(ROOT / to)
+        calls = re.search(rf"\b{other}\b", (ROOT / file).read_text(encoding="utf-8"))
+        called = re.search(rf"\b{name}\b", (ROOT / to).read_text(encoding="utf-8"))
+        assert calls or called, f"neither {name} in {file} nor {other} in {to} knows the other"
 
 
 # ---- commands ----

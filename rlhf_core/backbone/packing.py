@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import ModelError
 
 ATTENTION = "rlhf_packed"
@@ -256,6 +257,11 @@ def _window(length: int, window: int | None, device: torch.device) -> Tensor | N
     places = torch.arange(length, device=device)
     back = places.unsqueeze(1) - places
     return ((back >= 0) & (back < window)).view(1, 1, length, length)
+
+
+def pack_pairs(pairs: Sequence[Pair], device: torch.device) -> Packed:
+    """Chosen and rejected texts in turn, so that the prompt of a pair is read once."""
+    return pack([ids for pair in pairs for ids in (pair.chosen, pair.rejected)], device)
 
 
 def position_ids(mask: Tensor) -> Tensor:

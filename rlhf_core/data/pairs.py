@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.errors import DataError
 
@@ -63,11 +62,6 @@ def encode_pairs(
         starts = max(head, 1), max(other_head, 1)
         pairs.append(Pair(chosen, rejected, starts, bool(tie), lead, cut or also_cut))
     return pairs
-
-
-def pack_pairs(pairs: Sequence[Pair], device: torch.device) -> Packed:
-    """Chosen and rejected texts in turn, so that the prompt of a pair is read once."""
-    return pack([ids for pair in pairs for ids in (pair.chosen, pair.rejected)], device)
 
 
 def smoothing(pairs: Sequence[Pair], label_smoothing: float, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.backbone.networks import Policy, ScalarModel, on_trunk
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
+from rlhf_core.training.saving import save_policy
 from rlhf_core.work import Work
 
 
@@ -41,3 +43,9 @@ class Actors:
         return cls(
             policy, reference, tokenizer, rewards={PIPELINE_REWARD: reward} if reward else {}
         )
+
+    def save(self, output: Path, work: Work, iterations: int) -> None:
+        """Write the policy as it is after so many iterations."""
+        facts = {"iterations": iterations}
+        sft, ranks = work.inputs["sft"], work.ranks
+        save_policy(self.policy, self.tokenizer, output, facts, sft=sft, ranks=ranks)

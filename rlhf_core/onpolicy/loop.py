@@ -28,7 +28,6 @@ from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
 from rlhf_core.training.recovery import identity
-from rlhf_core.training.saving import save_policy
 from rlhf_core.training.session import Session
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
@@ -246,8 +245,7 @@ def finish_iteration(
 
 def save_milestone(actors: Actors, work: Work, number: int) -> None:
     """Write the policy as it is after an iteration, to stay when later checkpoints replace it."""
-    output = work.outputs["milestones"] / f"{number:06d}"
-    save_policy(actors.policy, actors.tokenizer, output, work, {"iterations": number})
+    actors.save(work.outputs["milestones"] / f"{number:06d}", work, number)
 
 
 def require_kl_zero(rollout: Rollout, precision: Precision) -> None:

@@ -27,11 +27,11 @@ from torch import Tensor
 from rlhf_core import figures
 from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
     half_for_ties,
-    pack_pairs,
     prompt_numbers,
     require_decided,
     smoothing,
@@ -131,7 +131,8 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
         history = session.history
 
     logger.phase("saving the policy")
-    save_policy(policy, tokenizer, work.outputs["policy"], work, {"steps": steps})
+    facts, output = {"steps": steps}, work.outputs["policy"]
+    save_policy(policy, tokenizer, output, facts, sft=sft, ranks=ranks)
     sums = _sums_of_all(policy, held_out, config, ranks, tell, "held-out votes")
     return _report(held_out_table, train, held_out, sums, held_out_reference, config, history, seed)
 

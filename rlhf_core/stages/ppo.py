@@ -43,7 +43,6 @@ from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
 
@@ -138,8 +137,7 @@ def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
         ),
     )
     work.logger.phase("saving the policy")
-    facts = {"iterations": report.iterations}
-    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, facts)
+    actors.save(work.outputs["policy"], work, report.iterations)
     work.logger.phase("saving the critic")
     with work.ranks.whole(critic_network):
         if work.ranks.main:

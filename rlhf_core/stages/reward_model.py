@@ -29,6 +29,7 @@ from rlhf_core import figures
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.directory import load_saved_tokenizer
 from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.backbone.responses import lay_out, response_scores
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
@@ -36,7 +37,6 @@ from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
     half_for_ties,
-    pack_pairs,
     prompt_numbers,
     require_decided,
     smoothing,

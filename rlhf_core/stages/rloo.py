@@ -28,7 +28,6 @@ from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.training.learner import Learner
-from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
 
@@ -68,8 +67,7 @@ def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
         ),
     )
     work.logger.phase("saving the policy")
-    facts = {"iterations": report.iterations}
-    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, facts)
+    actors.save(work.outputs["policy"], work, report.iterations)
     return report
 
 

@@ -7,19 +7,23 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.work import Work
+from rlhf_core.training.ranks import Ranks
 
 
 def save_policy(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
-    work: Work,
     facts: Mapping[str, object],
+    *,
+    sft: Path,
+    ranks: Ranks,
 ) -> None:
-    """Write the policy, which answers messages if the SFT policy did. One rank does."""
-    sft = work.inputs["sft"]
-    with work.ranks.whole(policy):
-        if work.ranks.main:
+    """Write a policy that was trained from `sft`: it answers messages if that one did.
+
+    One rank writes; with an adapter, `sft` is the base that the adapter belongs to.
+    """
+    with ranks.whole(policy):
+        if ranks.main:
             chat = read_card(sft).get("chat", False)
             policy.save(tokenizer, output, {**facts, "chat": chat}, base=sft)

@@ -22,7 +22,6 @@ from rlhf_core.plan import make_plan
 from rlhf_core.stages.prepare import inspect
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import Learner
-from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
 from tasks.record import tags as tag
 from tasks.record.record import Record
@@ -60,7 +59,7 @@ def train_toy(config, work):
             ranks=work.ranks,
         ),
     )
-    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, {})
+    actors.save(work.outputs["policy"], work, report.iterations)
     return report
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.backbone.responses import (
     lay_out,
     response_logprobs,
@@ -13,7 +14,7 @@ from rlhf_core.backbone.responses import (
     texts,
 )
 from rlhf_core.data.encoding import left_pad, right_pad
-from rlhf_core.data.pairs import Pair, pack_pairs
+from rlhf_core.data.pairs import Pair
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
 PROMPTS = [[20, 30, 40, 50], [20, 30, 40, 50], [70, 80], [90], [100, 110, 120]]

@@ -4,12 +4,12 @@ import pandas as pd
 import pytest
 import torch
 
+from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.pairs import (
     Pair,
     encode_pairs,
     half_for_ties,
-    pack_pairs,
     prompt_numbers,
     require_decided,
     smoothing,

@@ -24,7 +24,6 @@ from rlhf_core.stages.table import STAGES, StageSpec, algorithms, run_stage
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
-from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -134,7 +133,7 @@ def train_toy(config, work, **doors):
         ),
         **{name: make(actors) for name, make in doors.items()},
     )
-    save_policy(actors.policy, actors.tokenizer, work.outputs["policy"], work, {})
+    actors.save(work.outputs["policy"], work, report.iterations)
     return report
 
 
