@@ -428,7 +428,8 @@ def test_a_config_is_read_before_prefect_and_mlflow_know_where_their_servers_are
 
 
 def test_a_command_that_trains_keeps_its_memory():
-    code = "import os; from flows.local import memory; memory.keep(); print(os.environ.get({name!r}))"
+    shown = "print(os.environ.get({name!r}))"
+    code = f"import os; from flows.local import memory; memory.keep(); {shown}"
     name = "THP_MEM_ALLOC_ENABLE"
     environment = {key: value for key, value in os.environ.items() if key != name}
     done = subprocess.run(
