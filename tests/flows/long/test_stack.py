@@ -564,7 +564,7 @@ class TestStack:
         place = f"/deployments/{deployment['id']}"
         running.ask(place, {"parameters": {"config": config}}, method="PATCH")
         running.python(
-            "from flows import logs; from tasks import events; "
+            "from flows.cli import logs; from tasks.prefect import events; "
             "events.preferences_ready('demo', 250); logs.deliver()"
         )
         ours = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}}
