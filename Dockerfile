@@ -32,5 +32,5 @@ RUN pip install --no-cache-dir --constraint constraints.txt '.[demo,gguf,stack]'
 # The root file system is read-only; what a library wants to keep for itself goes away with /tmp.
 ENV HOME=/tmp PYTHONSAFEPATH=1
 USER 10001
-ENTRYPOINT ["python", "-P", "-m", "flows.local.entry"]
+ENTRYPOINT ["python", "-P", "-m", "flows.local.container_entry"]
 CMD ["rlhf", "--help"]

@@ -28,7 +28,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from flows.local.memory import ENVIRONMENT
+from flows.local.allocator import ENVIRONMENT
 
 Side = Literal["ours", "peer", "tuned"]
 Line = dict[str, Any]
@@ -151,7 +151,7 @@ def measure(row: Row, side: Side, models: Path, options: str) -> Line:
 
 def commit() -> str:
     """The last commit that changed what is measured; with a + where there are changes since."""
-    measured = ["rlhf_core", "flows/local/memory.py", *(str(file) for file in HERE.glob("*.py"))]
+    measured = ["rlhf_core", "flows/local/allocator.py", *(str(file) for file in HERE.glob("*.py"))]
 
     def git(*arguments: str) -> str:
         words = ["git", "-C", str(ROOT), *arguments, "--", *measured]

@@ -37,7 +37,7 @@ from flows.cli.printing import (
     show_start,
     show_validation,
 )
-from flows.local import find, memory, serve
+from flows.local import allocator, find, serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
 from tasks.settings import StoreSettings, read_settings
@@ -288,9 +288,9 @@ def deploy(
     settings = find.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
         raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
-    from flows.deploy.deployments import deploy as register
+    from flows.deploy.deployments import deploy as register_deployments
 
-    for name in register(configs or presets(), working_dir=working_dir, owner=owner):
+    for name in register_deployments(configs or presets(), working_dir=working_dir, owner=owner):
         line(name)
     from flows.deploy import automations
 
@@ -372,10 +372,10 @@ def generate(
     texts = prompts or _lines()
     settings = find.join(read_settings())
     from tasks.record.terminal import on_terminal
-    from tasks.serving.generation import generate as ask
+    from tasks.serving.generation import generate as generate_texts
 
     with on_terminal("generate") as logger:
-        answers = ask(
+        answers = generate_texts(
             model,
             texts,
             settings=settings,
@@ -404,9 +404,9 @@ def compare(
     metrics of that run.
     """
     settings = find.join(read_settings())
-    from tasks.history.comparison import compare as hold
+    from tasks.history.comparison import compare as compare_runs
 
-    comparison = hold(first, second, settings=settings)
+    comparison = compare_runs(first, second, settings=settings)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
@@ -473,9 +473,9 @@ def backup(
     What is saved is RLHF_HOME; in the stack of docker-compose.yml its databases and its bucket too:
     `docker compose run --rm tools backup /backup/monday`.
     """
-    from tasks.backup import backup as save
+    from tasks.backup import backup as make_backup
 
-    manifest = save(read_settings(), StoreSettings(), folder)
+    manifest = make_backup(read_settings(), StoreSettings(), folder)
     line(f"{len(manifest.files)} files in {folder}")
 
 
@@ -488,9 +488,9 @@ def restore(folder: Annotated[Path, typer.Argument(help="What `rlhf backup` wrot
             f"`rlhf up` runs for {settings.home} (process {there.pid}): stop it with Ctrl-C in its "
             "terminal, and move its folder away."
         )
-    from tasks.backup import restore as put_back
+    from tasks.backup import restore as restore_backup
 
-    manifest = put_back(settings, StoreSettings(), folder)
+    manifest = restore_backup(settings, StoreSettings(), folder)
     line(f"{len(manifest.files)} files from {folder}")
 
 
@@ -563,7 +563,7 @@ def _lines() -> list[str]:
 
 def main() -> None:
     """The entry point of the command."""
-    memory.keep()
+    allocator.keep_memory()
     app()
 
 

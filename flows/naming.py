@@ -9,7 +9,7 @@ from flows.generated_names import is_generated
 PIPELINE = "rlhf"
 
 
-def run_name() -> str:
+def name_flow_run() -> str:
     """The name of the flow run that is about to start.
 
     Runs of the pipeline bear the name of their deployment, the preset, and the other flows their

@@ -6,7 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import Flow
 
 from flows.cli.logs import shorten_user_errors
-from flows.naming import run_name
+from flows.naming import name_flow_run
 from flows.working_dir import in_working_dir
 from tasks.prefect.events import beat_often
 from tasks.prefect.ui import forward_logs
@@ -30,7 +30,7 @@ class PipelineFlow(Flow[P, R]):
 
 
 def pipeline_flow(
-    name: str, flow_run_name: str | Callable[[], str] = run_name
+    name: str, flow_run_name: str | Callable[[], str] = name_flow_run
 ) -> Callable[[Callable[P, R]], PipelineFlow[P, R]]:
     """Make a function a flow that works in the folder of its deployment."""
 

@@ -50,7 +50,7 @@ class Manifest(BaseModel):
     files: dict[str, str]  # path -> SHA-256
 
 
-class Part(Protocol):
+class Store(Protocol):
     """Something that is kept, and that a file or a folder of a back-up holds."""
 
     name: str
@@ -78,8 +78,8 @@ def backup(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as scratch:
         whole = Path(scratch) / folder.name
         whole.mkdir()
-        for part in _parts(settings, stores):
-            part.save(whole / part.name)
+        for store in _stores(settings, stores):
+            store.save(whole / store.name)
         manifest = Manifest(kind=_kind(stores), home=settings.home, files=_digests(whole))
         (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         whole.rename(folder)
@@ -103,14 +103,14 @@ def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest
             f"{folder} is the back-up of {manifest.home}, and files are known by their whole "
             f"paths: set RLHF_HOME to {manifest.home}."
         )
-    parts = _parts(settings, stores)
-    for part in parts:
-        if found := part.occupied():
+    kept = _stores(settings, stores)
+    for store in kept:
+        if found := store.occupied():
             raise UserError(
                 f"{found}: a back-up is restored into empty places; move away what is there first."
             )
-    for part in reversed(parts):  # files before the rows that point at them
-        part.load(folder / part.name)
+    for store in reversed(kept):  # files before the rows that point at them
+        store.load(folder / store.name)
     return manifest
 
 
@@ -121,7 +121,7 @@ def _kind(stores: StoreSettings) -> Literal["home", "stack"]:
     return "stack" if stores.mlflow_database else "home"
 
 
-def _parts(settings: Settings, stores: StoreSettings) -> list[Part]:
+def _stores(settings: Settings, stores: StoreSettings) -> list[Store]:
     """In the order in which they are saved."""
     if not stores.mlflow_database:
         if settings.tracking_uri:
@@ -133,11 +133,11 @@ def _parts(settings: Settings, stores: StoreSettings) -> list[Part]:
         return [Home(settings.home)]
     pointing = ("prefect", stores.prefect_database), ("feedback", stores.feedback_database)
     databases = *pointing, ("mlflow", stores.mlflow_database)
-    found: list[Part] = [Database(name, make_url(url)) for name, url in databases if url]
+    found: list[Store] = [Database(name, make_url(url)) for name, url in databases if url]
     return [*found, Home(settings.home), Bucket(stores.artifacts)]
 
 
-class Home(Part):
+class Home(Store):
     """The files under RLHF_HOME, without those of PASSING."""
 
     name = "home"
@@ -182,7 +182,7 @@ class Home(Part):
                 yield path
 
 
-class Database(Part):
+class Database(Store):
     """A database of a Postgres server."""
 
     def __init__(self, name: str, url: URL) -> None:
@@ -232,7 +232,7 @@ class Database(Part):
             raise UserError(f"{program} failed for {self._url!r}: {reason}") from None
 
 
-class Bucket(Part):
+class Bucket(Store):
     """The objects of an S3 store, `s3://bucket/prefix`; address and keys as boto3 reads them."""
 
     name = "objects"

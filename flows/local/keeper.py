@@ -88,4 +88,4 @@ class Keeper:
         # service, attempt after attempt, only to report that the run has ended.
         if not self._stop.wait(GRACE_SECONDS):
             self._say(str(self._failure))
-            os._exit(1)  # the guard ends whatever is left
+            os._exit(1)  # the reaper ends the rest

@@ -23,7 +23,7 @@ from typing import IO
 from uuid import uuid4
 
 from flows.cli.loading import config_files
-from flows.local import memory
+from flows.local import allocator
 from flows.local.find import (
     HOST,
     POOL,
@@ -296,7 +296,7 @@ def _worker(services: Services, environment: Mapping[str, str]) -> Service:
     name = f"{POOL}-{services.pid}"
     pool = ("--pool", POOL, "--type", "process", "--name", name)
     command = _python("prefect", "worker", "start", *pool)
-    keeping = {**environment, **memory.ENVIRONMENT}  # the processes of its runs inherit it
+    keeping = {**environment, **allocator.ENVIRONMENT}  # the processes of its runs inherit it
     account = environment.get("PREFECT_API_AUTH_STRING", "")
     return Service("worker", command, keeping, partial(_absent, services, name, account))
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 from uuid import uuid4
 
-from flows.local import guard
+from flows.local import reaper
 from rlhf_core.errors import UserError
 
 START_SECONDS = 180.0
@@ -51,8 +51,8 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         marks = [self._mark(name) for name in self._stop_order]
-        self._guard = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.local.guard", *marks],
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-P", "-m", "flows.local.reaper", *marks],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -64,13 +64,13 @@ class Supervisor:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        guard.end([self._mark(name) for name in self._stop_order])
+        reaper.end([self._mark(name) for name in self._stop_order])
         for process in self._processes.values():
             process.kill()  # one that was too young to show its mark
             process.wait()
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
-        self._guard.wait()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
 
     def start(self, service: Service, *, again: bool = False) -> None:
         """Start it in a session of its own, so that Ctrl-C in the terminal does not reach it.
@@ -85,7 +85,7 @@ class Supervisor:
                 env={
                     **os.environ,
                     **service.environment,
-                    guard.VARIABLE: self._mark(service.name),
+                    reaper.VARIABLE: self._mark(service.name),
                     "PYTHONUNBUFFERED": "1",
                 },
                 stdin=subprocess.DEVNULL,
@@ -123,11 +123,11 @@ class Supervisor:
                 time.sleep(0.2)
 
     def check(self) -> None:
-        """Raise ServiceError if any of the services, or the guard, has ended."""
+        """Raise ServiceError if any of the services, or the reaper, has ended."""
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise self._death(name, process.returncode)
-        if self._guard.poll() is not None:
+        if self._reaper.poll() is not None:
             raise ServiceError("The process that guards the services was killed: start again.")
 
     def _death(self, name: str, code: int) -> ServiceError:

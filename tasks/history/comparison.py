@@ -12,7 +12,7 @@ from urllib.parse import quote
 from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.settings import Settings
@@ -130,7 +130,9 @@ class RunComparison(_Row):
             for measure in self.measures()
             if measure.differs
             and measure.stage in shared
-            and not (measure.stage == tag.PIPELINE and f"{tag.SUMMARY}{measure.name}" in evaluated)
+            and not (
+                measure.stage == tags.PIPELINE and f"{tags.SUMMARY}{measure.name}" in evaluated
+            )
         ]
 
     def differing_stages(self) -> list[StageRow]:
@@ -171,9 +173,11 @@ def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
 
 
 def _facts(run: Run, settings: Settings) -> RunFacts:
-    info, tags = run.info, run.data.tags
-    release, commit = (tags.get(name, "unknown") for name in (tag.CODE_VERSION, tag.GIT_COMMIT))
-    changed = " with changes" if tags.get(tag.GIT_DIRTY) == tag.flag(True) else ""
+    info, run_tags = run.info, run.data.tags
+    release, commit = (
+        run_tags.get(name, "unknown") for name in (tags.CODE_VERSION, tags.GIT_COMMIT)
+    )
+    changed = " with changes" if run_tags.get(tags.GIT_DIRTY) == tags.flag(True) else ""
     return RunFacts(
         run_id=info.run_id,
         name=info.run_name,
@@ -186,8 +190,8 @@ def _facts(run: Run, settings: Settings) -> RunFacts:
 def _stages(record: Record, run: Run) -> dict[str, Run]:
     """The stages of a run by name, in the order in which they ran; of two the later one."""
     children = record.runs.stages(run.info.experiment_id, run.info.run_id)
-    stages = {child.data.tags.get(tag.STAGE, child.info.run_name): child for child in children}
-    return {tag.PIPELINE: run, **stages}
+    stages = {child.data.tags.get(tags.STAGE, child.info.run_name): child for child in children}
+    return {tags.PIPELINE: run, **stages}
 
 
 def _params(first: Run, second: Run) -> Iterator[ParamRow]:
@@ -224,7 +228,7 @@ def _metrics_of(record: Record, run: Run) -> dict[str, float]:
     A cached stage has only the closing numbers itself, and its curves would look like a difference.
     """
     found = dict(run.data.metrics)
-    if source := run.data.tags.get(tag.CACHED_FROM):
+    if source := run.data.tags.get(tags.CACHED_FROM):
         worker = record.runs.find(source)
         if worker is not None:  # nobody has deleted it for good
             found = {**worker.data.metrics, **found}

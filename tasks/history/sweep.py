@@ -9,7 +9,7 @@ from rlhf_core import figures
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.types import Report
-from tasks.prefect.ui import closing_lines
+from tasks.prefect.ui import prefect_link_lines
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.record.stage import open_stage
@@ -125,7 +125,7 @@ def _page(
         lines.append(f"| {point.setting} | {point.seed} | {' | '.join(cells)} | {last} |")
     url = run_url(run.run_id, run.experiment_id, settings)
     lines += ["", f"- Every run: {url}", f"- Plot (`figures/frontier.png`): {plot}"]
-    return "\n".join([*lines, *closing_lines(settings)])
+    return "\n".join([*lines, *prefect_link_lines(settings)])
 
 
 def _cell(interval: Interval | None) -> str:

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from rlhf_core.evaluation.gates import PromotionConfig, Rule, apply_rules
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.ui import artifact_key
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.registry.champion import champion_of
@@ -73,7 +73,7 @@ def ask_person(
     if not all(rule.passed for rule in rules) or not _can_be_resumed():
         return None
     record = Record.open()
-    asked_before = tag.APPROVED in record.runs.tags(run.run_id)
+    asked_before = tags.APPROVED in record.runs.tags(run.run_id)
     in_use = champion_of(record, candidate.name) == candidate
     if in_use and not asked_before:
         return None
@@ -107,7 +107,7 @@ def answer_waiting(flow_run_id: str, answer: Answer) -> bool:
 
 def mark_waiting(record: Record, run: PipelineRun, candidate: ModelRef) -> None:
     """Write on the pipeline's run that, and for which version, it waits for a person."""
-    record.add_tags(run.run_id, {tag.APPROVED: tag.WAITING, tag.CANDIDATE: candidate.uri})
+    record.add_tags(run.run_id, {tags.APPROVED: tags.WAITING, tags.CANDIDATE: candidate.uri})
 
 
 def describe(
@@ -147,8 +147,8 @@ def _can_be_resumed() -> bool:
 def _links(record: Record, run: PipelineRun) -> list[str]:
     """The run of the pipeline and those of its stages, in the order in which they ran."""
     stages = record.runs.stages(run.experiment_id, run.run_id)
-    pages = {tag.PIPELINE: run.run_id}
-    pages |= {found.data.tags.get(tag.STAGE, "stage"): found.info.run_id for found in stages}
+    pages = {tags.PIPELINE: run.run_id}
+    pages |= {found.data.tags.get(tags.STAGE, "stage"): found.info.run_id for found in stages}
     return [
         f"[{name}]({run_url(run_id, run.experiment_id, record.settings)})"
         for name, run_id in pages.items()

@@ -32,7 +32,7 @@ from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import read_settings
 
@@ -67,11 +67,11 @@ def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -
         return
     with _only_a_warning(STAGE_FINISHED):
         data = client.get_run(run_id).data
-        if data.metrics.get(f"{tag.SUMMARY}over_kl_budget"):
-            kl = data.metrics[f"{tag.SUMMARY}kl"]
+        if data.metrics.get(f"{tags.SUMMARY}over_kl_budget"):
+            kl = data.metrics[f"{tags.SUMMARY}kl"]
             said = f"the KL to SFT came to {kl:.2f} nats per sequence"
             _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": said})
-        versions = {kind: ref.uri for kind, ref in tag.models(data.tags).items()}
+        versions = {kind: ref.uri for kind, ref in tags.models(data.tags).items()}
         _emit(STAGE_FINISHED, resource, {**what, "versions": versions})
 
 

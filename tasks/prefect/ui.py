@@ -33,7 +33,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.terminal import how_far
 from tasks.settings import Settings
 
@@ -68,10 +68,10 @@ class PrefectRun:
     def tags(self, public_url: str) -> dict[str, str]:
         """The MLflow tags that lead back to this run."""
         content = {
-            tag.FLOW_RUN: self.flow_run_id,
-            tag.TASK_RUN: self.task_run_id,
-            tag.FLOW_NAME: self.flow_name,
-            tag.FLOW_URL: self.url(public_url),
+            tags.FLOW_RUN: self.flow_run_id,
+            tags.TASK_RUN: self.task_run_id,
+            tags.FLOW_NAME: self.flow_name,
+            tags.FLOW_URL: self.url(public_url),
         }
         return {name: value for name, value in content.items() if value}
 
@@ -80,12 +80,12 @@ class PrefectRun:
         return f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
 
 
-def run_name() -> str:
+def current_flow_run_name() -> str:
     """The name of the flow run of this thread, as long as MLflow takes; empty outside Prefect."""
     return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
 
 
-def closing_lines(settings: Settings) -> list[str]:
+def prefect_link_lines(settings: Settings) -> list[str]:
     """The end of a report: the flow run's page, where there is one that stays."""
     prefect = PrefectRun.current()
     if prefect and settings.prefect_stays:

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import ConfigError
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.identity import Definition, code_identity
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
@@ -21,9 +21,9 @@ CONFIG = "config.yaml"
 PARAM_LENGTH = 6000  # what MLflow takes; the whole value is in config.yaml
 
 
-def describe(record: Record, run_id: str, what: Definition, tags: Mapping[str, str]) -> None:
+def describe(record: Record, run_id: str, what: Definition, own_tags: Mapping[str, str]) -> None:
     """Write to a stage's run what it is: tags, settings and inputs."""
-    record.add_tags(run_id, tags)
+    record.add_tags(run_id, own_tags)
     write_settings(record, run_id, what.content(), what.seed)
     _write_inputs(record, run_id, what.inputs, what.context)
 
@@ -31,11 +31,11 @@ def describe(record: Record, run_id: str, what: Definition, tags: Mapping[str, s
 def run_tags(what: Definition, key: str, settings: Settings) -> dict[str, str]:
     """The tags of a stage's run."""
     return {
-        tag.PARENT_RUN: what.run.run_id,
-        tag.STAGE: what.name,
-        tag.KEY: key,
+        tags.PARENT_RUN: what.run.run_id,
+        tags.STAGE: what.name,
+        tags.KEY: key,
         **_stage_origin(what, settings),
-        **{tag.input_of(role): ref.uri for role, ref in what.inputs.items()},
+        **{tags.input_of(role): ref.uri for role, ref in what.inputs.items()},
     }
 
 
@@ -44,15 +44,15 @@ def version_tags(what: Definition, run_id: str, settings: Settings) -> dict[str,
     models = {role: ref for role, ref in what.inputs.items() if isinstance(ref, ModelRef)}
     return {
         **_stage_origin(what, settings),
-        **{tag.parent_of(role): ref.uri for role, ref in models.items()},
-        tag.PIPELINE_RUN: what.run.run_id,
-        tag.RUN: run_id,
+        **{tags.parent_of(role): ref.uri for role, ref in models.items()},
+        tags.PIPELINE_RUN: what.run.run_id,
+        tags.RUN: run_id,
     }
 
 
 def _stage_origin(what: Definition, settings: Settings) -> dict[str, str]:
     digests = {ref.digest for ref in what.inputs.values() if isinstance(ref, DatasetRef)}
-    data = {tag.DATA_DIGEST: ", ".join(sorted(digests))} if digests else {}
+    data = {tags.DATA_DIGEST: ", ".join(sorted(digests))} if digests else {}
     return {**origin(what.seed, settings), **data}
 
 
@@ -60,7 +60,7 @@ def origin(seed: int, settings: Settings) -> dict[str, str]:
     """Seed, code and Prefect run."""
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
-    return {tag.SEED: str(seed), **code_identity(), **links}
+    return {tags.SEED: str(seed), **code_identity(), **links}
 
 
 def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed: int) -> None:
@@ -96,8 +96,8 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], context: str) -> None:
     known = {model.model_id for model in record.client.get_run(run_id).inputs.model_inputs}
     data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
-    tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
-    models = {found[tag.LOGGED_MODEL] for found in tags if tag.LOGGED_MODEL in found}
+    model_tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
+    models = {found[tags.LOGGED_MODEL] for found in model_tags if tags.LOGGED_MODEL in found}
     record.client.log_inputs(
         run_id,
         datasets=[_dataset_input(ref, context) for ref in data],
@@ -108,7 +108,7 @@ def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], contex
 def _dataset_input(ref: DatasetRef, context: str) -> DatasetInput:
     source = json.dumps({"uri": ref.uri})
     dataset = Dataset("prepared-data", ref.digest, source_type="mlflow_run", source=source)
-    return DatasetInput(dataset, [InputTag(tag.DATA_CONTEXT, context)])
+    return DatasetInput(dataset, [InputTag(tags.DATA_CONTEXT, context)])
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:

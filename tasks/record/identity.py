@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 import rlhf_core
 from rlhf_core.rewards.scoring import reach_working_dir
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 
@@ -75,7 +75,7 @@ def _content(ref: Ref, store: MlflowModelStore) -> str:
     if isinstance(ref, DatasetRef):
         return ref.digest
     assert isinstance(ref, ModelRef)
-    return store.tags(ref).get(tag.DIGEST, ref.uri)
+    return store.tags(ref).get(tags.DIGEST, ref.uri)
 
 
 def short_digest(facts: Mapping[str, Any]) -> str:
@@ -93,10 +93,10 @@ def code_identity() -> dict[str, str]:
     commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
     dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
     return {
-        tag.CODE_VERSION: version("rlhf-pipeline"),
-        tag.CODE_DIGEST: _digest(sorted(ROOT.rglob("*.py"))),
-        tag.GIT_COMMIT: commit or "unknown",
-        tag.GIT_DIRTY: tag.flag(dirty),
+        tags.CODE_VERSION: version("rlhf-pipeline"),
+        tags.CODE_DIGEST: _digest(sorted(ROOT.rglob("*.py"))),
+        tags.GIT_COMMIT: commit or "unknown",
+        tags.GIT_DIRTY: tags.flag(dirty),
     }
 
 

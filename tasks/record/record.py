@@ -11,7 +11,7 @@ from typing import Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.runs import Runs
 from tasks.record.tracking import connect
 from tasks.registry.model_store import MlflowModelStore
@@ -57,4 +57,4 @@ class Record:
     def write_page(self, run_id: str, text: str) -> None:
         """Store a report in Markdown with a run, and show it as the description there."""
         self.client.log_text(run_id, text, PAGE)
-        self.client.set_tag(run_id, tag.DESCRIPTION, text)
+        self.client.set_tag(run_id, tags.DESCRIPTION, text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow.entities import Run
 
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.identity import Definition
 from tasks.record.record import Record
 from tasks.record.work_folder import abandoned_runs, empty, remember_run, remembered_run
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # ---- finished ----
 
 
-def finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | None:
+def find_finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | None:
     """A run that has done this stage, and whose outputs are still there: if possible one of this
     pipeline run, with `own` no other."""
     found = record.runs.finished(what.run.experiment_id, key)
@@ -32,37 +32,37 @@ def finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | 
 
 def is_stage_of(done: Run, what: Definition) -> bool:
     """Whether a run belongs to the pipeline run of the stage that is asked for."""
-    return bool(done.data.tags[tag.PARENT_RUN] == what.run.run_id)
+    return bool(done.data.tags[tags.PARENT_RUN] == what.run.run_id)
 
 
 def _is_whole(record: Record, done: Run) -> bool:
     """Whether a run has made something, and every model of that is still registered."""
-    made = tag.models(done.data.tags).values()
-    return bool(tag.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
+    made = tags.models(done.data.tags).values()
+    return bool(tags.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
 
 
 def source_of(done: Run) -> str:
     """The run that did the work."""
-    return str(done.data.tags.get(tag.CACHED_FROM, done.info.run_id))
+    return str(done.data.tags.get(tags.CACHED_FROM, done.info.run_id))
 
 
 def tags_of_stand_in(done: Run) -> dict[str, str]:
     """What a run says that stands for one that has done its work before."""
-    made = {tag.output_of(kind): uri for kind, uri in tag.outputs(done.data.tags).items()}
+    made = {tags.output_of(kind): uri for kind, uri in tags.outputs(done.data.tags).items()}
     note = f"Not done again: the same was done by the run {source_of(done)}."
-    return {**made, tag.CACHED_FROM: source_of(done), tag.DESCRIPTION: note}
+    return {**made, tags.CACHED_FROM: source_of(done), tags.DESCRIPTION: note}
 
 
 def copy_summary(record: Record, done: Run, run_id: str) -> None:
     """Give the run that stands for another one its closing numbers too, so that they compare."""
-    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith(tag.SUMMARY)}
+    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith(tags.SUMMARY)}
     record.add_numbers(run_id, numbers)
 
 
 # ---- stopped ----
 
 
-def unfinished(record: Record, work: Path) -> Run | None:
+def find_unfinished(record: Record, work: Path) -> Run | None:
     """The run that can be resumed in a folder; the folder is empty when there is none."""
     run = _remembered(record, work)
     if run is None:
@@ -104,19 +104,19 @@ def new_run(record: Record, what: Definition, work: Path) -> str:
 
 def reopen(record: Record, run: Run) -> None:
     """Make a run that was stopped one that runs, without an error."""
-    run_id, tags = run.info.run_id, run.data.tags
+    run_id, run_tags = run.info.run_id, run.data.tags
     log.info("going on with the run %s, which was stopped", run_id)
     record.client.update_run(run_id, status="RUNNING")
-    record.client.set_tag(run_id, tag.RESUMED, str(int(tags.get(tag.RESUMED, "0")) + 1))
-    if tag.ERROR in tags:
-        record.client.delete_tag(run_id, tag.ERROR)
+    record.client.set_tag(run_id, tags.RESUMED, str(int(run_tags.get(tags.RESUMED, "0")) + 1))
+    if tags.ERROR in run_tags:
+        record.client.delete_tag(run_id, tags.ERROR)
 
 
 def unpublish(record: Record, run_id: str) -> None:
     """Withdraw the versions that a run has registered."""
     record.store.delete_of_run(run_id)
-    for kind in tag.models(record.runs.tags(run_id)):
-        record.client.delete_tag(run_id, tag.output_of(kind))
+    for kind in tags.models(record.runs.tags(run_id)):
+        record.client.delete_tag(run_id, tags.output_of(kind))
 
 
 def close_abandoned(record: Record) -> None:
@@ -124,5 +124,5 @@ def close_abandoned(record: Record) -> None:
     for run_id in abandoned_runs(record.settings.home / "work"):
         run = record.runs.find_active(run_id)
         if run is not None and run.info.status == "RUNNING":
-            record.client.set_tag(run_id, tag.ERROR, "its process was killed")
+            record.client.set_tag(run_id, tags.ERROR, "its process was killed")
             record.client.set_terminated(run_id, "KILLED")

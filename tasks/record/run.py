@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from pydantic import BaseModel
 
 from tasks.prefect import ui
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin, write_settings
 from tasks.record.identity import code_identity, short_digest
 from tasks.record.record import Record
@@ -28,7 +28,7 @@ def open_run(
     *,
     force: Collection[str] = (),
     parent: str = "",
-    kind: str = tag.PIPELINE,
+    kind: str = tags.PIPELINE,
     settings: Settings | None = None,
 ) -> Iterator[PipelineRun]:
     """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does.
@@ -49,7 +49,7 @@ def open_run(
     with work_folder(_folder(project, config, seed, settings), kept=True) as folder:
         left = unfinished_pipeline(record, experiment, folder, kind)
         if left is None:
-            name = ui.run_name() or f"{project}-seed-{seed}"
+            name = ui.current_flow_run_name() or f"{project}-seed-{seed}"
             run_id = str(client.create_run(experiment, run_name=name).info.run_id)
             remember_run(folder, run_id)
         else:
@@ -62,10 +62,10 @@ def open_run(
             seed=seed,
             force=tuple(sorted(force)),
         )
-        tags = {tag.STAGE: kind, **origin(seed, settings)}
-        tags |= {tag.PARENT_RUN: parent} if parent else {}
-        with closing_run(client, run_id):
-            record.add_tags(run_id, tags)
+        run_tags = {tags.STAGE: kind, **origin(seed, settings)}
+        run_tags |= {tags.PARENT_RUN: parent} if parent else {}
+        with close_run_on_exit(client, run_id):
+            record.add_tags(run_id, run_tags)
             write_settings(record, run_id, config.model_dump(mode="json"), seed)
             yield run
 
@@ -84,13 +84,13 @@ def _folder(project: str, config: BaseModel, seed: int, settings: Settings) -> P
         "project": project,
         "seed": seed,
         "settings": config.model_dump(mode="json"),
-        "code": code_identity()[tag.CODE_DIGEST],
+        "code": code_identity()[tags.CODE_DIGEST],
     }
     return settings.home / "work" / f"pipeline-{short_digest(facts)}"
 
 
 @contextmanager
-def closing_run(
+def close_run_on_exit(
     client: MlflowClient, run_id: str, undo: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """End a run as the block ends.
@@ -109,7 +109,7 @@ def closing_run(
         message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
         for step in (
             undo,
-            lambda: client.set_tag(run_id, tag.ERROR, message),
+            lambda: client.set_tag(run_id, tags.ERROR, message),
             lambda: client.set_terminated(run_id, status),
         ):
             try:

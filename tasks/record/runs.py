@@ -7,7 +7,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import UserError
-from tasks.record import tags as tag
+from tasks.record import tags
 
 PAGE = 1000
 FINISHED = "attributes.status = 'FINISHED'"
@@ -54,7 +54,7 @@ class Runs:
         Raises: UserError when none, or more than one, answers to it.
         """
         experiments = [found.experiment_id for found in self._client.search_experiments()]
-        return _named(name, list(self._search(experiments, _tagged(tag.STAGE, tag.PIPELINE))))
+        return _named(name, list(self._search(experiments, _tagged(tags.STAGE, tags.PIPELINE))))
 
     def last_pipeline(self, project: str) -> Run | None:
         """The newest run of a project that has finished, and that has made a policy."""
@@ -62,26 +62,26 @@ class Runs:
         if experiment is None:
             return None
         # Of the runs with stages, whole pipelines alone name a policy.
-        policy = f"tags.`{tag.output_of('policy')}` LIKE 'models:/%'"
-        condition = f"{FINISHED} and {_tagged(tag.STAGE, tag.PIPELINE)} and {policy}"
+        policy = f"tags.`{tags.output_of('policy')}` LIKE 'models:/%'"
+        condition = f"{FINISHED} and {_tagged(tags.STAGE, tags.PIPELINE)} and {policy}"
         return next(self._search([experiment.experiment_id], condition, NEWEST_FIRST), None)
 
     def of_flow_run(self, experiment: str, flow_run_id: str, kind: str) -> Run | None:
         """The run with stages that a Prefect run has begun."""
-        condition = f"{_tagged(tag.FLOW_RUN, flow_run_id)} and {_tagged(tag.STAGE, kind)}"
+        condition = f"{_tagged(tags.FLOW_RUN, flow_run_id)} and {_tagged(tags.STAGE, kind)}"
         return next(self._search([experiment], condition), None)
 
     # ---- stages ----
 
     def stages(self, experiment: str, pipeline: str, name: str = "") -> list[Run]:
         """The stages of a pipeline's run, or those of one name, in the order in which they ran."""
-        condition = _tagged(tag.PARENT_RUN, pipeline)
-        condition += f" and {_tagged(tag.STAGE, name)}" if name else ""
+        condition = _tagged(tags.PARENT_RUN, pipeline)
+        condition += f" and {_tagged(tags.STAGE, name)}" if name else ""
         return list(self._search([experiment], condition, OLDEST_FIRST))
 
     def finished(self, experiment: str, key: str) -> list[Run]:
         """The stages that have finished under a key, the newest first."""
-        return list(self._search([experiment], f"{_tagged(tag.KEY, key)} and {FINISHED}"))
+        return list(self._search([experiment], f"{_tagged(tags.KEY, key)} and {FINISHED}"))
 
     def _search(
         self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST

@@ -37,14 +37,24 @@ from rlhf_core.work import Work
 from tasks.prefect import events, ui
 from tasks.prefect.accelerator import accelerator
 from tasks.prefect.ui import ArtifactDisplay, PrefectRun, artifact_key
-from tasks.record import reuse as earlier
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import describe, run_tags, run_url, version_tags
 from tasks.record.identity import Definition
 from tasks.record.logger import MlflowLogger
 from tasks.record.record import Record
 from tasks.record.report import store_report
-from tasks.record.run import closing_run
+from tasks.record.reuse import (
+    copy_summary,
+    find_finished,
+    find_unfinished,
+    is_stage_of,
+    new_run,
+    reopen,
+    source_of,
+    tags_of_stand_in,
+    unpublish,
+)
+from tasks.record.run import close_run_on_exit
 from tasks.record.terminal import Display, TerminalDisplay
 from tasks.record.work_folder import CHECKPOINTS, INPUTS, sweep, work_folder
 from tasks.registry.datasets import fetch_dataset, store_dataset
@@ -90,21 +100,21 @@ class Stage:
 
     def models(self) -> dict[str, ModelRef]:
         """The versions that this stage has made, now or before, by kind."""
-        return tag.models(self._tags())
+        return tags.models(self._tags())
 
     def dataset(self) -> DatasetRef | None:
         """The data that this stage has prepared, now or before, if it has."""
-        tags = self._tags()
-        return tag.dataset(tags) if tag.DATA in tag.outputs(tags) else None
+        own_tags = self._tags()
+        return tags.dataset(own_tags) if tags.DATA in tags.outputs(own_tags) else None
 
     def keep(self, value: BaseModel) -> None:
         """Store a small result with the run."""
         self._record.client.log_text(self.run_id, value.model_dump_json(indent=2), RESULT)
-        self._made({tag.RESULT: f"runs:/{self.run_id}/{RESULT}"})
+        self._made({tags.RESULT: f"runs:/{self.run_id}/{RESULT}"})
 
     def kept(self, kind: type[M]) -> M:
         """The small result that this stage has stored, now or before."""
-        run_id = tag.run_of(tag.outputs(self._tags())[tag.RESULT])
+        run_id = tags.run_of(tags.outputs(self._tags())[tags.RESULT])
         with tempfile.TemporaryDirectory() as folder:
             path = self._record.client.download_artifacts(run_id, RESULT, folder)
             return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
@@ -113,7 +123,7 @@ class Stage:
         """What a task returns; where Prefect looks on, a cached stage is shown as that."""
         if not self.cached:
             return value
-        source = self._tags().get(tag.CACHED_FROM, self.run_id)
+        source = self._tags().get(tags.CACHED_FROM, self.run_id)
         return ui.as_cached(value, f"done before, by the MLflow run {source}")
 
     def fetch(self, ref: Ref) -> Path:
@@ -179,9 +189,9 @@ class Stage:
             uploads[kind] = store.upload(path, names[kind], run_id=self.run_id)
         outputs = [LoggedModelOutput(upload.id, step=0) for upload in uploads.values()]
         self._record.client.log_outputs(self.run_id, outputs)
-        tags = version_tags(self._what, self.run_id, self._settings)
+        shared = version_tags(self._what, self.run_id, self._settings)
         refs = {
-            kind: store.register(upload, tags={**tags, **tag.kind(kind)})
+            kind: store.register(upload, tags={**shared, **tags.kind(kind)})
             for kind, upload in uploads.items()
         }
         self._made({kind: ref.uri for kind, ref in refs.items()})
@@ -192,7 +202,7 @@ class Stage:
         """Store prepared data with the run."""
         self.logger.phase("uploading and checking the data")
         ref = store_dataset(self._record.client, self.run_id, directory)
-        self._made({tag.DATA: ref.uri}, {tag.DATA_DIGEST: ref.digest})
+        self._made({tags.DATA: ref.uri}, {tags.DATA_DIGEST: ref.digest})
         return ref
 
     def _tags(self) -> dict[str, str]:
@@ -200,8 +210,8 @@ class Stage:
 
     def _made(self, outputs: Mapping[str, str], more: Mapping[str, str] = {}) -> None:
         """Write on the run what it has made: addresses by kind."""
-        tags = {tag.output_of(kind): uri for kind, uri in outputs.items()}
-        self._record.add_tags(self.run_id, {**tags, **more})
+        output_tags = {tags.output_of(kind): uri for kind, uri in outputs.items()}
+        self._record.add_tags(self.run_id, {**output_tags, **more})
 
 
 @contextmanager
@@ -271,31 +281,31 @@ def _open(
     if PrefectRun.current():
         ui.forward_logs()
     with folder as work:
-        tags = run_tags(what, key, record.settings)
+        stage_tags = run_tags(what, key, record.settings)
         done = None
         if reuse != "no":
             own = reuse == "own" or what.name in what.run.force
-            done = earlier.finished(record, what, key, own=own)
+            done = find_finished(record, what, key, own=own)
         if done is None:
-            opened = _under_way(record, what, tags, work)
+            opened = _under_way(record, what, stage_tags, work)
         else:
-            opened = _done_before(record, what, tags, work, done)
+            opened = _done_before(record, what, stage_tags, work, done)
         with opened as stage:
             yield stage
 
 
 @contextmanager
 def _done_before(
-    record: Record, what: Definition, tags: Mapping[str, str], work: Path, done: Run
+    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path, done: Run
 ) -> Iterator[Stage]:
     """The stage as `done` has left it; in another pipeline, a run of its own stands for that."""
     run_id = done.info.run_id
-    if not earlier.is_stage_of(done, what):
-        run_id = earlier.new_run(record, what, work)
-        describe(record, run_id, what, {**tags, **earlier.tags_of_stand_in(done)})
-        earlier.copy_summary(record, done, run_id)
+    if not is_stage_of(done, what):
+        run_id = new_run(record, what, work)
+        describe(record, run_id, what, {**stage_tags, **tags_of_stand_in(done)})
+        copy_summary(record, done, run_id)
         record.client.set_terminated(run_id, "FINISHED")
-    log.info("%s was done before, by the run %s", what.name, earlier.source_of(done))
+    log.info("%s was done before, by the run %s", what.name, source_of(done))
     with closing(MlflowLogger(record.client, run_id)) as logger:
         yield Stage(
             run_id=run_id, work=work, logger=logger, cached=True, _what=what, _record=record
@@ -304,20 +314,20 @@ def _done_before(
 
 @contextmanager
 def _under_way(
-    record: Record, what: Definition, tags: Mapping[str, str], work: Path
+    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path
 ) -> Iterator[Stage]:
     """The stage while it is done, by a new run or by the one that was stopped in this folder."""
-    left = earlier.unfinished(record, work)
-    run_id = earlier.new_run(record, what, work) if left is None else left.info.run_id
+    left = find_unfinished(record, work)
+    run_id = new_run(record, what, work) if left is None else left.info.run_id
     with (
         events.announced(record.client, what.run, what.name, run_id),
-        closing_run(record.client, run_id, undo=lambda: earlier.unpublish(record, run_id)),
+        close_run_on_exit(record.client, run_id, undo=lambda: unpublish(record, run_id)),
     ):
         if left is not None:
-            earlier.reopen(record, left)
-            earlier.unpublish(record, run_id)
+            reopen(record, left)
+            unpublish(record, run_id)
         with _logger(record, run_id, _displays(record.settings, what, run_id)) as logger:
-            describe(record, run_id, what, tags)
+            describe(record, run_id, what, stage_tags)
             yield Stage(
                 run_id=run_id, work=work, logger=logger, cached=False, _what=what, _record=record
             )

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from tasks.prefect import events
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
@@ -33,7 +33,7 @@ def champion_of(record: Record, policy: str) -> ModelRef | None:
 
 def predecessor(record: Record, ref: ModelRef) -> ModelRef | None:
     """The version that one has replaced, if it has."""
-    return tag.version_of(record.store.tags(ref).get(tag.REPLACED, tag.NOBODY))
+    return tags.version_of(record.store.tags(ref).get(tags.REPLACED, tags.NOBODY))
 
 
 def crown(
@@ -45,19 +45,19 @@ def crown(
     how: Literal["promotion", "rollback"] = "promotion",
 ) -> None:
     """Make a version the champion, with the former one as its predecessor."""
-    record.store.add_tags(new, {tag.PROMOTED_AT: now(), tag.REPLACED: tag.name_of(old)})
+    record.store.add_tags(new, {tags.PROMOTED_AT: now(), tags.REPLACED: tags.name_of(old)})
     _move(record, new, old, how=how, by=by)
 
 
 def take_back(record: Record, champion: ModelRef, target: ModelRef, *, by: str) -> None:
     """Put another version in use; what is taken back is not promoted again by rules alone."""
     back: Mapping[str, str] = {
-        tag.ROLLED_BACK_AT: now(),
-        tag.ROLLED_BACK_TO: target.uri,
-        tag.ROLLED_BACK_BY: by,
+        tags.ROLLED_BACK_AT: now(),
+        tags.ROLLED_BACK_TO: target.uri,
+        tags.ROLLED_BACK_BY: by,
     }
     record.store.add_tags(champion, back)
-    if tag.REPLACED in record.store.tags(target):  # it was in use before: its predecessor stays
+    if tags.REPLACED in record.store.tags(target):  # it was in use before: its predecessor stays
         _move(record, target, champion, how="rollback", by=by)
     else:
         crown(record, target, champion, how="rollback", by=by)
@@ -72,8 +72,8 @@ def _move(
     how: Literal["promotion", "rollback"],
 ) -> None:
     # The tags before and the alias last: a crash in between leaves the champion as it was.
-    if tag.ROLLED_BACK_AT in record.store.tags(new):
-        record.store.remove_tag(new, tag.ROLLED_BACK_AT)
+    if tags.ROLLED_BACK_AT in record.store.tags(new):
+        record.store.remove_tag(new, tags.ROLLED_BACK_AT)
     record.store.set_alias(new, CHAMPION)
     events.champion_changed(project_of(new), old, new, how=how, by=by)
 

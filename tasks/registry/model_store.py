@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import ModelError
-from tasks.record import tags as tag
+from tasks.record.tags import DIGEST, LOGGED_MODEL, MODEL_VERSIONS
 from tasks.registry.files import check_copy, check_files, model_digest, staged
 from tasks.registry.refs import ModelRef, is_version, name_and_alias
 
@@ -72,10 +72,10 @@ class MlflowModelStore:
             run_id=upload.run_id,
             model_id=upload.id,
             await_creation_for=0,
-            tags={**tags, tag.DIGEST: upload.digest, tag.LOGGED_MODEL: upload.id},
+            tags={**tags, DIGEST: upload.digest, LOGGED_MODEL: upload.id},
         )
         link = [{"name": made.name, "version": str(made.version)}]
-        self._client.set_logged_model_tags(upload.id, {tag.MODEL_VERSIONS: json.dumps(link)})
+        self._client.set_logged_model_tags(upload.id, {MODEL_VERSIONS: json.dumps(link)})
         return ModelRef(name=made.name, version=int(made.version))
 
     def publish(
@@ -96,7 +96,7 @@ class MlflowModelStore:
                     f"the files of {ref.uri} cannot be fetched ({error}); see that {location} can "
                     "be reached and holds a model"
                 ) from error
-            check_copy(stored, self.tags(ref).get(tag.DIGEST), ref.uri)
+            check_copy(stored, self.tags(ref).get(DIGEST), ref.uri)
             check_files(stored)
         return to
 
@@ -142,7 +142,7 @@ class MlflowModelStore:
 
         Its number is not used again; `mlflow gc` frees the bytes.
         """
-        logged_model = self.tags(ref).get(tag.LOGGED_MODEL)
+        logged_model = self.tags(ref).get(LOGGED_MODEL)
         self._client.delete_model_version(ref.name, str(ref.version))
         if logged_model:
             self._client.delete_logged_model(logged_model)

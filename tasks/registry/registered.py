@@ -3,7 +3,7 @@
 from prefect import task
 
 from rlhf_core.errors import DataError, ModelError
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, run_of_data
 
@@ -21,7 +21,7 @@ def find_parent(uri: str, model: ModelRef, role: str) -> ModelRef:
     Raises: ModelError when there is none.
     """
     store = Record.open().store
-    uri = uri or store.tags(model).get(tag.parent_of(role), "")
+    uri = uri or store.tags(model).get(tags.parent_of(role), "")
     if not uri:
         raise ModelError(f"{model.uri} was made from no {role} model: name one as models:/NAME/3")
     return store.resolve(uri)
@@ -37,15 +37,15 @@ def find_data(uri: str, model: ModelRef | None) -> DatasetRef:
     if model is not None:
         uri = uri or _data_of(record, model)
     run_id = run_of_data(uri)
-    tags = _tags(record, run_id) if run_id else {}
-    if tag.outputs(tags).get(tag.DATA) != uri:
+    run_tags = _tags(record, run_id) if run_id else {}
+    if tags.outputs(run_tags).get(tags.DATA) != uri:
         raise DataError(f"'{uri}' has no prepared data: write runs:/RUN/data of a prepare stage")
-    return tag.dataset(tags)
+    return tags.dataset(run_tags)
 
 
 def _data_of(record: Record, model: ModelRef) -> str:
-    run_id = record.store.tags(model).get(tag.RUN)
-    uri = _tags(record, run_id).get(tag.input_of(tag.DATA)) if run_id else None
+    run_id = record.store.tags(model).get(tags.RUN)
+    uri = _tags(record, run_id).get(tags.input_of(tags.DATA)) if run_id else None
     if uri is None:
         raise DataError(
             f"it is not known what {model.uri} learnt from: name data as runs:/RUN/data"

@@ -29,7 +29,7 @@ SIGNED_OUT = "Sign in first: `rlhf sign-in` prints a link that does it."
 Welcome = Callable[[Request], Response]
 
 
-def guard(
+def behind_gate(
     app: ASGIApp,
     *,
     names: Iterable[str],

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp
 
 from tasks.servers import sign_in
-from tasks.servers.gate import guard, own_names, own_origins
+from tasks.servers.gate import behind_gate, own_names, own_origins
 from tasks.settings import read_settings
 
 START = "/#/experiments?workflowType=machine_learning"  # else it opens on language-model traces
@@ -27,7 +27,7 @@ def create_app() -> ASGIApp:
     page = settings.mlflow_public_url
     port = urlsplit(page).port or 80
     hosts = (urlsplit(f"//{host}").hostname for host in get_allowed_hosts() if "*" not in host)
-    return guard(
+    return behind_gate(
         create_fastapi_app(flask_app),
         names=own_names(page, *(host for host in hosts if host)),
         origins=own_origins(page, port),

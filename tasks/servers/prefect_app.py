@@ -13,7 +13,7 @@ from prefect.server.api.server import create_app
 from prefect.settings import get_current_settings
 from starlette.responses import HTMLResponse, Response
 
-from tasks.servers.gate import LOOPBACK, guard, own_names, own_origins
+from tasks.servers.gate import LOOPBACK, behind_gate, own_names, own_origins
 from tasks.settings import read_settings
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Signing in</title><script>
@@ -31,7 +31,7 @@ def main() -> None:
     account, page = read_settings().account, read_settings().prefect_public_url
     server = get_current_settings().server
     uvicorn.run(
-        guard(
+        behind_gate(
             create_app(),
             names=own_names(page, *given.name),
             origins=own_origins(page, given.port),

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 
 
@@ -51,4 +51,4 @@ def _preferences_of(record: Record, pipeline: Run) -> int:
     if not stages:
         return 0
     rows = stages[-1].data.metrics
-    return sum(int(rows[f"{tag.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))
+    return sum(int(rows[f"{tags.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))

@@ -14,7 +14,7 @@ from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.types import Report
 from tasks.prefect import events
 from tasks.prefect.approval import Answer, answer_waiting, mark_waiting
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import open_stage
 from tasks.registry.champion import (
@@ -41,13 +41,13 @@ def pin_champion(run: PipelineRun, candidate: ModelRef | None = None) -> ModelRe
     approval. If the candidate itself is in use already, it is the one that the candidate replaced.
     """
     record = Record.open()
-    known = record.runs.tags(run.run_id).get(tag.COMPARED_WITH)
+    known = record.runs.tags(run.run_id).get(tags.COMPARED_WITH)
     if known is not None:
-        return tag.version_of(known)
+        return tags.version_of(known)
     found = champion_of(record, policy_of(run.project))
     if found is not None and found == candidate:
         found = predecessor(record, found)
-    record.add_tags(run.run_id, {tag.COMPARED_WITH: tag.name_of(found)})
+    record.add_tags(run.run_id, {tags.COMPARED_WITH: tags.name_of(found)})
     return found
 
 
@@ -94,8 +94,8 @@ def promote(
             verdict = _unless_rolled_back(verdict, record, candidate)
         if present not in (champion, candidate):
             verdict = verdict.refuse(
-                f"the champion is now {tag.name_of(present)}, but the evaluation compared with "
-                f"{tag.name_of(champion)}"
+                f"the champion is now {tags.name_of(present)}, but the evaluation compared with "
+                f"{tags.name_of(champion)}"
             )
         asked = config.approval == "person" and present != candidate
         waits = asked and answer is None and verdict.promote
@@ -106,7 +106,7 @@ def promote(
         stage.record(Report(tables={"promotion": table}))
         runs = (stage.run_id, run.run_id)
         reasons = "\n".join(verdict.reasons)
-        _tag_runs(record, runs, {tag.PROMOTED: tag.flag(verdict.promote), tag.REASONS: reasons})
+        _tag_runs(record, runs, {tags.PROMOTED: tags.flag(verdict.promote), tags.REASONS: reasons})
         if answer is not None:
             _write_answer(record, answer, candidate, runs)
         for reason in verdict.reasons:
@@ -135,26 +135,26 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
     record = Record.open(settings)
     found = record.runs.pipeline(name)
-    tags = found.data.tags
-    if tags.get(tag.APPROVED) != tag.WAITING:
-        why = tags.get(tag.REASONS, "it has not come to its promotion").replace("\n", "; ")
+    run_tags = found.data.tags
+    if run_tags.get(tags.APPROVED) != tags.WAITING:
+        why = run_tags.get(tags.REASONS, "it has not come to its promotion").replace("\n", "; ")
         raise UserError(f"The run {found.info.run_name} does not wait for a person ({why}).")
-    if settings.prefect_api_url and answer_waiting(tags[tag.FLOW_RUN], answer):
+    if settings.prefect_api_url and answer_waiting(run_tags[tags.FLOW_RUN], answer):
         return f"The run {found.info.run_name} has the answer and goes on."
     candidate, champion = (
-        ModelRef.parse(tags[tag.CANDIDATE]),
-        tag.version_of(tags[tag.COMPARED_WITH]),
+        ModelRef.parse(run_tags[tags.CANDIDATE]),
+        tags.version_of(run_tags[tags.COMPARED_WITH]),
     )
     present = champion_of(record, candidate.name)
     if present not in (champion, candidate):
         raise UserError(
-            f"The champion is now {tag.name_of(present)}, but {candidate.uri} was compared with "
-            f"{tag.name_of(champion)}; run the pipeline again."
+            f"The champion is now {tags.name_of(present)}, but {candidate.uri} was compared with "
+            f"{tags.name_of(champion)}; run the pipeline again."
         )
     stages = record.runs.stages(found.info.experiment_id, found.info.run_id, "promotion")
     runs = [found.info.run_id, *(stage.info.run_id for stage in stages)]
     _write_answer(record, answer, candidate, runs)
-    _tag_runs(record, runs, {tag.PROMOTED: tag.flag(True)})
+    _tag_runs(record, runs, {tags.PROMOTED: tags.flag(True)})
     if present != candidate:
         crown(record, candidate, champion, by=by)
     return f"{candidate.uri} is the champion."
@@ -189,7 +189,7 @@ def _with_answer(verdict: Verdict, answer: Answer) -> Verdict:
 
 
 def _unless_rolled_back(verdict: Verdict, record: Record, candidate: ModelRef) -> Verdict:
-    since = record.store.tags(candidate).get(tag.ROLLED_BACK_AT)
+    since = record.store.tags(candidate).get(tags.ROLLED_BACK_AT)
     if since is None:
         return verdict
     back = f"rlhf rollback {project_of(candidate)} --to {candidate.version}"
@@ -197,16 +197,16 @@ def _unless_rolled_back(verdict: Verdict, record: Record, candidate: ModelRef) -
 
 
 def _write_answer(record: Record, answer: Answer, candidate: ModelRef, runs: Iterable[str]) -> None:
-    tags = {
-        tag.APPROVED: tag.flag(answer.approve == "yes"),
-        tag.APPROVED_BY: answer.by,
-        tag.APPROVAL_REASON: answer.reason,
-        tag.APPROVED_AT: now(),
+    answer_tags = {
+        tags.APPROVED: tags.flag(answer.approve == "yes"),
+        tags.APPROVED_BY: answer.by,
+        tags.APPROVAL_REASON: answer.reason,
+        tags.APPROVED_AT: now(),
     }
-    _tag_runs(record, runs, tags)
-    record.store.add_tags(candidate, tags)
+    _tag_runs(record, runs, answer_tags)
+    record.store.add_tags(candidate, answer_tags)
 
 
-def _tag_runs(record: Record, runs: Iterable[str], tags: Mapping[str, str]) -> None:
+def _tag_runs(record: Record, runs: Iterable[str], new_tags: Mapping[str, str]) -> None:
     for run_id in runs:
-        record.add_tags(run_id, tags)
+        record.add_tags(run_id, new_tags)

@@ -12,8 +12,8 @@ from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.evaluation import EvaluationReport
-from tasks.prefect.ui import PrefectRun, closing_lines
-from tasks.record import tags as tag
+from tasks.prefect.ui import PrefectRun, prefect_link_lines
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, PipelineRun
@@ -35,7 +35,7 @@ def write_report(
     record = Record.open()
     text = render(scorecard, verdict, reward_quality, algorithm, models, run, record.settings)
     record.write_page(run.run_id, text)
-    record.add_tags(run.run_id, {tag.output_of(kind): ref.uri for kind, ref in models.items()})
+    record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
     if reward_quality is not None:
         accuracy = reward_quality.accuracy._asdict()
@@ -75,7 +75,7 @@ def render(
             "",
             f"- Curves, plots (`figures/`) and sample texts (`tables/`), stage by stage: "
             f"{run_url(run.run_id, run.experiment_id, settings)}",
-            *closing_lines(settings),
+            *prefect_link_lines(settings),
         ]
     )
 

@@ -9,7 +9,7 @@ from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.prefect.ui import stage_task
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.steps.stage import do_stage
@@ -56,12 +56,12 @@ def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality
 
 
 def _find_quality(record: Record, model: ModelRef) -> RewardQuality | None:
-    run_id = record.store.tags(model).get(tag.RUN)
+    run_id = record.store.tags(model).get(tags.RUN)
     made_by = record.runs.find(run_id) if run_id else None
     if made_by is None:
         return None
     metrics = made_by.data.metrics
-    found = {name.removeprefix(tag.SUMMARY): value for name, value in metrics.items()}
+    found = {name.removeprefix(tags.SUMMARY): value for name, value in metrics.items()}
     if "longer_accuracy" not in found:
         return None
     names = ("accuracy", "accuracy_low", "accuracy_high")

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from rlhf_core.config import Section
 from rlhf_core.stages.table import STAGES, StageSpec
 from tasks.prefect.ui import stage_task
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import Stage, open_stage, open_training
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
@@ -72,7 +72,7 @@ def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
     stage.record(report)
     if isinstance(report.result, BaseModel):
         stage.keep(report.result)
-    if (data := outputs.pop(tag.DATA, None)) is not None:
+    if (data := outputs.pop(tags.DATA, None)) is not None:
         stage.publish_data(data)
     milestones = _numbered("milestone", outputs.pop("milestones", None))
     if models := outputs | milestones:

@@ -429,7 +429,8 @@ def test_a_config_is_read_before_prefect_and_mlflow_know_where_their_servers_are
 
 def test_a_command_that_trains_keeps_its_memory():
     code = (
-        "import os; from flows.local import memory; memory.keep(); print(os.environ.get({name!r}))"
+        "import os; from flows.local import allocator; allocator.keep_memory(); "
+        "print(os.environ.get({name!r}))"
     )
     name = "THP_MEM_ALLOC_ENABLE"
     environment = {key: value for key, value in os.environ.items() if key != name}

@@ -282,7 +282,7 @@ def test_the_check_ends_with_a_sentence():
 def test_the_entry_gives_a_program_what_it_needs_and_becomes_it():
     code = "import json, os; print(json.dumps([os.getpid(), dict(os.environ)]))"
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.local.entry", sys.executable, "-c", code],
+        [sys.executable, "-m", "flows.local.container_entry", sys.executable, "-c", code],
         env={"PATH": os.environ["PATH"], "RLHF_PASSWORD": "pw", "DO_NOT_TRACK": "1"},
         stdout=subprocess.PIPE,
     )

@@ -26,7 +26,7 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 
 
-def keep() -> None:
+def keep_memory() -> None:
     """Let this process keep its memory; to be called before torch is imported.
 
     Nothing happens where the C library is not glibc: others have no such settings.

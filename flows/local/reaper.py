@@ -2,7 +2,7 @@
 
 A service of `rlhf up` carries a mark in its environment, and whatever it starts inherits the mark:
 server workers, and flow runs, which Prefect puts into sessions of their own, out of reach of a
-signal to a process group. `rlhf up` starts `python -m flows.local.guard MARK...` and keeps a pipe
+signal to a process group. `rlhf up` starts `python -m flows.local.reaper MARK...` and keeps a pipe
 to it open. However `rlhf up` ends, SIGKILL included, the kernel closes the pipe and the guard acts.
 """
 
@@ -25,8 +25,8 @@ def end(marks: Sequence[str]) -> None:
     Each is asked once, given `GRACE_SECONDS`, and then killed.
     """
     for mark in marks:
-        _ask(partial(children, mark))
-        _ask(partial(marked, mark))
+        _terminate(partial(children, mark))
+        _terminate(partial(marked, mark))
         while left := marked(mark):
             _signal(left, signal.SIGKILL)
             time.sleep(0.05)
@@ -60,7 +60,7 @@ def _parent(process: int) -> int:
     return int(status.rpartition(")")[2].split()[1])
 
 
-def _ask(find: Callable[[], set[int]]) -> None:
+def _terminate(find: Callable[[], set[int]]) -> None:
     """SIGTERM to what `find` finds, later arrivals included, until it finds nothing."""
     asked: set[int] = set()
     deadline = time.monotonic() + GRACE_SECONDS
