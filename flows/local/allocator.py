@@ -1,9 +1,9 @@
-"""How a process that trains on a CPU asks for memory: it keeps what it was given.
+"""Settings of the C allocator for training on a CPU: a process keeps the memory that it frees.
 
-Each step frees and takes hundreds of megabytes. By default glibc gives them back to the kernel,
-which then clears every page again: a fifth to a third of the time of a training step where that is
-slow. Kept, and in huge pages, they cost nothing the second time; the price is that a process stays
-as large as it once was. Only a command does so, never an import: it is a decision about a process.
+Each step frees and allocates hundreds of megabytes. By default glibc returns them to the kernel,
+which then clears every page again: on some machines a fifth to a third of a training step. Memory
+that is kept, in huge pages, costs nothing the second time; in exchange the process never shrinks.
+Commands apply these settings and imports never do, because they affect the whole process.
 """
 
 import ctypes
@@ -12,10 +12,10 @@ import platform
 from collections.abc import Mapping
 from types import MappingProxyType
 
-TOP_PAD = 64 << 20  # bytes taken beyond what is asked for
+TOP_PAD = 64 << 20  # bytes that the heap grows beyond a request
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
-# The same for a process that is yet to start.
+# The same settings for a process that we start.
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
         "THP_MEM_ALLOC_ENABLE": "1",  # torch: huge pages for large tensors
@@ -27,9 +27,9 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 
 
 def keep_memory() -> None:
-    """Let this process keep its memory; to be called before torch is imported.
+    """Make this process keep freed memory; call it before torch is imported.
 
-    Nothing happens where the C library is not glibc: others have no such settings.
+    It does nothing if the C library is not glibc, since others have no such settings.
     """
     if platform.libc_ver()[0] != "glibc":
         return

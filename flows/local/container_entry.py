@@ -1,9 +1,9 @@
-"""Becomes another program, in the environment that the settings imply: what each container runs.
+"""Entry point of the containers: replaces itself by a program, in the environment of the settings.
 
     python -m flows.local.container_entry prefect worker start --pool rlhf
 
-So a worker or a server of the stack has what `rlhf up` gives to its own: the credentials of both
-servers from RLHF_PASSWORD, no telemetry, patience with MLflow, memory that is kept.
+So a worker or a server of the stack gets what `rlhf up` gives to its own services: the credentials
+of both servers from RLHF_PASSWORD, no telemetry, retries for MLflow, and the allocator settings.
 """
 
 import os
@@ -14,7 +14,7 @@ from tasks.settings import apply_environment, read_settings
 
 
 def main(program: str, *arguments: str) -> None:
-    """Replace this process by `program`; what is set in the environment already stays."""
+    """Replace this process by `program`; variables that are set already are kept."""
     apply_environment(read_settings())
     for name, value in allocator.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
