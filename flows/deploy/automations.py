@@ -86,7 +86,7 @@ def put(client: SyncPrefectClient, wanted: AutomationCore) -> None:
     if not known:
         client.create_automation(wanted)
         return
-    # Via a dict: the client sends only fields that were set, and the type of an action is a default.
+    # Via a dict: the client sends only fields that were set, and an action's type is a default.
     content = wanted.model_dump(exclude={"owner_resource"}) | {"enabled": known[0].enabled}
     client.update_automation(known[0].id, AutomationCore.model_validate(content))
 
@@ -116,9 +116,9 @@ def without_process() -> AutomationCore:
 
 
 def retraining(client: SyncPrefectClient) -> Iterator[AutomationCore]:
-    """For each deployment of `retrain`: it runs when the preferences of its project are ready.
+    """Run each deployment of `retrain` when the preferences of its project are ready.
 
-    It counts them itself, so that an event too many starts nothing.
+    The deployment counts them itself, so a spurious event starts no training.
     """
     only = FlowFilter(name=FlowFilterName(any_=[retrain.name]))
     for deployment in client.read_deployments(flow_filter=only):
@@ -134,7 +134,7 @@ def retraining(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 
 def notifications(settings: Settings) -> Iterator[AutomationCore]:
-    """What happened to a champion or a training, and runs that failed or wait for an answer."""
+    """Post new champions, refusals, tripped monitors, and runs that failed or wait for a person."""
     webhook = Webhook(
         url=settings.notify_webhook,
         headers=SecretDict({"Content-Type": "application/json"}),
@@ -167,5 +167,5 @@ def notifications(settings: Settings) -> Iterator[AutomationCore]:
 
 
 def _post(block: UUID, text: str) -> CallWebhook:
-    """A message as Slack, Mattermost and their like take it; `text` is an expression of Jinja."""
+    """A message in the format of Slack and Mattermost; `text` is a Jinja expression."""
     return CallWebhook(block_document_id=block, payload=f'{{"text": {{{{ ({text}) | tojson }}}}}}')

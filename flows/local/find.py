@@ -143,7 +143,7 @@ def read_state(file: IO[str]) -> Services:
     text = file.read()
     if not text:
         raise UserError(
-            "`rlhf up` is still starting for this home: try again when it has printed its addresses."
+            "`rlhf up` is still starting for this home: try again once it prints its addresses."
         )
     return Services(**json.loads(text))
 
@@ -192,8 +192,7 @@ def become(program: str, arguments: Sequence[str]) -> NoReturn:
     found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         raise UserError(
-            f"There is no program {program}: it is neither in this Python environment nor on the PATH."
+            f"There is no program {program} in this Python environment or on the PATH: check the "
+            "name, or install it."
         )
-    os.execv(
-        found, [found, *arguments]
-    )  # argv[0] is the full path: Python finds its packages by it
+    os.execv(found, [found, *arguments])  # Python finds its packages by the path in argv[0]

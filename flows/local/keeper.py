@@ -79,8 +79,8 @@ class Keeper:
 
     def _give_up(self, death: ServiceError) -> None:
         self._failure = ServiceError(
-            f"{death}\nIt could not be restarted, so the run was stopped. Finished stages are kept: "
-            "repeat the command to resume from the last checkpoint."
+            f"{death}\nIt could not be restarted, so the run was stopped. Finished stages are "
+            "kept: repeat the command to resume from the last checkpoint."
         )
         self._say(f"{self._service.name} cannot be restarted: the run is being stopped.")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -136,8 +136,8 @@ def _password(settings: Settings) -> Iterator[Settings]:
     password = settings.password.get_secret_value()
     if len(password) < PASSWORD_LENGTH:
         raise UserError(
-            f"RLHF_PASSWORD has {len(password)} characters: use {PASSWORD_LENGTH} or more, or unset "
-            "it to have one generated at each start."
+            f"RLHF_PASSWORD has {len(password)} characters: use {PASSWORD_LENGTH} or more, or "
+            "unset it to have one generated at each start."
         )
     path = password_file(settings)
     path.unlink(missing_ok=True)  # a rewritten file would keep its permissions

@@ -1,4 +1,4 @@
-"""Pipeline runs that were stopped, to be resumed."""
+"""Finds stopped pipeline runs to resume."""
 
 import tempfile
 from pathlib import Path
@@ -17,7 +17,7 @@ from tasks.settings import Settings
 
 
 class StoppedRun(BaseModel):
-    """A pipeline run that can be resumed: what it was asked to do, and who was doing it."""
+    """A pipeline run that can be resumed: its config, and the flow run that executed it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,10 +30,10 @@ class StoppedRun(BaseModel):
 
 
 def find_stopped(name: str, *, settings: Settings) -> StoppedRun:
-    """The pipeline run of that name, id or start of an id, which has not finished.
+    """The unfinished pipeline run with this name, id or prefix of an id.
 
     Raises:
-        UserError: there is none, it has finished, or other code than that here has begun it.
+        UserError: there is none, it has finished, or it was started by other code.
     """
     record = Record.open(settings)
     close_abandoned(record)
@@ -45,9 +45,10 @@ def find_stopped(name: str, *, settings: Settings) -> StoppedRun:
     if run_tags.get(tags.CODE_DIGEST) != here[tags.CODE_DIGEST]:
         release, commit = (run_tags.get(n, "unknown") for n in (tags.CODE_VERSION, tags.GIT_COMMIT))
         raise UserError(
-            f"the run {info.run_name} was begun by other code (release {release}, commit {commit}) "
-            f"than that here (release {here[tags.CODE_VERSION]}, commit {here[tags.GIT_COMMIT]}), "
-            "whose numbers may differ; install that, or start anew with `rlhf run`"
+            f"the run {info.run_name} was started by other code (release {release}, commit "
+            f"{commit}) than the one installed here (release {here[tags.CODE_VERSION]}, commit "
+            f"{here[tags.GIT_COMMIT]}), so its numbers could change; install that code, or start a "
+            "new run with `rlhf run`"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(record.client.download_artifacts(info.run_id, CONFIG, folder))

@@ -1,4 +1,4 @@
-"""What a run says of itself: its settings, where they come from, what went in, and its page."""
+"""Describes a run in MLflow: its settings, origin, inputs and page."""
 
 import json
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.settings import Settings
 
 CONFIG = "config.yaml"
-PARAM_LENGTH = 6000  # what MLflow takes; the whole value is in config.yaml
+PARAM_LENGTH = 6000  # MLflow's limit; config.yaml has the whole value
 
 
 def describe(record: Record, run_id: str, what: Definition, own_tags: Mapping[str, str]) -> None:
-    """Write to a stage's run what it is: tags, settings and inputs."""
+    """Write the tags, settings and inputs of a stage to its run."""
     record.add_tags(run_id, own_tags)
     write_settings(record, run_id, what.content(), what.seed)
     _write_inputs(record, run_id, what.inputs, what.context)
@@ -40,7 +40,7 @@ def run_tags(what: Definition, key: str, settings: Settings) -> dict[str, str]:
 
 
 def version_tags(what: Definition, run_id: str, settings: Settings) -> dict[str, str]:
-    """The tags of the versions that a stage's run makes."""
+    """The tags of the versions that a stage's run registers."""
     models = {role: ref for role, ref in what.inputs.items() if isinstance(ref, ModelRef)}
     return {
         **_stage_origin(what, settings),
@@ -57,16 +57,16 @@ def _stage_origin(what: Definition, settings: Settings) -> dict[str, str]:
 
 
 def origin(seed: int, settings: Settings) -> dict[str, str]:
-    """Seed, code and Prefect run."""
+    """The tags for seed, code and Prefect run."""
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
     return {tags.SEED: str(seed), **code_identity(), **links}
 
 
 def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed: int) -> None:
-    """Settings as `config.yaml` and as parameters, which a run that is resumed has already.
+    """Write settings as `config.yaml` and as parameters, which a resumed run has already.
 
-    Raises: ConfigError when it has others.
+    Raises: ConfigError if the parameters of a resumed run differ.
     """
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     record.client.log_text(run_id, text, CONFIG)
@@ -74,15 +74,15 @@ def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed
     known = record.client.get_run(run_id).data.params
     if differing := sorted(name for name in known if params.get(name) != known[name]):
         raise ConfigError(
-            f"the run {run_id}, which was to go on, has another {differing[0]} "
-            f"({known[differing[0]]}); delete that run in MLflow to start from the beginning"
+            f"the run {run_id} cannot be resumed, because it has another {differing[0]} "
+            f"({known[differing[0]]}); delete it in MLflow to start from the beginning"
         )
     new = [Param(name, value) for name, value in params.items() if name not in known]
     record.client.log_batch(run_id, params=new)
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: `ppo.kl_coef`; a long value is cut, and says so."""
+    """Flatten nested settings to MLflow parameters like `ppo.kl_coef`; long values end in `…`."""
     flat: dict[str, str] = {}
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -112,9 +112,9 @@ def _dataset_input(ref: DatasetRef, context: str) -> DatasetInput:
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
-    """The id of the experiment named after the project; several processes may ask at once.
+    """The id of the project's experiment, created if needed; safe for concurrent processes.
 
-    Raises: ConfigError when the experiment was deleted.
+    Raises: ConfigError if the experiment was deleted.
     """
     found = client.get_experiment_by_name(project)
     if found is None:
@@ -128,13 +128,13 @@ def ensure_experiment(client: MlflowClient, project: str, settings: Settings) ->
             found = client.get_experiment_by_name(project)
     if found is None or found.lifecycle_stage != "active":
         raise ConfigError(
-            f"the MLflow experiment '{project}' was deleted; restore it there, or choose another "
-            "project name"
+            f"the MLflow experiment '{project}' was deleted; restore it in MLflow, or choose "
+            "another project name"
         )
     return str(found.experiment_id)
 
 
 def run_url(run_id: str, experiment_id: str, settings: Settings) -> str:
-    """The page of an MLflow run, in the view that shows training."""
+    """The page of an MLflow run, in the training view."""
     page = f"{settings.mlflow_public_url}/#/experiments/{experiment_id}/runs/{run_id}"
     return f"{page}?workflowType=machine_learning"

@@ -1,4 +1,4 @@
-"""A stage's report in its run: `summary/` metrics, `tables/` and `figures/`; in Prefect too."""
+"""Stores a stage's report with its run: `summary/` metrics, `tables/` and `figures/`."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tasks.record.record import Record
 def store_report(
     record: Record, run_id: str, report: Report, logger: MlflowLogger, *, project: str, stage: str
 ) -> None:
-    """Store a report with a run; where Prefect looks on, show it there."""
+    """Store a report with a run, and show it in Prefect if this is a Prefect run."""
     summary = report.summary()
     logger.metrics({f"{tags.SUMMARY}{name}": value for name, value in summary.items()}, step=0)
     for name, table in report.tables.items():
@@ -33,8 +33,8 @@ def store_report(
 
 
 def _store_table(record: Record, run_id: str, table: pd.DataFrame, artifact: str) -> None:
-    # As `log_table` writes it, which warns about the strings of pandas 3: the tag makes the page of
-    # the run show it.
+    # The format of `log_table`, which warns about the strings of pandas 3. With the tag MLflow shows
+    # the table on the page of the run.
     content = table.to_json(orient="split", index=False, date_format="iso")
     _store_file(record, run_id, str(content).encode(), artifact)
     shown = json.loads(record.runs.tags(run_id).get(tags.SHOWN_TABLES, "[]"))

@@ -1,4 +1,4 @@
-"""The run of a whole pipeline, and how a run ends: as the block does that it is open for."""
+"""The MLflow run of a whole pipeline, and how a run is closed."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -31,16 +31,16 @@ def open_run(
     kind: str = tags.PIPELINE,
     settings: Settings | None = None,
 ) -> Iterator[PipelineRun]:
-    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does.
+    """Open the MLflow run of a pipeline; it ends FINISHED, FAILED or KILLED as the block does.
 
-    One that did not finish is resumed when the same is asked for again: by the same Prefect run, or
-    with the same settings, seed and code under the same home. A concurrent caller waits.
+    An unfinished run is resumed by the same Prefect run, or by a call with the same settings, seed
+    and code under the same home. A concurrent caller blocks.
 
     Args:
-        force: stages to do again even if they were done before.
-        parent: an MLflow run that this one belongs to.
-        kind: what it is, as a tag.
-        settings: those of the environment, if none are given.
+        force: stages to run again even if a result can be reused.
+        parent: the MLflow run that this one belongs to.
+        kind: the kind of the run, written as a tag.
+        settings: default to those of the environment.
     """
     record = Record.open(settings, patient=True)
     client, settings = record.client, record.settings
@@ -73,7 +73,7 @@ def open_run(
 def mark_for_resume(
     project: str, config: BaseModel, seed: int, run_id: str, settings: Settings
 ) -> None:
-    """Make `open_run` resume this run when it is asked for the same."""
+    """Make `open_run` resume this run when it is called with the same arguments."""
     folder = _folder(project, config, seed, settings)
     folder.mkdir(parents=True, exist_ok=True)
     remember_run(folder, run_id)
@@ -93,15 +93,15 @@ def _folder(project: str, config: BaseModel, seed: int, settings: Settings) -> P
 def close_run_on_exit(
     client: MlflowClient, run_id: str, undo: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """End a run as the block ends.
+    """Close a run with the status that the end of the block implies.
 
     Args:
-        undo: is called before a run is closed as FAILED or KILLED.
+        undo: is called before the run is closed as FAILED or KILLED.
     """
     try:
         yield
         client.set_terminated(run_id, "FINISHED")
-    except ui.SUSPENSION:  # resumed when somebody has answered
+    except ui.SUSPENSION:  # it is resumed once a person answers
         client.update_run(run_id, status=SUSPENDED)
         raise
     except BaseException as error:

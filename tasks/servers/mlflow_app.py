@@ -1,8 +1,8 @@
 """The MLflow server behind the gate: mlflow server --app-name rlhf
 
-The name is an entry point of this package in MLflow's group `mlflow.app`. MLflow has a log-in of
-its own (`basic-auth`), with users and a form to type a password into; here there is one password,
-and a link that signs in.
+The name is an entry point of this package in MLflow's group `mlflow.app`. MLflow has its own
+authentication (`basic-auth`) with users and a password form; here there is one password, and links
+that sign in.
 """
 
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ START = "/#/experiments?workflowType=machine_learning"  # else it opens on langu
 
 
 def create_app() -> ASGIApp:
-    """What uvicorn serves."""
+    """The app that uvicorn serves."""
     settings = read_settings()
     page = settings.mlflow_public_url
     port = urlsplit(page).port or 80
@@ -33,7 +33,7 @@ def create_app() -> ASGIApp:
         origins=own_origins(page, port),
         account=settings.account,
         welcome=welcome,
-        # Cookies know no ports: the servers of two homes would take each other's away.
+        # Cookies ignore ports: the servers of two homes would overwrite each other's.
         cookie=f"rlhf-mlflow-{port}",
     )
 

@@ -70,15 +70,15 @@ def promote(
     if champion is not None:
         inputs[CHAMPION] = champion
     # By version: another one with the same bits is another candidate.
-    beside: dict[str, BaseModel] = {"candidate": candidate}
+    extra_sections: dict[str, BaseModel] = {"candidate": candidate}
     if answer is not None:
-        beside["answer"] = answer
+        extra_sections["answer"] = answer
     record = Record.open(patient=True)
     with open_stage(
         "promotion",
         record=record,
         config=config,
-        beside=beside,
+        extra_sections=extra_sections,
         run=run,
         inputs=inputs,
         reuse="own",

@@ -47,7 +47,7 @@ def do_stage(
     common: dict[str, Any] = {
         "record": Record.open(patient=True),
         "config": spec.config.part_of(config),
-        "beside": {key: sections[key] for key in spec.sections},
+        "extra_sections": {key: sections[key] for key in spec.sections},
         "run": run,
         "inputs": inputs,
     }

@@ -89,9 +89,9 @@ def test_a_server_that_is_away_is_waited_for(monkeypatch, caplog):
             raise answer
         return answer
 
-    assert accelerator_module._patiently(ask)
+    assert accelerator_module._retry(ask)
     assert caplog.text.count("Prefect does not answer (ConnectError)") == 2
     monkeypatch.setenv("RLHF_OUTAGE_SECONDS", "0")
     answers = [ConnectError("away")]
     with pytest.raises(ConnectError):
-        accelerator_module._patiently(ask)
+        accelerator_module._retry(ask)
