@@ -26,7 +26,6 @@ from flows.cli.printing import (
     line,
     responses_as_json,
     responses_as_text,
-    say_aloud,
     show_comparison,
     show_error,
     show_links,
@@ -35,6 +34,7 @@ from flows.cli.printing import (
     show_services,
     show_start,
     show_validation,
+    warn_on_terminal,
 )
 from flows.local import allocator, find, serve
 from flows.local.supervisor import ServiceError
@@ -529,7 +529,7 @@ def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> 
 @contextmanager
 def _prefect(settings: "Settings") -> Iterator[None]:
     """Start a Prefect server for the flows of this process if none is set, while imports run."""
-    with serve.prefect_server(settings, say_aloud) as ready:
+    with serve.prefect_server(settings, warn_on_terminal) as ready:
         from flows.cli import logs
 
         logs.quiet_terminal()

@@ -26,7 +26,7 @@ from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
 from tasks.steps.reward_model import check_reward_model
 from tasks.steps.sft import train_sft
-from tasks.steps.stage import Made, any_stage
+from tasks.steps.stage import StageOutputs, any_stage
 
 _MODEL = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 _DATA = r"runs:/[0-9a-f]{32}/data"
@@ -154,7 +154,7 @@ def sft(config: SFTFlowConfig) -> ModelRef:
 
 def stage_flow(
     stage: str, form: type[RunConfig], about: str
-) -> PipelineFlow[[RunConfig], ModelRef | Made | Any]:
+) -> PipelineFlow[[RunConfig], ModelRef | StageOutputs | Any]:
     """A flow for a row of the stage table.
 
     The flow returns the result in the stage's report, else its only model, else all its outputs.

@@ -95,7 +95,7 @@ def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest
     manifest = _read(folder)
     if manifest.kind != _kind(stores):
         raise UserError(
-            f"{folder} is the back-up of a {manifest.kind}, but the environment describes a "
+            f"{folder} is the back-up of a {manifest.kind}, but the environment is that of a "
             f"{_kind(stores)}: docs/operations.md explains how to restore each."
         )
     if manifest.home != settings.home:
@@ -107,7 +107,8 @@ def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest
     for store in kept:
         if found := store.occupied():
             raise UserError(
-                f"{found}: a back-up is restored only into empty stores; move its content away first."
+                f"{found}: a back-up is restored only into empty stores; move the content away "
+                "first."
             )
     for store in reversed(kept):  # files before the rows that refer to them
         store.load(folder / store.name)
@@ -126,9 +127,9 @@ def _stores(settings: Settings, stores: StoreSettings) -> list[Store]:
     if not stores.mlflow_database:
         if settings.tracking_uri:
             raise ConfigError(
-                f"MLFLOW_TRACKING_URI is {settings.tracking_uri}: a back-up reads the database of a "
-                "server, not the server; unset it to back up the files under RLHF_HOME, or in the "
-                "stack run `docker compose run --rm tools`"
+                f"MLFLOW_TRACKING_URI is {settings.tracking_uri}: a back-up reads the database of "
+                "a server, not the server; unset it to back up the files under RLHF_HOME, or in "
+                "the stack run `docker compose run --rm tools`"
             )
         return [Home(settings.home)]
     referring = ("prefect", stores.prefect_database), ("feedback", stores.feedback_database)
@@ -318,7 +319,7 @@ def _read(folder: Path) -> Manifest:
     for name in sorted(manifest.files.keys() | found.keys()):
         if manifest.files.get(name) != found.get(name):
             raise DataError(
-                f"the back-up is damaged: {folder / name} has changed since it was written; use another "
-                "back-up"
+                f"the back-up is damaged: {folder / name} has changed since it was written; use "
+                "another back-up"
             )
     return manifest

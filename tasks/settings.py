@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         validation_alias="RLHF_STRATEGY",
-        description="With several processes: each holds all weights (ddp), or a shard of them (fsdp)",
+        description="With several processes: each holds all weights (ddp) or a shard (fsdp)",
     )
     checkpoint_seconds: float = Field(
         60.0,
@@ -190,9 +190,9 @@ class Settings(BaseSettings):
         found = torch.cuda.device_count()
         if device != "cuda" or found < self.processes:
             raise ConfigError(
-                f"RLHF_PROCESSES is {self.processes}, and each process needs a GPU, but RLHF_DEVICE "
-                f"is '{self.device_name}' and torch finds {found} CUDA device(s) here; set "
-                "RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda if there are enough GPUs"
+                f"RLHF_PROCESSES is {self.processes}, and each process needs a GPU, but "
+                f"RLHF_DEVICE is '{self.device_name}' and torch finds {found} CUDA device(s) here; "
+                "set RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda if there are enough GPUs"
             )
         return device
 

@@ -225,7 +225,7 @@ def _metrics(
 def _metrics_of(record: Record, run: Run) -> dict[str, float]:
     """The last values of a run; for a cached stage, with those of the run it was reused from.
 
-    A cached stage itself has only final metrics, so its missing curves would look like a difference.
+    A cached stage itself has only final metrics: its missing curves would look like a difference.
     """
     found = dict(run.data.metrics)
     if source := run.data.tags.get(tags.CACHED_FROM):

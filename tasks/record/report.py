@@ -33,8 +33,8 @@ def store_report(
 
 
 def _store_table(record: Record, run_id: str, table: pd.DataFrame, artifact: str) -> None:
-    # The format of `log_table`, which warns about the strings of pandas 3. With the tag MLflow shows
-    # the table on the page of the run.
+    # The format of `log_table`, which itself warns about the strings of pandas 3. The tag makes
+    # MLflow show the table on the page of the run.
     content = table.to_json(orient="split", index=False, date_format="iso")
     _store_file(record, run_id, str(content).encode(), artifact)
     shown = json.loads(record.runs.tags(run_id).get(tags.SHOWN_TABLES, "[]"))

@@ -1,7 +1,7 @@
-"""The champion: the version of `<project>-policy` that is in use, and the way to it and back.
+"""The champion: the version of `<project>-policy` in use. This module promotes and rolls back.
 
-It is an alias. Every move of it is written to the versions as tags: when a version was promoted and
-which one it replaced, or when, to which and by whom it was rolled back.
+The champion is an alias. Each change is recorded in tags of the versions: when a version was
+promoted and which one it replaced; or when, to which version and by whom it was rolled back.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ def project_of(policy: ModelRef) -> str:
 
 
 def champion_of(record: Record, policy: str) -> ModelRef | None:
-    """The version that is in use, if one is."""
+    """The champion, if there is one."""
     return record.store.get_alias(policy, CHAMPION)
 
 
 def predecessor(record: Record, ref: ModelRef) -> ModelRef | None:
-    """The version that one has replaced, if it has."""
+    """The version that `ref` replaced as champion, if any."""
     return tags.version_of(record.store.tags(ref).get(tags.REPLACED, tags.NOBODY))
 
 
@@ -44,20 +44,22 @@ def crown(
     by: str,
     how: Literal["promotion", "rollback"] = "promotion",
 ) -> None:
-    """Make a version the champion, with the former one as its predecessor."""
+    """Make a version the champion, and record the previous one as its predecessor."""
     record.store.add_tags(new, {tags.PROMOTED_AT: now(), tags.REPLACED: tags.name_of(old)})
     _move(record, new, old, how=how, by=by)
 
 
 def take_back(record: Record, champion: ModelRef, target: ModelRef, *, by: str) -> None:
-    """Put another version in use; what is taken back is not promoted again by rules alone."""
+    """Make `target` the champion; `champion` is not promoted again without a person."""
     back: Mapping[str, str] = {
         tags.ROLLED_BACK_AT: now(),
         tags.ROLLED_BACK_TO: target.uri,
         tags.ROLLED_BACK_BY: by,
     }
     record.store.add_tags(champion, back)
-    if tags.REPLACED in record.store.tags(target):  # it was in use before: its predecessor stays
+    if tags.REPLACED in record.store.tags(
+        target
+    ):  # it was the champion before: keep its predecessor
         _move(record, target, champion, how="rollback", by=by)
     else:
         crown(record, target, champion, how="rollback", by=by)
@@ -71,7 +73,7 @@ def _move(
     by: str,
     how: Literal["promotion", "rollback"],
 ) -> None:
-    # The tags before and the alias last: a crash in between leaves the champion as it was.
+    # Tags first, alias last: a crash in between leaves the champion unchanged.
     if tags.ROLLED_BACK_AT in record.store.tags(new):
         record.store.remove_tag(new, tags.ROLLED_BACK_AT)
     record.store.set_alias(new, CHAMPION)
@@ -79,5 +81,5 @@ def _move(
 
 
 def now() -> str:
-    """The time as it is written in tags."""
+    """The current time in the format of the tags."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""How much there is to learn from that the last pipeline did not know."""
+"""Counts the preferences that are new since the last pipeline run."""
 
 from mlflow.entities import Run
 from prefect import task
@@ -12,17 +12,17 @@ from tasks.record.record import Record
 
 
 class PreferenceCount(BaseModel):
-    """Preferences there are now, and those that the last finished pipeline had, rows each."""
+    """Preferences (rows): the current number, and that of the last finished pipeline run."""
 
     model_config = ConfigDict(frozen=True)
 
     now: int
     before: int
-    last_run: str  # its name; empty when there was none
+    last_run: str  # its name; empty if there is none
 
     @property
     def new(self) -> int:
-        """How many have come since."""
+        """The number of new preferences."""
         return self.now - self.before
 
 
@@ -30,9 +30,9 @@ class PreferenceCount(BaseModel):
 def count_preferences(
     config: DataConfig, model: ModelConfig, limits: LengthLimits, *, project: str, seed: int
 ) -> PreferenceCount:
-    """Read the data as the pipeline would, and compare them with those of its last finished run.
+    """Read the data as the pipeline would, and compare the count with its last finished run.
 
-    Both sides of the split count; rows that are dropped do not.
+    Training and evaluation rows count; dropped rows do not.
 
     Raises: ConfigError or DataError, as the data stage does.
     """
