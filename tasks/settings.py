@@ -192,7 +192,7 @@ class Settings(BaseSettings):
             raise ConfigError(
                 f"RLHF_PROCESSES is {self.processes}, and each process needs a GPU, but "
                 f"RLHF_DEVICE is '{self.device_name}' and torch finds {found} CUDA device(s) here; "
-                "set RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda if there are enough GPUs"
+                "set RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda with enough GPUs"
             )
         return device
 

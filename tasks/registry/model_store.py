@@ -173,7 +173,7 @@ class MlflowModelStore:
             return ref
         if not is_version(uri):
             raise ModelError(
-                f"'{uri}' is not a reference to a model; write models:/name/3 or models:/name@champion"
+                f"'{uri}' is not a model reference; write models:/name/3 or models:/name@champion"
             )
         ref = ModelRef.parse(uri)
         self.require(ref)

@@ -230,12 +230,12 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
     with pytest.raises(UserError) as caught:
         find.join(local(tmp_path, **{variable: address}), prefect=True)
     text = str(caught.value)
-    assert f"The {name} server at {address} does not answer" in text
+    assert f"The {name} server at {address} does not respond" in text
     assert f"set {variable} to where it runs" in text
 
 
 def test_a_home_that_cannot_be_made_is_named(own_environment):
-    with pytest.raises(UserError, match=r"/dev/null/x cannot be used .*: set RLHF_HOME to"):
+    with pytest.raises(UserError, match=r"RLHF_HOME cannot be used: /dev/null/x .*; set it to"):
         find.join(local(Path("/dev/null/x")))
 
 
@@ -248,7 +248,7 @@ def test_a_state_file_is_believed_only_while_its_writer_lives(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert find.running(settings) == state
         file.truncate(0)
-        with pytest.raises(UserError, match="just starting"):
+        with pytest.raises(UserError, match="still starting"):
             find.running(settings)
     # The writer is gone without having cleaned up, as after SIGKILL.
     (tmp_path / "services.json").write_text(json.dumps(state._asdict()))
@@ -639,7 +639,7 @@ def test_the_home_and_the_password_are_the_owners_alone(up):
 def test_a_second_up_in_the_same_home_says_so(up):
     code, output, errors = captured("up", home=up.home)
     assert (code, output) == (2, "")
-    assert "`rlhf up` already runs" in errors
+    assert "`rlhf up` is already running" in errors
     assert f"http://127.0.0.1:{up.prefect}" in errors
     assert "Traceback" not in errors
 

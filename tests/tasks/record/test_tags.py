@@ -146,7 +146,7 @@ def test_a_version_that_there_may_not_be_is_read_back(ref):
 
 
 def test_what_names_no_version_is_refused():
-    with pytest.raises(ModelError, match="'champion' is no version of a model"):
+    with pytest.raises(ModelError, match="'champion' is not a version of a model"):
         tags.version_of("champion")
 
 

@@ -285,7 +285,7 @@ def test_who_comes_second_waits_and_finds_it_done(in_pipeline, policy_dir, clien
         thread = threading.Thread(target=second)
         thread.start()
         deadline = time.monotonic() + 30
-        while "another process does this very work" not in caplog.text:
+        while "another process is running the same work" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         made = make(first, policy_dir)
