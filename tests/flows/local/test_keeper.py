@@ -105,6 +105,7 @@ def test_a_run_whose_prefect_server_is_killed_is_completed(tmp_path):
         )
     try:
         wait_until(lambda: "sft: 1/6" in output.read_text() or run.poll() is not None, 240)
+        assert run.poll() is None, output.read_text()
         (server,) = (
             child
             for child in psutil.Process(run.pid).children()
