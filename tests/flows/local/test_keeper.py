@@ -104,7 +104,8 @@ def test_a_run_whose_prefect_server_is_killed_is_completed(tmp_path):
             stderr=log,
         )
     try:
-        wait_until(lambda: "sft: 1/6" in output.read_text() or run.poll() is not None, 240)
+        wait_until(lambda: "sft: " in output.read_text() or run.poll() is not None, 240)
+        assert run.poll() is None, output.read_text()
         (server,) = (
             child
             for child in psutil.Process(run.pid).children()
