@@ -47,8 +47,8 @@ def test_one_that_pythonpath_puts_first_is_named_with_its_folder(tmp_path, name)
     done = rlhf(tmp_path, "--help", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"rlhf: Python imports the package {name} from {tmp_path / name}.py: remove that folder from "
-        "PYTHONPATH, or rename the package there.\n"
+        f"rlhf: Python imports the package {name} from {tmp_path / name}.py: remove that folder "
+        "from PYTHONPATH, or rename the package there.\n"
     )
 
 
@@ -64,7 +64,9 @@ def test_another_distribution_that_has_the_name_is_named(tmp_path, name):
     (information / "top_level.txt").write_text(f"{name}\n")
     done = rlhf(tmp_path, "--help", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"rlhf: The distribution celery-helpers also has a package {name}")
+    assert done.stderr.startswith(
+        f"rlhf: The distribution celery-helpers also has a package {name}"
+    )
     assert "uninstall it, or install rlhf-pipeline into a separate environment." in done.stderr
 
 

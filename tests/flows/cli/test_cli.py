@@ -156,7 +156,11 @@ def test_a_mistake_in_the_call(rlhf, arguments, expected):
     ("variable", "value", "expected"),
     [
         ("MLFLOW_TRACKING_URI", "http://127.0.0.1:1", "The MLflow server at http://127.0.0.1:1"),
-        ("RLHF_HOME", "/dev/null/home", "RLHF_HOME cannot be used: /dev/null/home cannot be written"),
+        (
+            "RLHF_HOME",
+            "/dev/null/home",
+            "RLHF_HOME cannot be used: /dev/null/home cannot be written",
+        ),
         ("RLHF_DEVICE", "tpu", "the environment variable RLHF_DEVICE is 'tpu'"),
     ],
 )

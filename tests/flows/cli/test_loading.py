@@ -110,7 +110,10 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
     ("text", "expected"),
     [
         ("", "run.yaml is empty: write settings as lines of the form key: value."),
-        ("# only a comment\n", "run.yaml is empty: write settings as lines of the form key: value."),
+        (
+            "# only a comment\n",
+            "run.yaml is empty: write settings as lines of the form key: value.",
+        ),
         ("- a\n- b\n", "run.yaml: the file must consist of lines of the form key: value."),
         ("just words", "run.yaml: the file must consist of lines of the form key: value."),
         (
@@ -123,7 +126,8 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
         ),
         (
             "zzz: 3\n",
-            "run.yaml:1: there is no setting 'zzz'. Settings in this section: project, seed, names, ppo, other.",
+            "run.yaml:1: there is no setting 'zzz'. Settings in this section: project, seed, names, "
+            "ppo, other.",
         ),
         (
             "ppo:\n  kl_coef: often\n",
@@ -148,8 +152,7 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
         ),
         (
             "ppo:\n  kl_coef: 1\n\n  kl_coef: 2\n",
-            "run.yaml:4: 'kl_coef' is a duplicate of line 2:"
-            " keep one of them.",
+            "run.yaml:4: 'kl_coef' is a duplicate of line 2: keep one of them.",
         ),
         ("seed: 13\n", "run.yaml: seed is 13: choose a luckier one."),
         ("project: forbidden\n", "run.yaml: project must not be 'forbidden': choose another name."),
