@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.responses import Written, lay_out, response_logprobs
+from rlhf_core.backbone.responses import ResponseRows, lay_out, response_logprobs
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import (
     Prompt,
@@ -103,19 +103,19 @@ def answer(
         bench.logger.phase("scoring", len(texts), len(rows))
         said = decode_responses(responses.tokens, responses.mask, tokenizer)
         asked = prompts[len(texts) : len(texts) + len(said)]
-        written = lay_out(batch, responses)
-        proxy.append(reward(asked, written, responses).total)
+        response_rows = lay_out(batch, responses)
+        proxy.append(reward(asked, response_rows, responses).total)
         if comparable:
             bench.logger.phase("KL to SFT", len(texts), len(rows))
             at = bench.sampling.temperature
-            kl.append(_sums(policy, written, at) - _sums(bench.sft, written, at))
+            kl.append(_sums(policy, response_rows, at) - _sums(bench.sft, response_rows, at))
         else:
             batch, responses = _encode_again(bench, asked, said, responses)
-            written = lay_out(batch, responses)
+            response_rows = lay_out(batch, responses)
         bench.logger.phase("perplexity under SFT", len(texts), len(rows))
         texts += said
         tokens.append(responses.mask.sum(-1).float())
-        sft_logprob.append(_sums(bench.sft, written, 1.0))
+        sft_logprob.append(_sums(bench.sft, response_rows, 1.0))
     return Answers(
         texts=texts,
         prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
@@ -127,9 +127,9 @@ def answer(
     )
 
 
-def _sums(policy: Policy, written: Written, temperature: float) -> Tensor:
+def _sums(policy: Policy, response_rows: ResponseRows, temperature: float) -> Tensor:
     """(B,) log-probability of each whole response in nats."""
-    return response_logprobs(policy, written, temperature=temperature).sum(-1)
+    return response_logprobs(policy, response_rows, temperature=temperature).sum(-1)
 
 
 def _encode_again(

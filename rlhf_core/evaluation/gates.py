@@ -173,7 +173,7 @@ def can_show(prompts: int, least: float) -> bool:
     return win_rate(prompts, 0, 0).low > least
 
 
-def judge(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
+def decide(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
     """Hold the policy of a scorecard against every rule; all have to pass.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.

@@ -7,7 +7,7 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.networks import Policy, ScalarModel, on_trunk
+from rlhf_core.backbone.networks import Policy, ScalarModel, load_as_adapter
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.training.saving import save_policy
@@ -39,7 +39,7 @@ class Actors:
         reference = Policy(policy.model, precision=precision)
         config.adapt(policy, "policy", seed=work.seed, stream="policy/adapter")
         directory = work.inputs.get("reward")
-        reward = directory and on_trunk(directory, sft, policy.model, "reward", precision)
+        reward = directory and load_as_adapter(directory, sft, policy.model, "reward", precision)
         return cls(
             policy, reference, tokenizer, rewards={PIPELINE_REWARD: reward} if reward else {}
         )

@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.responses import lay_out, response_logprobs, response_values, share_below
+from rlhf_core.backbone.responses import (
+    lay_out,
+    response_logprobs,
+    response_values,
+    with_shared_states,
+)
 from rlhf_core.backbone.sampling import Sampler, SamplingConfig, prompt_batch, uniforms
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.prepared import read_table
@@ -26,7 +31,7 @@ from rlhf_core.types import PromptBatch, Responses, Rollout
 
 @dataclass(frozen=True)
 class PromptTable:
-    """The prompts to train on, as they were written and as tokens."""
+    """The prompts to train on, as they were response_rows and as tokens."""
 
     prompts: list[Prompt]
     tokens: list[list[int]]
@@ -120,20 +125,20 @@ class Collector:
         return batch, self.sampler(batch, draws, between=between)
 
     def _measure(self, bare: Rollout, prompts: list[Prompt]) -> Rollout:
-        written = share_below(lay_out(bare.prompts, bare.responses), self.policy)
+        response_rows = with_shared_states(lay_out(bare.prompts, bare.responses), self.policy)
         temperature = self.sampling.temperature
-        scores = self.reward(prompts, written, bare.responses)
-        logprobs = response_logprobs(self.policy, written, temperature=temperature)
+        scores = self.reward(prompts, response_rows, bare.responses)
+        logprobs = response_logprobs(self.policy, response_rows, temperature=temperature)
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
-            values = response_values(self.critic, written)
+            values = response_values(self.critic, response_rows)
         return Rollout(
             prompts=bare.prompts,
             responses=bare.responses,
             logprobs=logprobs,
-            ref_logprobs=response_logprobs(self.reference, written, temperature=temperature),
+            ref_logprobs=response_logprobs(self.reference, response_rows, temperature=temperature),
             values=values,
             scores=scores.total,
             parts=scores.parts,
-            below=written.below(),
+            below=response_rows.shared_states(),
         )

@@ -27,7 +27,7 @@ from rlhf_core.rewards.scoring import load_reward, reward_directories
 from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.training.session import Session
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
@@ -159,7 +159,7 @@ def iterate(
     watching = (kl_budget(config), *observers)
     with work.recovery.open(
         work.logger,
-        identity=identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
+        identity=run_identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
         learners=learners,
         positions={"prompts": stream, "draws": draws, "kl": controller, "iteration": now},
         ranks=work.ranks,
@@ -177,7 +177,7 @@ def iterate(
                 work.device,
                 config.precision,
                 max_length=sampling.max_length,
-                ready=actors.rewards,
+                loaded=actors.rewards,
                 combination=config.combine_rewards,
                 variance_coef=config.variance_coef,
             ),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.backbone.networks import Precision
-from rlhf_core.backbone.responses import Written, read_again, rounding
+from rlhf_core.backbone.responses import ResponseRows, restore_rows, rounding
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_policy
@@ -27,14 +27,14 @@ class Surrogate:
 
     def __init__(
         self,
-        written: Written,
+        response_rows: ResponseRows,
         experience: Rollout,
         advantages: Tensor,  # (B, R)
         normalizer: float,
         config: OnPolicySection,
         kl_coef: float,
     ) -> None:
-        self._written = written
+        self._response_rows = response_rows
         self._experience = experience
         self._advantages = advantages
         self._normalizer = normalizer
@@ -44,7 +44,10 @@ class Surrogate:
 
     def __call__(self, logprobs: Tensor, span: slice) -> Tensor:
         """() the loss of the tokens in `span`, from their (n,) log-probabilities."""
-        rows, mask = self._written.spread(logprobs, span), self._written.part(span)
+        rows, mask = (
+            self._response_rows.to_rows(logprobs, span),
+            self._response_rows.span_mask(span),
+        )
         loss, clipped = clipped_policy(
             rows,
             self._experience.logprobs,
@@ -95,13 +98,15 @@ def update_policy(
         rows = torch.tensor(micro.rows, device=advantages.device)
         experience = rollout.rows(rows)
         mask = experience.responses.mask
-        written = read_again(experience, learner.network)
-        surrogate = Surrogate(written, experience, advantages[rows], normalizer, config, kl_coef)
+        response_rows = restore_rows(experience, learner.network)
+        surrogate = Surrogate(
+            response_rows, experience, advantages[rows], normalizer, config, kl_coef
+        )
         with learner.accumulate(last=micro.last):
             out = learner(
-                written.packed,
-                written.places,
-                written.tokens,
+                response_rows.packed,
+                response_rows.positions,
+                response_rows.tokens,
                 temperature=temperature,
                 token_loss=surrogate,
                 with_entropy=True,
@@ -109,7 +114,7 @@ def update_policy(
             learner.backward(out.loss * micro.weight, "the policy loss")
         if first and micro.weight:
             _require_ratio_one(out.logprobs, experience.logprobs[mask], config.precision)
-        kl = kl_estimate(experience.logprobs, written.spread(out.logprobs), kind="k3")
+        kl = kl_estimate(experience.logprobs, response_rows.to_rows(out.logprobs), kind="k3")
         means = {
             "policy/loss": out.loss.item(),
             "policy/clip_fraction": surrogate.clipped.item() * normalizer / tokens,

@@ -26,7 +26,7 @@ from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_cont
 from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
 from rlhf_core.backbone.networks import Precision, ScalarModel
 from rlhf_core.backbone.packing import pack
-from rlhf_core.backbone.responses import Written
+from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
     PLAIN_CHAT_TEMPLATE,
@@ -165,15 +165,17 @@ class Reward:
             self._scorers[term.name] = scorer
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], written: Written, responses: Responses) -> Scores:
-        """Score B texts: `written` is the tokens of `responses` to `prompts`.
+    def __call__(
+        self, prompts: Sequence[Prompt], response_rows: ResponseRows, responses: Responses
+    ) -> Scores:
+        """Score B texts: `response_rows` is the tokens of `responses` to `prompts`.
 
-        Functions, and models with other tokens, read the whole prompt, also where `written` has
+        Functions, and models with other tokens, read the whole prompt, also where `response_rows` has
         lost its beginning.
 
         Raises: ConfigError when a function fails, or does not return one finite number each.
         """
-        answers = _Answers(prompts, written, responses, self._tokenizer)
+        answers = _Answers(prompts, response_rows, responses, self._tokenizer)
         parts = {name: scorer(answers) for name, scorer in self._scorers.items()}
         weighted = [self._weights[name] * part for name, part in parts.items()]
         return Scores(self._combine(torch.stack(weighted)), parts)
@@ -192,18 +194,18 @@ def load_reward(
     precision: Precision = "float32",
     *,
     max_length: int,
-    ready: Mapping[str, ScalarModel] | None = None,
+    loaded: Mapping[str, ScalarModel] | None = None,
     combination: Combination = "sum",
     variance_coef: float = 1.0,
 ) -> Reward:
     """The reward whose models are in these directories, by source.
 
-    Models that are `ready` share the policy's trunk, and so its tokens; they need no directory.
+    Models that are `loaded` share the policy's trunk, and so its tokens; they need no directory.
 
     Raises: ConfigError when a term has no directory, or as `Reward` does; ModelError when one holds
     no reward model.
     """
-    models = dict(ready or {})
+    models = dict(loaded or {})
     tokenizers = dict.fromkeys(models, policy_tokenizer)
     for source in (term.source for term in terms if term.is_model and term.source not in models):
         if source not in directories:
@@ -292,7 +294,7 @@ class _Answers:
     """What a policy wrote, as tokens and as text."""
 
     prompts: Sequence[Prompt]
-    written: Written
+    response_rows: ResponseRows
     responses: Responses
     tokenizer: PreTrainedTokenizerBase
 
@@ -306,7 +308,7 @@ _Scorer: TypeAlias = Callable[[_Answers], Tensor]  # -> (B,)
 
 
 def _by_tokens(model: ScalarModel, answers: _Answers) -> Tensor:
-    return model.scores(answers.written.packed)
+    return model.scores(answers.response_rows.packed)
 
 
 def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Tensor:

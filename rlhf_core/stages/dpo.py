@@ -46,7 +46,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
 from rlhf_core.work import Work
@@ -112,7 +112,7 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     held_out_reference = _sums_of_all(policy, held_out, config, ranks, tell, "held-out reference")
     with work.recovery.open(
         logger,
-        identity=identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
+        identity=run_identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
         learners={"policy": learner},
         positions={"batches": batches},
         ranks=ranks,

@@ -26,8 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.backbone.directory import require_same_tokenizer
-from rlhf_core.backbone.networks import ScalarModel, on_trunk
-from rlhf_core.backbone.responses import read_again
+from rlhf_core.backbone.networks import ScalarModel, load_as_adapter
+from rlhf_core.backbone.responses import restore_rows
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import gae
 from rlhf_core.functional.logprobs import kl_estimate
@@ -78,11 +78,11 @@ def load_networks(config: PPOConfig, work: Work) -> Actors:
         critic, reward = (ScalarModel.load(directory, work.device, precision) for _ in range(2))
     elif reward is not None:
         trunk = actors.policy.model
-        found = on_trunk(directory, work.inputs["sft"], trunk, "critic", precision)
+        found = load_as_adapter(directory, work.inputs["sft"], trunk, "critic", precision)
         critic = cast(ScalarModel, found)
     else:
         reward = ScalarModel.load(directory, work.device, precision)
-        critic = reward.twin()
+        critic = reward.with_own_head()
         config.adapt(critic, "critic", seed=work.seed, stream="ppo/critic")
     return replace(actors, critic=critic, rewards={PIPELINE_REWARD: reward})
 
@@ -224,9 +224,9 @@ def _update_critic(
         tell()
         rows = torch.tensor(micro.rows, device=targets.returns.device)
         experience = rollout.rows(rows)
-        written = read_again(experience, learner.network)
+        response_rows = restore_rows(experience, learner.network)
         with learner.accumulate(last=micro.last):
-            values = written.spread(learner(written.packed, written.places))
+            values = response_rows.to_rows(learner(response_rows.packed, response_rows.positions))
             loss, clipped = clipped_value(
                 values,
                 experience.values,

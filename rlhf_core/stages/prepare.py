@@ -22,17 +22,24 @@ from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
 from rlhf_core.config import Section
 from rlhf_core.data.assembly import (
-    Assembled,
-    Tables,
+    CleanTable,
+    CleanTables,
     assemble,
     fill,
     shared_prompts,
     split_by_prompt,
 )
 from rlhf_core.data.encoding import Prompt
-from rlhf_core.data.formats import FIELDS, Table, parse
+from rlhf_core.data.formats import FIELDS, ParsedSource, parse
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, training_texts, write_table
+from rlhf_core.data.prepared import (
+    SPLITS,
+    TABLE_KINDS,
+    Split,
+    TableKind,
+    training_texts,
+    write_table,
+)
 from rlhf_core.data.sources import read_rows
 from rlhf_core.data.validation import (
     TableSummary,
@@ -131,9 +138,9 @@ class DataConfig(Section):
         "error", description="Stop at a bad row, or leave it out and count it"
     )
 
-    def table(self, kind: Kind) -> TableConfig:
+    def table(self, kind: TableKind) -> TableConfig:
         """The settings of one table."""
-        tables: dict[Kind, TableConfig] = {
+        tables: dict[TableKind, TableConfig] = {
             "demonstrations": self.demonstrations,
             "preferences": self.preferences,
             "prompts": self.prompts,
@@ -158,7 +165,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _known_fields(self) -> "DataConfig":
-        for kind in KINDS:
+        for kind in TABLE_KINDS:
             for field in self.table(kind).fields:
                 if field not in FIELDS[kind]:
                     known = ", ".join(FIELDS[kind])
@@ -234,7 +241,7 @@ def inspect(
     return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
 
 
-def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
+def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> CleanTables:
     simulated = config.source == "simulated"
     given = _simulated(config, seed) if simulated else _from_files(config, logger)
     logger.phase("splitting by prompt")
@@ -247,9 +254,9 @@ def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _simulated(config: DataConfig, seed: int) -> Tables:
+def _simulated(config: DataConfig, seed: int) -> CleanTables:
     drawn = simulate(config.simulation, seed)
-    frames: dict[Kind, pd.DataFrame] = {
+    frames: dict[TableKind, pd.DataFrame] = {
         "demonstrations": drawn.demonstrations,
         "preferences": drawn.preferences,
         "prompts": drawn.prompts,
@@ -257,27 +264,31 @@ def _simulated(config: DataConfig, seed: int) -> Tables:
     return {
         kind: assemble(
             kind,
-            {"": Table(frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {})},
+            {
+                "": ParsedSource(
+                    frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {}
+                )
+            },
         )
         for kind, frame in frames.items()
     }
 
 
-def _from_files(config: DataConfig, logger: StageLogger) -> Tables:
+def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
     if not config.preferences.path:
         raise ConfigError(
             "data.source is 'files' but no preferences are given; name them in "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    tables: Tables = {}
-    for kind in KINDS:
+    tables: CleanTables = {}
+    for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
             tables[kind] = _read(config, kind)
     return tables
 
 
-def _read(config: DataConfig, kind: Kind) -> Assembled:
+def _read(config: DataConfig, kind: TableKind) -> CleanTable:
     settings = config.table(kind)
     evaluation = settings.evaluation()
     train = _parse(config, kind, settings.path, settings.split)
@@ -286,7 +297,7 @@ def _read(config: DataConfig, kind: Kind) -> Assembled:
     return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
 
 
-def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
+def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
     table = parse(source, kind, settings.fields)
@@ -302,14 +313,14 @@ def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
 # --- checking ------------------------------------------------------------------------------------
 
 
-def _check_sides(tables: Tables, config: DataConfig) -> None:
+def _check_sides(tables: CleanTables, config: DataConfig) -> None:
     for kind, table in tables.items():
         for split in SPLITS:
             if table.side(split).empty:
                 raise DataError(_nothing_left(kind, table, split, config))
 
 
-def _nothing_left(kind: Kind, table: Assembled, split: Split, config: DataConfig) -> str:
+def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: DataConfig) -> str:
     purpose = {"train": "training", "eval": "evaluation"}[split]
     start = f"no {kind} are left for {purpose}: of {table.rows} rows ({table.source}) "
     if table.frame.empty:
@@ -323,7 +334,7 @@ def _nothing_left(kind: Kind, table: Assembled, split: Split, config: DataConfig
     )
 
 
-def _check_shared(tables: Tables, config: DataConfig) -> None:
+def _check_shared(tables: CleanTables, config: DataConfig) -> None:
     shared = shared_prompts(tables)
     if shared and not config.allow_shared_prompts:
         examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in shared[:3])
@@ -338,8 +349,8 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 
 
 def _validate(
-    tables: Tables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
-) -> tuple[dict[Kind, pd.DataFrame], Validation]:
+    tables: CleanTables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
+) -> tuple[dict[TableKind, pd.DataFrame], Validation]:
     """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
@@ -363,7 +374,7 @@ def _validate(
     return counts, validation
 
 
-def _summary(table: Assembled) -> TableSummary:
+def _summary(table: CleanTable) -> TableSummary:
     return TableSummary(
         source=table.source,
         rows=table.rows,
@@ -399,7 +410,7 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
     )
 
 
-def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> "Figure":
+def _length_histograms(counts: Mapping[TableKind, pd.DataFrame]) -> "Figure":
     """How long the texts are, one panel for each table."""
     figure = figures.blank(9.6, 3.2)
     panels = figure.subplots(1, len(counts))

@@ -51,7 +51,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -127,7 +127,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
     with work.recovery.open(
         logger,
-        identity=identity(
+        identity=run_identity(
             "reward_model",
             seed,
             {"reward_model": config, "sampling": sampling},

@@ -35,7 +35,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -121,7 +121,7 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     best = _Best()
     with work.recovery.open(
         logger,
-        identity=identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
+        identity=run_identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
         learners={"policy": learner},
         positions={"batches": batches, "best": best},
         ranks=ranks,

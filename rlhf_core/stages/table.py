@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.data.prepared import Kind
+from rlhf_core.data.prepared import TableKind
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
@@ -42,7 +42,7 @@ class StageSpec:
     optional_outputs: tuple[str, ...] = ()  # kinds that some settings ask for
     result: type[BaseModel] | None = None  # of its report, for later stages
     learns: Mapping[str, Literal["policy", "scalar"]] = field(default_factory=dict)  # networks
-    passes_over: Kind | None = None  # the table whose rows are the samples of an epoch
+    passes_over: TableKind | None = None  # the table whose rows are the samples of an epoch
 
     @property
     def trains(self) -> bool:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.sources import Rows, read_rows
+from rlhf_core.data.sources import SourceRows, read_rows
 from rlhf_core.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -17,7 +17,7 @@ POOR = {"role": "assistant", "content": "It just is."}
 
 
 def table(kind, *rows, names=None):
-    return parse(Rows("my/file.jsonl", "line", list(enumerate(rows, 1))), kind, names or {})
+    return parse(SourceRows("my/file.jsonl", "line", list(enumerate(rows, 1))), kind, names or {})
 
 
 def records(found):
@@ -367,7 +367,7 @@ def test_chosen_and_rejected_have_no_sides():
 
 def test_a_data_set_of_the_hub_is_the_source_of_its_rows():
     row = VOTED | {"vote": "a"}
-    found = parse(Rows("Anthropic/hh-rlhf (train)", "row", [(1, row)]), "preferences", {})
+    found = parse(SourceRows("Anthropic/hh-rlhf (train)", "row", [(1, row)]), "preferences", {})
     assert found.frame["source"].tolist() == ["hh-rlhf (train)"]
 
 
@@ -479,7 +479,7 @@ def test_unreadable_lines_are_faults_too_in_the_order_of_the_file(tmp_path):
 )  # fmt: skip
 def test_a_source_without_the_fields_says_what_it_has_and_needs(kind, rows, names, message):
     with pytest.raises(DataError) as caught:
-        parse(Rows("f", "line", list(enumerate(rows, 1))), kind, names)
+        parse(SourceRows("f", "line", list(enumerate(rows, 1))), kind, names)
     assert str(caught.value) == message
 
 

@@ -12,7 +12,7 @@ from rlhf_core.evaluation.gates import (
     RewardQuality,
     Verdict,
     can_show,
-    judge,
+    decide,
     require_reward_model,
 )
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
@@ -73,14 +73,14 @@ def failures(verdict):
 
 
 def test_policy_that_meets_every_rule_is_promoted():
-    verdict = judge(CONFIG, scorecard())
+    verdict = decide(CONFIG, scorecard())
     assert verdict.promote
     assert len(verdict.reasons) == 4
     assert all(reason.startswith("pass: ") for reason in verdict.reasons)
 
 
 def test_champion_adds_a_rule():
-    verdict = judge(CONFIG, scorecard(champion=0.56))
+    verdict = decide(CONFIG, scorecard(champion=0.56))
     assert verdict.promote
     assert len(verdict.reasons) == 5
 
@@ -102,7 +102,7 @@ def test_champion_adds_a_rule():
     ],
 )
 def test_each_rule_refuses_alone_and_says_why(change, said):
-    verdict = judge(CONFIG, scorecard(**change))
+    verdict = decide(CONFIG, scorecard(**change))
     assert not verdict.promote
     (failure,) = failures(verdict)
     assert said in failure
@@ -138,7 +138,7 @@ def test_no_champion_is_made_of_one_prompt():
         prompts=1,
         win_rate=exactly(1.0),
     )
-    verdict = judge(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
+    verdict = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
     (failure,) = failures(verdict)
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
@@ -226,11 +226,11 @@ def test_a_reward_model_that_is_refused_is_told_with_all_its_numbers_and_the_way
 
 def test_every_rule_is_answered_even_when_all_fail():
     bad = {"low": 0.1, "champion": 0.1, "kl": 99.0, "length": 99.0, "distinct_2": 0.01}
-    assert len(failures(judge(CONFIG, scorecard(**bad)))) == 5
+    assert len(failures(decide(CONFIG, scorecard(**bad)))) == 5
 
 
 def test_refusal_from_outside_is_added_to_the_reasons():
-    verdict = judge(CONFIG, scorecard())
+    verdict = decide(CONFIG, scorecard())
     refused = verdict.refuse("the champion changed meanwhile")
     assert not refused.promote
     assert refused.reasons == (*verdict.reasons, "FAIL: the champion changed meanwhile")
@@ -246,19 +246,19 @@ def test_scorecard_without_what_is_asked_for():
         (whole.arms, whole.comparisons[:1], "comparison of policy and champion"),
     ):
         with pytest.raises(ValueError, match=said):
-            judge(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
+            decide(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
 
 
 def test_scorecard_and_verdict_survive_json():
     card = scorecard(champion=0.56)
     assert Scorecard.model_validate_json(card.model_dump_json()) == card
-    verdict = judge(CONFIG, card)
+    verdict = decide(CONFIG, card)
     assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
 
 def test_every_setting_is_read(recording):
     config, seen = recording(CONFIG)
-    judge(config, scorecard(champion=0.56))
+    decide(config, scorecard(champion=0.56))
     # Who is asked is no rule: tests/tasks/prefect/test_approval.py.
     assert set(PromotionConfig.model_fields) - seen == {"approval", "approval_days"}
 

@@ -431,7 +431,7 @@ def test_ready_model_needs_no_directory(own, other, tokenizer):
     ready = {"reward_model": ScalarModel.load(own)}
     both = terms("reward_model", OTHER)
     given = {OTHER: other}
-    reward = load_reward(both, given, tokenizer, "cpu", max_length=40, ready=ready)
+    reward = load_reward(both, given, tokenizer, "cpu", max_length=40, loaded=ready)
     expected = loaded(["reward_model", OTHER], tokenizer, own=own, other=other)
     call = spoken(tokenizer)
     assert torch.equal(reward(*call).total, expected(*call).total)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.data.prepared import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
+from rlhf_core.data.prepared import COLUMNS, SPLITS, TABLE_KINDS, digest, prompt_key, read_table
 from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import MemoryLogger
@@ -34,7 +34,7 @@ def pairs(count, first=0):
 
 
 def files(**tables):
-    options = {name: tables.pop(name) for name in list(tables) if name not in KINDS}
+    options = {name: tables.pop(name) for name in list(tables) if name not in TABLE_KINDS}
     sources = {
         name: table if isinstance(table, TableConfig) else TableConfig(path=table)
         for name, table in tables.items()
@@ -70,7 +70,7 @@ def test_simulated_data_are_prepared(tmp_path):
     assert logger.notes[0][:2] == (0, 3)
     assert logger.notes[-1][:2] == (3, 3)
     seen = {}
-    for kind in KINDS:
+    for kind in TABLE_KINDS:
         for split in SPLITS:
             table = read_table(tmp_path, kind, split)
             assert list(table.columns) == list(COLUMNS[kind])
@@ -93,12 +93,12 @@ def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
     assert Validation.model_validate_json(text) == report.validation
     assert inspect(config, MODEL, LIMITS, seed=0) == report.validation
     assert set(report.summary()) == {
-        *(f"{kind}_{split}" for kind in KINDS for split in SPLITS),
+        *(f"{kind}_{split}" for kind in TABLE_KINDS for split in SPLITS),
         *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
     }
     assert list(report.tables) == ["data_rows", "data_lengths", "data_truncated"]
     [figure] = report.figures.values()
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(KINDS)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(TABLE_KINDS)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(tmp_path):
