@@ -6,7 +6,7 @@ from itertools import count
 from typing import Protocol, TypeAlias
 
 Between: TypeAlias = Callable[[str, int], Callable[[], None]]
-"""Given a phase and its number of parts, returns a callback to run before each part. It may raise."""
+"""Maps a phase and its number of parts to a callback for before each part, which may raise."""
 
 
 class StageLogger(Protocol):

@@ -26,7 +26,7 @@ def generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the global generators of python, numpy, torch and CUDA, as plain types and tensors.
+    """The state of the global generators of python, numpy, torch and CUDA.
 
     CUDA is left out when it is not in use: reading its state would initialise it.
     """

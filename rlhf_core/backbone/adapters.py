@@ -43,7 +43,8 @@ def add_adapter(
     number = len(blocks(model.base_model)[1])
     if layers > number:
         raise ConfigError(
-            f"lora_layers is {layers}, but the model has {number} blocks; lower it, or set 0 for all"
+            f"lora_layers is {layers}, but the model has {number} blocks; lower it, or "
+            "set 0 for all"
         )
     depth = number - layers if layers else 0
     _add(model, name, _linear_layers(model.base_model, depth), rank=rank, alpha=alpha, seed=seed)

@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
     source: str = Field(
         "",
-        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file shipped in a "
+        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
         "Python package; empty = a fresh model",
     )
     revision: str = Field("main", description="Branch, tag or commit of a hub model")

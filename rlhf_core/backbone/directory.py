@@ -84,8 +84,8 @@ def read_card(directory: Path) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{directory} is not a model directory of this pipeline: {CARD} cannot be read ({error}); "
-            "name a folder that a stage wrote"
+            f"{directory} is not a model directory of this pipeline: {CARD} cannot be read "
+            f"({error}); name a folder that a stage wrote"
         ) from error
 
 
@@ -104,8 +104,8 @@ def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, 
     """Raise ConfigError when the model in a directory was trained with another tokenizer."""
     if not same_tokens(tokenizer, load_saved_tokenizer(directory)):
         raise ConfigError(
-            f"the {role} and the SFT policy have different tokenizers, so it would read noise; use a "
-            f"{role} that was trained from this SFT policy, or train one"
+            f"the {role} and the SFT policy have different tokenizers, so it would read noise; use "
+            f"a {role} that was trained from this SFT policy, or train one"
         )
 
 

@@ -124,7 +124,7 @@ class Network(nn.Module):
 
 
 class Policy(Network):
-    """A causal language model: log-probabilities of chosen tokens, and losses computed from them."""
+    """A causal language model: log-probabilities of chosen tokens, and losses on them."""
 
     def __init__(
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
@@ -153,7 +153,7 @@ class Policy(Network):
         token_loss: TokenLoss | None = None,
         with_entropy: bool = False,
     ) -> ChunkedLoss:
-        """(M,) log-probabilities of `tokens`, predicted at `positions`, and the sum of their losses.
+        """(M,) log-probabilities of `tokens`, predicted at `positions`, and their summed loss.
 
         Without a `token_loss` the log-probabilities can be differentiated; with one, the loss.
         Only these positions go through the head, and only one chunk of logits exists at a time.
@@ -338,8 +338,8 @@ def _warn_if_slow(device: str) -> None:
     if device == "cpu" and not any(capabilities.get(name) for name in BFLOAT16):
         _log.warning(
             "precision is bfloat16, but this CPU has no instructions for it (avx512_bf16, amx_bf16 "
-            "or ARM's bf16), so training takes 2 to 6 times as long as in float32; set precision to "
-            "float32"
+            "or ARM's bf16), so training takes 2 to 6 times as long as in float32; set precision "
+            "to float32"
         )
 
 

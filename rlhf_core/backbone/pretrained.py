@@ -93,8 +93,8 @@ def _locate(source: str) -> tuple[str, str]:
 
 
 def with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace GPT-2's GELU, eight operations, by one of torch: half the time, an eighth of the memory
-    for the backward pass, the same result to rounding."""
+    """Replace GPT-2's GELU, eight operations, by one of torch: half the time, and an eighth of the
+    memory for the backward pass; the same result to rounding."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):

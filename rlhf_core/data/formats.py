@@ -128,7 +128,7 @@ def _converter(
 def _details(
     source: SourceRows, kind: TableKind, names: Mapping[str, str], *, sided: bool
 ) -> tuple[frozenset[str], Sequence[str]]:
-    """The vote details to read, and a note on each column that has such a name but other content."""
+    """The vote details to read, and a note on each column with such a name but other content."""
     if kind != "preferences":
         return frozenset(), ()
     read, notes = set(names) & set(DETAILS), []

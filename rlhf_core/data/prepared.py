@@ -52,8 +52,8 @@ def canonical_prompt(prompt: Prompt) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """A key that is equal for prompts that ask the same: runs of white space count as one space, and
-    a single user message counts as its text."""
+    """A key that is equal for prompts that ask the same: runs of white space count as one space,
+    and a single user message counts as its text."""
     if not isinstance(prompt, str):
         single = len(prompt) == 1 and prompt[0]["role"] == "user"
         prompt = prompt[0]["content"] if single else canonical_prompt(prompt)
@@ -61,8 +61,8 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def falls_to_eval(key: str, seed: int, fraction: float) -> bool:
-    """Whether a prompt is for evaluation: decided by a hash of seed and prompt key, so it is the same
-    in every table, row order and process."""
+    """Whether a prompt is for evaluation: decided by a hash of seed and prompt key, so it is the
+    same in every table, row order and process."""
     digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 

@@ -265,7 +265,7 @@ def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
         dataset = datasets.load_dataset(path, subset or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"'{path}' is not a local file or folder, and it cannot be loaded from the Hugging Face "
+            f"'{path}' is not a local file or folder, and cannot be loaded from the Hugging Face "
             f"hub ({_first_line(error)}); check the name, the split '{split}' and the subset, and that "
             "this machine reaches the hub or has the data set in its cache"
         ) from error

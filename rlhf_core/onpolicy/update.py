@@ -1,5 +1,5 @@
-"""The clipped update of a policy, which PPO, RLOO and GRPO share. Knows nothing of where advantages
-come from, and nothing of critics."""
+"""The clipped policy update shared by PPO, RLOO and GRPO. It does not know where advantages come
+from, nor critics."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, cast
@@ -19,10 +19,10 @@ from rlhf_core.types import Rollout
 
 
 class Surrogate:
-    """The policy loss of a micro-batch as the head asks for it, a chunk of tokens at a time.
+    """The policy loss of a micro-batch, computed a chunk of tokens at a time for the chunked head.
 
-    A chunk lies in its rows of the micro-batch with every other place masked. Under one normalizer
-    the losses of the chunks add up to that of the minibatch, and so do the shares that are clipped.
+    A chunk is put into the rows of the micro-batch, with all other tokens masked. With a common
+    normalizer the losses of the chunks add up to that of the minibatch; so do the clip fractions.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Surrogate:
         self._normalizer = normalizer
         self._config = config
         self._kl_coef = kl_coef
-        self.clipped = advantages.new_zeros(())  # so far: tokens that a clip decided / normalizer
+        self.clipped = advantages.new_zeros(())  # so far: clipped tokens / normalizer
 
     def __call__(self, logprobs: Tensor, span: slice) -> Tensor:
         """() the loss of the tokens in `span`, from their (n,) log-probabilities."""
@@ -85,9 +85,9 @@ def update_policy(
     Args:
         advantages: (B, R) of the whole roll-out.
         picked: the rows of the minibatch.
-        normalizer: what the sum is divided by: the tokens of the minibatch, or its responses.
+        normalizer: divides the sum: the tokens of the minibatch, or its responses.
         kl_coef: β of a KL term that is differentiated, 0 for none.
-        first: no update has come between the roll-out and this one, so every ratio must be 1.
+        first: whether this is the first update since the roll-out, so every ratio must be 1.
 
     Raises: NumericsError when the loss is not finite, or a first ratio is not 1.
     """
@@ -140,7 +140,7 @@ def optimise_policy(
     mean_over: Literal["tokens", "responses"] = "tokens",
     kl_coef: float = 0.0,
 ) -> dict[str, float] | None:
-    """One update of the policy on the picked rows; None when it has already moved too far."""
+    """Update the policy on the picked rows; None, without an update, if it has moved too far."""
     tokens = float(rollout.responses.mask[picked].sum())
     stats = update_policy(
         learner,
@@ -163,15 +163,15 @@ def optimise_policy(
 
 
 def went_too_far(stats: Mapping[str, float], config: OnPolicySection) -> bool:
-    """Whether the policy has moved so far from the one that sampled that the epochs end."""
+    """Whether the policy has moved so far from the one that sampled that the epochs must end."""
     return 0 < 1.5 * config.update_kl_limit < stats["policy/approx_kl"]
 
 
 def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor, precision: Precision) -> None:
-    apart = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
-    if apart > rounding(logprobs, precision):
+    difference = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
+    if difference > rounding(logprobs, precision):
         raise NumericsError(
             "a broken invariant: the ratio is not 1 on the first minibatch of an iteration "
-            f"(log-probabilities differ by {apart:.3g}), though the policy is the one that "
+            f"(log-probabilities differ by {difference:.3g}), though the policy is the one that "
             "sampled. This is a defect: please report it with the config"
         )

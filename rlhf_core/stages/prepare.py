@@ -1,13 +1,13 @@
-"""Prepare: bring the user's data, or simulated data, into the three tables of the pipeline.
+"""Prepare: convert the user's data, or simulated data, into the three tables of the pipeline.
 
-1. read each source and check every row (`sources`, `formats`)
-2. drop what teaches nothing: pairs of identical answers, duplicates
-3. split by prompt: a row goes where its prompt was put by a source with an evaluation set of its
-   own, and else where a hash of seed and prompt says; so a prompt is on one side in all tables
-4. fill what was not given: demonstrations are the answers that were chosen, prompts are the
-   distinct prompts of the other two tables
-5. measure lengths with the model's tokenizer, and count what the later stages will cut
-6. write the tables and `validation.json`
+1. Read each source and check every row (`sources`, `formats`).
+2. Drop rows that teach nothing: pairs of identical answers, duplicates.
+3. Split by prompt. A source with its own evaluation data decides for its prompts; a hash of seed
+   and prompt decides for the others. So a prompt is on the same side in all tables.
+4. Derive missing tables: demonstrations are the chosen answers, prompts are the distinct prompts of
+   the other two tables.
+5. Measure lengths with the model's tokenizer, and count the texts that later stages will cut.
+6. Write the tables and `validation.json`.
 """
 
 from collections.abc import Mapping
@@ -60,30 +60,28 @@ if TYPE_CHECKING:
 
 
 class TableConfig(Section):
-    """Where one table comes from."""
+    """The source of one table."""
 
     path: str = Field(
         "",
         description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
-        "the hub id of a data set; empty = not given",
+        "the hub id of a data set; empty = none",
     )
     split: str = Field("train", description="Split of a Hugging Face data set")
     subset: str = Field("", description="Subset (configuration) of a hub data set")
     eval_path: str = Field(
-        "", description="Evaluation data of their own; empty = `path`, split by prompt"
+        "", description="Separate evaluation data; empty = `path`, split by prompt"
     )
     eval_split: str = Field(
-        "", description="Split that holds the evaluation data; empty = split by prompt"
+        "", description="Split with the evaluation data; empty = split by prompt"
     )
-    fields: dict[str, str] = Field(
-        {}, description="Field names where they differ: ours -> the source's"
-    )
+    fields: dict[str, str] = Field({}, description="Field names that differ: ours -> the source's")
     limit: int = Field(
-        0, ge=0, description="Use the first rows of each source alone (rows; 0 = all)"
+        0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
     )
 
     def evaluation(self) -> tuple[str, str] | None:
-        """Path and split of the evaluation data, None where they are split off by prompt."""
+        """Path and split of the evaluation data; None if the data are split by prompt."""
         if not self.eval_path and not self.eval_split:
             return None
         return self.eval_path or self.path, self.eval_split or self.split
@@ -91,9 +89,7 @@ class TableConfig(Section):
     @model_validator(mode="after")
     def _evaluation_apart(self) -> "TableConfig":
         if self.evaluation() and not self.path:
-            raise ValueError(
-                "evaluation data are named but `path` is empty: name the training data"
-            )
+            raise ValueError("evaluation data are set but `path` is empty: set the training data")
         if self.evaluation() == (self.path, self.split) and self.path:
             raise ValueError("the evaluation data are the training data: change one of the two")
         return self
@@ -110,7 +106,7 @@ class DataConfig(Section):
     )
     demonstrations: TableConfig = Field(
         default_factory=TableConfig,
-        description="prompt, response; not given = the answers that were chosen in a preference",
+        description="prompt, response; if absent, the chosen answers of the preferences",
     )
     preferences: TableConfig = Field(
         default_factory=TableConfig,
@@ -118,21 +114,21 @@ class DataConfig(Section):
     )
     prompts: TableConfig = Field(
         default_factory=TableConfig,
-        description="prompt; not given = the prompts of the other two tables",
+        description="prompt; if absent, the prompts of the other two tables",
     )
     prompt_style: Literal["text", "chat"] = Field(
         "text",
-        description="What becomes of a prompt that is a text: `text` continues it as it is, `chat` "
-        "asks it as a user's message, by the model's chat template",
+        description="How a text prompt is used: `text` continues it as it is, `chat` "
+        "sends it as a user message through the model's chat template",
     )
     prompt_template: str = Field(
-        "{prompt}", description="How a text prompt is worded; {prompt} stands for the text"
+        "{prompt}", description="Template of a text prompt; {prompt} stands for the text"
     )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
     )
     allow_shared_prompts: bool = Field(
-        False, description="Go on when a prompt is in training and evaluation data alike"
+        False, description="Allow a prompt to be in both training and evaluation data"
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="Stop at a bad row, or leave it out and count it"
@@ -147,8 +143,8 @@ class DataConfig(Section):
         }
         return tables[kind]
 
-    def worded(self, prompt: Prompt) -> Prompt:
-        """A prompt as the model is asked; messages stay as they are."""
+    def apply_template(self, prompt: Prompt) -> Prompt:
+        """Apply the template and style to a prompt; messages are not changed."""
         if not isinstance(prompt, str):
             return prompt
         text = self.prompt_template.replace("{prompt}", prompt)
@@ -158,8 +154,8 @@ class DataConfig(Section):
     def _template_takes_the_prompt(self) -> "DataConfig":
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
-                f"prompt_template {self.prompt_template!r} has no place for the text: write "
-                "{prompt} where it belongs"
+                f"prompt_template {self.prompt_template!r} does not contain {{prompt}}: write it "
+                "where the text belongs"
             )
         return self
 
@@ -169,12 +165,14 @@ class DataConfig(Section):
             for field in self.table(kind).fields:
                 if field not in FIELDS[kind]:
                     known = ", ".join(FIELDS[kind])
-                    raise ValueError(f"{kind}.fields: '{field}' is none of the fields: {known}")
+                    raise ValueError(
+                        f"{kind}.fields: unknown field '{field}'; the fields are: {known}"
+                    )
         return self
 
 
 class LengthLimits(Section):
-    """Where the later stages cut: what the truncation counts of the report are counted against."""
+    """The lengths at which later stages cut; the report counts longer texts."""
 
     prompt: int = Field(ge=1, description="Longest prompt in sampling (tokens)")
     sft: int = Field(ge=1, description="Longest prompt and response in fine-tuning (tokens)")
@@ -184,7 +182,7 @@ class LengthLimits(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport(Report):
-    """How much data there is, and what is wrong with it; in full in `validation`."""
+    """How much data there is, and what is wrong with it; `validation` has the details."""
 
     validation: Validation
     demonstrations_train: int
@@ -204,9 +202,9 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     """Write the prepared tables and the validation report.
 
     Args:
-        work: output data; sections model, in whose tokens lengths are measured, and limits.
+        work: output data; sections model, whose tokenizer measures lengths, and limits.
 
-    Raises: ConfigError or DataError, which name file, line and field, before anything is written.
+    Raises: ConfigError or DataError naming file, line and field, before anything is written.
     """
     output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
@@ -233,7 +231,7 @@ def inspect(
     seed: int,
     logger: StageLogger | None = None,
 ) -> Validation:
-    """The validation report alone; nothing is written.
+    """Compute only the validation report; nothing is written.
 
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
@@ -243,9 +241,9 @@ def inspect(
 
 def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> CleanTables:
     simulated = config.source == "simulated"
-    given = _simulated(config, seed) if simulated else _from_files(config, logger)
+    sources = _simulated(config, seed) if simulated else _from_files(config, logger)
     logger.phase("splitting by prompt")
-    tables = fill(split_by_prompt(given, config.eval_fraction, seed))
+    tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
     _check_sides(tables, config)
     _check_shared(tables, config)
     return tables
@@ -277,7 +275,7 @@ def _simulated(config: DataConfig, seed: int) -> CleanTables:
 def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
     if not config.preferences.path:
         raise ConfigError(
-            "data.source is 'files' but no preferences are given; name them in "
+            "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
     tables: CleanTables = {}
@@ -305,9 +303,11 @@ def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> Parsed
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
         raise DataError(
-            f"{table.faults[0]}; mend the row, or set data.on_bad_row to 'drop' to leave {them} out"
+            f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return replace(table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.worded)))
+    return replace(
+        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
+    )
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: Data
     prompts = table.frame["key"].nunique()
     return (
         f"{start}{len(table.frame)} with {prompts} distinct prompts are all on the "
-        f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or give "
-        f"evaluation data of their own (data.{kind}.eval_path or eval_split)"
+        f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or add "
+        f"separate evaluation data (data.{kind}.eval_path or eval_split)"
     )
 
 
@@ -340,8 +340,8 @@ def _check_shared(tables: CleanTables, config: DataConfig) -> None:
         examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in shared[:3])
         count = "1 prompt is" if len(shared) == 1 else f"{len(shared)} prompts are"
         raise DataError(
-            f"{count} in the training and in the evaluation data, for example {examples}; take "
-            "them out of one of the two, or set data.allow_shared_prompts to true"
+            f"{count} in both training and evaluation data, for example {examples}; remove "
+            "them from one of the two, or set data.allow_shared_prompts to true"
         )
 
 
@@ -411,7 +411,7 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
 
 
 def _length_histograms(counts: Mapping[TableKind, pd.DataFrame]) -> "Figure":
-    """How long the texts are, one panel for each table."""
+    """Histograms of text lengths, one panel for each table."""
     figure = figures.blank(9.6, 3.2)
     panels = figure.subplots(1, len(counts))
     for axes, (kind, lengths) in zip(panels, counts.items(), strict=True):

@@ -149,8 +149,8 @@ class Checkpoints:
             raise ValueError(f"the SHA-256 of {STATE} does not match the manifest")
         if differing := _differences(manifest["identity"], identity):
             raise CheckpointError(
-                f"the checkpoints in {self.directory} are from another run: {'; '.join(differing)}. "
-                "Undo the difference to resume it, or delete that folder to start over"
+                f"the checkpoints in {self.directory} are from another run: {'; '.join(differing)}"
+                ". Undo the difference to resume it, or delete that folder to start over"
             )
         with safe_globals(self._records):
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

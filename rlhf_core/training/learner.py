@@ -48,7 +48,7 @@ class TrainingSection(Section):
     lora_layers: int = Field(
         0,
         ge=0,
-        description="Adapters only in this many of the last blocks; the blocks below are then computed "
+        description="Adapters only in this many of the last blocks; those below are then computed "
         "once for all networks and epochs. 0 = in every block",
     )
     lora_alpha: int = Field(
@@ -122,7 +122,7 @@ class Learner:
         return float(self._schedule.get_last_lr()[0])
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Context of one forward and backward pass; the last of a step sums gradients over ranks."""
+        """Context of one forward and backward pass; the last of a step sums over the ranks."""
         return self._ranks.accumulate(self._module, last=last)
 
     def backward(self, loss: Tensor, name: str) -> None:

@@ -224,7 +224,8 @@ class Session:
         return call
 
     def safe_point(self) -> None:
-        """Call after an optimizer step, when all state is consistent: saves if due, stops if asked."""
+        """Call after an optimizer step, when all state is consistent: saves if due, and stops if
+        asked to."""
         self.step += 1
         if self._checkpoints is not None:
             if self._ranks.main:

@@ -120,7 +120,7 @@ def describe(
     """The text above the form, as Markdown."""
     place = f"It takes the place of `{champion.uri}`." if champion else "There is no champion yet."
     # Narrow, as the form is: a fourth column would be out of sight.
-    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.asked} |" for r in rules)
+    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.required} |" for r in rules)
     return "\n".join(
         [
             f"### Shall `{candidate.uri}` become the champion?",
