@@ -199,7 +199,7 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
         if not can_show(prompts, rate):
             yield (
                 f"{what}: {_many(prompts, 'held-out prompt')} cannot show {setting} {rate:g}, even "
-                f"if every one of them is won; {_needed(rate)} ({fix})."
+                f"if every one of them is won; {_needed(rate, fix)}."
             )
             break
     if "reward_model" not in sections.trainings:
@@ -210,21 +210,21 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
         yield (
             f"No policy will be trained: held-out votes on {_many(prompts, 'prompt')} cannot show "
             f"reward_gate.min_accuracy {gate:g}, even if all are predicted correctly; "
-            f"{_needed(gate)} ({more})."
+            f"{_needed(gate, more)}."
         )
     elif not can_show(prompts, 0.5):
         yield (
             f"Held-out votes on {_many(prompts, 'prompt')} cannot show that the reward model is "
-            f"better than chance; {_needed(0.5)} ({more})."
+            f"better than chance; {_needed(0.5, more)}."
         )
 
 
-def _needed(least: float) -> str:
+def _needed(least: float, fix: str) -> str:
     """How many prompts can show a share above `least`: n / (n + z²) > least, by Wilson."""
     if least == 1:
-        return "no number of them can"
+        return "no number of them can; lower it"
     z2 = NormalDist().inv_cdf(0.975) ** 2
-    return f"at least {math.floor(z2 * least / (1 - least)) + 1} are needed"
+    return f"at least {math.floor(z2 * least / (1 - least)) + 1} are needed ({fix})"
 
 
 def _half_width(prompts: int) -> float:

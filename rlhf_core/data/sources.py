@@ -266,8 +266,8 @@ def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"'{path}' is not a local file or folder, and cannot be loaded from the Hugging Face "
-            f"hub ({_first_line(error)}); check the name, the split '{split}' and the subset, and that "
-            "this machine reaches the hub or has the data set in its cache"
+            f"hub ({_first_line(error)}); check the name, the split '{split}' and the subset, and "
+            "that this machine reaches the hub or has the data set in its cache"
         ) from error
     return _from_dataset(f"{path} ({split})", dataset, limit)
 

@@ -105,7 +105,7 @@ class Head:
         return out if self._logits is self._factors else _fold(self._logits, shape).copy_(out)
 
     def add_gradient(self, chunk: Chunk, upstream: Tensor) -> None:
-        """Add the gradients of hidden, weight and bias; `upstream` is d loss / d logprob of a chunk.
+        """Add the gradients of hidden, weight and bias, given d loss / d logprob of a chunk.
 
         With e the weights and s their total, ∂/∂z = -(e - s·1[v = a])·upstream / s. The column
         factor upstream / s is applied to the narrow side of each product, which saves a pass over

@@ -188,7 +188,7 @@ def test_how_much_can_be_known():
     assert plan(evaluation=few).certainty[0].startswith("Verdict: 2 held-out prompts, 1 answer")
 
 
-MORE = "(data.eval_fraction, or evaluation data of their own)"
+MORE = "(raise data.eval_fraction, or add evaluation data)"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {},
             [
                 "No policy can be promoted: 1 held-out prompt cannot show promotion.min_win_rate "
-                f"0.5, even if every one of them is won; it takes 4 {MORE}."
+                f"0.5, even if every one of them is won; at least 4 are needed {MORE}."
             ],
         ),
         (
@@ -209,7 +209,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"evaluation": EvaluationConfig(prompts=5), "promotion": {"min_win_rate": 0.6}},
             [
                 "No policy can be promoted: 5 held-out prompts cannot show promotion.min_win_rate "
-                "0.6, even if every one of them is won; it takes 6 (evaluation.prompts)."
+                "0.6, even if every one of them is won; at least 6 are needed (raise "
+                "evaluation.prompts)."
             ],
         ),
         (
@@ -217,8 +218,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"promotion": {"min_win_rate_over_champion": 0.6}},
             [
                 "No champion can be replaced: 5 held-out prompts cannot show "
-                "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; it "
-                f"takes 6 {MORE}."
+                "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; at "
+                f"least 6 are needed {MORE}."
             ],
         ),
         (
@@ -226,16 +227,16 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"promotion": {"min_win_rate": 1.0}, "evaluation": EvaluationConfig(prompts=999)},
             [
                 "No policy can be promoted: 999 held-out prompts cannot show "
-                "promotion.min_win_rate 1, even if every one of them is won; no number of them can "
-                "(evaluation.prompts)."
+                "promotion.min_win_rate 1, even if every one of them is won; no number of them "
+                "can; lower it."
             ],
         ),
         (
             validation(voted=3),
             {},
             [
-                "The reward model cannot be told from chance by held-out votes on 3 prompts; it "
-                f"takes 4 {MORE}."
+                "Held-out votes on 3 prompts cannot show that the reward model is better than "
+                f"chance; at least 4 are needed {MORE}."
             ],
         ),
         (
@@ -243,8 +244,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"reward_gate": RewardGateConfig(min_accuracy=0.6)},
             [
                 "No policy will be trained: held-out votes on 5 prompts cannot show "
-                "reward_gate.min_accuracy 0.6, even if all of them are predicted; it takes 6 "
-                f"{MORE}."
+                "reward_gate.min_accuracy 0.6, even if all are predicted correctly; at least 6 are "
+                f"needed {MORE}."
             ],
         ),
         (validation(voted=1), {"reward_model": None}, []),

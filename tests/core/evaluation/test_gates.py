@@ -88,7 +88,7 @@ def test_champion_adds_a_rule():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"low": 0.6}, "win rate over sft 0.800 [0.600, 0.900] by true_reward"),  # has to exceed
+        ({"low": 0.6}, "win rate over sft 0.800 [0.600, 0.900] by true_reward"),  # must exceed
         ({"low": 0.5}, "by true_reward, from 2 answers to each of 10 held-out prompts; the lower"),
         ({"champion": 0.55}, "win rate over champion 0.800 [0.550, 0.900] by true_reward"),
         ({"kl": 10.01}, "KL to SFT 10.01 nats per sequence; at most 10.00"),
@@ -142,7 +142,7 @@ def test_no_champion_is_made_of_one_prompt():
     (failure,) = failures(verdict)
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
-        "prompt; the lower bound has to exceed 0.5, which so few prompts cannot show"
+        "prompt; the lower bound must exceed 0.5, which so few prompts cannot show"
     )
 
 
@@ -191,12 +191,12 @@ def test_the_numbers_of_a_reward_model_name_how_much_they_rest_on():
         ({}, None, ""),
         ({}, quality(0.3, 0.2, 0.4), ""),
         ({"min_accuracy": 0.5}, quality(low=0.501), ""),
-        ({"min_accuracy": 0.6}, quality(), "the lower bound of the accuracy has to exceed 0.6"),
-        ({"min_accuracy": 0.5}, quality(1, 1, 1, prompts=1), "has to exceed 0.5"),
-        ({"min_accuracy": 0.5}, None, "held-out accuracy not known, but the lower bound"),
+        ({"min_accuracy": 0.6}, quality(), "the lower bound of the accuracy must exceed 0.6"),
+        ({"min_accuracy": 0.5}, quality(1, 1, 1, prompts=1), "must exceed 0.5"),
+        ({"min_accuracy": 0.5}, None, "the held-out accuracy is unknown, but the lower bound"),
         ({"beat_longer": True}, quality(longer=0.69), ""),
         ({"beat_longer": True}, quality(longer=0.7), "(reward_gate.beat_longer)"),
-        ({"beat_longer": True}, None, "not known, but the accuracy has to be above that of"),
+        ({"beat_longer": True}, None, "is unknown, but the accuracy must be above that of"),
     ],
 )
 def test_the_gate_of_the_reward_model(config, measured, said):
@@ -217,9 +217,9 @@ def test_a_reward_model_that_is_refused_is_told_with_all_its_numbers_and_the_way
     assert str(refused.value) == (
         "no policy is trained on the reward model models:/demo-reward/3: held-out accuracy 0.436 "
         '[0.180, 0.850] over 39 votes on 12 prompts; the rule "prefer the longer" has 0.641, but '
-        "the lower bound of the accuracy has to exceed 0.5 (reward_gate.min_accuracy), and the "
-        'accuracy has to be above that of "prefer the longer" (reward_gate.beat_longer). It stays '
-        "registered. Get more or better preferences, train it with other settings, or change "
+        "the lower bound of the accuracy must exceed 0.5 (reward_gate.min_accuracy), and the "
+        'accuracy must be above that of "prefer the longer" (reward_gate.beat_longer). It stays '
+        "registered. Collect more or better preferences, train it with other settings, or change "
         "reward_gate.min_accuracy and reward_gate.beat_longer"
     )
 

@@ -259,7 +259,7 @@ def test_another_run_is_refused_with_what_differs(again, stage):
 
 
 def test_another_seed_is_refused(again):
-    with pytest.raises(CheckpointError, match="another run: seed is 0 there and 1 here"):
+    with pytest.raises(CheckpointError, match="another run: seed was 0 and is now 1"):
         again("rloo", seed=1)
 
 

@@ -81,7 +81,7 @@ def test_stopped_by_sigterm_and_continued_on_any_number_of_ranks(data, tmp_path,
     job = job_of(data, tmp_path / "two")
     logger = Acting(5, lambda: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to continue"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to resume"):
         launch(job, logger)
     assert signal.getsignal(signal.SIGTERM) is before
     (saved,) = (tmp_path / "two" / "checkpoints").iterdir()  # every_seconds is 60

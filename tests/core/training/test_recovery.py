@@ -148,7 +148,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         session.safe_point()
     with (
         open_session(tmp_path, batches(), seed=7) as session,
-        pytest.raises(CheckpointError, match="seed is 0 there and 7 here"),
+        pytest.raises(CheckpointError, match="seed was 0 and is now 7"),
     ):
         session.resume()
 
