@@ -177,7 +177,7 @@ def test_head_that_says_something_else_than_the_formulas_is_a_broken_invariant(
 
     Policy(causal[0])
     monkeypatch.setattr(networks, "chunked_token_loss", wrong)
-    with pytest.raises(NumericsError, match="the head that trains gives other log-probabilities"):
+    with pytest.raises(NumericsError, match="different log-probabilities or entropies"):
         Policy(causal[0])
 
 
@@ -289,16 +289,16 @@ def test_model_without_a_scalar_head_is_refused():
 
 
 def test_policy_in_place_of_a_reward_model(saved):
-    with pytest.raises(ModelError, match="kind 'policy'; reward or critic is needed"):
+    with pytest.raises(ModelError, match="kind 'policy', but reward or critic is needed"):
         ScalarModel.load(saved)
 
 
 def test_reward_model_in_place_of_a_policy(scalar, causal, tmp_path):
     scalar.save(causal[1], tmp_path / "reward", kind="reward")
     for load in (load_policy, partial(Policy.load, device="cpu")):
-        with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
+        with pytest.raises(ModelError, match="kind 'reward', but policy is needed"):
             load(tmp_path / "reward")
-    with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
+    with pytest.raises(ModelError, match="kind 'reward', but policy is needed"):
         ScalarModel.from_policy(tmp_path / "reward", torch.Generator())
 
 

@@ -337,7 +337,7 @@ def test_a_mapped_field_may_be_that_of_the_votes_in_a_list():
     assert [str(fault) for fault in found.faults] == [
         "my/file.jsonl, line 2, field 'left': 'right' is not a side; a side is 'a' or 'b'"
     ]
-    with pytest.raises(DataError, match=r"has no field 'first', which .* gives for 'shown_first'"):
+    with pytest.raises(DataError, match=r"has no field 'first', which .* maps to 'shown_first'"):
         table("preferences", *rows, names={"shown_first": "first"})
 
 

@@ -219,8 +219,9 @@ def test_a_hub_data_set_without_network_is_one_sentence(tmp_path):
         check=True,
     )
     assert done.stdout == (
-        "'nobody/nothing' is not a local file or folder, and cannot be loaded from the Hugging Face "
-        "hub (Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)); check the name, the "
+        "'nobody/nothing' is not a local file or folder, and cannot be loaded from the Hugging "
+        "Face hub (Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)); check the "
+        "name, the "
         "split 'train' and the subset, and that this machine reaches the hub or has the data set "
         "in its cache\n"
     )

@@ -340,7 +340,7 @@ def test_every_setting_is_read(run, recording, truth, toy_sampling):
         ("toy_truth:missing", "not a function that can be imported"),
         ("toy_truth", "not a function that can be imported"),
         (":f", "not a function that can be imported"),
-        ("toy_truth:number", "is no function but a int"),
+        ("toy_truth:number", "is a int, not a function"),
     ],
 )
 def test_truth_that_cannot_be_imported(truth, path, said):

@@ -251,7 +251,7 @@ def test_another_run_is_refused_with_all_that_differs(two):
     differing = r": length was missing and is now 9; seed was 0 and is now 1\. Undo .* delete"
     with pytest.raises(CheckpointError, match=differing):
         two.latest(other)
-    with pytest.raises(CheckpointError, match=r": data is a1b2 there and missing here\. "):
+    with pytest.raises(CheckpointError, match=r": data was a1b2 and is now missing\. "):
         two.latest({"seed": "0"})
     assert two.latest(dict(reversed(RUN.items())))["step"] == 2
 
@@ -259,7 +259,7 @@ def test_another_run_is_refused_with_all_that_differs(two):
 def test_another_format_is_refused(two, newest):
     file = newest / "manifest.json"
     file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match=r"has format 2 but this version reads 1; .* delete"):
+    with pytest.raises(CheckpointError, match=r"has format 2, but this version reads 1; .* delete"):
         two.latest(RUN)
 
 

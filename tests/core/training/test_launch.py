@@ -131,7 +131,7 @@ def kill_a_rank():
 
 
 def test_when_a_rank_is_killed_all_end(data, tmp_path, no_process_left):
-    with pytest.raises(RuntimeError, match="the sft stage has failed"):
+    with pytest.raises(RuntimeError, match="the sft stage failed"):
         launch(job_of(data, tmp_path), Acting(3, kill_a_rank))
 
 
