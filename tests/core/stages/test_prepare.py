@@ -316,7 +316,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
         "or set data.source to 'simulated'"
     )
     for settings, message in (
-        ({"eval_path": "x.csv"}, "evaluation data are named but `path` is empty"),
+        ({"eval_path": "x.csv"}, "evaluation data are set but `path` is empty"),
         ({"path": "d", "eval_split": "train"}, "the evaluation data are the training data"),
         ({"path": "x.csv", "eval_path": "x.csv"}, "the evaluation data are the training data"),
     ):

@@ -169,7 +169,7 @@ def test_run_stops_at_the_kl_budget(train, logger, tmp_path, caplog):
         ({"batch_size": 20}, "batch_size 20 is larger than rollout_size 16"),
         ({"dual_clip": 0.5}, r"dual_clip 0\.5 must be above 1"),
         ({"kl_coef": 0.0}, r"kl_coef 0 cannot adapt; .* set kl_control to fixed"),
-        ({"rewards": (RewardTerm(), RewardTerm())}, "reward_model is 2 parts of the reward"),
+        ({"rewards": (RewardTerm(), RewardTerm())}, "reward_model is listed 2 times"),
         ({"gamma": 0.9}, "Extra inputs are not permitted"),
     ],
 )
