@@ -78,7 +78,7 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
             work.device,
             config.precision,
             max_length=sampling.max_length,
-            ready=networks.rewards,
+            loaded=networks.rewards,
         ),
         sampler=PolicySampler(networks.policy, sampling.temperature),
         config=config,

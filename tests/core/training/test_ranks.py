@@ -237,7 +237,7 @@ def test_only_the_main_rank_speaks(both):
 
 
 def test_a_request_that_reaches_one_rank_stops_both_at_the_same_safe_point(both):
-    message = "training was stopped by SIGTERM at step 3; run again to continue"
+    message = "training was stopped by SIGTERM at step 3; run again to resume"
     assert both[0]["stopped"] == (3, 1, message)  # the one that saves
     assert both[1]["stopped"] == (3, 0, message)
 
