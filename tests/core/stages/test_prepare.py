@@ -324,7 +324,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
             TableConfig(**settings)
     with pytest.raises(
         ValidationError,
-        match=r"prompts\.fields: 'promt' is none of the fields: id, prompt",
+        match=r"prompts\.fields: unknown field 'promt'; the fields are: id, prompt",
     ):
         files(prompts=TableConfig(fields={"promt": "q"}))
 

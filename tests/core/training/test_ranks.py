@@ -255,7 +255,7 @@ def test_fsdp_spreads_parameters_gradients_and_optimizer(both):
 
 def test_fsdp_refuses_a_trunk_that_two_networks_learn_on(both):
     for found in both:
-        assert "take strategy ddp, set lora_rank to 0" in found["refused"]
+        assert "use strategy ddp, set lora_rank to 0" in found["refused"]
 
 
 # --- whose rows ---
