@@ -3,11 +3,12 @@
     python benchmarks/table.py                                  # measures missing cells
     python benchmarks/table.py --rows ppo-gpt2,sft-gpt2 --rounds 5
     python benchmarks/table.py --try                            # every cell once, on tiny work
-    python benchmarks/table.py --write                          # writes README.md from the measurements
+    python benchmarks/table.py --write                          # writes README.md from the results
 
 A cell is measured in a separate process. Three sides take turns: ours, whose allocator is always
 tuned; the peer; and the peer with the allocator tuned by the same variables. Each measurement is
-appended to table.jsonl immediately, so nothing is lost when this is stopped, and the same command resumes with the missing cells of the current commit.
+appended to table.jsonl immediately, so nothing is lost when this is stopped: the same command
+measures only the missing cells of the current commit.
 """
 
 import argparse
