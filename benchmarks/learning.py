@@ -19,10 +19,10 @@ from statistics import mean
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from flows.local import memory
+from flows.local import allocator
 
 if __name__ == "__main__":
-    memory.keep()
+    allocator.keep_memory()
 
 import torch
 

@@ -18,10 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flows.local import memory  # before torch is imported
+from flows.local import allocator  # before torch is imported
 
 if __name__ == "__main__":
-    memory.keep()
+    allocator.keep_memory()
 
 import torch
 from report import Clock, report

@@ -3,11 +3,12 @@
     python benchmarks/table.py                                  # measures missing cells
     python benchmarks/table.py --rows ppo-gpt2,sft-gpt2 --rounds 5
     python benchmarks/table.py --try                            # every cell once, on tiny work
-    python benchmarks/table.py --write                          # writes README.md from the measurements
+    python benchmarks/table.py --write                          # writes them into README.md
 
 A cell is measured in a separate process. Three sides take turns: ours, whose allocator is always
 tuned; the peer; and the peer with the allocator tuned by the same variables. Each measurement is
-appended to table.jsonl immediately, so nothing is lost when this is stopped, and the same command resumes with the missing cells of the current commit.
+appended to table.jsonl immediately, so nothing is lost when this is stopped, and the same command
+resumes with the missing cells of the current commit.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from flows.local.memory import ENVIRONMENT
+from flows.local.allocator import ENVIRONMENT
 
 Side = Literal["ours", "peer", "tuned"]
 Line = dict[str, Any]
@@ -150,7 +151,7 @@ def measure(row: Row, side: Side, models: Path, options: str) -> Line:
 
 def commit() -> str:
     """The last commit that changed what is measured; with a + where there are changes since."""
-    measured = ["rlhf_core", "flows/local/memory.py", *(str(file) for file in HERE.glob("*.py"))]
+    measured = ["rlhf_core", "flows/local/allocator.py", *(str(file) for file in HERE.glob("*.py"))]
 
     def git(*arguments: str) -> str:
         words = ["git", "-C", str(ROOT), *arguments, "--", *measured]

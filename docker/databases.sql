@@ -1,5 +1,5 @@
--- A role, and a database that it owns, for each service. May run at every start: it makes what is
--- missing and gives each role the password that the environment has now.
+-- A role, and a database that it owns, for each service. It can run at every start: it creates what
+-- is missing and sets the password of each role to that in the environment.
 \set ON_ERROR_STOP on
 \getenv prefect POSTGRES_PREFECT_PASSWORD
 \getenv mlflow POSTGRES_MLFLOW_PASSWORD
@@ -15,7 +15,7 @@ SELECT format('CREATE DATABASE %I OWNER %I', name, name) FROM wanted
 WHERE name NOT IN (SELECT datname FROM pg_database) \gexec
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', name) FROM wanted \gexec
 
--- Prefect searches names with it. Made by the owner, so that the owner can restore it.
+-- Prefect searches names with it. Its owner creates it, so that the owner can restore it.
 \connect prefect
 SET ROLE prefect;
 SET client_min_messages TO warning;

@@ -1,8 +1,7 @@
-"""The command `rlhf`. Says what exists and prints; the work is done elsewhere.
+"""The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 done, 1 the run or a service failed, 2 a mistake of the user, 130 interrupted by
-Ctrl-C, 143 by SIGTERM.
-What is slow to import is imported by the command that needs it.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interrupted by Ctrl-C, 143
+by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
 """
 
 import signal
@@ -27,7 +26,6 @@ from flows.cli.printing import (
     line,
     responses_as_json,
     responses_as_text,
-    say_aloud,
     show_comparison,
     show_error,
     show_links,
@@ -36,8 +34,9 @@ from flows.cli.printing import (
     show_services,
     show_start,
     show_validation,
+    warn_on_terminal,
 )
-from flows.local import find, memory, serve
+from flows.local import allocator, find, serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
 from tasks.settings import StoreSettings, read_settings
@@ -46,14 +45,14 @@ if TYPE_CHECKING:
     from flows.config import PipelineConfig
     from tasks.settings import Settings
 
-FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class Commands(TyperGroup):
-    """Turns what a user can mend into one sentence and an exit status."""
+    """Turns errors that a user can fix into one sentence and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a defect passes and keeps its traceback."""
+        """Run the command; a defect propagates with its traceback."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -61,7 +60,7 @@ class Commands(TyperGroup):
         except (ServiceError, NumericsError) as error:
             raise _end(str(error), FAILED) from None
         except UserError as error:
-            raise _end(str(error), MISTAKE) from None
+            raise _end(str(error), USER_ERROR) from None
         except Exception as error:
             if sentence := explain(error):
                 raise _end(sentence, FAILED) from None
@@ -85,30 +84,30 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(version_option: bool) -> None:
+    if version_option:
         versions = {name: version(name) for name in ("torch", "prefect", "mlflow")}
-        beside = ", ".join(f"{name} {number}" for name, number in versions.items())
-        typer.echo(f"rlhf {version('rlhf-pipeline')} (Python {python_version()}, {beside})")
+        libraries = ", ".join(f"{name} {number}" for name, number in versions.items())
+        typer.echo(f"rlhf {version('rlhf-pipeline')} (Python {python_version()}, {libraries})")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    asked: Annotated[
+    version_option: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Take what concerns no single command."""
+    """Handle the options that belong to no single command."""
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be given many times."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable."),
 ]
 
 
@@ -121,20 +120,20 @@ def run(
         typer.Option(
             "--force",
             metavar="STAGE",
-            help="Do a stage again though it was done before: prepare, sft, reward_model, policy "
-            "or evaluation; may be given many times.",
+            help="Run a stage again even if a result can be reused: prepare, sft, reward_model, "
+            "policy or evaluation; repeatable.",
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Run the whole pipeline here and now, and print what came out of it.
+    """Run the whole pipeline in this process and print its report.
 
-    MLflow and Prefect are those that MLFLOW_TRACKING_URI and PREFECT_API_URL name, else those of a
-    running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` shows later. A
-    policy that is not promoted is a result and not a failure: the exit status is 0.
+    The command uses the MLflow and Prefect servers in MLFLOW_TRACKING_URI and PREFECT_API_URL, else
+    those of a running `rlhf up`, else files under RLHF_HOME (default .rlhf), which `rlhf up` can
+    show later. A run whose policy is not promoted has not failed: its exit status is 0.
 
-    Stages that were done before with the same settings, inputs and code are taken from the
-    registry. A run that was interrupted or killed is continued by the same command: the stage in
-    which it stopped goes on from its last checkpoint.
+    Stages that were run before with the same settings, inputs and code are reused from the
+    registry. To resume an interrupted or killed run, repeat the command: the stage that was
+    interrupted resumes from its last checkpoint.
     """
     settings = find.join(read_settings(), prefect=True)
     show_start(settings)
@@ -143,13 +142,13 @@ def run(
 
 @app.command(epilog="Example: rlhf resume happy-otter")
 def resume(
-    run: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
+    run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
 ) -> None:
-    """Go on with a pipeline run that was stopped or killed.
+    """Resume a pipeline run that was stopped or killed.
 
-    Finished stages are taken from the registry, and the one that was interrupted goes on from its
-    last checkpoint. A run of a deployment goes back to its workers, once its state has settled: a
-    retry that comes within seconds of a crash would be lost. Any other goes on here and now.
+    Finished stages are reused from the registry, and the interrupted stage resumes from its last
+    checkpoint. A run of a deployment is returned to its workers once its state has settled, because
+    Prefect loses a retry within seconds of a crash. Any other run resumes in this process.
     """
     settings = find.join(read_settings(), prefect=True)
     from tasks.history.stopped import find_stopped
@@ -161,12 +160,12 @@ def resume(
         if is_deployed(stopped.flow_run_id):
             name = resume_deployed(stopped.flow_run_id, say=line)
             address = f"{settings.prefect_public_url}/runs/flow-run/{stopped.flow_run_id}"
-            line(f"{name} goes on: {address}")
+            line(f"{name} resumes: {address}")
             return
     if stopped.flow_name not in ("", "rlhf"):
         raise UserError(
-            f"{run} was begun by the flow {stopped.flow_name}: set PREFECT_API_URL to the server "
-            "that it ran on, or start the same again"
+            f"{run} was started by the flow {stopped.flow_name}: set PREFECT_API_URL to the server "
+            "that it ran on, or start that flow again"
         )
     from flows.config import PipelineConfig
     from tasks.record.run import mark_for_resume
@@ -182,16 +181,18 @@ def sweep(
     config: ConfigFile,
     grid: Annotated[
         list[str],
-        typer.Option("--grid", metavar="KEY=V,V,...", help="A setting to try; many times: all."),
+        typer.Option(
+            "--grid", metavar="KEY=V,V,...", help="Values to try for a setting; repeatable."
+        ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 1,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run a pipeline for every combination of some settings, and show what each gains at which KL.
+    """Run a pipeline for every combination of some settings, and plot reward against KL for each.
 
-    All points are children of one MLflow run, which ends with the table and the plot. Stages that
-    points share are done once. Nothing is promoted. Interrupted or killed, the same command goes
-    on.
+    All points are children of one MLflow run, which gets the final table and plot. Stages that
+    points share run once. Nothing is promoted. To resume an interrupted or killed sweep, repeat the
+    command.
     """
     settings = find.join(read_settings(), prefect=True)
     show_start(settings)
@@ -210,18 +211,20 @@ def up(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
     configs: Annotated[
         Path | None,
-        typer.Option(help="Its YAML files are the presets; else ./configs, else those that ship."),
+        typer.Option(
+            help="Folder of YAML presets [default: ./configs, else the presets in the package]."
+        ),
     ] = None,
 ) -> None:
     """Run Prefect, MLflow and a worker on this machine until Ctrl-C.
 
-    In the Prefect UI each preset is a deployment: a form that is filled in, to change and to start,
-    or to give a schedule. So are the stages, one by one, and retraining. Everything listens on the
-    loopback address only and is stopped together. What `rlhf run` did before is there too.
+    In the Prefect UI each preset is a deployment: a form with its values filled in, which you can
+    edit, start or schedule. Each single stage and retraining have a form too. The services listen
+    on the loopback address only and stop together. Earlier runs of `rlhf run` are shown as well.
 
-    Both pages ask for a password that is made at each start. Open them by the links that are
-    printed, each of which signs in one browser; `rlhf sign-in` prints new ones. Other commands find
-    the password by themselves.
+    Both pages require a password, which is generated at each start. Open them with the printed
+    links, each of which signs in one browser; `rlhf sign-in` prints new ones. Other commands find
+    the password themselves.
     """
     err.print("Starting Prefect, MLflow and a worker …", highlight=False)
     try:
@@ -239,7 +242,7 @@ def up(
 
 @app.command(name="sign-in", epilog="Example: rlhf sign-in")
 def sign_in() -> None:
-    """Print links that open the pages of a running `rlhf up`; each signs in one browser, once."""
+    """Print links to the pages of a running `rlhf up`; each link signs in one browser, once."""
     show_links(*find.signed_in(read_settings()))
 
 
@@ -249,10 +252,10 @@ def sign_in() -> None:
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 def run_program(
-    program: Annotated[str, typer.Argument(help="A program, such as prefect or mlflow.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="What it is called with.")] = None,
+    program: Annotated[str, typer.Argument(help="A program, for example prefect or mlflow.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
 ) -> None:
-    """Run another program with the addresses and the password of this home's servers."""
+    """Run another program with this home's server addresses and password in its environment."""
     find.join(read_settings(), prefect=True)
     find.become(program, arguments or [])
 
@@ -261,24 +264,31 @@ def run_program(
 def deploy(
     configs: Annotated[
         Path | None,
-        typer.Argument(help="A folder of YAML files; else ./configs, else those that ship."),
+        typer.Argument(
+            help="Folder of YAML presets [default: ./configs, else the presets in the package]."
+        ),
     ] = None,
     working_dir: Annotated[
-        str, typer.Option(help="What relative paths in a config refer to, on the worker.")
+        str,
+        typer.Option(help="The folder on the worker that relative paths in a config start from."),
     ] = "",
-    owner: Annotated[str, typer.Option(help="Who answers for them: a tag.")] = find.OWNER,
+    owner: Annotated[
+        str, typer.Option(help="Who owns the deployments; shown as a tag.")
+    ] = find.OWNER,
     write: Annotated[
-        Path | None, typer.Option(help="Write them for `prefect deploy --all` instead.")
+        Path | None,
+        typer.Option(help="Write a file for `prefect deploy --all` instead of registering."),
     ] = None,
 ) -> None:
     """Register every flow as a deployment of a running Prefect server.
 
-    Each YAML file is a preset: the pipeline and retraining, filled in. The stages one by one start
-    with the values of `demo`, else of the first preset. Made with them: the work pool `rlhf` and
-    the concurrency limit `rlhf-accelerator`, which lets one training run at a time.
+    Each YAML file is a preset with two deployments, the pipeline and retraining. The forms of the
+    single stages start with the values of `demo`, else of the first preset. The command also
+    creates the work pool `rlhf` and the concurrency limit `rlhf-accelerator`, which lets one
+    training run at a time.
 
-    `rlhf up` does this by itself. Anywhere else name the server by PREFECT_API_URL, and start a
-    worker where this package is installed: rlhf exec prefect worker start --pool rlhf
+    `rlhf up` does this itself. For any other server set PREFECT_API_URL, and start a worker where
+    this package is installed: rlhf exec prefect worker start --pool rlhf
     """
     if write is not None:
         from flows.deploy.deployments import prefect_yaml
@@ -287,10 +297,12 @@ def deploy(
         return
     settings = find.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
-        raise UserError("No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL.")
-    from flows.deploy.deployments import deploy as register
+        raise UserError(
+            "No Prefect server is running here: start `rlhf up`, or set PREFECT_API_URL."
+        )
+    from flows.deploy.deployments import deploy as register_deployments
 
-    for name in register(configs or presets(), working_dir=working_dir, owner=owner):
+    for name in register_deployments(configs or presets(), working_dir=working_dir, owner=owner):
         line(name)
     from flows.deploy import automations
 
@@ -302,10 +314,10 @@ def deploy(
 def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a config and its data, and print what a run would do with them; nothing is trained.
 
-    Every setting is parsed and held against the others; the data are read as the pipeline would
-    read them: rows kept and dropped with reasons, duplicates, contradictions, lengths, truncation.
-    Then come the steps of each stage, the parameters that learn, and whether there are enough
-    held-out prompts to find anything out. No weights are loaded.
+    The command validates every setting and reads the data as the pipeline would. It reports rows
+    kept and dropped with reasons, duplicates, contradictions, lengths and truncation, then the
+    steps and trainable parameters of each stage, and whether there are enough held-out prompts to
+    detect a difference. It loads no weights.
     """
     find.join(read_settings())
     pipeline = _load(config, overrides)
@@ -324,7 +336,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
 
 @app.command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
 def show_config(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Print a config as YAML with every default filled in: a file that `rlhf run` takes."""
+    """Print a config as YAML with every default filled in; `rlhf run` accepts the output."""
     import yaml
 
     find.join(read_settings())
@@ -338,44 +350,46 @@ def show_config(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa:
 )
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; none: one a line from standard input.")
+        list[str] | None, typer.Argument(help="Prompts [default: the lines of standard input].")
     ] = None,
     model: Annotated[
         str, typer.Option(help="models:/NAME/VERSION, models:/NAME@ALIAS, a folder or a hub id.")
     ] = "models:/demo-policy@champion",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response (tokens).")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of a response (tokens).")
+    ] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same texts.")] = 0,
     chat: Annotated[
         bool,
         typer.Option(
             "--chat",
-            help="Ask as a user's message; a policy trained on messages is asked so anyway.",
+            help="Send the prompt as a user message; always on for a policy trained on messages.",
         ),
     ] = False,
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print an object a line: prompt, sample (from 1) and response."
+            "--json", help="Print one object per line: prompt, sample (from 1) and response."
         ),
     ] = False,
 ) -> None:
-    """Let a policy continue prompts, and print its responses.
+    """Generate responses of a policy to prompts.
 
-    One response to one prompt is printed as it is. Of several, each prompt stands above its
-    responses, on lines that begin with `>`; the responses are indented, and numbered where a prompt
-    has more than one.
+    A single response to a single prompt is printed as it is. Otherwise each prompt is printed above
+    its responses, on lines that start with `>`; the responses are indented, and numbered if a
+    prompt has several.
     """
     texts = prompts or _lines()
     settings = find.join(read_settings())
     from tasks.record.terminal import on_terminal
-    from tasks.serving.generation import generate as ask
+    from tasks.serving.generation import generate as generate_texts
 
     with on_terminal("generate") as logger:
-        answers = ask(
+        answers = generate_texts(
             model,
             texts,
             settings=settings,
@@ -391,22 +405,20 @@ def generate(
 
 @app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")
 def compare(
-    first: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
-    second: Annotated[str, typer.Argument(help="Another one.")],
-    everything: Annotated[
-        bool, typer.Option("--all", help="Show also what the runs have in common.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
+    first: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
+    second: Annotated[str, typer.Argument(help="The run to compare it with.")],
+    everything: Annotated[bool, typer.Option("--all", help="Also show what is the same.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Compare two pipeline runs: the settings, stages and metrics that differ.
 
-    A metric stands with its 95 % interval, and a stage that was taken from another run with the
-    metrics of that run.
+    A metric is shown with its 95 % interval. A stage that was reused from another run is shown with
+    the metrics of that run.
     """
     settings = find.join(read_settings())
-    from tasks.history.comparison import compare as hold
+    from tasks.history.comparison import compare as compare_runs
 
-    comparison = hold(first, second, settings=settings)
+    comparison = compare_runs(first, second, settings=settings)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
@@ -415,14 +427,16 @@ def compare(
 
 @app.command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')
 def promote(
-    run: Annotated[str, typer.Argument(help="A pipeline run: its id, the start of it, or name.")],
-    by: Annotated[str, typer.Option(help="Who says yes; else the user of this machine.")] = "",
-    reason: Annotated[str, typer.Option(help="Why, for those who ask later.")] = "",
+    run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
+    by: Annotated[str, typer.Option(help="Who approves [default: your user name].")] = "",
+    reason: Annotated[
+        str, typer.Option(help="Why you approve; kept with the run and the version.")
+    ] = "",
 ) -> None:
-    """Say yes to a promotion that waits for a person.
+    """Approve a pending promotion.
 
-    A run that is suspended in Prefect gets the answer and goes on. The policy of one that has ended
-    becomes the champion, if the champion is still the one that it was compared with.
+    A run that is suspended in Prefect receives the approval and resumes. If the run has ended, its
+    policy becomes the champion, provided that the champion is still the one it was compared with.
     """
     settings = find.join(read_settings(), prefect=True)
     from flows.cli import logs
@@ -434,13 +448,14 @@ def promote(
 
 @app.command(epilog="Examples: rlhf rollback demo · rlhf rollback demo --to 3")
 def rollback(
-    project: Annotated[str, typer.Argument(help="Whose champion is taken back.")],
+    project: Annotated[str, typer.Argument(help="The project whose champion to replace.")],
     to: Annotated[
-        int | None, typer.Option(min=1, help="A version; else the one that was replaced.")
+        int | None,
+        typer.Option(min=1, help="The version to restore [default: the previous champion]."),
     ] = None,
-    by: Annotated[str, typer.Option(help="Who says so; else the user of this machine.")] = "",
+    by: Annotated[str, typer.Option(help="Who decides [default: your user name].")] = "",
 ) -> None:
-    """Put the policy that the champion has replaced, or any version, back in use."""
+    """Restore the previous champion, or any other version, as champion."""
     settings = find.join(read_settings(), prefect=True)
     from flows.cli import logs
     from tasks.steps.promotion import roll_back
@@ -454,7 +469,7 @@ def export(
     model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
 ) -> None:
-    """Write a model that MLflow serves: a policy answers prompts, a reward model scores texts."""
+    """Export a policy, which answers prompts, or a reward model for `mlflow models serve`."""
     settings = find.join(read_settings())
     from tasks.record.record import Record
     from tasks.serving.export import export_servable
@@ -468,29 +483,31 @@ def export(
 def backup(
     folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
 ) -> None:
-    """Save everything that is kept: databases, models, reports, results. Nothing has to stop.
+    """Back up databases, models, reports and results; servers and training may keep running.
 
-    What is saved is RLHF_HOME; in the stack of docker-compose.yml its databases and its bucket too:
-    `docker compose run --rm tools backup /backup/monday`.
+    The back-up holds RLHF_HOME. In the stack of docker-compose.yml it also holds the databases and
+    the bucket: `docker compose run --rm tools backup /backup/monday`.
     """
-    from tasks.backup import backup as save
+    from tasks.backup import backup as make_backup
 
-    manifest = save(read_settings(), StoreSettings(), folder)
+    manifest = make_backup(read_settings(), StoreSettings(), folder)
     line(f"{len(manifest.files)} files in {folder}")
 
 
 @app.command(epilog="Example: rlhf restore backups/monday")
-def restore(folder: Annotated[Path, typer.Argument(help="What `rlhf backup` wrote.")]) -> None:
-    """Put back what was saved, into an RLHF_HOME that is empty and that no `rlhf up` serves."""
+def restore(
+    folder: Annotated[Path, typer.Argument(help="A folder that `rlhf backup` wrote.")],
+) -> None:
+    """Restore a back-up into an empty RLHF_HOME that no `rlhf up` is using."""
     settings = read_settings()
     if there := find.running(settings):
         raise UserError(
-            f"`rlhf up` runs for {settings.home} (process {there.pid}): stop it with Ctrl-C in its "
-            "terminal, and move its folder away."
+            f"`rlhf up` is running for {settings.home} (process {there.pid}): stop it with Ctrl-C "
+            "in its terminal, and move its folder away."
         )
-    from tasks.backup import restore as put_back
+    from tasks.backup import restore as restore_backup
 
-    manifest = put_back(settings, StoreSettings(), folder)
+    manifest = restore_backup(settings, StoreSettings(), folder)
     line(f"{len(manifest.files)} files from {folder}")
 
 
@@ -511,8 +528,8 @@ def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> 
 
 @contextmanager
 def _prefect(settings: "Settings") -> Iterator[None]:
-    """A Prefect server for flows of this process, where none is in use; it starts meanwhile."""
-    with serve.prefect_server(settings, say_aloud) as ready:
+    """Start a Prefect server for the flows of this process if none is set, while imports run."""
+    with serve.prefect_server(settings, warn_on_terminal) as ready:
         from flows.cli import logs
 
         logs.quiet_terminal()
@@ -524,24 +541,24 @@ def _prefect(settings: "Settings") -> Iterator[None]:
 
 
 class Terminated(BaseException):
-    """SIGTERM has reached the command. No Exception, like KeyboardInterrupt."""
+    """The command received SIGTERM. Like KeyboardInterrupt, it is not an Exception."""
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, and either way it is said how to go on."""
+    """Make SIGTERM end the block as Ctrl-C does, and tell the user how to resume."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
-    way_on = "the same command goes on from the last checkpoint."
+    how_to_resume = "repeat the command to resume from the last checkpoint."
     try:
         yield
     except KeyboardInterrupt:
-        raise _end(f"Interrupted; {way_on}", INTERRUPTED) from None
+        raise _end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
     except Terminated:
-        raise _end(f"Terminated; {way_on}", TERMINATED) from None
+        raise _end(f"Terminated; {how_to_resume}", TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -557,13 +574,15 @@ def _lines() -> list[str]:
     """The lines of standard input that are not blank."""
     texts = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
-        raise UserError("There is no prompt: give one as an argument, or one a line on the input.")
+        raise UserError(
+            "There is no prompt: pass it as an argument, or one per line on standard input."
+        )
     return texts
 
 
 def main() -> None:
     """The entry point of the command."""
-    memory.keep()
+    allocator.keep_memory()
     app()
 
 

@@ -1,4 +1,4 @@
-"""The config of a pipeline: the sections of its stages side by side, and what must fit between."""
+"""The config of a pipeline: the sections of its stages, and the checks across them."""
 
 from typing import Annotated, Self
 
@@ -22,56 +22,70 @@ from rlhf_core.training.learner import TrainingSection
 
 
 class RunConfig(Section):
-    """What every flow is told: where its results belong, and where its random numbers start."""
+    """The settings of every flow: its project and its seed."""
 
     project: str = Field(
         "demo",
         pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
-        description="Names the MLflow experiment and the registered models, as in demo-policy "
-        "(small letters, digits, dashes)",
+        description="Name of the MLflow experiment, and prefix of the registered models, as in "
+        "demo-policy (lower-case letters, digits, dashes)",
     )
-    seed: int = Field(0, ge=0, description="Same seed, same machine: same result")
+    seed: int = Field(
+        0, ge=0, description="Random seed; on the same machine the same seed gives the same result"
+    )
 
 
 class SFTSection(SFTConfig):
-    """Supervised fine-tuning, or a policy that is there already."""
+    """Supervised fine-tuning, or an existing SFT policy."""
 
     reuse: str = Field(
-        "", description="models:/NAME/VERSION or models:/NAME@ALIAS to take; empty = train"
+        "",
+        description="models:/NAME/VERSION or models:/NAME@ALIAS to use instead of training; "
+        "empty = train",
     )
 
 
 class RewardModelSection(RewardModelConfig):
-    """Reward-model training, or a reward model that is there already."""
+    """Reward-model training, or an existing reward model."""
 
     reuse: str = Field(
-        "", description="models:/NAME/VERSION or models:/NAME@ALIAS to take; empty = train"
+        "",
+        description="models:/NAME/VERSION or models:/NAME@ALIAS to use instead of training; "
+        "empty = train",
     )
 
 
 def _is_algorithm(name: str) -> str:
     if name not in (known := algorithms()):
-        raise ValueError(f"'{name}' is no algorithm; it must be one of {', '.join(known)}")
+        raise ValueError(f"'{name}' is not an algorithm; it must be one of {', '.join(known)}")
     return name
 
 
-# A form shows fields in the order of a class, so these are fields to share and not a base class.
+# These fields are shared without a base class, because a form shows those of a base class first.
 Algorithm = Annotated[
     str,
     AfterValidator(_is_algorithm),
     Field(
-        description="How the policy is optimised; the section of that name has the settings",
+        description="How the policy is optimised; its settings are in the section of that name",
         json_schema_extra=lambda schema: schema.update(enum=algorithms()),
     ),
 ]
-PPOSection = Annotated[PPOConfig, Field(description="A policy and a critic, on a learnt reward")]
-RLOOSection = Annotated[RLOOConfig, Field(description="Responses to one prompt against each other")]
-GRPOSection = Annotated[GRPOConfig, Field(description="The same in units of their spread")]
-DPOSection = Annotated[DPOConfig, Field(description="On the preferences, without a learnt reward")]
+PPOSection = Annotated[
+    PPOConfig, Field(description="PPO: a policy and a critic, trained on a learnt reward")
+]
+RLOOSection = Annotated[
+    RLOOConfig, Field(description="RLOO: compares the responses to one prompt with each other")
+]
+GRPOSection = Annotated[
+    GRPOConfig, Field(description="GRPO: like RLOO, in units of the standard deviation of a group")
+]
+DPOSection = Annotated[
+    DPOConfig, Field(description="DPO: trains on the preferences, without a learnt reward")
+]
 
 
 class ByAlgorithm(RunConfig):
-    """A config with the setting `algorithm`, and a section for each of them."""
+    """A config with the setting `algorithm`, and a section for each algorithm."""
 
     @property
     def policy(self) -> TrainingSection:
@@ -81,20 +95,22 @@ class ByAlgorithm(RunConfig):
 
 
 class PipelineConfig(ByAlgorithm):
-    """Everything that a run of the pipeline can be told."""
+    """All settings of a run of the pipeline."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model")
-    data: DataConfig = Field(default_factory=DataConfig, description="What to learn from")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="The demonstrations, preferences and prompts"
+    )
     sampling: SamplingConfig = Field(
-        default_factory=SamplingConfig, description="How responses are drawn, in every stage"
+        default_factory=SamplingConfig, description="How responses are sampled, in every stage"
     )
     sft: SFTSection = Field(default_factory=SFTSection, description="Supervised fine-tuning")
     reward_model: RewardModelSection = Field(
-        default_factory=RewardModelSection, description="Learning a reward from preferences"
+        default_factory=RewardModelSection, description="Reward-model training on preferences"
     )
     reward_gate: RewardGateConfig = Field(
         default_factory=RewardGateConfig,
-        description="What the reward model has to show before a policy is trained",
+        description="What the reward model must reach before a policy is trained",
     )
     algorithm: Algorithm = "ppo"
     ppo: PPOSection = Field(default_factory=PPOConfig)
@@ -102,7 +118,7 @@ class PipelineConfig(ByAlgorithm):
     grpo: GRPOSection = Field(default_factory=GRPOConfig)
     dpo: DPOSection = Field(default_factory=DPOConfig)
     evaluation: EvaluationConfig = Field(
-        default_factory=EvaluationConfig, description="Comparing on held-out prompts"
+        default_factory=EvaluationConfig, description="Comparison on held-out prompts"
     )
     promotion: PromotionConfig = Field(
         default_factory=PromotionConfig, description="When the policy becomes the champion"
@@ -110,7 +126,7 @@ class PipelineConfig(ByAlgorithm):
 
     @property
     def length_limits(self) -> LengthLimits:
-        """Where the stages cut texts, for the validation report of the data."""
+        """Where the stages truncate texts, for the validation report."""
         return LengthLimits(
             prompt=self.sampling.max_prompt_length,
             response=self.sampling.max_new_tokens,
@@ -120,7 +136,7 @@ class PipelineConfig(ByAlgorithm):
 
     @property
     def plan_sections(self) -> Sections:
-        """What the work of the pipeline depends on, for `make_plan`."""
+        """The sections that `make_plan` needs."""
         trainings: dict[str, TrainingSection] = {
             name: section
             for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
@@ -137,7 +153,7 @@ class PipelineConfig(ByAlgorithm):
     @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:
         if self.model.source or self.sft.reuse:
-            return self  # the stages ask the model itself
+            return self  # the stages read the context length of the model
         needed = {
             "sft.max_length": self.sft.max_length,
             "reward_model.max_length": self.reward_model.max_length,
@@ -149,6 +165,6 @@ class PipelineConfig(ByAlgorithm):
             if tokens > self.model.fresh.context:
                 raise ValueError(
                     f"{name} is {tokens}, but model.fresh.context is {self.model.fresh.context}; "
-                    "lower the one or raise the other"
+                    "lower the former or raise the latter"
                 )
         return self

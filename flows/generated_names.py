@@ -1,9 +1,9 @@
-"""Which names of flow runs nobody has typed.
+"""Recognises names of flow runs that Prefect generated.
 
-Every flow run in Prefect has a name. Its server and its client make up `happy-otter`, and the form
-in its pages is filled in with `beta3-draconis-void` before anybody types. Prefect does not keep
-which of them a name is, so it is recognised by its words, and they are read where Prefect has them:
-a short list of our own would take names away from people (`beta-high`).
+Prefect's server and client generate names like `happy-otter`, and its form suggests names like
+`beta3-draconis-void`. Prefect does not record whether a name was generated, so we recognise it by
+its words. We read the word lists from Prefect itself: a shorter list of our own would also match
+names that people choose (`beta-high`).
 """
 
 import re
@@ -15,13 +15,13 @@ import prefect
 from coolname import __file__ as coolname_file
 from coolname.loader import load_config
 
-# A list of words in the scripts of the pages, as the two ways of writing one.
+# A word list in the scripts of the Prefect UI, in either of two notations.
 _LISTS = re.compile(r"`([^`]+)`\.split\(`\.`\)|\[((?:`[^`$]*`,)+`[^`$]*`)\]")
-ANIMAL_LENGTH = 6  # the longest that the form of the newer pages takes
+ANIMAL_LENGTH = 6  # the longest animal that the newer form uses
 
 
 def is_generated(name: str) -> bool:
-    """Whether Prefect has made up this name, or nobody has given one."""
+    """Whether Prefect generated this name, or it is blank."""
     return not name.strip() or _by_server(name) or _by_form(name) or _by_newer_form(name)
 
 
@@ -32,7 +32,7 @@ def _by_server(name: str) -> bool:
 
 
 def _by_form(name: str) -> bool:
-    """A Greek letter with or without a number, a place, and mostly a word behind it."""
+    """A Greek letter with or without a number, a place, and usually one more word."""
     letters, places, ends = _form_words("alphaRANDOM", "andromedae", "terminus")
     letter, _, place = name.partition("-")
     before, _, end = place.rpartition("-")
@@ -43,7 +43,7 @@ def _by_form(name: str) -> bool:
 
 
 def _by_newer_form(name: str) -> bool:
-    """`Rustic-Zebra`."""
+    """A name like `Rustic-Zebra`."""
     adjectives, animals = _form_words("Unbranded", "Zorse")
     first, _, second = name.partition("-")
     return first in adjectives and second in animals and len(second) <= ANIMAL_LENGTH
@@ -64,9 +64,9 @@ def _server_words() -> tuple[frozenset[str], frozenset[str]]:
 
 @lru_cache
 def _form_words(*members: str) -> tuple[frozenset[str], ...]:
-    """The lists of words in the scripts of the pages, each named by one of its members.
+    """The word lists in the scripts of the UI that contain these members, one list per member.
 
-    A list that is not there is empty: names that are made from it are then kept.
+    A list that is not found is empty, so names made from it are kept.
     """
     found = dict.fromkeys(members, frozenset[str]())
     for pages in (prefect.__ui_static_path__, prefect.__ui_v2_static_path__):

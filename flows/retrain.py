@@ -1,4 +1,4 @@
-"""The pipeline again, when enough preferences have come since it ran last."""
+"""Runs the pipeline again when enough preferences are new since its last run."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ class RetrainConfig(Section):
     """When to run the pipeline again, and with what."""
 
     min_new_preferences: int = Field(
-        100, ge=0, description="Preferences that must have come since the last finished run (rows)"
+        100, ge=0, description="New preferences needed since the last finished run (rows)"
     )
     pipeline: PipelineConfig = Field(
-        default_factory=PipelineConfig, description="The pipeline to run when they have"
+        default_factory=PipelineConfig, description="The pipeline to run then"
     )
 
 
 @pipeline_flow("retrain")
 def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":
-    """Run the pipeline if enough preferences are new; else end as Skipped and say how many miss.
+    """Run the pipeline if enough preferences are new; else end as Skipped with the number missing.
 
-    The pipeline is a part of this run. As a deployment of its own it would wait for a worker that
-    this run may be holding.
+    The pipeline runs inside this flow run. A deployment of its own would wait for the worker that
+    this run may occupy.
     """
     pipeline = config.pipeline
     found = count_preferences(
@@ -45,7 +45,7 @@ def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":
 
 
 def _why_not(found: PreferenceCount, needed: int) -> str:
-    since = f"{found.before} at {found.last_run}" if found.last_run else "there was no run before"
+    since = f"{found.before} at {found.last_run}" if found.last_run else "no earlier run"
     return (
         f"{needed - found.new} more preferences are needed: {found.new} of {needed} are new "
         f"({found.now} now, {since})"

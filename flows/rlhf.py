@@ -25,7 +25,7 @@ Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "eval
 
 
 class Trained(BaseModel):
-    """The models of a pipeline, by explicit version, and the data that they come from."""
+    """The models of a pipeline, by explicit version, and their data."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,13 +38,13 @@ class Trained(BaseModel):
 
     @property
     def models(self) -> dict[str, ModelRef]:
-        """Those that there are, by kind."""
+        """The models by kind, the critic only if there is one."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return {"sft": self.sft, "reward": self.reward_model, "policy": self.policy, **critic}
 
 
 class PipelineResult(Trained):
-    """What a pipeline made, and what it found out."""
+    """What a pipeline made, and how the policy compares."""
 
     run: PipelineRun
     scorecard: Scorecard
@@ -56,12 +56,12 @@ class PipelineResult(Trained):
 def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineResult:
     """Turn demonstrations and preferences into a policy, and promote it if it is better.
 
-    Stages that were done before with the same settings, inputs and code are taken from the
+    Stages that were run before with the same settings, inputs and code are reused from the
     registry.
 
     Args:
         config: the settings of all stages.
-        force: stages to do again even if they were done before.
+        force: stages to run again even if a result can be reused.
     """
     forced = forced_stages(force, config)
     with open_run(config.project, config, config.seed, force=forced) as run:
@@ -82,7 +82,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 
 
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
-    """The data, then each model from the ones before."""
+    """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy)
     data = prepare_data(config.data, config.model, config.length_limits, run)
 
@@ -119,7 +119,7 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
 def evaluate_policy(
     config: PipelineConfig, trained: Trained, champion: ModelRef | None, run: PipelineRun
 ) -> Scorecard:
-    """The policy against SFT, best-of-n and the champion, if there is one."""
+    """Compare the policy with SFT, best-of-n and the champion, if there is one."""
     return evaluate(
         config.evaluation,
         config.sampling,
@@ -133,5 +133,5 @@ def evaluate_policy(
 
 
 def forced_stages(force: Sequence[Forceable], config: PipelineConfig) -> list[str]:
-    """The names under which the stages run: that of the policy is its algorithm."""
+    """The stage names in MLflow; the policy stage is named after its algorithm."""
     return [config.algorithm if stage == "policy" else stage for stage in force]

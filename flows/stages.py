@@ -1,9 +1,9 @@
-"""The stages one by one, each a flow, on what is registered already.
+"""One flow per stage, on models and data that are registered already.
 
-A model is given by its address in the registry and resolved to a version before anything starts.
-The data are those that the given model learnt from, or those of another run by address; so
-`prepare` brings new data to a model that is there. Forms and flows follow the stage table: a row of
-it that needs no more than its inputs becomes a flow by `stage_flow`.
+A config names a model by its address in the registry, which is resolved to a version before the
+stage starts. The data are those that this model was trained on, unless the config names the data of
+another run; so `prepare` can bring new data to an existing model. Forms and flows follow the stage
+table: `stage_flow` makes a flow of any row that needs only its inputs.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
 from tasks.steps.reward_model import check_reward_model
 from tasks.steps.sft import train_sft
-from tasks.steps.stage import Made, any_stage
+from tasks.steps.stage import StageOutputs, any_stage
 
 _MODEL = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 _DATA = r"runs:/[0-9a-f]{32}/data"
@@ -36,31 +36,37 @@ DataAddress = Annotated[str, Field(pattern=f"^{_DATA}$")]
 OptionalData = Annotated[str, Field(pattern=f"^({_DATA})?$")]
 
 ROLES = {"sft": "SFT policy", "reward": "reward model", "policy": "policy"}
-FIELDS = {"reward": "reward_model"}  # what a form calls an input, where that is not its role
+FIELDS = {"reward": "reward_model"}  # field names that differ from the role
 
 # ---- forms --------------------------------------------------------------------------------------
 
 
 class PrepareFlowConfig(RunConfig):
-    """Data to check, split and store."""
+    """Check, split and store data."""
 
     model: ModelConfig = Field(
-        default_factory=ModelConfig, description="The base model, in whose tokens is counted"
+        default_factory=ModelConfig, description="The base model, whose tokenizer counts tokens"
     )
-    data: DataConfig = Field(default_factory=DataConfig, description="What to learn from")
-    lengths: LengthLimits = Field(description="What the report counts as too long")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="The demonstrations, preferences and prompts"
+    )
+    lengths: LengthLimits = Field(
+        description="Lengths above which the report counts a text as too long"
+    )
 
 
 class SFTFlowConfig(RunConfig):
     """Supervised fine-tuning of a base model."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model")
-    data: DataConfig = Field(default_factory=DataConfig, description="What to learn from")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="The demonstrations, preferences and prompts"
+    )
     sft: SFTConfig = Field(default_factory=SFTConfig, description="Supervised fine-tuning")
 
 
 def stage_form(stage: str, about: str) -> type[RunConfig]:
-    """The config of a stage as a flow: where its inputs are, what it shares, its own settings."""
+    """The config of a stage as a flow: its inputs, shared sections and own settings."""
     spec = STAGES[stage]
     fields = {**_inputs(spec), **_sections(spec.sections), **_sections({stage: spec.config})}
     return create_model(f"{stage}_flow", __base__=RunConfig, __doc__=about, **fields)
@@ -72,25 +78,25 @@ def _policy_form() -> type[ByAlgorithm]:
     return create_model(
         "policy_flow",
         __base__=ByAlgorithm,
-        __doc__="A policy, from a registered reward model and the SFT policy under it.",
+        __doc__="Train a policy on a registered reward model, from the SFT policy under it.",
         **fields,
         **_sections(configs),
     )
 
 
 def _inputs(spec: StageSpec) -> dict[str, Any]:
-    """A field for each input. The first model has to be named; what it was made from has not."""
+    """A field for each input; only the first model is required, the others follow from it."""
     fields: dict[str, Any] = {}
     first = before = ""
     for role in spec.inputs:
         if role == "data":
             about = "runs:/RUN_ID/data of a prepare stage"
-            of = f"; empty = what the {ROLES[before]} learnt from" if before else ""
+            of = f"; empty = the data of the {ROLES[before]}" if before else ""
             kind = (OptionalData, Field("", description=about + of)) if before else None
             fields["data"] = kind or (DataAddress, Field(description=about))
             continue
         if first:
-            about = f"The {ROLES[role]}; empty = the one that the {ROLES[first]} was made from"
+            about = f"The {ROLES[role]}; empty = the one that the {ROLES[first]} was trained from"
             fields[_field(role)] = (OptionalModel, Field("", description=about))
         else:
             about = f"The {ROLES[role]}: models:/NAME/VERSION or models:/NAME@ALIAS"
@@ -118,10 +124,12 @@ def _field(role: str) -> str:
     return FIELDS.get(role, role)
 
 
-RewardModelFlowConfig = stage_form("reward_model", "A reward model, from a registered SFT policy.")
+RewardModelFlowConfig = stage_form(
+    "reward_model", "Train a reward model from a registered SFT policy."
+)
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
-    "evaluation", "A registered policy, compared with SFT, best-of-n and the champion."
+    "evaluation", "Compare a registered policy with SFT, best-of-n and the champion."
 )
 
 # ---- flows --------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ EvaluationFlowConfig = stage_form(
 
 @pipeline_flow("prepare")
 def prepare(config: PrepareFlowConfig) -> DatasetRef:
-    """Check and split data, and store them for the other stages."""
+    """Check and split data, and store them for other stages."""
     with open_run(config.project, config, config.seed) as run:
         return prepare_data(config.data, config.model, config.lengths, run)
 
@@ -146,11 +154,10 @@ def sft(config: SFTFlowConfig) -> ModelRef:
 
 def stage_flow(
     stage: str, form: type[RunConfig], about: str
-) -> PipelineFlow[[RunConfig], ModelRef | Made | Any]:
+) -> PipelineFlow[[RunConfig], ModelRef | StageOutputs | Any]:
     """A flow for a row of the stage table.
 
-    It returns the result of the stage's report, else the model that it makes, else all that it has
-    made.
+    The flow returns the result in the stage's report, else its only model, else all its outputs.
     """
     spec = STAGES[stage]
 
@@ -176,9 +183,9 @@ def stage_flow(
 
 
 def find_inputs(spec: StageSpec, config: RunConfig) -> dict[str, Ref]:
-    """The versions and data that a form names, or that what it names was made from.
+    """The versions and data that a form names, or that the named ones were made from.
 
-    Raises: ModelError, DataError when there are none.
+    Raises: ModelError or DataError if there are none.
     """
     found: dict[str, Ref] = {}
     first: ModelRef | None = None

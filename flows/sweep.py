@@ -1,4 +1,4 @@
-"""Many pipelines that differ in a few settings, and what each setting buys at which KL."""
+"""Runs pipelines that differ in a few settings, and compares reward and KL of each."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ class SweepConfig(Section):
 
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
-        description='Settings to try, each with its values: {"ppo.kl_coef": [0.02, 0.1]}; '
+        description='Settings to vary, with their values: {"ppo.kl_coef": [0.02, 0.1]}; '
         "every combination is run",
     )
-    seeds: int = Field(1, ge=1, description="Runs of each combination, from the seed up")
+    seeds: int = Field(1, ge=1, description="Runs of each combination, with consecutive seeds")
     pipeline: PipelineConfig = Field(
-        default_factory=PipelineConfig, description="All settings that stay the same"
+        default_factory=PipelineConfig, description="The settings that all points share"
     )
 
     @model_validator(mode="after")
@@ -37,7 +37,7 @@ class SweepConfig(Section):
     def points(self) -> "Iterator[Point]":
         """Each combination with each seed.
 
-        Raises: ValueError for a setting that there is not, or a value that it does not take.
+        Raises: ValueError for an unknown setting or an invalid value.
         """
         for values in itertools.product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
@@ -63,7 +63,7 @@ class Point(NamedTuple):
 
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set `section.name`."""
+    """Set `section.name` in nested `content`."""
     *sections, last = key.split(".")
     for section in sections:
         content = content.get(section) if isinstance(content, dict) else None  # type: ignore[assignment]
@@ -74,14 +74,14 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 
 @pipeline_flow("sweep")
 def sweep(config: SweepConfig) -> str:
-    """Run every point, one after the other, and hold their KL and reward against each other.
+    """Run every point, one after the other, and compare their reward and KL.
 
-    Stages that several points share are done once. Nothing is promoted: `rlhf promote` takes the
-    run that you choose. A point that fails does not keep the others from running.
+    Stages that several points share run once. Nothing is promoted; use `rlhf promote` with the run
+    that you choose. If a point fails, the others still run.
 
     Returns: the report, as Markdown.
 
-    Raises: UserError at the end when a point has failed.
+    Raises: UserError at the end if a point failed.
     """
     pipeline = config.pipeline
     with open_run(pipeline.project, config, pipeline.seed, kind="sweep") as run:
@@ -104,7 +104,7 @@ def _try_point(point: Point, parent: str) -> Outcome:
 
 @pipeline_flow("sweep-point", "{about.label}")
 def sweep_point(config: PipelineConfig, about: SweepPoint, parent: str) -> Outcome:
-    """A pipeline without promotion."""
+    """One pipeline of the sweep, without promotion."""
     with open_run(config.project, config, config.seed, parent=parent) as run:
         trained = train_models(config, run)
         scorecard = evaluate_policy(config, trained, None, run)
@@ -112,9 +112,9 @@ def sweep_point(config: PipelineConfig, about: SweepPoint, parent: str) -> Outco
 
 
 def as_sweep(pipeline: PipelineConfig, grid: Sequence[str], seeds: int) -> SweepConfig:
-    """What `--grid ppo.kl_coef=0.02,0.1`, many times, and `--seeds` ask for.
+    """The sweep that repeated `--grid ppo.kl_coef=0.02,0.1` and `--seeds` describe.
 
-    Raises: ConfigError for a text that is not like that, or a value that a setting does not take.
+    Raises: ConfigError for text of another form, or for an invalid value.
     """
     settings: dict[str, list[Any]] = {}
     for text in grid:
@@ -124,7 +124,7 @@ def as_sweep(pipeline: PipelineConfig, grid: Sequence[str], seeds: int) -> Sweep
     try:
         return SweepConfig(pipeline=pipeline, grid=settings, seeds=seeds)
     except ValidationError as error:
-        said = "; ".join(
+        problems = "; ".join(
             f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()
         )
-        raise ConfigError(f"--grid: {said}") from None
+        raise ConfigError(f"--grid: {problems}") from None

@@ -1,4 +1,4 @@
-"""Where a flow works: the folder that relative paths in its config refer to."""
+"""The working folder of a flow, which relative paths in its config start from."""
 
 import os
 from collections.abc import Callable
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
-    """Go to the folder of the deployment, `working_dir` of its job variables, before a flow begins.
+    """Change to the folder of the deployment, its job variable `working_dir`, before a flow runs.
 
-    The process of a worker starts in an empty folder and has imported everything by then, so that
-    nothing which lies in the user's folder can take the place of a package.
+    The process of a worker starts in an empty folder and has imported everything by then, so no
+    file in the user's folder can shadow a package.
 
-    Raises: UserError, from the flow, when this machine has no such folder.
+    Raises: UserError, from the flow, if this machine has no such folder.
     """
 
     @wraps(function)
@@ -31,8 +31,9 @@ def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
                 os.chdir(folder)
             except OSError as error:
                 raise UserError(
-                    f"this worker cannot go to {folder} ({error.strerror}), where relative paths "
-                    "start: make it, or change `working_dir` of the deployment's job variables"
+                    f"this worker cannot change to the working folder {folder} "
+                    f"({error.strerror}): create it, or change `working_dir` in the job variables "
+                    "of the deployment"
                 ) from None
         return function(*args, **kwargs)
 
@@ -40,7 +41,7 @@ def in_working_dir(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _folder() -> str:
-    """What the run was given, else its deployment; empty for a run of no deployment."""
+    """The `working_dir` of the run, else of its deployment; empty without a deployment."""
     if not deployment.id:
         return ""
     with get_client(sync_client=True) as client:

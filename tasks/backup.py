@@ -1,9 +1,9 @@
-"""Back-up and restore of everything that is kept: databases first, then the files they point to.
+"""Back-up and restore of everything that is kept: databases first, then the files they refer to.
 
-A row points at files: a model version at its weights, a Prefect state at a stored result. The files
-are written before the row. So the databases are copied first, those that point at others before
-the others: what a copied row names was there then, and still is when its turn comes, unless
-somebody deletes for good (`mlflow gc`) meanwhile. What was added since lies in the copy unused.
+A row refers to files: a model version to its weights, a Prefect state to a stored result. The files
+are written before the row. So we copy the databases first, those that refer to other databases
+before the others. The files of a copied row then exist, and still do when they are copied, unless
+`mlflow gc` runs concurrently. Files that were added later are copied but unreferenced.
 
     FOLDER/
     ├── manifest.json     what was backed up, and the SHA-256 of every file; written last
@@ -35,51 +35,51 @@ from tasks.settings import Settings, StoreSettings
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-STREAMS = 8  # objects of the S3 store that are moved at once
-# Under RLHF_HOME: what is only of use to the processes that run now, or can be had again.
-PASSING = frozenset({"work", "logs", "services.json", "password", "huggingface"})
+STREAMS = 8  # objects of the S3 store that are copied in parallel
+# Under RLHF_HOME: needed only by running processes, or available elsewhere.
+EXCLUDED = frozenset({"work", "logs", "services.json", "password", "huggingface"})
 
 
 class Manifest(BaseModel):
-    """What a back-up holds."""
+    """The content of a back-up."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["home", "stack"]
-    home: Path  # MLflow and Prefect know their local files by whole paths
+    home: Path  # MLflow and Prefect store absolute paths of their local files
     files: dict[str, str]  # path -> SHA-256
 
 
-class Part(Protocol):
-    """Something that is kept, and that a file or a folder of a back-up holds."""
+class Store(Protocol):
+    """A store that is backed up into one file or folder of a back-up."""
 
     name: str
 
     def save(self, to: Path) -> None:
-        """Write what is there now."""
+        """Write the current content."""
 
     def load(self, saved: Path) -> None:
-        """Put it back; the place is empty."""
+        """Restore the content into an empty store."""
 
     def occupied(self) -> str:
-        """What is there already; empty when it is nothing."""
+        """What the store contains; an empty string if it is empty."""
 
 
 def backup(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
-    """Write everything that is kept to a folder that does not exist yet.
+    """Back up all stores to a folder that does not exist yet.
 
-    The servers may run meanwhile, and trainings go on.
+    Servers and training may keep running.
 
-    Raises: UserError when the folder is there, or a store cannot be reached.
+    Raises: UserError if the folder exists, or a store cannot be reached.
     """
     if folder.exists():
-        raise UserError(f"{folder} is there already: name a folder that a back-up can make.")
+        raise UserError(f"{folder} exists already: pass a folder that does not exist yet.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as scratch:
         whole = Path(scratch) / folder.name
         whole.mkdir()
-        for part in _parts(settings, stores):
-            part.save(whole / part.name)
+        for store in _stores(settings, stores):
+            store.save(whole / store.name)
         manifest = Manifest(kind=_kind(stores), home=settings.home, files=_digests(whole))
         (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         whole.rename(folder)
@@ -87,58 +87,59 @@ def backup(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
 
 
 def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
-    """Put back what a back-up holds, into places that are empty.
+    """Restore a back-up into empty stores.
 
-    Raises: UserError when the back-up is damaged or of something else, or a place is not empty.
-        Nothing has been written then.
+    Raises: UserError if the back-up is damaged or of another kind, or a store is not empty. Nothing
+        has been written then.
     """
     manifest = _read(folder)
     if manifest.kind != _kind(stores):
         raise UserError(
-            f"{folder} is the back-up of a {manifest.kind}, and what the environment names is a "
-            f"{_kind(stores)}: docs/operations.md says how each is restored."
+            f"{folder} is the back-up of a {manifest.kind}, but the environment is that of a "
+            f"{_kind(stores)}: docs/operations.md explains how to restore each."
         )
     if manifest.home != settings.home:
         raise UserError(
-            f"{folder} is the back-up of {manifest.home}, and files are known by their whole "
-            f"paths: set RLHF_HOME to {manifest.home}."
+            f"{folder} is the back-up of {manifest.home}, and its databases hold absolute paths: "
+            f"set RLHF_HOME to {manifest.home}."
         )
-    parts = _parts(settings, stores)
-    for part in parts:
-        if found := part.occupied():
+    kept = _stores(settings, stores)
+    for store in kept:
+        if found := store.occupied():
             raise UserError(
-                f"{found}: a back-up is restored into empty places; move away what is there first."
+                f"{found}: a back-up is restored only into empty stores; move the content away "
+                "first."
             )
-    for part in reversed(parts):  # files before the rows that point at them
-        part.load(folder / part.name)
+    for store in reversed(kept):  # files before the rows that refer to them
+        store.load(folder / store.name)
     return manifest
 
 
-# ---- what there is ----
+# ---- the stores ----
 
 
 def _kind(stores: StoreSettings) -> Literal["home", "stack"]:
     return "stack" if stores.mlflow_database else "home"
 
 
-def _parts(settings: Settings, stores: StoreSettings) -> list[Part]:
-    """In the order in which they are saved."""
+def _stores(settings: Settings, stores: StoreSettings) -> list[Store]:
+    """The stores in the order in which they are saved."""
     if not stores.mlflow_database:
         if settings.tracking_uri:
             raise ConfigError(
-                f"MLFLOW_TRACKING_URI is {settings.tracking_uri}: a back-up reads what is behind a "
-                "server and not the server; unset it for the files under RLHF_HOME, or run this as "
-                "`docker compose run --rm tools` in the stack"
+                f"MLFLOW_TRACKING_URI is {settings.tracking_uri}: a back-up reads the database of "
+                "a server, not the server; unset it to back up the files under RLHF_HOME, or in "
+                "the stack run `docker compose run --rm tools`"
             )
         return [Home(settings.home)]
-    pointing = ("prefect", stores.prefect_database), ("feedback", stores.feedback_database)
-    databases = *pointing, ("mlflow", stores.mlflow_database)
-    found: list[Part] = [Database(name, make_url(url)) for name, url in databases if url]
+    referring = ("prefect", stores.prefect_database), ("feedback", stores.feedback_database)
+    databases = *referring, ("mlflow", stores.mlflow_database)
+    found: list[Store] = [Database(name, make_url(url)) for name, url in databases if url]
     return [*found, Home(settings.home), Bucket(stores.artifacts)]
 
 
-class Home(Part):
-    """The files under RLHF_HOME, without those of PASSING."""
+class Home(Store):
+    """The files under RLHF_HOME, without those in EXCLUDED."""
 
     name = "home"
 
@@ -146,43 +147,43 @@ class Home(Part):
         self._home = home
 
     def save(self, to: Path) -> None:
-        """Databases by SQLite's own back-up, which nobody waits for; then copies of the rest."""
+        """Copy databases by SQLite's online back-up, which blocks nobody; then the other files."""
         to.mkdir()
         databases = [path for path in self._files() if path.suffix == ".db"]
         for path in sorted(databases, key=lambda path: "mlflow" in path.parts):
             place = self._place(path, to)
             with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(place)) as copy:
                 source.backup(copy)
-        # Looked for only now: what the databases name has been written.
+        # Listed only now, so that the files in the copied databases exist.
         for path in self._files():
             if path.suffix != ".db":
-                with suppress(FileNotFoundError):  # it was of a process that has ended just now
+                with suppress(FileNotFoundError):  # a process that has just ended removed it
                     shutil.copy2(path, self._place(path, to), follow_symlinks=False)
 
     def load(self, saved: Path) -> None:
-        """Copy them back."""
+        """Copy the files back."""
         shutil.copytree(saved, self._home, symlinks=True, dirs_exist_ok=True)
 
     def occupied(self) -> str:
-        """Whether there is any file."""
+        """Whether there are files."""
         return f"{self._home} is not empty" if any(self._files()) else ""
 
     def _place(self, path: Path, to: Path) -> Path:
-        """Where a file lies in the back-up."""
+        """The path of a file in the back-up."""
         place = to / path.relative_to(self._home)
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
     def _files(self) -> Iterator[Path]:
-        # What lies beside a database belongs to its connections.
-        beside = (".db-wal", ".db-shm", ".db-journal")
+        # The side files of a database belong to its connections.
+        side_files = (".db-wal", ".db-shm", ".db-journal")
         for path in self._home.rglob("*"):
-            passing = path.relative_to(self._home).parts[0] in PASSING
-            if path.is_file() and not passing and not path.name.endswith(beside):
+            excluded = path.relative_to(self._home).parts[0] in EXCLUDED
+            if path.is_file() and not excluded and not path.name.endswith(side_files):
                 yield path
 
 
-class Database(Part):
+class Database(Store):
     """A database of a Postgres server."""
 
     def __init__(self, name: str, url: URL) -> None:
@@ -190,16 +191,16 @@ class Database(Part):
         self._url = url
 
     def save(self, to: Path) -> None:
-        """`pg_dump`: the database as it is at one moment."""
+        """Run `pg_dump`, which takes a consistent snapshot."""
         self._run("pg_dump", "--format=custom", "--no-owner", "--no-privileges", f"--file={to}")
 
     def load(self, saved: Path) -> None:
-        """`pg_restore`, all of it or nothing."""
+        """Run `pg_restore` in a single transaction."""
         options = ("--no-owner", "--no-privileges", "--single-transaction", "--exit-on-error")
         self._run("pg_restore", *options, f"--dbname={self._url.database}", str(saved))
 
     def occupied(self) -> str:
-        """Whether there is any table."""
+        """Whether there are tables."""
         engine = create_engine(self._url.set(drivername="postgresql+psycopg2"))
         tables = inspect(engine).get_table_names()
         engine.dispose()
@@ -224,7 +225,7 @@ class Database(Part):
             )
         except FileNotFoundError:
             raise UserError(
-                f"{program} is not installed here: run this in the image of the stack, as "
+                f"{program} is not installed here: run this in the image of the stack, with "
                 "`docker compose run --rm tools`."
             ) from None
         except subprocess.CalledProcessError as error:
@@ -232,8 +233,8 @@ class Database(Part):
             raise UserError(f"{program} failed for {self._url!r}: {reason}") from None
 
 
-class Bucket(Part):
-    """The objects of an S3 store, `s3://bucket/prefix`; address and keys as boto3 reads them."""
+class Bucket(Store):
+    """The objects under `s3://bucket/prefix`; boto3 reads endpoint and keys from its variables."""
 
     name = "objects"
 
@@ -246,17 +247,19 @@ class Bucket(Part):
         self._bucket, self._prefix = parts.netloc, parts.path.lstrip("/")
 
     def save(self, to: Path) -> None:
-        """Download every object to the path that its key says."""
+        """Download every object to the path in its key."""
         to.mkdir()
 
         def fetch(key: str) -> None:
             copy = to / key
             if not copy.resolve().is_relative_to(to.resolve()):
-                raise DataError(f"the bucket {self._bucket} has '{key}', which leads out of it")
+                raise DataError(
+                    f"the bucket {self._bucket} has the key '{key}', which is outside the back-up"
+                )
             copy.parent.mkdir(parents=True, exist_ok=True)
             self._client.download_file(self._bucket, key, str(copy), Config=_one_stream())
 
-        _at_once(fetch, self._keys())
+        _in_parallel(fetch, self._keys())
 
     def load(self, saved: Path) -> None:
         """Upload every file."""
@@ -265,10 +268,10 @@ class Bucket(Part):
             key = path.relative_to(saved).as_posix()
             self._client.upload_file(str(path), self._bucket, key, Config=_one_stream())
 
-        _at_once(send, (path for path in saved.rglob("*") if path.is_file()))
+        _in_parallel(send, (path for path in saved.rglob("*") if path.is_file()))
 
     def occupied(self) -> str:
-        """Whether there is any object."""
+        """Whether there are objects."""
         return f"the bucket {self._bucket} is not empty" if any(self._keys()) else ""
 
     def _keys(self) -> Iterator[str]:
@@ -284,14 +287,14 @@ class Bucket(Part):
 
 
 def _one_stream() -> Any:
-    """How boto3 moves an object: not by threads of its own, as many are moved at once."""
+    """Transfer an object without threads of boto3, since many objects are copied in parallel."""
     from boto3.s3.transfer import TransferConfig
 
     return TransferConfig(use_threads=False)
 
 
-def _at_once(move: Callable[[T], None], what: Iterable[T]) -> None:
-    """Call `move` for each, several at a time; the first error is raised."""
+def _in_parallel(move: Callable[[T], None], what: Iterable[T]) -> None:
+    """Call `move` for each item, several in parallel; the first error is raised."""
     with ThreadPoolExecutor(STREAMS) as pool:
         for _ in pool.map(move, what):
             pass
@@ -306,16 +309,17 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _read(folder: Path) -> Manifest:
-    """The manifest of a back-up whose files are those that were written."""
+    """The manifest of a back-up, whose files are checked against it."""
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValidationError) as error:
-        raise DataError(f"{folder} is no back-up: its {MANIFEST} cannot be read") from error
+        raise DataError(f"{folder} is not a back-up: its {MANIFEST} cannot be read") from error
     found = _digests(folder)
     found.pop(MANIFEST)
     for name in sorted(manifest.files.keys() | found.keys()):
         if manifest.files.get(name) != found.get(name):
             raise DataError(
-                f"the back-up is damaged: {folder / name} is not what was written; take another one"
+                f"the back-up is damaged: {folder / name} has changed since it was written; use "
+                "another back-up"
             )
     return manifest

@@ -1,4 +1,4 @@
-"""The only reader of environment variables: where things are kept, and which device computes."""
+"""The only reader of environment variables: where data are kept, and which device computes."""
 
 import os
 from collections.abc import Mapping
@@ -14,28 +14,28 @@ from rlhf_core.errors import ConfigError
 
 _LEASES = "prefect.server.concurrency.lease_storage"
 
-# What keeps each dependency from calling home, and from filling the terminal. The names are those
-# that the installed packages read; a test looks them up there.
+# Keeps dependencies from sending telemetry and from filling the terminal. A test checks that the
+# installed packages read these names.
 QUIET: Mapping[str, str] = MappingProxyType(
     {
         "DO_NOT_TRACK": "true",  # MLflow, Prefect and the Hugging Face hub; MLflow wants "true"
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages make the browser ask amplitude.com
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages send requests to amplitude.com
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_VERBOSITY": "error",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "TOKENIZERS_PARALLELISM": "false",
-        # A `tasks.py` in the folder that a process works in must not be taken for this package's.
+        # Do not import a `tasks.py` in the working folder instead of this package.
         "PYTHONSAFEPATH": "1",
-        # A tracking server that restarts is waited for: the pauses double, four minutes in all.
+        # Retry while a tracking server restarts: the pauses double, four minutes in all.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-        # In files and not in memory: a server that restarts would forget who holds a place under a
-        # concurrency limit, and those places would be taken for ever.
+        # In files, not in memory: a server that restarts would forget who holds the slots of a
+        # concurrency limit, and they would never be released.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": f"{_LEASES}.filesystem",
         # A first start on a slow machine takes longer than the 20 seconds that Prefect allows.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
@@ -43,15 +43,14 @@ QUIET: Mapping[str, str] = MappingProxyType(
 )
 
 
-ACCOUNT = "rlhf"  # the user of both servers, where a password is set
-PASSWORD_LENGTH = 12  # characters at least: it signs the sessions of browsers too
+ACCOUNT = "rlhf"  # the user of both servers, if a password is set
+PASSWORD_LENGTH = 12  # minimum: it also signs browser sessions
 
 
 class Settings(BaseSettings):
-    """Where this installation keeps things. Each field is read from the variable in its alias.
+    """Settings of this installation. Each field is read from the variable in its alias.
 
-    What is given by hand, as in `Settings.model_validate({"RLHF_HOME": path})`, comes before the
-    environment.
+    Explicit values, as in `Settings.model_validate({"RLHF_HOME": path})`, override the environment.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
@@ -59,7 +58,7 @@ class Settings(BaseSettings):
     home: Path = Field(
         Path(".rlhf"),
         validation_alias="RLHF_HOME",
-        description="Folder of everything that is kept between runs",
+        description="Folder for everything that is kept between runs",
         validate_default=True,
     )
     tracking_uri: str = Field(
@@ -70,62 +69,62 @@ class Settings(BaseSettings):
     prefect_api_url: str = Field(
         "",
         validation_alias="PREFECT_API_URL",
-        description="API of the Prefect server; empty = one is started for the length of the run",
+        description="API of the Prefect server; empty = start one for the duration of the run",
     )
     mlflow_public_url: str = Field(
         "http://127.0.0.1:5000",
         validation_alias="RLHF_MLFLOW_URL",
-        description="MLflow's address as a browser sees it, for links",
+        description="Address of MLflow for browsers, used in links",
     )
     prefect_public_url: str = Field(
         "http://127.0.0.1:4200",
         validation_alias="RLHF_PREFECT_URL",
-        description="Prefect's address as a browser sees it, for links",
+        description="Address of Prefect for browsers, used in links",
     )
     password: SecretStr = Field(
         SecretStr(""),
         validation_alias="RLHF_PASSWORD",
-        description="Password of the user `rlhf` at Prefect and MLflow; empty = none is asked for",
+        description="Password of the user `rlhf` at Prefect and MLflow; empty = no password",
     )
     device_name: str = Field(
         "auto",
         validation_alias="RLHF_DEVICE",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto, cpu, cuda or cuda:N; auto = cuda where there is one",
+        description="auto, cpu, cuda or cuda:N; auto = cuda if available",
     )
     processes: int = Field(
         1,
         validation_alias="RLHF_PROCESSES",
         ge=1,
-        description="Processes that share the work of a training; on GPUs each has one of its own",
+        description="Processes that share a training; on GPUs each process has its own GPU",
     )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         validation_alias="RLHF_STRATEGY",
-        description="Each of several processes has all weights (ddp), or a part of them (fsdp)",
+        description="With several processes: each holds all weights (ddp) or a shard (fsdp)",
     )
     checkpoint_seconds: float = Field(
         60.0,
         validation_alias="RLHF_CHECKPOINT_SECONDS",
         ge=0,
-        description="Least time between two checkpoints of a training (s); 0 = at every step",
+        description="Minimum time between two checkpoints of a training (s); 0 = at every step",
     )
     notify_webhook: SecretStr = Field(
         SecretStr(""),
         validation_alias="RLHF_NOTIFY_WEBHOOK",
-        description="URL to which Prefect posts news as JSON with a `text`; empty = to none",
+        description="URL to which Prefect posts notifications as JSON with a `text`; empty = none",
     )
     outage_seconds: float = Field(
         300.0,
         validation_alias="RLHF_OUTAGE_SECONDS",
         ge=0,
-        description="How long a run waits for an MLflow server that does not answer (s)",
+        description="How long a run waits for an MLflow server that does not respond (s)",
     )
     keep_work_days: float = Field(
         7.0,
         validation_alias="RLHF_KEEP_WORK_DAYS",
         gt=0,
-        description="How long the checkpoints of a run that was stopped wait for it to go on",
+        description="How long the checkpoints of a stopped run are kept for resuming (days)",
     )
 
     @field_validator("home")
@@ -140,7 +139,7 @@ class Settings(BaseSettings):
 
     @property
     def prefect_stays(self) -> bool:
-        """Whether Prefect's pages outlive the run: its address is given, as by `rlhf up`.
+        """Whether Prefect's pages outlive the run: its public address is set, as by `rlhf up`.
 
         The server that `rlhf run` starts for itself has none.
         """
@@ -153,15 +152,15 @@ class Settings(BaseSettings):
 
     @property
     def artifact_root(self) -> Path | None:
-        """Where artifacts lie when MLflow is a local database; None when a server decides."""
+        """The artifact folder if MLflow is a local database; None if a server decides."""
         local = urlsplit(self.mlflow_uri).scheme.startswith("sqlite")
         return self.home / "mlflow" / "artifacts" if local else None
 
     @property
     def device(self) -> str:
-        """The torch device to compute on; `auto` is decided here, when it is asked for.
+        """The torch device to compute on; `auto` is resolved at each access.
 
-        Raises: ConfigError when a CUDA device is named that this machine does not have.
+        Raises: ConfigError if this machine does not have the CUDA device.
         """
         if self.device_name == "cpu":
             return "cpu"
@@ -179,9 +178,9 @@ class Settings(BaseSettings):
 
     @property
     def training_device(self) -> str:
-        """`device`, for a training: with several processes `cuda` is a GPU for each.
+        """The device of a training: with several processes, `cuda` means one GPU for each.
 
-        Raises: ConfigError when one GPU is named for several processes, or there are too few.
+        Raises: ConfigError if one GPU is set for several processes, or there are too few GPUs.
         """
         device = self.device
         if self.processes == 1 or device == "cpu":
@@ -191,14 +190,14 @@ class Settings(BaseSettings):
         found = torch.cuda.device_count()
         if device != "cuda" or found < self.processes:
             raise ConfigError(
-                f"RLHF_PROCESSES is {self.processes}, which takes a GPU each, but RLHF_DEVICE is "
-                f"'{self.device_name}' and torch finds {found} CUDA device(s) here; set "
-                "RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda where there are enough"
+                f"RLHF_PROCESSES is {self.processes}, and each process needs a GPU, but "
+                f"RLHF_DEVICE is '{self.device_name}' and torch finds {found} CUDA device(s) here; "
+                "set RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda with enough GPUs"
             )
         return device
 
     def environment(self) -> dict[str, str]:
-        """What this process and those it starts should find in their environment."""
+        """The environment variables for this process and those that it starts."""
         return {
             **QUIET,
             **self._credentials(),
@@ -209,16 +208,16 @@ class Settings(BaseSettings):
 
     @property
     def account(self) -> str:
-        """`user:password` of the servers; empty where no password is set."""
+        """`user:password` of the servers; empty if no password is set."""
         password = self.password.get_secret_value()
         return f"{ACCOUNT}:{password}" if password else ""
 
     def prefect_credentials(self) -> dict[str, str]:
-        """The account under the name that Prefect's client reads."""
+        """The account in the variable that Prefect's client reads."""
         return {"PREFECT_API_AUTH_STRING": self.account} if self.account else {}
 
     def mlflow_credentials(self) -> dict[str, str]:
-        """The account under the names that MLflow's client reads."""
+        """The account in the variables that MLflow's client reads."""
         if not self.account:
             return {}
         return {
@@ -234,7 +233,7 @@ class Settings(BaseSettings):
 
 
 class StackSettings(BaseSettings):
-    """What docker-compose.yml takes from `.env` and has checked before anything starts."""
+    """Settings of docker-compose.yml from `.env`, which are validated before anything starts."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", case_sensitive=True, hide_input_in_errors=True
@@ -253,7 +252,7 @@ class StackSettings(BaseSettings):
     s3_secret_key: SecretStr = Field(validation_alias="S3_SECRET_KEY")
 
     def secrets(self) -> dict[str, str]:
-        """The secrets in the clear, by the variable that each comes from."""
+        """The secrets in plain text, by variable."""
         fields = type(self).model_fields
         return {
             str(fields[name].validation_alias): value.get_secret_value()
@@ -263,7 +262,7 @@ class StackSettings(BaseSettings):
 
 
 class StoreSettings(BaseSettings):
-    """What is behind the servers of the stack, under the names that they read; empty = no stack."""
+    """Databases and bucket of the stack, in the variables of its servers; empty = no stack."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
 
@@ -274,9 +273,9 @@ class StoreSettings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """The settings that the environment gives.
+    """The settings from the environment.
 
-    Raises: ConfigError that names the variable which cannot be used.
+    Raises: ConfigError that names the invalid variable.
     """
     try:
         return Settings()
@@ -289,9 +288,9 @@ def read_settings() -> Settings:
 
 
 def apply_environment(settings: Settings) -> None:
-    """Put `settings.environment()` into `os.environ`; what the user has set stays as it is.
+    """Put `settings.environment()` into `os.environ`; variables that are set already are kept.
 
-    To be called before MLflow, Prefect or transformers is imported: they read it at import.
+    Call this before importing MLflow, Prefect or transformers, which read it at import.
     """
     for name, value in settings.environment().items():
         os.environ.setdefault(name, value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.local.memory import ENVIRONMENT
+from flows.local.allocator import ENVIRONMENT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

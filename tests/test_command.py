@@ -47,8 +47,8 @@ def test_one_that_pythonpath_puts_first_is_named_with_its_folder(tmp_path, name)
     done = rlhf(tmp_path, "--help", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"rlhf: Python takes the package {name} from {tmp_path / name}.py: take that folder out of "
-        "PYTHONPATH, or rename what lies there.\n"
+        f"rlhf: Python imports the package {name} from {tmp_path / name}.py: remove that folder "
+        "from PYTHONPATH, or rename the package there.\n"
     )
 
 
@@ -64,11 +64,13 @@ def test_another_distribution_that_has_the_name_is_named(tmp_path, name):
     (information / "top_level.txt").write_text(f"{name}\n")
     done = rlhf(tmp_path, "--help", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"rlhf: The distribution celery-helpers has a package {name} too")
-    assert "uninstall it, or install rlhf-pipeline into an environment of its own." in done.stderr
+    assert done.stderr.startswith(
+        f"rlhf: The distribution celery-helpers also has a package {name}"
+    )
+    assert "uninstall it, or install rlhf-pipeline into a separate environment." in done.stderr
 
 
 def test_one_that_is_missing_is_named():
     assert rlhf_command.clash(ROOT, ["no_such_package"]) == (
-        "The package no_such_package is missing: install rlhf-pipeline again."
+        "The package no_such_package is missing: reinstall rlhf-pipeline."
     )

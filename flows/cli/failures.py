@@ -1,23 +1,23 @@
-"""Foreign exceptions that mean a user's situation and not a defect, each as one sentence.
+"""Translates exceptions of libraries that are not defects into one sentence for the user.
 
-The project's own `UserError` needs no translation. Whichever library raises, the root is an error
-of the operating system, which is looked for; so no library is imported for its exceptions.
+The project's own `UserError` needs no translation. We look for the operating-system error at the
+root, whichever library raised, so no library is imported for its exceptions.
 """
 
 import errno
 from collections.abc import Iterator
 from socket import gaierror
 
-UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the name is not known
+UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the host name is unknown
 NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 FORBIDDEN = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
-# SQLite has no errno, and its errors come from a server as text.
+# SQLite errors have no errno, and a server reports them as text.
 DATABASE_FULL = "disk is full"
 DATABASE_CLOSED = ("readonly database", "unable to open database file")
 
 
 def explain(error: BaseException) -> str:
-    """What the user can do about `error` or what caused it; empty when it is a defect."""
+    """What the user can do about `error` or its cause; empty if it is a defect."""
     for cause in _causes(error):
         if sentence := _explain_one(cause, error):
             return sentence
@@ -25,7 +25,7 @@ def explain(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what it was raised from or while handling, down to the roots."""
+    """The error, then its causes and contexts, down to the roots."""
     seen = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -34,12 +34,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(current))
             yield current
             waiting.append(current.__cause__ or current.__context__)
-            if isinstance(current, BaseExceptionGroup):  # one attempt for each address of a name
+            if isinstance(current, BaseExceptionGroup):  # one attempt per address of a host name
                 waiting.extend(reversed(current.exceptions))
 
 
 def _explain_one(cause: BaseException, error: BaseException) -> str:
-    """A sentence for `cause`; who was asked in vain is known only to the `error` that it became."""
+    """A sentence for `cause`; only the outer `error` knows which server was unreachable."""
     text = str(cause)
     code = cause.errno if isinstance(cause, OSError) else None
     if code == errno.ENOSPC or DATABASE_FULL in text:
@@ -49,15 +49,15 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
         )
     if code in FORBIDDEN or any(phrase in text for phrase in DATABASE_CLOSED):
         return (
-            f"A file cannot be written or read ({_first_line(text)}): mend its permissions, or set "
+            f"A file cannot be written or read ({_first_line(text)}): fix its permissions, or set "
             "RLHF_HOME to a folder of yours."
         )
-    local = isinstance(cause, BrokenPipeError)  # whoever read from here has ended
+    local = isinstance(cause, BrokenPipeError)  # our reader has exited
     if (isinstance(cause, UNREACHABLE) and not local) or code in NO_ROUTE:
         reason = _first_line(str(error)) or _first_line(text) or type(error).__name__
         return (
-            f"A server cannot be reached ({reason}): see that MLflow, Prefect and the network are "
-            "up, then start again."
+            f"A server cannot be reached ({reason}): check that MLflow, Prefect and the network "
+            "are up, then try again."
         )
     return ""
 

@@ -1,6 +1,6 @@
-"""A YAML file and `--set key=value` become a config; each mistake is a sentence with its place.
+"""Reads a config from a YAML file and `--set key=value`; reports every error with its place.
 
-Knows nothing about which config: the schema is an argument.
+The schema is an argument, so this module knows no particular config.
 """
 
 import difflib
@@ -21,7 +21,7 @@ Location = tuple[str | int, ...]
 
 
 class Override(NamedTuple):
-    """One `--set key=value`, as typed and as understood."""
+    """One `--set key=value`, as typed and as parsed."""
 
     text: str
     path: tuple[str, ...]
@@ -32,8 +32,8 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
     """Read `path`, apply each `key.path=value` of `overrides` in order, and validate.
 
     Raises:
-        ConfigError: names the file and line, or the `--set`, of every mistake, and says what
-            would be accepted.
+        ConfigError: names the file and line, or the `--set`, of every error, and what would be
+            accepted.
     """
     tree, data = _parse(path)
     settings = [parse_override(text) for text in overrides]
@@ -47,12 +47,12 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
             for item in error.errors(include_url=False)
         ]
         raise ConfigError("\n".join(sentences)) from None
-    except UserError as error:  # a check between settings, which names them itself
+    except UserError as error:  # a check across settings, which names them itself
         raise ConfigError(f"{path}: {error}") from None
 
 
 def presets() -> Path:
-    """The folder `configs` here, else the one that comes with the package."""
+    """The folder `./configs`, else the one in the package."""
     here = Path("configs")
     return here if here.is_dir() else Path(__file__).parents[2] / "configs"
 
@@ -61,16 +61,16 @@ def config_files(folder: Path) -> list[Path]:
     """The YAML files of a folder, by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder has none.
     """
     files = sorted(folder.glob("*.yaml"))
     if not files:
-        raise ConfigError(f"{folder} has no .yaml file: name the folder of the configs.")
+        raise ConfigError(f"{folder} has no .yaml file: pass the folder of the configs.")
     return files
 
 
 def describe(path: Path) -> str:
-    """The comment at the top of a YAML file, as text: what the file is for."""
+    """The comment at the top of a YAML file, as text."""
     lines = []
     for line in _read(path).splitlines():
         if not line.startswith("#"):
@@ -80,9 +80,9 @@ def describe(path: Path) -> str:
 
 
 def parse_override(text: str) -> Override:
-    """Split `a.b=value`; the value is read as YAML, so it means what it would mean in a file.
+    """Split `a.b=value` and parse the value as YAML, as in a config file.
 
-    Nothing after the `=` is the empty text, which the sections use for "not given".
+    An empty value is the empty string, which the sections treat as "not set".
     """
     key, equals, raw = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
@@ -92,7 +92,8 @@ def parse_override(text: str) -> Override:
         value = yaml.safe_load(raw) if raw.strip() else ""
     except (yaml.YAMLError, ValueError):
         raise ConfigError(
-            f"--set {text}: {raw!r} is not a YAML value; put quotes around text with special signs."
+            f"--set {text}: {raw!r} is not a YAML value; put quotes around text with special "
+            "characters."
         ) from None
     return Override(text, path, value)
 
@@ -101,17 +102,17 @@ def parse_override(text: str) -> Override:
 
 
 def _read(path: Path) -> str:
-    """The text of `path`, or a sentence about why there is none."""
+    """The text of `path`, or a ConfigError that explains why it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
-        raise ConfigError(f"{path}: there is no such file.{hint}") from None
+        raise ConfigError(f"{path}: no such file.{hint}") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder: name a YAML file in it.") from None
+        raise ConfigError(f"{path} is a folder: pass a YAML file in it.") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file in UTF-8: name a YAML file.") from None
+        raise ConfigError(f"{path} is not UTF-8 text: pass a YAML file.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
@@ -128,9 +129,9 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
         loader.name = str(path)
         tree = loader.get_single_node()
         if tree is None:
-            raise ConfigError(f"{path} is empty: write settings as key: value lines.")
+            raise ConfigError(f"{path} is empty: write settings as lines of the form key: value.")
         if not isinstance(tree, yaml.MappingNode):
-            raise ConfigError(f"{path}: the file must consist of key: value lines.")
+            raise ConfigError(f"{path}: the file must consist of lines of the form key: value.")
         data = loader.construct_document(tree)
     except yaml.constructor.ConstructorError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -144,14 +145,14 @@ def _parse(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
             f"{path}{line}: this is not valid YAML ({error.problem}); "
             "check the indentation, colons and quotes there."
         ) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: this is not valid YAML ({reason}).") from None
     return tree, {str(key): value for key, value in data.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe rules, by which no tag creates an object; and each key of a mapping stands once."""
+    """A safe loader, in which no tag creates an object, that also rejects duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -159,15 +160,14 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
                 raise ConfigError(
-                    f"{self.name}:{key.start_mark.line + 1}: {key.value!r} stands here for the "
-                    f"second time (first in line {first[key.value].start_mark.line + 1}): "
-                    "keep one of them."
+                    f"{self.name}:{key.start_mark.line + 1}: {key.value!r} is a duplicate of line "
+                    f"{first[key.value].start_mark.line + 1}: keep one of them."
                 )
         return node
 
 
 def _apply(override: Override, data: dict[str, Any]) -> None:
-    """Put one override into nested `data`, making the groups on its way."""
+    """Set one override in nested `data`; missing sections are created."""
     *groups, last = override.path
     for group in groups:
         # A section may be written as `sft:` with nothing below it, which YAML reads as null.
@@ -179,13 +179,13 @@ def _apply(override: Override, data: dict[str, Any]) -> None:
     data[last] = override.value
 
 
-# ---- what is wrong, and where ----
+# ---- error messages ----
 
 
 def _place(
     path: Path, tree: yaml.MappingNode, overrides: Sequence[Override], location: Location
 ) -> str:
-    """`--set …` when the wrong value was given there, else `file:line`."""
+    """`--set …` if the invalid value came from there, else `file:line`."""
     keys = tuple(str(part) for part in location)
     for override in reversed(overrides):
         if keys and keys[: len(override.path)] == override.path:
@@ -195,7 +195,7 @@ def _place(
 
 
 def _line(tree: yaml.MappingNode, location: Location) -> int:
-    """The 1-based line of the deepest part of `location` that the file has, 0 when it has none."""
+    """The 1-based line of the deepest part of `location` in the file; 0 if there is none."""
     node: yaml.Node = tree
     line = 0
     for part in location:
@@ -212,7 +212,7 @@ def _line(tree: yaml.MappingNode, location: Location) -> int:
 
 
 def _sentence(item: ErrorDetails, schema: type[BaseModel]) -> str:
-    """One pydantic error in the words of someone who writes YAML."""
+    """One pydantic error as a sentence for the author of a YAML file."""
     name = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":
@@ -229,7 +229,7 @@ def _sentence(item: ErrorDetails, schema: type[BaseModel]) -> str:
 
 
 def _suggestion(location: Location, schema: type[BaseModel]) -> str:
-    """The nearest known name: first among the neighbours, then anywhere in the schema."""
+    """The closest known name: first in the same section, then anywhere in the schema."""
     *parents, last = (str(part) for part in location)
     neighbours = _fields(schema, parents)
     near = difflib.get_close_matches(last, neighbours, n=1)
@@ -238,7 +238,7 @@ def _suggestion(location: Location, schema: type[BaseModel]) -> str:
     elsewhere = [name for name in _leaves(schema) if name.rpartition(".")[2] == last]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"
-    return f"Known here: {', '.join(neighbours)}."
+    return f"Settings in this section: {', '.join(neighbours)}."
 
 
 def _sections(schema: type[BaseModel]) -> Mapping[str, type[BaseModel]]:

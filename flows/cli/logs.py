@@ -1,4 +1,4 @@
-"""What Prefect says of a failed run: a user's mistake is one sentence, not a traceback."""
+"""What Prefect logs about a failed run: a user error is one sentence without a traceback."""
 
 import logging
 
@@ -9,10 +9,10 @@ DELIVERY_SECONDS = 10.0
 
 
 class WithoutTraceback(logging.Filter):
-    """Takes the traceback from records about a user's mistake; what a defect left behind stays."""
+    """Removes the traceback from records of user errors; defects keep theirs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record through, changed if need be."""
+        """Pass every record, shortened if it is a user error."""
         from prefect.exceptions import ParameterTypeError
 
         if record.exc_info and isinstance(record.exc_info[1], (UserError, ParameterTypeError)):
@@ -21,15 +21,15 @@ class WithoutTraceback(logging.Filter):
 
 
 class WithoutRuns(logging.Filter):
-    """Keeps what a run logs from a terminal: the Prefect UI has it, the command tells a failure."""
+    """Keeps log records of runs off the terminal; the Prefect UI shows them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Refuse what was logged for a flow run or a task run."""
+        """Reject records of a flow run or a task run."""
         return record.name not in RUN_LOGGERS
 
 
 def shorten_user_errors() -> None:
-    """From here on Prefect logs a UserError as its sentence; for runs by a worker as well."""
+    """Make Prefect log a UserError as one sentence from now on, also in runs of a worker."""
     for name in RUN_LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(known, WithoutTraceback) for known in logger.filters):
@@ -37,8 +37,8 @@ def shorten_user_errors() -> None:
 
 
 def quiet_terminal() -> None:
-    """Leave the terminal to the progress bars: warnings of libraries are all that comes through."""
-    import prefect.main  # noqa: F401  (it sets up the handlers that are changed here)
+    """Leave the terminal to the progress bars; only warnings of libraries are shown."""
+    import prefect.main  # noqa: F401  (sets up the handlers that we change here)
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry is a warning there
@@ -48,7 +48,7 @@ def quiet_terminal() -> None:
 
 
 def deliver() -> None:
-    """Wait until Prefect has what runs logged and reported: they are sent in the background."""
+    """Wait until Prefect has received logs and events, which are sent in the background."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

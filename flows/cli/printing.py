@@ -1,4 +1,4 @@
-"""What the command shows, as tables for a terminal. Knows rich; computes nothing."""
+"""Prints results as tables for a terminal. It knows rich and computes nothing."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from tasks.settings import Settings
 
 ABSENT = "–"
-WIDEST = 10_000  # columns: what is piped is not folded
+WIDEST = 10_000  # columns, so that piped output is not folded
 
 out = Console()
 err = Console(stderr=True)
 
 
 def line(text: str) -> None:
-    """A line as it is: no markup, no colours, no breaks that would cut an address."""
+    """Print a line verbatim: no markup, no colours, no breaks that would cut an address."""
     out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_start(settings: "Settings") -> None:
-    """What a run uses: said before the seconds in which nothing else is to be seen."""
+    """Print the servers that a run uses, before the imports, which take seconds."""
     prefect = settings.prefect_api_url or "started for this run"
     err.print(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}", markup=False, soft_wrap=True)
 
 
 def show_report(report: str) -> None:
-    """Markdown; on a terminal its tables are drawn."""
+    """Print Markdown; on a terminal its tables are drawn."""
     for block in report.strip().split("\n\n"):
         if block.startswith("|") and out.is_terminal:
             out.print(Markdown(block))
@@ -48,10 +48,10 @@ def show_report(report: str) -> None:
 
 
 def show_services(services: "Services", settings: "Settings") -> None:
-    """Where everything is, once it runs."""
+    """Print the addresses and logs of the running services."""
     logs = settings.home / "logs"
     _table(
-        "Running; Ctrl-C stops all",
+        "Running; press Ctrl-C to stop all",
         ("Service", "Address", "Log"),
         [
             ("Prefect", services.prefect, logs / "prefect.log"),
@@ -63,25 +63,25 @@ def show_services(services: "Services", settings: "Settings") -> None:
 
 
 def show_links(services: "Services", settings: "Settings") -> None:
-    """Links that sign a browser in, each on a line of its own."""
-    line("Open the pages by these links, each of which signs in one browser, once:")
+    """Print links that sign a browser in, one per line."""
+    line("Open the pages with these links; each one signs in one browser, once:")
     for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
         line(f"  {name:8}{sign_in.link(address, settings.account)}")
     line("`rlhf sign-in` prints new ones.")
 
 
-def say_aloud(text: str) -> None:
-    """Something that cannot wait, beside progress bars."""
+def warn_on_terminal(text: str) -> None:
+    """Print a message at once, also while progress bars are shown."""
     err.print(f"rlhf: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(server: str, error: str, log: Path) -> None:
-    """What a server that runs has logged as an error."""
-    say_aloud(f"{server} has logged an error: {error} (more in {log})")
+    """Print an error that a running server has logged."""
+    warn_on_terminal(f"{server} logged an error: {error} (see {log})")
 
 
 def show_validation(validation: "Validation") -> None:
-    """The validation report: what is kept, what is left out and why, how long the texts are."""
+    """Print the validation report: rows kept, rows dropped and why, lengths of the texts."""
     rows = [
         (name, table.source, table.rows, table.train, table.eval, sum(table.dropped.values()))
         for name, table in validation.tables.items()
@@ -98,7 +98,7 @@ def show_validation(validation: "Validation") -> None:
         for item in validation.lengths
     ]
     _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
-    _table("Cut by a stage", ("Limit", "Texts"), validation.truncated.items())
+    _table("Truncated by a stage", ("Limit", "Texts"), validation.truncated.items())
     for note in (*validation.bad_rows, *validation.unread):
         line(note)
     line(
@@ -106,18 +106,18 @@ def show_validation(validation: "Validation") -> None:
         f"{validation.shared_prompts} prompts shared by training and evaluation."
     )
     line(
-        f"Of the votes, {validation.known_sides} have a known first side, {validation.timed} a "
-        f"time, {validation.gold} are on pairs with a known answer."
+        f"Votes: {validation.known_sides} record which response was shown first, "
+        f"{validation.timed} have a time, {validation.gold} are on pairs with a known answer."
     )
 
 
 def show_plan(plan: "Plan") -> None:
-    """What a run would do: steps, parameters, and how much it could find out."""
+    """Print what a run would do: steps, trainable parameters, and what it could detect."""
     rows = [
         (stage.stage, stage.steps, stage.work, "\n".join(map(_learnt, stage.networks)))
         for stage in plan.stages
     ]
-    _table("Work", ("Stage", "Steps", "Work", "Parameters that learn"), rows)
+    _table("Work", ("Stage", "Steps", "Work", "Trainable parameters"), rows)
     for text in plan.certainty:
         line(text)
     for text in plan.warnings:
@@ -127,12 +127,12 @@ def show_plan(plan: "Plan") -> None:
 def _learnt(network: "NetworkPlan") -> str:
     if not network.lora_rank:
         return f"{network.network}: all {network.parameters:,}"
-    beside = f"LoRA of rank {network.lora_rank}, beside {network.frozen:,}"
-    return f"{network.network}: {network.parameters:,} ({beside})"
+    lora = f"LoRA of rank {network.lora_rank}; {network.frozen:,} frozen"
+    return f"{network.network}: {network.parameters:,} ({lora})"
 
 
 def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
-    """What differs between two runs; with `everything` also what does not."""
+    """Print what differs between two runs; with `everything` also what is the same."""
     left, right = (f"{run.name} {run.run_id[:8]}" for run in comparison.runs)
     settings, stages = comparison.params, comparison.differing_stages()
     measures, all_measures = comparison.differing_measures(), comparison.measures()
@@ -167,14 +167,14 @@ def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
         ],
     )
     if differs and not everything:
-        line("`--all` lists the rest, and the metrics of stages that only one run has.")
+        line("Use `--all` to list the rest, and the metrics of stages that only one run has.")
     for run in comparison.runs:
         line(f"{run.name} ({run.status.lower()}; {run.code}): {run.url}")
     line(f"side by side: {comparison.url}")
 
 
 def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose cells are whole; where the terminal is too narrow, two lines a row."""
+    """Print a table without cutting cells; if the terminal is too narrow, two lines per row."""
     if not rows:
         return
     table = Table(*(Column(name, no_wrap=True) for name in columns))
@@ -192,7 +192,7 @@ def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def _value(value: "Value | None") -> str:
-    """`0.83 [0.82, 0.84]`, and without an interval `0.8312`."""
+    """Format as `0.83 [0.82, 0.84]`, or as `0.8312` without an interval."""
     if value is None:
         return ABSENT
     number, low, high = value
@@ -202,19 +202,19 @@ def _value(value: "Value | None") -> str:
 
 
 def _number(value: float) -> str:
-    """Counts whole, and other numbers short."""
+    """Format counts in full and other numbers with four digits."""
     return str(int(value)) if value.is_integer() else f"{value:.4g}"
 
 
 def _change(measure: "Measure") -> str:
-    """The difference with its sign; empty where there is none to tell."""
+    """Format the difference with its sign; empty if it is unknown or the runs agree."""
     if measure.difference is None or not measure.differs:
         return ""
     return f"{measure.difference:+.3g}" if measure.difference else "0"
 
 
 def responses_as_text(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
-    """Each prompt after `>` above its responses, which are indented; a single response alone."""
+    """Format each prompt after `>` above its indented responses; a single response as it is."""
     if [len(group) for group in responses] == [1]:
         return responses[0][0]
     blocks = []
@@ -229,7 +229,7 @@ def responses_as_text(prompts: Sequence[str], responses: Sequence[Sequence[str]]
 
 
 def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
-    """An object for each response, one a line."""
+    """Format each response as a JSON object, one per line."""
     return "\n".join(
         json.dumps({"prompt": prompt, "sample": n, "response": text}, ensure_ascii=False)
         for prompt, group in zip(prompts, responses, strict=True)
@@ -238,7 +238,7 @@ def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; numbers to the right and short; nothing at all when there is no row."""
+    """Print a table with numbers right-aligned and short; print nothing if it has no rows."""
     filled = [tuple(row) for row in rows]
     if not filled:
         return

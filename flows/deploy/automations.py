@@ -1,17 +1,18 @@
-"""What the Prefect server does by itself: end runs whose process is gone, retrain, tell people.
+"""Automations of the Prefect server: mark dead runs as crashed, retrain, notify people.
 
-Declared here, and registered by `rlhf deploy`, each under its name: doing so again changes what is
-different and keeps an automation switched off that people have switched off.
+`rlhf deploy` registers them by name. Registering them again updates what changed, and an automation
+that somebody disabled stays disabled.
 
-* **Runs whose process is gone.** When a worker and its flow are killed together, nobody reports
-  it, and the run would be Running for ever. Its heartbeats stop, and the server marks it Crashed.
-  It is never started again by itself: a retry within seconds of a crash is lost, and a worker with
-  a limit dies of it. `rlhf resume` goes on with it.
-* **Retrain.** `rlhf.preferences.ready` of a project starts its deployment of `retrain`.
-* **Tell people.** What they have to know or to do is posted to a webhook, if there is one.
+* **Dead runs.** When a worker and its flow are killed together, nothing reports the crash and the
+  run would stay Running for ever. Its heartbeats stop, so the server marks it Crashed. We never
+  retry it automatically: Prefect loses a retry within seconds of a crash, and a worker with a limit
+  dies of it. `rlhf resume` resumes the run.
+* **Retraining.** The event `rlhf.preferences.ready` of a project starts its deployment of
+  `retrain`.
+* **Notifications.** Events that people should know of are posted to a webhook, if one is set.
 
 On SQLite Prefect acts on one event several times ("database is locked"). Marking a run Crashed
-twice does no harm; the other automations are made on PostgreSQL alone.
+twice does no harm; the other automations are created only on PostgreSQL.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ FLOWS: Final = [
     )
 ]
 OURS: Final = {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}
-# What a run may do instead of a heartbeat. Suspended and Paused: it waits for an answer.
+# States without heartbeats. A Suspended or Paused run waits for an answer.
 ENDS: Final = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
 HEARTBEAT: Final = "prefect.flow-run.heartbeat"
 SILENCE: Final = timedelta(seconds=3 * events.HEARTBEAT_SECONDS)
@@ -51,50 +52,50 @@ WEBHOOK: Final = "rlhf-notify"
 
 
 def register(settings: Settings) -> list[str]:
-    """Create or change every automation on the Prefect server of the environment.
+    """Create or update every automation on the Prefect server of the environment.
 
-    Returns: a line for each: its name, or why it was not made.
+    Returns: one line per automation: its name, or why it was not created.
     """
     with get_client(sync_client=True) as client:
         wanted, left_out = [without_process()], []
         if not on_postgresql(client):
             left_out = [
-                "retrain and notify: not made, as Prefect on SQLite acts several times on one event"
-                f" (a server on PostgreSQL says so by {DRIVER}=postgresql+asyncpg)"
+                "retrain and notify: not created, because Prefect on SQLite acts several times on "
+                f"one event (for a server on PostgreSQL set {DRIVER}=postgresql+asyncpg)"
             ]
         else:
             wanted += retraining(client)
             if settings.notify_webhook.get_secret_value():
                 wanted += notifications(settings)
             else:
-                left_out = ["notify: not made, as RLHF_NOTIFY_WEBHOOK is not set"]
+                left_out = ["notify: not created, because RLHF_NOTIFY_WEBHOOK is not set"]
         for automation in wanted:
             put(client, automation)
         return [automation.name for automation in wanted] + left_out
 
 
 def on_postgresql(client: SyncPrefectClient) -> bool:
-    """Whether the server says that its database is PostgreSQL; it keeps the URL to itself."""
+    """Whether the server reports a PostgreSQL driver; it does not report the URL."""
     told = client.request("GET", "/admin/settings").json()
     return str(told["server"]["database"]["driver"]).startswith("postgresql")
 
 
 def put(client: SyncPrefectClient, wanted: AutomationCore) -> None:
-    """Create the automation, or make the one of its name like it."""
+    """Create the automation, or update the one with its name."""
     known = client.read_automations_by_name(wanted.name)
     if not known:
         client.create_automation(wanted)
         return
-    # Through a dict, as the client sends only what was set, and the kind of an action is a default.
+    # Via a dict: the client sends only fields that were set, and an action's type is a default.
     content = wanted.model_dump(exclude={"owner_resource"}) | {"enabled": known[0].enabled}
     client.update_automation(known[0].id, AutomationCore.model_validate(content))
 
 
 def without_process() -> AutomationCore:
-    """A run of ours whose heartbeats stop, and which reported no end, is marked Crashed."""
+    """Mark a run of ours as Crashed if its heartbeats stop and it reported no end."""
     return AutomationCore(
         name="rlhf: a run whose process is gone has crashed",
-        description="`rlhf resume` goes on with it.",
+        description="`rlhf resume` resumes it.",
         trigger=EventTrigger(
             posture=Posture.Proactive,
             match={"prefect.resource.id": "prefect.flow-run.*"},
@@ -108,16 +109,16 @@ def without_process() -> AutomationCore:
             ChangeFlowRunState(
                 state=StateType.CRASHED,
                 message=f"No heartbeat for {SILENCE.total_seconds():.0f} seconds: its process is "
-                "gone. `rlhf resume` goes on with it.",
+                "gone. `rlhf resume` resumes it.",
             )
         ],
     )
 
 
 def retraining(client: SyncPrefectClient) -> Iterator[AutomationCore]:
-    """For each deployment of `retrain`: it runs when the preferences of its project are ready.
+    """Run each deployment of `retrain` when the preferences of its project are ready.
 
-    It counts them itself, so that an event too many starts nothing.
+    The deployment counts them itself, so a spurious event starts no training.
     """
     only = FlowFilter(name=FlowFilterName(any_=[retrain.name]))
     for deployment in client.read_deployments(flow_filter=only):
@@ -133,7 +134,7 @@ def retraining(client: SyncPrefectClient) -> Iterator[AutomationCore]:
 
 
 def notifications(settings: Settings) -> Iterator[AutomationCore]:
-    """What happened to a champion or a training, and runs that failed or wait for an answer."""
+    """Post new champions, refusals, tripped monitors, and runs that failed or wait for a person."""
     webhook = Webhook(
         url=settings.notify_webhook,
         headers=SecretDict({"Content-Type": "application/json"}),
@@ -166,5 +167,5 @@ def notifications(settings: Settings) -> Iterator[AutomationCore]:
 
 
 def _post(block: UUID, text: str) -> CallWebhook:
-    """A message as Slack, Mattermost and their like take it; `text` is an expression of Jinja."""
+    """A message in the format of Slack and Mattermost; `text` is a Jinja expression."""
     return CallWebhook(block_document_id=block, payload=f'{{"text": {{{{ ({text}) | tojson }}}}}}')

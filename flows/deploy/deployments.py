@@ -1,8 +1,8 @@
-"""Every flow as a form in the Prefect UI, filled in from the YAML files of a folder: the presets.
+"""Deployments: every flow as a form in the Prefect UI, with the values of a preset (a YAML file).
 
-One list of deployments serves `rlhf deploy`, which registers them, and `prefect.yaml`, which
-`rlhf deploy --write` makes of them for `prefect deploy --all`. Nothing of the machine that deploys
-is stored: a worker imports the flows from the package that is installed where it runs.
+`rlhf deploy` registers the list of deployments, and `rlhf deploy --write` writes the same list to a
+`prefect.yaml` for `prefect deploy --all`. A deployment stores nothing of the machine that deploys:
+a worker imports the flows from the package that is installed where it runs.
 """
 
 import re
@@ -44,11 +44,11 @@ from rlhf_core.config import Section
 from tasks.prefect.accelerator import LIMIT
 
 VERSION = version("rlhf-pipeline")
-VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around the deployer
+VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around us
 FIRST_PRESET = "demo"
-# What a run may not choose. Without a command it is that of the worker, without an environment too,
-# and without a working directory it starts in an empty one: in a folder of a user Prefect would
-# import what lies there, and install what its pyproject.toml asks for.
+# What a run may not choose. Command and environment are then those of the worker, and the process
+# starts in an empty directory: in a user's folder Prefect would import the files there and install
+# the dependencies of its pyproject.toml.
 FIXED: Final = ("command", "env", "working_dir")
 NIGHTLY: Final = {"cron": "0 3 * * *", "timezone": "UTC", "slug": "nightly", "active": False}
 SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameters", "slug"}
@@ -56,8 +56,8 @@ SCHEDULE_FIELDS: Final = {"schedule", "active", "max_scheduled_runs", "parameter
 HEAD = """\
 # Every flow as a deployment: prefect deploy --all
 #
-# Written by `rlhf deploy --write`. `prefect deploy` cannot make the two things below, as
-# `rlhf deploy` does:
+# Written by `rlhf deploy --write`. `prefect deploy` cannot create the work pool and the limit, as
+# `rlhf deploy` does; create them with:
 #
 #     prefect work-pool create rlhf --type process
 #     prefect gcl create rlhf-accelerator --limit 1
@@ -65,7 +65,7 @@ HEAD = """\
 
 
 class Deployment(NamedTuple):
-    """A flow and the values that its form starts with."""
+    """A flow and the initial values of its form."""
 
     flow: Flow[..., Any]
     name: str
@@ -75,12 +75,12 @@ class Deployment(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        """As Prefect writes it."""
+        """`flow/deployment`, as Prefect writes it."""
         return f"{self.flow.name}/{self.name}"
 
     @property
-    def entry(self) -> dict[str, Any]:
-        """The deployment in the terms of `prefect.yaml`."""
+    def as_dict(self) -> dict[str, Any]:
+        """The deployment as an entry of `prefect.yaml`."""
         return {
             "name": self.name,
             "description": self.about,
@@ -96,15 +96,15 @@ class Deployment(NamedTuple):
 
 
 def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
-    """What there is to deploy: the pipeline and retraining for each preset, other flows once.
+    """The deployments: the pipeline and retraining once per preset, every other flow once.
 
-    The forms of those start with the values of the preset `demo`, else of the first one.
+    The forms of the other flows start with the values of the preset `demo`, else of the first one.
 
     Args:
         folder: its YAML files are the presets.
-        owner: who answers for them, shown as a tag.
+        owner: shown as a tag.
 
-    Raises: ConfigError when the folder has no config, or one of them has a mistake.
+    Raises: ConfigError if the folder has no config, or one of them is invalid.
     """
     files = config_files(folder)
     presets = {file.stem: load_config(file, (), PipelineConfig) for file in files}
@@ -121,13 +121,14 @@ def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
 
 
 def deploy(folder: Path, *, working_dir: str = "", owner: str = OWNER) -> list[str]:
-    """Register every deployment of `folder`, the work pool and the limit of the accelerator.
+    """Register every deployment of `folder`, the work pool and the concurrency limit.
 
-    All files are read before anything is registered. What people have set in the UI stays: a
-    schedule, switched on or off or moved, and whether a deployment is paused.
+    All files are read before anything is registered. Changes that people made in the UI are kept:
+    schedules, and whether a deployment is paused.
 
     Args:
-        working_dir: what relative paths in a config refer to; empty leaves it to the worker.
+        working_dir: the folder that relative paths in a config start from; empty leaves it to the
+            worker.
 
     Returns: the names, as `flow/deployment`.
 
@@ -143,11 +144,11 @@ def deploy(folder: Path, *, working_dir: str = "", owner: str = OWNER) -> list[s
 
 
 def prefect_yaml(folder: Path, owner: str = OWNER) -> str:
-    """The same deployments as a file for `prefect deploy --all`."""
-    entries = [deployment.entry for deployment in deployments(folder, owner)]
+    """The deployments as the content of a file for `prefect deploy --all`."""
+    entries = [deployment.as_dict for deployment in deployments(folder, owner)]
     configs = [entry["parameters"]["config"] for entry in entries]
     for config in configs:
-        if "pipeline" in config:  # one object for all that are equal becomes an alias in YAML
+        if "pipeline" in config:  # equal objects become one, which YAML writes as an alias
             config["pipeline"] = configs[configs.index(config["pipeline"])]
     content = {"pull": [], "deployments": entries}
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -155,7 +156,7 @@ def prefect_yaml(folder: Path, owner: str = OWNER) -> str:
 
 
 def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Section]]:
-    """The flows beside the pipeline with the values of a preset, on what its first run makes."""
+    """The single flows with the values of a preset, on the models of its first run."""
     made = f"models:/{preset.project}-"
     inputs: dict[Flow[..., Any], dict[str, Any]] = {
         stages.prepare: {"lengths": preset.length_limits},
@@ -171,14 +172,14 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
         sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
     }
     sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})
-    for flow, given in inputs.items():
+    for flow, addresses in inputs.items():
         form: type[Section] = get_type_hints(flow.fn)["config"]
-        values = sections | given
+        values = sections | addresses
         yield flow, form.model_validate({n: values[n] for n in form.model_fields if n in values})
 
 
 def _about(flow: Flow[..., Any]) -> str:
-    """What a docstring says to people who fill in a form."""
+    """The docstring of a flow without its Args, Returns and Raises: the text above its form."""
     paragraphs = cleandoc(flow.fn.__doc__ or "").split("\n\n")
     return "\n\n".join(p for p in paragraphs if not p.startswith(("Args:", "Returns:", "Raises:")))
 
@@ -197,24 +198,24 @@ def _make_pool(client: SyncPrefectClient) -> None:
 
 
 def closed(template: Mapping[str, Any]) -> dict[str, Any]:
-    """A work pool's template whose runs choose neither their command nor their environment.
+    """A work pool's job template in which a run chooses neither its command nor its environment.
 
-    Prefect's own lets whoever starts a run replace both by variables of the job. What is left is
-    the folder that relative paths refer to. What people have changed otherwise stays.
+    Prefect's own template lets anyone who starts a run replace both through job variables. Only the
+    working folder remains a variable. Other changes that people made are kept.
     """
     job = dict(template["job_configuration"])
     properties = dict(template["variables"]["properties"])
     for name in FIXED:
         if re.search(r"\{\{\s*" + name + r"\s*\}\}", str(job.get(name))):
             del job[name]
-    for name in ("command", "env"):  # `working_dir` is what the flow goes to by itself
+    for name in ("command", "env"):  # the flow itself changes to `working_dir`
         properties.pop(name, None)
     variables = template["variables"] | {"properties": properties, "additionalProperties": False}
     return {**template, "job_configuration": job, "variables": variables}
 
 
 def _make_limit(client: SyncPrefectClient) -> None:
-    with suppress(ObjectAlreadyExists):  # as many as there are accelerators, which people know
+    with suppress(ObjectAlreadyExists):  # people may have raised it to their number of accelerators
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
 
 
@@ -223,7 +224,7 @@ def _register(client: SyncPrefectClient, declared: Deployment, working_dir: str)
         known = client.read_deployment_by_name(declared.full_name)
     except ObjectNotFound:
         known = None
-    entry = declared.entry
+    entry = declared.as_dict
     deployment = RunnerDeployment.from_flow(
         declared.flow,
         schedules=_schedules(entry["schedules"], known),
@@ -238,7 +239,7 @@ def _register(client: SyncPrefectClient, declared: Deployment, working_dir: str)
     made = cast(
         UUID, deployment.apply(version_info=VersionInfo(type=VERSION_TYPE, version=VERSION))
     )
-    # Prefect lets a misspelt parameter through, of which the run would die without a word.
+    # Prefect accepts a misspelt parameter, on which the run would then crash without a message.
     schema = parameter_schema(declared.flow).model_dump_for_openapi()
     strict = DeploymentUpdate(parameter_openapi_schema={**schema, "additionalProperties": False})
     client.update_deployment(made, strict)
@@ -247,12 +248,12 @@ def _register(client: SyncPrefectClient, declared: Deployment, working_dir: str)
 def _schedules(
     declared: list[dict[str, Any]], known: DeploymentResponse | None
 ) -> list[DeploymentScheduleCreate]:
-    """Those that the server has, which people may have changed, and what it lacks."""
+    """The schedules on the server, which people may have changed, and the missing ones."""
     kept = [
         DeploymentScheduleCreate.model_validate(schedule.model_dump(include=SCHEDULE_FIELDS))
         for schedule in (known.schedules if known else [])
     ]
-    there = {schedule.slug for schedule in kept}
+    known_slugs = {schedule.slug for schedule in kept}
     return kept + [
         DeploymentScheduleCreate(
             schedule=CronSchedule(cron=new["cron"], timezone=new["timezone"]),
@@ -260,12 +261,12 @@ def _schedules(
             slug=new["slug"],
         )
         for new in declared
-        if new["slug"] not in there
+        if new["slug"] not in known_slugs
     ]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as such."""
+    """Writes multi-line text as a YAML block."""
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:

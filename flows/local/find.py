@@ -1,4 +1,4 @@
-"""How a command finds the MLflow and the Prefect that serve a home, and signs in to them."""
+"""Finds the MLflow and Prefect servers of a home, and the credentials for them."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ from tasks.settings import Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
-OWNER = "rlhf-team"  # who answers for the deployments, unless they are told otherwise
+OWNER = "rlhf-team"  # default owner of the deployments
 
 
 class Services(NamedTuple):
@@ -28,20 +28,17 @@ class Services(NamedTuple):
     pid: int
 
 
-# ---- finding them ----
-
-
 def join(settings: Settings, *, prefect: bool = False) -> Settings:
-    """Make this process use the MLflow, and on demand the Prefect, that serve this home.
+    """Make this process use the MLflow server of this home, and its Prefect server if asked to.
 
-    A variable that the user has set wins; then a live `rlhf up` of this home; else MLflow is a
-    database under the home, and Prefect starts a server for the length of the run. To be called
-    before MLflow or Prefect is imported: they read their environment at import.
+    A variable that the user set has priority, then a running `rlhf up` of this home; otherwise
+    MLflow is a database under the home, and Prefect starts a server for the duration of the run.
+    Call this before importing MLflow or Prefect, which read their environment at import.
 
-    Returns: the settings as they are now.
+    Returns: the updated settings.
 
     Raises:
-        UserError: an address that does not answer, or a home that cannot be written.
+        UserError: an address does not answer, or the home cannot be written.
     """
     for name, value in _addresses(settings, prefect).items():
         os.environ.setdefault(name, value)
@@ -51,10 +48,10 @@ def join(settings: Settings, *, prefect: bool = False) -> Settings:
 
 
 def make_home(settings: Settings) -> None:
-    """Create the folders under the home, which is its owner's alone.
+    """Create the home, readable only by its owner, and its folders.
 
     Raises:
-        UserError: they cannot be made.
+        UserError: they cannot be created.
     """
     home = settings.home
     try:
@@ -65,15 +62,15 @@ def make_home(settings: Settings) -> None:
             (home / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{settings.home} cannot be used to keep things in ({error.strerror}): set RLHF_HOME "
-            "to a folder of yours."
+            f"RLHF_HOME cannot be used: {settings.home} cannot be written ({error.strerror}); set "
+            "it to a folder that you own."
         ) from None
 
 
 def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
-    """The variables that say where the servers are, once each has answered, and their password.
+    """Variables with the addresses of the servers, each of which has answered, and their password.
 
-    The password of a running `rlhf up` goes to its own two addresses and nowhere else.
+    The password of a running `rlhf up` is sent only to its own two addresses.
     """
     given = settings.tracking_uri and (settings.prefect_api_url or not with_prefect)
     services = None if given and settings.account else running(settings)
@@ -97,12 +94,12 @@ def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
 
 
 def _plain(address: str) -> str:
-    """An address as `rlhf up` writes its own."""
+    """Normalise an address to the form that `rlhf up` uses."""
     return address.rstrip("/").replace("//localhost:", f"//{HOST}:")
 
 
 def with_password(settings: Settings, password: str = "") -> Settings:
-    """The settings with a password: the user's own, else the given one, else that of the home."""
+    """Settings with a password: the user's, else the argument, else that of the home."""
     if settings.account:
         return settings
     secret = SecretStr(password or _read_password(settings))
@@ -114,21 +111,21 @@ def _read_password(settings: Settings) -> str:
         return password_file(settings).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UserError(
-            f"`rlhf up` runs for {settings.home}, but its password cannot be read "
-            f"({error.strerror}): be the user who started it, or set RLHF_PASSWORD."
+            f"`rlhf up` is running for {settings.home}, but its password cannot be read "
+            f"({error.strerror}): run this as the user who started it, or set RLHF_PASSWORD."
         ) from None
 
 
 def password_file(settings: Settings) -> Path:
-    """Where the password of a running `rlhf up` is kept."""
+    """The file with the password of a running `rlhf up`."""
     return settings.home / "password"
 
 
 def running(settings: Settings) -> Services | None:
     """The `rlhf up` that serves this home, or None.
 
-    Its state file is locked for as long as it lives and the kernel drops the lock with the
-    process, so that a file which a killed one left behind is not believed.
+    It holds a lock on its state file, which the kernel releases with the process, so a file that a
+    killed process left behind is ignored.
     """
     path = state_file(settings)
     if not path.exists():
@@ -142,17 +139,17 @@ def running(settings: Settings) -> Services | None:
 
 
 def read_state(file: IO[str]) -> Services:
-    """What the state file says."""
+    """Parse the state file."""
     text = file.read()
     if not text:
         raise UserError(
-            "`rlhf up` is just starting for this home: try again when it shows its addresses."
+            "`rlhf up` is still starting for this home: try again once it prints its addresses."
         )
     return Services(**json.loads(text))
 
 
 def state_file(settings: Settings) -> Path:
-    """What a running `rlhf up` holds locked."""
+    """The state file, which a running `rlhf up` keeps locked."""
     return settings.home / "services.json"
 
 
@@ -160,39 +157,42 @@ def _expect(settings: Settings, address: str, path: str, name: str, variable: st
     problem = unreachable(address.rstrip("/") + path, settings.account)
     if problem.startswith("it answers 401"):
         raise UserError(
-            f"The {name} server at {address} asks for a password: set RLHF_PASSWORD to the one "
+            f"The {name} server at {address} requires a password: set RLHF_PASSWORD to the one "
             "that it was started with."
         )
     if problem:
         raise UserError(
-            f"The {name} server at {address} does not answer as one ({problem}): start it, or set "
-            f"{variable} to where it runs; unset, {name} uses files under RLHF_HOME."
+            f"The {name} server at {address} does not respond ({problem}): start it, or set "
+            f"{variable} to its address; unset, {name} uses files under RLHF_HOME."
         )
 
 
 def signed_in(settings: Settings) -> tuple[Services, Settings]:
     """The servers that a browser can sign in to, and the settings with their password.
 
-    Those of the stack are known where its password is in the environment, else those of the running
-    `rlhf up` of this home.
+    These are the servers of the stack if its password is in the environment, else those of the
+    running `rlhf up` of this home.
 
-    Raises: UserError when there are none.
+    Raises: UserError if there are none.
     """
     if settings.account and settings.prefect_api_url:
         return Services(settings.prefect_public_url, settings.mlflow_public_url, 0), settings
     services = running(settings)
     if services is None:
-        raise UserError(f"No `rlhf up` runs for {settings.home}: start it, or set RLHF_HOME.")
+        raise UserError(f"No `rlhf up` is running for {settings.home}: start it, or set RLHF_HOME.")
     return services, with_password(settings)
 
 
 def become(program: str, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by a program of this environment, else of the PATH.
+    """Replace this process by a program of this Python environment, else of the PATH.
 
-    Raises: UserError when there is none of this name.
+    Raises: UserError if there is no such program.
     """
     here = str(Path(sys.executable).parent)
     found = which(program, path=f"{here}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
-        raise UserError(f"There is no program {program} here.")
-    os.execv(found, [found, *arguments])  # Python looks for its packages beside its first word
+        raise UserError(
+            f"There is no program {program} in this Python environment or on the PATH: check the "
+            "name, or install it."
+        )
+    os.execv(found, [found, *arguments])  # Python finds its packages by the path in argv[0]

@@ -1,4 +1,4 @@
-"""Starts a service again when it ends, beside work that cannot go on without it."""
+"""Restarts a service that ends while work in this process depends on it."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Self
 from flows.local.supervisor import Service, ServiceError, Supervisor
 
 ATTEMPTS = 3  # in a row
-SETTLED_SECONDS = 60.0  # one that has lived for that long had a start that worked
+SETTLED_SECONDS = 60.0  # a service that ran this long did start
 EVERY_SECONDS = 0.2
 GRACE_SECONDS = 45.0
 
@@ -19,11 +19,11 @@ GRACE_SECONDS = 45.0
 class Keeper:
     """Watches one service of a supervisor from a thread.
 
-    Where the service does not come up again, the main thread gets a SIGTERM, as if somebody had
-    stopped the run: a training saves where it is. Leaving the block then raises why.
+    If the service cannot be restarted, the main thread receives SIGTERM, so that a training saves a
+    checkpoint and stops. Leaving the block then raises the reason.
 
     Args:
-        say: hears that the service has ended, at once.
+        say: receives a message as soon as the service ends.
     """
 
     def __init__(self, group: Supervisor, service: Service, say: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ class Keeper:
         self._failure: ServiceError | None = None
 
     def watch(self) -> None:
-        """Begin, once the service is ready."""
+        """Start watching; call it once the service is ready."""
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -65,27 +65,27 @@ class Keeper:
                     self._give_up(death)
                     return
                 started = time.monotonic()
-                self._start_again(death)
+                self._restart(death)
 
-    def _start_again(self, death: ServiceError) -> None:
+    def _restart(self, death: ServiceError) -> None:
         how = str(death).partition(". ")[0]
-        self._say(f"{how}, which this run has started: it is started again.")
+        self._say(f"{how}; this run depends on it, so it is being restarted.")
         self._group.start(self._service, again=True)
         try:
             self._group.until_ready(self._service, stop=self._stop.is_set)
         except ServiceError:
-            return  # seen again at the next look
-        self._say(f"{self._service.name} runs again.")
+            return  # the next check sees it again
+        self._say(f"{self._service.name} is running again.")
 
     def _give_up(self, death: ServiceError) -> None:
         self._failure = ServiceError(
-            f"{death}\nIt could not be started again, so the run has been stopped. Finished stages "
-            "are kept: the same command resumes from the last checkpoint."
+            f"{death}\nIt could not be restarted, so the run was stopped. Finished stages are "
+            "kept: repeat the command to resume from the last checkpoint."
         )
-        self._say(f"{self._service.name} does not come up again: the run is being stopped.")
+        self._say(f"{self._service.name} cannot be restarted: the run is being stopped.")
         os.kill(os.getpid(), signal.SIGTERM)
-        # A training that is told to stop saves within seconds. What comes then would wait for the
-        # service, attempt after attempt, only to report that the run has ended.
+        # A training that is told to stop saves within seconds. After that the process would only
+        # retry to report its end to a service that is gone.
         if not self._stop.wait(GRACE_SECONDS):
             self._say(str(self._failure))
-            os._exit(1)  # the guard ends whatever is left
+            os._exit(1)  # the reaper ends the rest

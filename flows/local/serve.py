@@ -1,9 +1,9 @@
 """`rlhf up`: Prefect, MLflow and a worker on this machine; and the server of a single run.
 
-All listen only on the loopback address, and ask for a password that is made at each start and kept
-in a file of the home which only its owner can read: other users and web pages reach that address
-too. They keep their data where `rlhf run` keeps it when no server runs, so one history is seen
-either way.
+All listen only on the loopback address. Other users and web pages can reach that address, so the
+servers require a password, which is generated at each start and kept in a file that only the owner
+of the home can read. They use the same data as `rlhf run` without a server, so there is one
+history.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import IO
 from uuid import uuid4
 
 from flows.cli.loading import config_files
-from flows.local import memory
+from flows.local import allocator
 from flows.local.find import (
     HOST,
     POOL,
@@ -41,8 +41,6 @@ from tasks.servers import error_log
 from tasks.servers.client import ask, unreachable
 from tasks.settings import PASSWORD_LENGTH, Settings
 
-# ---- running them ----
-
 
 def up(
     settings: Settings,
@@ -55,18 +53,18 @@ def up(
 ) -> None:
     """Run Prefect, MLflow and a worker with a deployment for each config, until interrupted.
 
-    `on_ready` is called once with the addresses and the settings that have the password; `on_error`
-    with the name of a server, what it has logged as an error, and its log. Whichever way this ends,
-    no process that it started is left.
+    `on_ready` is called once with the addresses and the settings with the password; `on_error` for
+    each error that a server logs, with its name, the error and its log. However this function ends,
+    it leaves no process behind.
 
     Raises:
-        UserError: a port is taken, there is no config, or the services of this home run already.
-        ServiceError: one of the services ended; the others have been stopped.
+        UserError: a port is in use, there is no config, or `rlhf up` is running for this home.
+        ServiceError: a service ended; the others have been stopped.
         KeyboardInterrupt: Ctrl-C or SIGTERM; all have been stopped.
     """
     if not Path("/proc/self/environ").exists():
         raise UserError(
-            "`rlhf up` needs Linux; elsewhere start `prefect server start` and `mlflow server` and "
+            "`rlhf up` needs Linux; elsewhere run `prefect server start` and `mlflow server`, and "
             "set PREFECT_API_URL and MLFLOW_TRACKING_URI."
         )
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,33 +96,33 @@ def up(
 
 
 class _ErrorReports:
-    """Tells what the servers log as errors, each once: a service in them may fail and not end."""
+    """Reports each error that the servers log, once; a part of a server may fail silently."""
 
     EVERY_SECONDS = 15.0
 
     def __init__(
-        self, services: Services, settings: Settings, tell: Callable[[str, str, Path], None]
+        self, services: Services, settings: Settings, report: Callable[[str, str, Path], None]
     ) -> None:
         self._servers = {"prefect": services.prefect, "mlflow": services.mlflow}
         self._settings = settings
-        self._tell = tell
-        self._told: set[tuple[str, str]] = set()
+        self._report = report
+        self._reported: set[tuple[str, str]] = set()
         self._next = 0.0
 
     def look(self) -> None:
-        """Ask both servers, not more often than it is useful."""
+        """Query both servers, at most every `EVERY_SECONDS`."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self.EVERY_SECONDS
         for name, address in self._servers.items():
             for error in _errors(address, self._settings.account):
-                if (name, error) not in self._told:
-                    self._told.add((name, error))
-                    self._tell(name, error, self._settings.home / "logs" / f"{name}.log")
+                if (name, error) not in self._reported:
+                    self._reported.add((name, error))
+                    self._report(name, error, self._settings.home / "logs" / f"{name}.log")
 
 
 def _errors(address: str, account: str) -> list[str]:
-    """What a server has logged as errors lately; a server that is busy is asked again later."""
+    """The errors that a server logged recently; empty if it is busy, as we ask again later."""
     try:
         return [str(line) for line in json.loads(ask(address + error_log.PATH, account=account))]
     except (OSError, ValueError):
@@ -133,16 +131,16 @@ def _errors(address: str, account: str) -> list[str]:
 
 @contextmanager
 def _password(settings: Settings) -> Iterator[Settings]:
-    """The settings with the password of this start, which other commands find in a file."""
+    """Settings with the password of this start, which other commands read from a file."""
     settings = with_password(settings, secrets.token_urlsafe(32))
     password = settings.password.get_secret_value()
     if len(password) < PASSWORD_LENGTH:
         raise UserError(
-            f"RLHF_PASSWORD has {len(password)} characters: take {PASSWORD_LENGTH} or more, or "
-            "unset it to have one made at each start."
+            f"RLHF_PASSWORD has {len(password)} characters: use {PASSWORD_LENGTH} or more, or "
+            "unset it to have one generated at each start."
         )
     path = password_file(settings)
-    path.unlink(missing_ok=True)  # one that others could read stays readable when written again
+    path.unlink(missing_ok=True)  # a rewritten file would keep its permissions
     path.touch(0o600, exist_ok=False)
     path.write_text(password, encoding="utf-8")
     try:
@@ -155,19 +153,19 @@ def _password(settings: Settings) -> Iterator[Settings]:
 def prefect_server(
     settings: Settings, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Callable[[], None]]:
-    """Prefect for the length of the block; nothing is started where a server is in use already.
+    """Run a Prefect server for the duration of the block, unless one is in use already.
 
-    Unlike the server that Prefect itself starts on demand, this one is out of reach of Ctrl-C in
-    the terminal, so that an interrupted run can still report its end; it ends with this process
-    however that ends; and it is started again when it ends before.
+    Unlike the server that Prefect itself starts on demand, this one is not reached by Ctrl-C in the
+    terminal, so an interrupted run can still report its end; it always ends with this process; and
+    it is restarted if it ends early.
 
     Args:
-        say: hears that the server has ended and what is done about it.
+        say: receives a message when the server ends and when it is running again.
 
-    Yields: what waits until the server is ready, to be called before the first flow starts.
+    Yields: a function that waits until the server is ready; call it before the first flow starts.
 
     Raises:
-        ServiceError: the server has ended, and could not be started again.
+        ServiceError: the server ended and could not be restarted.
     """
     if settings.prefect_api_url:
         yield lambda: None
@@ -194,11 +192,11 @@ def prefect_server(
 
 @contextmanager
 def _claim(settings: Settings) -> Iterator[IO[str]]:
-    """The state file of this home, emptied and locked: at most one `rlhf up` can have it."""
+    """Open the state file of this home, empty and locked, so that only one `rlhf up` runs."""
     make_home(settings)
     path = state_file(settings)
     with path.open("a+") as file:
-        for attempt in range(10):  # another command may look at the file at this very moment
+        for attempt in range(10):  # another command may be reading the file
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -208,9 +206,9 @@ def _claim(settings: Settings) -> Iterator[IO[str]]:
             file.seek(0)
             there = read_state(file)
             raise UserError(
-                f"`rlhf up` already runs for {settings.home} (process {there.pid}): Prefect at "
-                f"{there.prefect}, MLflow at {there.mlflow}. Stop it with Ctrl-C in its terminal, "
-                "or set RLHF_HOME to another folder."
+                f"`rlhf up` is already running for {settings.home} (process {there.pid}): Prefect "
+                f"at {there.prefect}, MLflow at {there.mlflow}. Stop it with Ctrl-C in its "
+                "terminal, or set RLHF_HOME to another folder."
             )
         file.truncate(0)
         try:
@@ -223,7 +221,7 @@ def _check_ports(prefect_port: int, mlflow_port: int) -> None:
     options = (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port))
     if prefect_port == mlflow_port:
         raise UserError(
-            f"--prefect-port and --mlflow-port are both {mlflow_port}: choose two different ones."
+            f"--prefect-port and --mlflow-port are both {mlflow_port}: choose different ports."
         )
     for option, port in options:
         with socket.socket() as probe:
@@ -234,7 +232,7 @@ def _check_ports(prefect_port: int, mlflow_port: int) -> None:
                 taken = error.errno == errno.EADDRINUSE
                 reason = "is already in use" if taken else f"cannot be used ({error.strerror})"
                 raise UserError(
-                    f"Port {port} {reason}: free it, or choose another one with {option}."
+                    f"Port {port} {reason}: free it, or choose another port with {option}."
                 ) from None
 
 
@@ -243,7 +241,7 @@ def _prefect(settings: Settings, address: str, name: str = "prefect") -> Service
     environment = {
         **settings.environment(),
         "RLHF_PREFECT_URL": address,
-        # Without it, the pages of a server on another port ask port 4200 for their data.
+        # Without it, the pages of a server on another port request their data from port 4200.
         "PREFECT_SERVER_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_API_AUTH_STRING": settings.account,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{address},http://localhost:{port}",
@@ -260,8 +258,8 @@ def _mlflow(settings: Settings, address: str) -> Service:
     command = _python(
         *("mlflow", "server", "--app-name", "rlhf", "--host", HOST, "--port", port, "-w", "1"),
         *("--backend-store-uri", local.mlflow_uri),
-        # Experiments keep their plain path, so that they can be read without a server too; what a
-        # client sends through the server lands there as well, and not in its working folder.
+        # Experiments keep plain paths, so that they can be read without a server; uploads through
+        # the server go there as well, not into its working folder.
         *("--default-artifact-root", artifacts),
         *("--serve-artifacts", "--artifacts-destination", artifacts),
     )
@@ -296,15 +294,15 @@ def _worker(services: Services, environment: Mapping[str, str]) -> Service:
     name = f"{POOL}-{services.pid}"
     pool = ("--pool", POOL, "--type", "process", "--name", name)
     command = _python("prefect", "worker", "start", *pool)
-    keeping = {**environment, **memory.ENVIRONMENT}  # the processes of its runs inherit it
+    with_allocator = {**environment, **allocator.ENVIRONMENT}  # inherited by its flow runs
     account = environment.get("PREFECT_API_AUTH_STRING", "")
-    return Service("worker", command, keeping, partial(_absent, services, name, account))
+    return Service("worker", command, with_allocator, partial(_absent, services, name, account))
 
 
 def _absent(services: Services, worker: str, account: str) -> str:
-    """Empty once Prefect has heard from the worker."""
+    """Empty once Prefect has received a heartbeat of the worker."""
     api = f"{services.prefect}/api"
-    client = uuid4().hex  # what changes something, or is a POST as here, needs a token against CSRF
+    client = uuid4().hex  # a POST needs a CSRF token
     try:
         token = json.loads(ask(f"{api}/csrf-token?client={client}", account=account))["token"]
         proof = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": client}
@@ -313,9 +311,9 @@ def _absent(services: Services, worker: str, account: str) -> str:
     except OSError as error:
         return str(error)
     names = [known["name"] for known in json.loads(answer)]
-    return "" if worker in names else "Prefect has not heard from it"
+    return "" if worker in names else "Prefect has received no heartbeat from it"
 
 
 def _python(module: str, *arguments: str) -> list[str]:
-    """A module as a program; -P: a `tasks.py` in the working folder is not ours."""
+    """The command line of a module; with -P a `tasks.py` in the working folder is ignored."""
     return [sys.executable, "-P", "-m", module, *arguments]

@@ -1,4 +1,4 @@
-"""Runs several programs together: all live, or all are ended. Knows nothing about what they do."""
+"""Runs several programs together: if one ends, all are stopped. It does not know what they do."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 from uuid import uuid4
 
-from flows.local import guard
+from flows.local import reaper
 from rlhf_core.errors import UserError
 
 START_SECONDS = 180.0
@@ -19,13 +19,13 @@ TAIL_LINES = 15
 
 
 class ServiceError(UserError):
-    """A service ended by itself, or never came up; the message has the end of its log."""
+    """A service ended by itself or never became ready; the message has the end of its log."""
 
 
 class Service(NamedTuple):
-    """A program to run: name, command line, what it adds to the environment, and when it is ready.
+    """A program to run: name, command line, extra environment, and a readiness check.
 
-    `problem` says what is still missing, and nothing once the service does its work.
+    `problem` returns why the service is not ready, and an empty string once it is.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Service(NamedTuple):
 
 
 class Supervisor:
-    """Starts services with a log file each, and ends all of them when its block is left."""
+    """Starts services with one log file each, and stops all of them at the end of its block."""
 
     def __init__(self, home: Path, stop_order: Sequence[str]) -> None:
-        """Args: home: where they work, with their logs below it; the order in which they stop.
+        """Args: home: their working folder, which holds the logs; stop_order: names of services.
 
-        Nothing is found in a home: in the folder of a user they would read settings of other
-        programs (`.env`, `prefect.toml`).
+        They do not work in the user's folder, where they would read settings of other programs
+        (`.env`, `prefect.toml`).
         """
         self._home = home
         self._logs = home / "logs"
@@ -51,8 +51,8 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         marks = [self._mark(name) for name in self._stop_order]
-        self._guard = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.local.guard", *marks],
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-P", "-m", "flows.local.reaper", *marks],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -64,19 +64,19 @@ class Supervisor:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        guard.end([self._mark(name) for name in self._stop_order])
+        reaper.end([self._mark(name) for name in self._stop_order])
         for process in self._processes.values():
-            process.kill()  # one that was too young to show its mark
+            process.kill()  # it may have been too young to show its mark
             process.wait()
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
-        self._guard.wait()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
 
     def start(self, service: Service, *, again: bool = False) -> None:
-        """Start it in a session of its own, so that Ctrl-C in the terminal does not reach it.
+        """Start a service in its own session, so that Ctrl-C in the terminal does not reach it.
 
         Args:
-            again: it has run before; its log goes on.
+            again: whether it ran before; its log is then continued.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(service.name).open("ab" if again else "wb") as log:
@@ -85,7 +85,7 @@ class Supervisor:
                 env={
                     **os.environ,
                     **service.environment,
-                    guard.VARIABLE: self._mark(service.name),
+                    reaper.VARIABLE: self._mark(service.name),
                     "PYTHONUNBUFFERED": "1",
                 },
                 stdin=subprocess.DEVNULL,
@@ -96,11 +96,11 @@ class Supervisor:
             )
 
     def log(self, name: str) -> Path:
-        """The file that has what the service prints."""
+        """The file with the output of a service."""
         return self._logs / f"{name}.log"
 
     def run(self, service: Service) -> None:
-        """Start a service that has an end, and wait for it while the others live."""
+        """Run a service to completion, while the others are running."""
         self.start(service)
         process = self._processes.pop(service.name)
         while process.poll() is None:
@@ -110,7 +110,7 @@ class Supervisor:
             raise self._death(service.name, process.returncode)
 
     def until_ready(self, *services: Service, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait until each service has no problem any more, or until `stop` says so."""
+        """Wait until each service is ready, or until `stop()` is true."""
         deadline = time.monotonic() + START_SECONDS
         for service in services:
             while (problem := service.problem()) and not stop():
@@ -123,12 +123,14 @@ class Supervisor:
                 time.sleep(0.2)
 
     def check(self) -> None:
-        """Raise ServiceError if any of the services, or the guard, has ended."""
+        """Raise ServiceError if any of the services, or the reaper, has ended."""
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise self._death(name, process.returncode)
-        if self._guard.poll() is not None:
-            raise ServiceError("The process that guards the services was killed: start again.")
+        if self._reaper.poll() is not None:
+            raise ServiceError(
+                "The process that cleans up after the services was killed: start again."
+            )
 
     def _death(self, name: str, code: int) -> ServiceError:
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"

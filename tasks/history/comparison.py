@@ -1,6 +1,6 @@
-"""Two pipeline runs side by side: settings, stages and the metrics of every stage.
+"""Compares two pipeline runs: settings, stages and the metrics of every stage.
 
-Reads MLflow and changes nothing.
+It reads MLflow and changes nothing.
 """
 
 import json
@@ -12,13 +12,13 @@ from urllib.parse import quote
 from mlflow.entities import Run
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.settings import Settings
 
 EVALUATION = "evaluation"
-LOW, HIGH = "_low", "_high"  # the bounds of a metric are metrics of their own
+LOW, HIGH = "_low", "_high"  # suffixes of the metrics for the bounds of a metric
 
 
 class _Row(BaseModel):
@@ -26,7 +26,7 @@ class _Row(BaseModel):
 
 
 class RunFacts(_Row):
-    """Which run, how it ended, by which code, and its page in MLflow."""
+    """A run: its name, status, code, and page in MLflow."""
 
     run_id: str
     name: str
@@ -36,7 +36,7 @@ class RunFacts(_Row):
 
 
 class ParamRow(_Row):
-    """A setting in each run; empty where a run does not have it."""
+    """A setting in each run; empty if a run does not have it."""
 
     stage: str
     name: str
@@ -45,7 +45,7 @@ class ParamRow(_Row):
 
 
 class StageRow(_Row):
-    """How a stage ended in each run; None where a run does not have it."""
+    """The status of a stage in each run; None if a run does not have it."""
 
     stage: str
     first: str | None
@@ -53,7 +53,7 @@ class StageRow(_Row):
 
 
 class MetricRow(_Row):
-    """The last value of a metric in each run; None where a run does not have it."""
+    """The last value of a metric in each run; None if a run does not have it."""
 
     stage: str
     name: str
@@ -70,7 +70,7 @@ class MetricRow(_Row):
 
     @property
     def differs(self) -> bool:
-        """Whether the runs have different values; NaN is the same as NaN."""
+        """Whether the runs have different values; NaN equals NaN."""
         if self.first is None or self.second is None:
             return self.first is not self.second
         both_nan = math.isnan(self.first) and math.isnan(self.second)
@@ -78,7 +78,7 @@ class MetricRow(_Row):
 
 
 class Value(NamedTuple):
-    """A metric, and its interval where it has one."""
+    """A metric, with its interval if it has one."""
 
     value: float
     low: float | None = None
@@ -86,7 +86,7 @@ class Value(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A metric with its bounds, in each run; None where a run does not have it."""
+    """A metric with its bounds in each run; None if a run does not have it."""
 
     stage: str
     name: str
@@ -97,7 +97,7 @@ class Measure(NamedTuple):
 
 
 class RunComparison(_Row):
-    """What `compare` found."""
+    """The result of `compare`."""
 
     runs: tuple[RunFacts, RunFacts]
     params: tuple[ParamRow, ...]  # those that differ
@@ -107,7 +107,7 @@ class RunComparison(_Row):
     url: str
 
     def measures(self) -> list[Measure]:
-        """The metrics, each with its bounds beside it."""
+        """The metrics, each with its bounds."""
         rows = {(row.stage, row.name): row for row in self.metrics}
         bounds = {(stage, name + end) for stage, name in rows for end in (LOW, HIGH)}
         return [
@@ -119,9 +119,9 @@ class RunComparison(_Row):
         ]
 
     def differing_measures(self) -> list[Measure]:
-        """Those that differ, each once, of the stages that both runs have.
+        """The metrics that differ, each once, of the stages that both runs have.
 
-        The pipeline's own run repeats the closing numbers of its evaluation.
+        The run of the pipeline repeats the final metrics of its evaluation, which are left out.
         """
         shared = {row.stage for row in self.stages if None not in (row.first, row.second)}
         evaluated = {row.name for row in self.metrics if row.stage == EVALUATION}
@@ -130,11 +130,13 @@ class RunComparison(_Row):
             for measure in self.measures()
             if measure.differs
             and measure.stage in shared
-            and not (measure.stage == tag.PIPELINE and f"{tag.SUMMARY}{measure.name}" in evaluated)
+            and not (
+                measure.stage == tags.PIPELINE and f"{tags.SUMMARY}{measure.name}" in evaluated
+            )
         ]
 
     def differing_stages(self) -> list[StageRow]:
-        """Those that only one run has, or that ended differently."""
+        """The stages that only one run has, or whose status differs."""
         return [row for row in self.stages if row.first != row.second]
 
 
@@ -151,10 +153,10 @@ def _measure(row: MetricRow, bounds: list[MetricRow]) -> Measure:
 
 
 def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
-    """Compare two pipeline runs, each named by its id, the start of its id, or its name.
+    """Compare two pipeline runs, each given by its id, a prefix of its id, or its name.
 
     Raises:
-        UserError: no run, or more than one, answers to a name.
+        UserError: no run, or more than one, matches.
     """
     record = Record.open(settings)
     runs = (record.runs.pipeline(first), record.runs.pipeline(second))
@@ -171,9 +173,11 @@ def compare(first: str, second: str, *, settings: Settings) -> RunComparison:
 
 
 def _facts(run: Run, settings: Settings) -> RunFacts:
-    info, tags = run.info, run.data.tags
-    release, commit = (tags.get(name, "unknown") for name in (tag.CODE_VERSION, tag.GIT_COMMIT))
-    changed = " with changes" if tags.get(tag.GIT_DIRTY) == tag.flag(True) else ""
+    info, run_tags = run.info, run.data.tags
+    release, commit = (
+        run_tags.get(name, "unknown") for name in (tags.CODE_VERSION, tags.GIT_COMMIT)
+    )
+    changed = " with changes" if run_tags.get(tags.GIT_DIRTY) == tags.flag(True) else ""
     return RunFacts(
         run_id=info.run_id,
         name=info.run_name,
@@ -184,14 +188,14 @@ def _facts(run: Run, settings: Settings) -> RunFacts:
 
 
 def _stages(record: Record, run: Run) -> dict[str, Run]:
-    """The stages of a run by name, in the order in which they ran; of two the later one."""
+    """The stages of a run by name, in the order in which they ran; the last one of each name."""
     children = record.runs.stages(run.info.experiment_id, run.info.run_id)
-    stages = {child.data.tags.get(tag.STAGE, child.info.run_name): child for child in children}
-    return {tag.PIPELINE: run, **stages}
+    stages = {child.data.tags.get(tags.STAGE, child.info.run_name): child for child in children}
+    return {tags.PIPELINE: run, **stages}
 
 
 def _params(first: Run, second: Run) -> Iterator[ParamRow]:
-    """All settings; the run of the pipeline has all of them, as `section.name`."""
+    """All settings; the pipeline's run has them as `section.name`."""
     for name in _either(first.data.params, second.data.params):
         section, _, key = name.rpartition(".")
         left, right = (run.data.params.get(name, "") for run in (first, second))
@@ -219,20 +223,20 @@ def _metrics(
 
 
 def _metrics_of(record: Record, run: Run) -> dict[str, float]:
-    """The last values of a run; of one that was not done again, those of the run that did it.
+    """The last values of a run; for a cached stage, with those of the run it was reused from.
 
-    A cached stage has only the closing numbers itself, and its curves would look like a difference.
+    A cached stage itself has only final metrics: its missing curves would look like a difference.
     """
     found = dict(run.data.metrics)
-    if source := run.data.tags.get(tag.CACHED_FROM):
-        worker = record.runs.find(source)
-        if worker is not None:  # nobody has deleted it for good
-            found = {**worker.data.metrics, **found}
+    if source := run.data.tags.get(tags.CACHED_FROM):
+        original = record.runs.find(source)
+        if original is not None:  # it was not deleted permanently
+            found = {**original.data.metrics, **found}
     return found
 
 
 def _either(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
-    """The keys of both, in order, each once."""
+    """The keys of both mappings, in order, each once."""
     return list({**first, **second})
 
 

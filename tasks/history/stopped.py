@@ -1,4 +1,4 @@
-"""Pipeline runs that were stopped, to be resumed."""
+"""Finds stopped pipeline runs to resume."""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import UserError
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import CONFIG
 from tasks.record.identity import code_identity
 from tasks.record.record import Record
@@ -17,7 +17,7 @@ from tasks.settings import Settings
 
 
 class StoppedRun(BaseModel):
-    """A pipeline run that can be resumed: what it was asked to do, and who was doing it."""
+    """A pipeline run that can be resumed: its config, and the flow run that executed it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,24 +30,25 @@ class StoppedRun(BaseModel):
 
 
 def find_stopped(name: str, *, settings: Settings) -> StoppedRun:
-    """The pipeline run of that name, id or start of an id, which has not finished.
+    """The unfinished pipeline run with this name, id or prefix of an id.
 
     Raises:
-        UserError: there is none, it has finished, or other code than that here has begun it.
+        UserError: there is none, it has finished, or it was started by other code.
     """
     record = Record.open(settings)
     close_abandoned(record)
     run = record.runs.pipeline(name)
-    info, tags = run.info, run.data.tags
+    info, run_tags = run.info, run.data.tags
     if info.status == "FINISHED":
         raise UserError(f"the run {info.run_name} ({info.run_id[:8]}) has finished")
     here = code_identity()
-    if tags.get(tag.CODE_DIGEST) != here[tag.CODE_DIGEST]:
-        release, commit = (tags.get(n, "unknown") for n in (tag.CODE_VERSION, tag.GIT_COMMIT))
+    if run_tags.get(tags.CODE_DIGEST) != here[tags.CODE_DIGEST]:
+        release, commit = (run_tags.get(n, "unknown") for n in (tags.CODE_VERSION, tags.GIT_COMMIT))
         raise UserError(
-            f"the run {info.run_name} was begun by other code (release {release}, commit {commit}) "
-            f"than that here (release {here[tag.CODE_VERSION]}, commit {here[tag.GIT_COMMIT]}), "
-            "whose numbers may differ; install that, or start anew with `rlhf run`"
+            f"the run {info.run_name} was started by other code (release {release}, commit "
+            f"{commit}) than the one installed here (release {here[tags.CODE_VERSION]}, commit "
+            f"{here[tags.GIT_COMMIT]}), so its numbers could change; install that code, or start a "
+            "new run with `rlhf run`"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(record.client.download_artifacts(info.run_id, CONFIG, folder))
@@ -56,8 +57,8 @@ def find_stopped(name: str, *, settings: Settings) -> StoppedRun:
     return StoppedRun(
         run_id=info.run_id,
         project=experiment.name,
-        seed=int(tags[tag.SEED]),
+        seed=int(run_tags[tags.SEED]),
         config=config,
-        flow_run_id=tags.get(tag.FLOW_RUN, ""),
-        flow_name=tags.get(tag.FLOW_NAME, ""),
+        flow_run_id=run_tags.get(tags.FLOW_RUN, ""),
+        flow_name=run_tags.get(tags.FLOW_NAME, ""),
     )

@@ -1,4 +1,4 @@
-"""What the points of a sweep came to, side by side: a table, a plot and a page."""
+"""Records the results of a sweep: a table, a plot and a page."""
 
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from rlhf_core import figures
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.types import Report
-from tasks.prefect.ui import closing_lines
+from tasks.prefect.ui import prefect_link_lines
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.record.stage import open_stage
@@ -17,35 +17,35 @@ from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import Settings
 
 
-class _Values(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class SweepPoint(_Values):
-    """Which settings, and which seed."""
+class SweepPoint(_Frozen):
+    """One point of a sweep: its settings and seed."""
 
     values: dict[str, Any]
     seed: int
 
     @property
     def setting(self) -> str:
-        """`kl_coef=0.05, epochs=2`: what the seeds of a combination have in common."""
+        """The settings without the seed, as `kl_coef=0.05, epochs=2`."""
         return ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in self.values.items()) or "as is"
 
     @property
     def label(self) -> str:
-        """With the seed."""
+        """The settings with the seed."""
         return f"{self.setting}, seed {self.seed}"
 
 
-class Outcome(_Values):
-    """What a point came to, or the problem that kept it from that."""
+class Outcome(_Frozen):
+    """The result of a point, or the problem that stopped it."""
 
     point: SweepPoint
     run_id: str = ""
     policy: ModelRef | None = None
     kl: Interval | None = None  # nats per sequence to SFT
-    reward: Interval | None = None  # the true one where it is known, else the reward model's
+    reward: Interval | None = None  # the true reward if it is known, else the reward model's
     is_true: bool = False
     win_rate: Interval | None = None  # over SFT
     problem: str = ""
@@ -69,12 +69,15 @@ class Outcome(_Values):
 
 
 def record_sweep(outcomes: list[Outcome], run: PipelineRun) -> str:
-    """Store table and plot with the run of the sweep; returns the page that says it all."""
+    """Store table, plot and page with the run of the sweep.
+
+    Returns: the page, as Markdown.
+    """
     done = [outcome for outcome in outcomes if not outcome.problem]
     name = "true reward" if all(outcome.is_true for outcome in done) else "reward model"
     rows = [_row(outcome) for outcome in outcomes]
     record = Record.open(patient=True)
-    with open_stage("frontier", record=record, config=_Values(), run=run, inputs={}) as stage:
+    with open_stage("frontier", record=record, config=_Frozen(), run=run, inputs={}) as stage:
         stage.record(
             Report(
                 tables={"frontier": pd.DataFrame(rows)},
@@ -113,7 +116,7 @@ def _page(
     outcomes: list[Outcome], name: str, run: PipelineRun, plot: str, settings: Settings
 ) -> str:
     lines = [
-        f"# {run.project}: a sweep of {len(outcomes)} points",
+        f"# {run.project}: sweep of {len(outcomes)} points",
         "",
         f"| setting | seed | KL to SFT (nats) | {name} | win rate over SFT | policy |",
         "|---|---|---|---|---|---|",
@@ -124,8 +127,8 @@ def _page(
         point = outcome.point
         lines.append(f"| {point.setting} | {point.seed} | {' | '.join(cells)} | {last} |")
     url = run_url(run.run_id, run.experiment_id, settings)
-    lines += ["", f"- Every run: {url}", f"- Plot (`figures/frontier.png`): {plot}"]
-    return "\n".join([*lines, *closing_lines(settings)])
+    lines += ["", f"- All runs: {url}", f"- Plot (`figures/frontier.png`): {plot}"]
+    return "\n".join([*lines, *prefect_link_lines(settings)])
 
 
 def _cell(interval: Interval | None) -> str:

@@ -1,4 +1,4 @@
-"""One training at a time on the accelerator, whichever worker or terminal asks for it."""
+"""Limits the accelerator to one training at a time, across workers and terminals."""
 
 import logging
 import time
@@ -17,39 +17,39 @@ from tasks.settings import read_settings
 T = TypeVar("T")
 
 LIMIT: Final = "rlhf-accelerator"
-LEASE_SECONDS: Final = 90.0  # how long the place of a process that was killed stays taken
+LEASE_SECONDS: Final = 90.0  # how long a killed process keeps its slot
 PAUSE_SECONDS: Final = 5.0
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def accelerator() -> Iterator[None]:
-    """Wait for a place under Prefect's global concurrency limit, and have it for the block.
+    """Hold a slot of Prefect's global concurrency limit for the block.
 
-    Outside Prefect, and on a server without that limit, nothing is waited for. A server that is
-    away is waited for; one that goes away meanwhile does not end the block.
+    Outside Prefect, and on a server without that limit, it takes no slot. It retries while the
+    server does not respond; a server that stops later does not end the block.
     """
-    if PrefectRun.current() is None or not _patiently(_is_limited):
+    if PrefectRun.current() is None or not _retry(_is_limited):
         yield
         return
-    log.info("waiting for a place under the concurrency limit %s", LIMIT)
-    place = _patiently(_take_place)
+    log.info("waiting for a slot of the concurrency limit %s", LIMIT)
+    slot = _retry(_take_slot)
     try:
         yield
     finally:
         try:
-            place.close()
+            slot.close()
         except Exception as error:
             log.warning(
-                "the place under %s could not be given back (%s); it is free in %.0f s",
+                "the slot of %s could not be released (%s); it expires in %.0f s",
                 LIMIT,
                 type(error).__name__,
                 LEASE_SECONDS,
             )
 
 
-def _take_place() -> ExitStack:
-    """A place, as what gives it back."""
+def _take_slot() -> ExitStack:
+    """Take a slot; closing the returned stack releases it."""
     with ExitStack() as stack:
         stack.enter_context(
             concurrency(LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
@@ -66,14 +66,14 @@ def _is_limited() -> bool:
     return True
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """What a call of the Prefect server returns, once the server is there."""
+def _retry(call: Callable[[], T]) -> T:
+    """Call the Prefect server, and retry while it does not respond."""
     deadline = time.monotonic() + read_settings().outage_seconds
     while True:
         try:
-            return ask()
+            return call()
         except TransportError as error:
             if time.monotonic() >= deadline:
                 raise
-            log.warning("Prefect does not answer (%s); trying again", type(error).__name__)
+            log.warning("Prefect does not respond (%s); retrying", type(error).__name__)
             time.sleep(PAUSE_SECONDS)

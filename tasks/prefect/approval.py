@@ -1,11 +1,11 @@
-"""Approval: a promotion that the rules allow can wait for a person, for days, with nothing held.
+"""Approval: a promotion that the rules allow can wait for a person, for days, without resources.
 
-The flow run is suspended and not paused: its process ends, and with it its memory and its place at
-the worker. When the form is answered a worker runs the flow again from its top. The stages are
-found done, the same form is asked for under the same key, and this time its answer is there.
+The flow run is suspended, not paused: its process ends and releases its memory and its worker slot.
+When the form is answered, a worker runs the flow again from the top. The stages are cached, the
+flow requests the same form by the same key, and receives the answer.
 
-The key names the candidate, so that an answer never counts for another version. An answer that
-cannot be used, and a run that is tried again after it waited in vain, lead to a new form.
+The key contains the candidate, so an answer never applies to another version. An invalid answer, or
+a retry after the form expired, leads to a new form.
 """
 
 import logging
@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from rlhf_core.evaluation.gates import PromotionConfig, Rule, apply_rules
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.ui import artifact_key
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.registry.champion import champion_of
@@ -34,20 +34,25 @@ log = logging.getLogger(__name__)
 
 
 class Answer(RunInput):
-    """The form, and what a person has filled in.
+    """The approval form and its answer.
 
-    Prefect holds an answer against its schema, and `RunInput` does so again when it is loaded.
+    Prefect validates an answer against the schema, and `RunInput` validates it again when loaded.
     """
 
     approve: Literal["yes", "no"] = Field(description="Whether the policy becomes the champion")
     by: str = Field(
-        min_length=1, max_length=200, pattern=r"\S", description="Your name, for the record"
+        min_length=1,
+        max_length=200,
+        pattern=r"\S",
+        description="Your name, which is kept with the answer",
     )
-    reason: str = Field("", max_length=2000, description="Why, for those who ask later")
+    reason: str = Field(
+        "", max_length=2000, description="The reason, which is kept with the answer"
+    )
 
     @property
-    def said(self) -> str:
-        """Who and why, in a few words."""
+    def summary(self) -> str:
+        """Name and reason."""
         return f"{self.by}: {self.reason}" if self.reason else self.by
 
 
@@ -58,14 +63,14 @@ def ask_person(
     champion: ModelRef | None,
     run: PipelineRun,
 ) -> Answer | None:
-    """What a person says to the promotion of a policy that every rule allows.
+    """Ask a person whether to promote a policy that passes every rule.
 
-    To be called by the flow itself, outside any task. The flow run is suspended until there is an
+    Call this from the flow itself, outside any task. The flow run is suspended until there is an
     answer, and fails after `config.approval_days` without one.
 
-    Returns: None where nobody is asked: the rules decide alone, or refuse; the policy is the
-        champion already; or this flow run has no deployment of its own, and so no worker could take
-        it up again.
+    Returns: the answer; None if nobody is asked, because approval is automatic, a rule refuses, the
+        policy is the champion already, or this flow run has no deployment, so that no worker could
+        resume it.
     """
     if config.approval == "automatic":
         return None
@@ -73,7 +78,7 @@ def ask_person(
     if not all(rule.passed for rule in rules) or not _can_be_resumed():
         return None
     record = Record.open()
-    asked_before = tag.APPROVED in record.runs.tags(run.run_id)
+    asked_before = tags.APPROVED in record.runs.tags(run.run_id)
     in_use = champion_of(record, candidate.name) == candidate
     if in_use and not asked_before:
         return None
@@ -88,12 +93,12 @@ def ask_person(
             return suspend_flow_run(Answer.with_initial_data(text), timeout=timeout, key=key)
         except ValidationError as error:
             problem = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-            log.warning("the answer to the form %s cannot be used: %s", key, problem)
+            log.warning("the answer to the form %s is invalid: %s", key, problem)
             attempt += 1
 
 
 def answer_waiting(flow_run_id: str, answer: Answer) -> bool:
-    """Answer the form of a flow run, which then goes on; False when that run does not wait."""
+    """Answer the form of a flow run, which then resumes; False if that run is not waiting."""
     with get_client(sync_client=True) as client:
         try:
             state = client.read_flow_run(UUID(flow_run_id)).state
@@ -106,8 +111,8 @@ def answer_waiting(flow_run_id: str, answer: Answer) -> bool:
 
 
 def mark_waiting(record: Record, run: PipelineRun, candidate: ModelRef) -> None:
-    """Write on the pipeline's run that, and for which version, it waits for a person."""
-    record.add_tags(run.run_id, {tag.APPROVED: tag.WAITING, tag.CANDIDATE: candidate.uri})
+    """Tag the pipeline's run as waiting for a person, with the candidate."""
+    record.add_tags(run.run_id, {tags.APPROVED: tags.WAITING, tags.CANDIDATE: candidate.uri})
 
 
 def describe(
@@ -118,17 +123,17 @@ def describe(
     problem: str = "",
 ) -> str:
     """The text above the form, as Markdown."""
-    place = f"It takes the place of `{champion.uri}`." if champion else "There is no champion yet."
-    # Narrow, as the form is: a fourth column would be out of sight.
+    replaces = f"It would replace `{champion.uri}`." if champion else "There is no champion yet."
+    # The form is narrow: a fourth column would not be visible.
     rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.required} |" for r in rules)
     return "\n".join(
         [
-            f"### Shall `{candidate.uri}` become the champion?",
+            f"### Promote `{candidate.uri}` to champion?",
             "",
-            *([f"**The last answer could not be used: {problem}**", ""] if problem else []),
-            place,
+            *([f"**The last answer was invalid: {problem}**", ""] if problem else []),
+            replaces,
             "",
-            "| | rule | measured, and asked |",
+            "| | rule | measured<br>required |",
             "|---|---|---|",
             *rows,
             "",
@@ -138,17 +143,17 @@ def describe(
 
 
 def _can_be_resumed() -> bool:
-    """Whether a worker would run this flow run again: Prefect suspends no other."""
+    """Whether a worker can resume this flow run: otherwise Prefect cannot suspend it."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     return run is not None and run.deployment_id is not None and run.parent_task_run_id is None
 
 
 def _links(record: Record, run: PipelineRun) -> list[str]:
-    """The run of the pipeline and those of its stages, in the order in which they ran."""
+    """Links to the runs of the pipeline and of its stages, in the order in which they ran."""
     stages = record.runs.stages(run.experiment_id, run.run_id)
-    pages = {tag.PIPELINE: run.run_id}
-    pages |= {found.data.tags.get(tag.STAGE, "stage"): found.info.run_id for found in stages}
+    pages = {tags.PIPELINE: run.run_id}
+    pages |= {found.data.tags.get(tags.STAGE, "stage"): found.info.run_id for found in stages}
     return [
         f"[{name}]({run_url(run_id, run.experiment_id, record.settings)})"
         for name, run_id in pages.items()

@@ -1,4 +1,4 @@
-"""What happens in a pipeline as Prefect events: automations act on them, the UI lists them.
+"""Events of a pipeline in Prefect, which automations react to and the UI lists.
 
 | event | resource | payload |
 |---|---|---|
@@ -8,17 +8,18 @@
 | `rlhf.champion.changed` | `rlhf.model.PROJECT-policy` | `old`, `new`, `how`, `by` |
 | `rlhf.preferences.ready` | `rlhf.project.PROJECT` | `count` |
 
-Each payload has `project` too. `run_id` is the MLflow run of the stage; `versions`, by kind, and
-`candidate`, `old` (empty: there was none) and `new` are written `models:/NAME/VERSION`; `monitor`
-is `kl_budget` or `numerics`; `reasons` is a list of sentences; `how` is `promotion` or `rollback`.
+Each payload also has `project`. `run_id` is the MLflow run of the stage; `versions`, by kind, and
+`candidate`, `old` (empty if there was none) and `new` have the form `models:/NAME/VERSION`;
+`monitor` is `kl_budget` or `numerics`; `reasons` is a list of sentences; `how` is `promotion` or
+`rollback`.
 
 Prefect adds the flow run, its deployment and tags as related resources. Events are sent in the
-background. One that cannot be sent is a warning, and outside Prefect nothing happens.
+background. If one cannot be sent a warning is logged; outside Prefect nothing happens.
 
-Prefect's own event of a run that lives, its heartbeat, comes every 30 seconds from each process
-that runs a flow of this project, whatever its environment says (`beat_often`): by its absence the
-server tells that a process is gone (flows/deploy/automations.py), and at Prefect's 180 seconds a
-healthy run would be absent.
+Every process that runs a flow of this project sends Prefect's heartbeat event every 30 seconds,
+regardless of its environment (`beat_often`). The server detects a dead process by missing
+heartbeats (flows/deploy/automations.py); at Prefect's default of 180 seconds a healthy run would be
+taken for dead.
 """
 
 import logging
@@ -32,7 +33,7 @@ from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import read_settings
 
@@ -42,12 +43,12 @@ GATE_REFUSED = "rlhf.gate.refused"
 CHAMPION_CHANGED = "rlhf.champion.changed"
 PREFERENCES_READY = "rlhf.preferences.ready"
 
-HEARTBEAT_SECONDS = 30  # the least that Prefect takes
+HEARTBEAT_SECONDS = 30  # the minimum that Prefect allows
 log = logging.getLogger(__name__)
 
 
 def beat_often() -> None:
-    """Have Prefect send the heartbeats of runs that begin from here on every 30 seconds."""
+    """Send the heartbeats of flow runs that start from now on every 30 seconds."""
     flows = get_current_settings().flows
     if flows.heartbeat_frequency is not None:  # as in tests
         flows.heartbeat_frequency = HEARTBEAT_SECONDS
@@ -55,7 +56,7 @@ def beat_often() -> None:
 
 @contextmanager
 def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -> Iterator[None]:
-    """Around a stage: tell that it has finished, and which of its monitors has tripped."""
+    """Send events when a stage finishes or one of its monitors trips."""
     what: dict[str, Any] = {"project": run.project, "stage": stage, "run_id": run_id}
     resource = f"rlhf.stage.{run.project}.{stage}"
     try:
@@ -63,20 +64,20 @@ def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -
     except NumericsError as error:
         _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "numerics", "said": str(error)})
         raise
-    if not _anybody_listens():
+    if not _prefect_is_in_use():
         return
-    with _only_a_warning(STAGE_FINISHED):
+    with _warn_on_failure(STAGE_FINISHED):
         data = client.get_run(run_id).data
-        if data.metrics.get(f"{tag.SUMMARY}over_kl_budget"):
-            kl = data.metrics[f"{tag.SUMMARY}kl"]
-            said = f"the KL to SFT came to {kl:.2f} nats per sequence"
-            _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": said})
-        versions = {kind: ref.uri for kind, ref in tag.models(data.tags).items()}
+        if data.metrics.get(f"{tags.SUMMARY}over_kl_budget"):
+            kl = data.metrics[f"{tags.SUMMARY}kl"]
+            reason = f"the KL to SFT reached {kl:.2f} nats per sequence"
+            _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": reason})
+        versions = {kind: ref.uri for kind, ref in tags.models(data.tags).items()}
         _emit(STAGE_FINISHED, resource, {**what, "versions": versions})
 
 
 def gate_refused(project: str, candidate: ModelRef, reasons: Sequence[str]) -> None:
-    """A policy was not promoted."""
+    """Send an event: a policy was not promoted."""
     payload = {"project": project, "candidate": candidate.uri, "reasons": list(reasons)}
     _emit(GATE_REFUSED, f"rlhf.model.{candidate.name}", payload)
 
@@ -89,32 +90,32 @@ def champion_changed(
     how: Literal["promotion", "rollback"],
     by: str,
 ) -> None:
-    """Another version is in use from now on."""
+    """Send an event: the champion is another version now."""
     before = old.uri if old else ""
     payload = {"project": project, "old": before, "new": new.uri, "how": how, "by": by}
     _emit(CHAMPION_CHANGED, f"rlhf.model.{new.name}", payload)
 
 
 def preferences_ready(project: str, count: int) -> None:
-    """There are enough new preferences to train on."""
+    """Send an event: there are enough new preferences to train on."""
     _emit(PREFERENCES_READY, f"rlhf.project.{project}", {"project": project, "count": count})
 
 
 def _emit(event: str, resource: str, payload: dict[str, Any]) -> None:
-    if not _anybody_listens():
+    if not _prefect_is_in_use():
         return
-    with _only_a_warning(event):
+    with _warn_on_failure(event):
         name = resource.rpartition(".")[2]
         labels = {"prefect.resource.id": resource, "prefect.resource.name": name}
         emit_event(event, {**labels, "rlhf.project": payload["project"]}, payload=payload)
 
 
-def _anybody_listens() -> bool:
+def _prefect_is_in_use() -> bool:
     return PrefectRun.current() is not None or bool(read_settings().prefect_api_url)
 
 
 @contextmanager
-def _only_a_warning(event: str) -> Iterator[None]:
+def _warn_on_failure(event: str) -> Iterator[None]:
     try:
         yield
     except Exception:

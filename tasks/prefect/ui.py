@@ -1,7 +1,7 @@
-"""What the Prefect run around a stage gets to see: log lines, progress, tables, figures, links.
+"""Shows log lines, progress, tables, figures and links of a stage in its Prefect run.
 
-All of it is for people. Outside a Prefect run nothing happens, and when Prefect does not answer a
-warning is logged and the stage goes on.
+These are only for people. Outside a Prefect run nothing happens, and if Prefect does not respond a
+warning is logged and the stage continues.
 """
 
 import base64
@@ -33,7 +33,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.terminal import how_far
 from tasks.settings import Settings
 
@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
-SUSPENSION = Pause  # what a flow that suspends itself is ended by
+SUSPENSION = Pause  # raised in a flow that suspends itself
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
-NAME_LENGTH = 250  # what a database of MLflow takes for the name of a run
+NAME_LENGTH = 250  # MLflow's limit for the name of a run
 
 
 @dataclass(frozen=True)
@@ -68,42 +68,42 @@ class PrefectRun:
     def tags(self, public_url: str) -> dict[str, str]:
         """The MLflow tags that lead back to this run."""
         content = {
-            tag.FLOW_RUN: self.flow_run_id,
-            tag.TASK_RUN: self.task_run_id,
-            tag.FLOW_NAME: self.flow_name,
-            tag.FLOW_URL: self.url(public_url),
+            tags.FLOW_RUN: self.flow_run_id,
+            tags.TASK_RUN: self.task_run_id,
+            tags.FLOW_NAME: self.flow_name,
+            tags.FLOW_URL: self.url(public_url),
         }
         return {name: value for name, value in content.items() if value}
 
     def url(self, public_url: str) -> str:
-        """The page of the flow run; empty where this is no part of one."""
+        """The page of the flow run; empty outside a flow run."""
         return f"{public_url}/runs/flow-run/{self.flow_run_id}" if self.flow_run_id else ""
 
 
-def run_name() -> str:
-    """The name of the flow run of this thread, as long as MLflow takes; empty outside Prefect."""
+def current_flow_run_name() -> str:
+    """The name of this flow run, cut to MLflow's limit; empty outside Prefect."""
     return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
 
 
-def closing_lines(settings: Settings) -> list[str]:
-    """The end of a report: the flow run's page, where there is one that stays."""
+def prefect_link_lines(settings: Settings) -> list[str]:
+    """The last line of a report: a link to the flow run, if its page outlives the run."""
     prefect = PrefectRun.current()
     if prefect and settings.prefect_stays:
         return [f"- The flow run in Prefect: {prefect.url(settings.prefect_public_url)}"]
-    if settings.artifact_root:  # MLflow is a file, which nobody serves now
-        return ["- `rlhf up` serves these pages, and the flow run in Prefect."]
+    if settings.artifact_root:  # MLflow is a file that no server serves now
+        return ["- To open these pages and the flow run in Prefect, start `rlhf up`."]
     return []
 
 
 def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function a Prefect task, whose run is shown as Cached when it returns `as_cached`."""
+    """Make a function a Prefect task, shown as Cached if it returns `as_cached`."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        known = task(name=name, task_run_name=run_name)(function)
+        prefect_task = task(name=name, task_run_name=run_name)(function)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            returned: object = known(*args, **kwargs)
+            returned: object = prefect_task(*args, **kwargs)
             return cast(T, returned.result() if isinstance(returned, State) else returned)
 
         return call
@@ -112,22 +112,22 @@ def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[
 
 
 def as_cached(value: T, message: str) -> T:
-    """What a `stage_task` returns to be shown as Cached; whoever called it gets the value."""
+    """The return value of a `stage_task` that is shown as Cached; its caller gets `value`."""
     if TaskRunContext.get() is None:
         return value
     return cast(T, Completed(name="Cached", message=message, data=value))
 
 
 def artifact_key(*parts: str) -> str:
-    """Lower-case letters, digits and dashes, which is all that Prefect takes."""
+    """A key of lower-case letters, digits and dashes, the only characters that Prefect allows."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def forward_logs() -> None:
-    """From here on Prefect's runs have what this project's packages log in them, from INFO on.
+    """Forward log records of this project's packages, from INFO on, to the current Prefect run.
 
-    By Prefect's own handler, which knows the run of each line, as PREFECT_LOGGING_EXTRA_LOGGERS has
-    it; but without that variable, which would have to be set before Prefect is imported.
+    Prefect's own handler assigns each record to its run, as with PREFECT_LOGGING_EXTRA_LOGGERS; but
+    that variable would have to be set before Prefect is imported.
     """
     for name in LIBRARIES:
         logger = logging.getLogger(name)
@@ -138,7 +138,7 @@ def forward_logs() -> None:
 
 
 def _in_a_run(record: logging.LogRecord) -> bool:
-    """Whether a line is of a run; Prefect warns of any other."""
+    """Whether a record belongs to a run; Prefect warns about others."""
     return PrefectRun.current() is not None
 
 
@@ -147,44 +147,44 @@ _TO_PREFECT.addFilter(_in_a_run)
 
 
 def show_link(key: str, url: str, text: str) -> None:
-    """A link on the run's page."""
-    with _for_people_only(key):
+    """Show a link on the page of the run."""
+    with _warn_on_failure(key):
         create_link_artifact(link=url, link_text=text, key=key, description=text)
 
 
 def show_table(key: str, table: pd.DataFrame, title: str) -> None:
-    """The first rows of a table."""
+    """Show the first rows of a table."""
     rows = json.loads(table.head(TABLE_ROWS).to_json(orient="records"))
     more = f", first {TABLE_ROWS} of {len(table)} rows" if len(table) > TABLE_ROWS else ""
-    with _for_people_only(key):
+    with _warn_on_failure(key):
         create_table_artifact(table=rows, key=key, description=title + more)
 
 
 def show_figures(key: str, images: Mapping[str, bytes], title: str) -> None:
-    """PNG images inside one page; one that is too large for a database row is named only."""
-    with _for_people_only(key):
+    """Show PNG images on one page; an image too large for a database row is only named."""
+    with _warn_on_failure(key):
         text = "\n\n".join(_image(name, png) for name, png in images.items())
         create_markdown_artifact(markdown=f"# {title}\n\n{text}", key=key, description=title)
 
 
 def _image(name: str, png: bytes) -> str:
     if len(png) > FIGURE_BYTES:
-        return f"**{name}** is too large to be shown here; see the MLflow run."
+        return f"**{name}** is too large to show here; see the MLflow run."
     return f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 @contextmanager
-def _for_people_only(key: str) -> Iterator[None]:
+def _warn_on_failure(key: str) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log.warning("the Prefect artifact %s could not be made", key, exc_info=True)
+        log.warning("the Prefect artifact %s could not be created", key, exc_info=True)
 
 
 class ArtifactDisplay:
-    """A Prefect progress artifact, changed at most once in `every` seconds.
+    """A Prefect progress artifact, updated at most once in `every` seconds.
 
-    It is only for people: when Prefect does not answer, a warning is logged and training goes on.
+    It is only for people: if Prefect does not respond, a warning is logged and training continues.
     """
 
     def __init__(self, key: str, title: str, *, every: float = 2.0) -> None:
@@ -197,14 +197,14 @@ class ArtifactDisplay:
         self._next = 0.0
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Create or change the artifact if a change is due or the work is done."""
+        """Create or update the artifact if an update is due or the work is done."""
         self._waiting = (done, total, note)
         finished, self._finished = self._finished, done >= total > 0
         if self._finished > finished or time.monotonic() >= self._next:
             self._publish()
 
     def close(self) -> None:
-        """Show the last state, which may have come too soon after the one before."""
+        """Show the last state, whose update may not have been due."""
         self._publish()
 
     def _publish(self) -> None:
@@ -213,13 +213,15 @@ class ArtifactDisplay:
         (done, total, note), self._waiting = self._waiting, None
         self._next = time.monotonic() + self._every
         percent = 100.0 * done / max(total, 1)
-        words = f"{self._title}: {how_far(done, total, note)}"
+        description = f"{self._title}: {how_far(done, total, note)}"
         try:
             if self._artifact is None:
-                made = create_progress_artifact(percent, key=self._key, description=words)
+                made = create_progress_artifact(percent, key=self._key, description=description)
                 self._artifact = cast(UUID, made)
             else:
-                update_progress_artifact(self._artifact, percent, description=words)
+                update_progress_artifact(self._artifact, percent, description=description)
         except Exception:
             self._next = math.inf
-            log.warning("no progress artifact for %s from here on", self._title, exc_info=True)
+            log.warning(
+                "the progress artifact for %s is no longer updated", self._title, exc_info=True
+            )

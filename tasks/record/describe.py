@@ -1,4 +1,4 @@
-"""What a run says of itself: its settings, where they come from, what went in, and its page."""
+"""Describes a run in MLflow: its settings, origin, inputs and page."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import ConfigError
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.identity import Definition, code_identity
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.settings import Settings
 
 CONFIG = "config.yaml"
-PARAM_LENGTH = 6000  # what MLflow takes; the whole value is in config.yaml
+PARAM_LENGTH = 6000  # MLflow's limit; config.yaml has the whole value
 
 
-def describe(record: Record, run_id: str, what: Definition, tags: Mapping[str, str]) -> None:
-    """Write to a stage's run what it is: tags, settings and inputs."""
-    record.add_tags(run_id, tags)
+def describe(record: Record, run_id: str, what: Definition, own_tags: Mapping[str, str]) -> None:
+    """Write the tags, settings and inputs of a stage to its run."""
+    record.add_tags(run_id, own_tags)
     write_settings(record, run_id, what.content(), what.seed)
     _write_inputs(record, run_id, what.inputs, what.context)
 
@@ -31,42 +31,42 @@ def describe(record: Record, run_id: str, what: Definition, tags: Mapping[str, s
 def run_tags(what: Definition, key: str, settings: Settings) -> dict[str, str]:
     """The tags of a stage's run."""
     return {
-        tag.PARENT_RUN: what.run.run_id,
-        tag.STAGE: what.name,
-        tag.KEY: key,
+        tags.PARENT_RUN: what.run.run_id,
+        tags.STAGE: what.name,
+        tags.KEY: key,
         **_stage_origin(what, settings),
-        **{tag.input_of(role): ref.uri for role, ref in what.inputs.items()},
+        **{tags.input_of(role): ref.uri for role, ref in what.inputs.items()},
     }
 
 
 def version_tags(what: Definition, run_id: str, settings: Settings) -> dict[str, str]:
-    """The tags of the versions that a stage's run makes."""
+    """The tags of the versions that a stage's run registers."""
     models = {role: ref for role, ref in what.inputs.items() if isinstance(ref, ModelRef)}
     return {
         **_stage_origin(what, settings),
-        **{tag.parent_of(role): ref.uri for role, ref in models.items()},
-        tag.PIPELINE_RUN: what.run.run_id,
-        tag.RUN: run_id,
+        **{tags.parent_of(role): ref.uri for role, ref in models.items()},
+        tags.PIPELINE_RUN: what.run.run_id,
+        tags.RUN: run_id,
     }
 
 
 def _stage_origin(what: Definition, settings: Settings) -> dict[str, str]:
     digests = {ref.digest for ref in what.inputs.values() if isinstance(ref, DatasetRef)}
-    data = {tag.DATA_DIGEST: ", ".join(sorted(digests))} if digests else {}
+    data = {tags.DATA_DIGEST: ", ".join(sorted(digests))} if digests else {}
     return {**origin(what.seed, settings), **data}
 
 
 def origin(seed: int, settings: Settings) -> dict[str, str]:
-    """Seed, code and Prefect run."""
+    """The tags for seed, code and Prefect run."""
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
-    return {tag.SEED: str(seed), **code_identity(), **links}
+    return {tags.SEED: str(seed), **code_identity(), **links}
 
 
 def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed: int) -> None:
-    """Settings as `config.yaml` and as parameters, which a run that is resumed has already.
+    """Write settings as `config.yaml` and as parameters, which a resumed run has already.
 
-    Raises: ConfigError when it has others.
+    Raises: ConfigError if the parameters of a resumed run differ.
     """
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     record.client.log_text(run_id, text, CONFIG)
@@ -74,15 +74,15 @@ def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed
     known = record.client.get_run(run_id).data.params
     if differing := sorted(name for name in known if params.get(name) != known[name]):
         raise ConfigError(
-            f"the run {run_id}, which was to go on, has another {differing[0]} "
-            f"({known[differing[0]]}); delete that run in MLflow to start from the beginning"
+            f"the run {run_id} cannot be resumed, because it has another {differing[0]} "
+            f"({known[differing[0]]}); delete it in MLflow to start from the beginning"
         )
     new = [Param(name, value) for name, value in params.items() if name not in known]
     record.client.log_batch(run_id, params=new)
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: `ppo.kl_coef`; a long value is cut, and says so."""
+    """Flatten nested settings to MLflow parameters like `ppo.kl_coef`; long values end in `…`."""
     flat: dict[str, str] = {}
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -96,8 +96,8 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], context: str) -> None:
     known = {model.model_id for model in record.client.get_run(run_id).inputs.model_inputs}
     data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
-    tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
-    models = {found[tag.LOGGED_MODEL] for found in tags if tag.LOGGED_MODEL in found}
+    model_tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
+    models = {found[tags.LOGGED_MODEL] for found in model_tags if tags.LOGGED_MODEL in found}
     record.client.log_inputs(
         run_id,
         datasets=[_dataset_input(ref, context) for ref in data],
@@ -108,13 +108,13 @@ def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], contex
 def _dataset_input(ref: DatasetRef, context: str) -> DatasetInput:
     source = json.dumps({"uri": ref.uri})
     dataset = Dataset("prepared-data", ref.digest, source_type="mlflow_run", source=source)
-    return DatasetInput(dataset, [InputTag(tag.DATA_CONTEXT, context)])
+    return DatasetInput(dataset, [InputTag(tags.DATA_CONTEXT, context)])
 
 
 def ensure_experiment(client: MlflowClient, project: str, settings: Settings) -> str:
-    """The id of the experiment named after the project; several processes may ask at once.
+    """The id of the project's experiment, created if needed; safe for concurrent processes.
 
-    Raises: ConfigError when the experiment was deleted.
+    Raises: ConfigError if the experiment was deleted.
     """
     found = client.get_experiment_by_name(project)
     if found is None:
@@ -128,13 +128,13 @@ def ensure_experiment(client: MlflowClient, project: str, settings: Settings) ->
             found = client.get_experiment_by_name(project)
     if found is None or found.lifecycle_stage != "active":
         raise ConfigError(
-            f"the MLflow experiment '{project}' was deleted; restore it there, or choose another "
-            "project name"
+            f"the MLflow experiment '{project}' was deleted; restore it in MLflow, or choose "
+            "another project name"
         )
     return str(found.experiment_id)
 
 
 def run_url(run_id: str, experiment_id: str, settings: Settings) -> str:
-    """The page of an MLflow run, in the view that shows training."""
+    """The page of an MLflow run, in the training view."""
     page = f"{settings.mlflow_public_url}/#/experiments/{experiment_id}/runs/{run_id}"
     return f"{page}?workflowType=machine_learning"

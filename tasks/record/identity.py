@@ -1,8 +1,8 @@
-"""What a stage is: its settings, seed and inputs, and the code that it runs, as one key.
+"""The key that identifies a stage: a digest of its settings, seed, inputs and code.
 
-A stage is trained again when its own code changes and not otherwise, so its key has the modules of
-`rlhf_core` that it imports, directly or through others, the functions that its settings name, and
-the releases of the libraries that move its numbers.
+A stage runs again only if its own code changes. Its code is the modules of `rlhf_core` that it
+imports, directly or indirectly, the functions that its settings name, and the releases of the
+libraries that affect its numbers.
 """
 
 import ast
@@ -22,12 +22,12 @@ from pydantic import BaseModel
 
 import rlhf_core
 from rlhf_core.rewards.scoring import reach_working_dir
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
-# The module that a stage starts in, where it is not one of `rlhf_core.stages` with its name.
+# The first module of a stage, unless it is the one in `rlhf_core.stages` with its name.
 STARTS = {"promotion": "rlhf_core.evaluation.gates"}
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:function
 ROOT = Path(rlhf_core.__file__).parent
@@ -35,13 +35,13 @@ ROOT = Path(rlhf_core.__file__).parent
 
 @dataclass(frozen=True)
 class Definition:
-    """What a stage is, but for the code."""
+    """What defines a stage, apart from its code."""
 
     name: str
-    sections: Mapping[str, BaseModel]  # its own settings under its name, then others
+    sections: Mapping[str, BaseModel]  # its own settings under its name, then shared ones
     run: PipelineRun
     inputs: Mapping[str, Ref]  # by role
-    context: str = "training"  # what its data are used for, as MLflow shows it
+    context: str = "training"  # what its data are used for, shown in MLflow
 
     @property
     def seed(self) -> int:
@@ -49,12 +49,12 @@ class Definition:
         return self.run.seed
 
     def content(self) -> dict[str, Any]:
-        """The settings as plain values."""
+        """The settings as JSON values."""
         return {name: section.model_dump(mode="json") for name, section in self.sections.items()}
 
     def key(self, store: MlflowModelStore) -> str:
-        """What the stage is, in 16 hex digits: equal keys lead to equal bits."""
-        # `reuse` says that nothing is trained, which is no setting of a training.
+        """The key of the stage, 16 hex digits: stages with equal keys give equal bits."""
+        # `reuse` replaces a training, so it is not a setting of one.
         settings = {
             name: section.model_dump(mode="json", exclude={"reuse"})
             for name, section in self.sections.items()
@@ -71,41 +71,41 @@ class Definition:
 
 
 def _content(ref: Ref, store: MlflowModelStore) -> str:
-    """The digest of what a reference leads to: a version that was trained again has the same."""
+    """The digest of the files of a reference; a version trained again has the same digest."""
     if isinstance(ref, DatasetRef):
         return ref.digest
     assert isinstance(ref, ModelRef)
-    return store.tags(ref).get(tag.DIGEST, ref.uri)
+    return store.tags(ref).get(tags.DIGEST, ref.uri)
 
 
 def short_digest(facts: Mapping[str, Any]) -> str:
-    """Plain values in 16 hex digits."""
+    """A digest of JSON values, 16 hex digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
 def code_identity() -> dict[str, str]:
-    """As tags: version of this package, its git commit where it runs from a checkout, and a digest
-    of the whole core: a run that was stopped may go on with the very same code only."""
+    """Tags for the version of this package, its git commit in a checkout, and a digest of the whole
+    core: a stopped run is resumed only with exactly the same code."""
     here = Path(__file__)
-    # An installed copy may lie in somebody else's repository: ask about this very file.
+    # An installed copy may lie in another repository, so we check that this file is tracked.
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     commit = _git(here.parent, "rev-parse", "HEAD") if tracked else None
     dirty = bool(_git(here.parent, "status", "--porcelain")) if commit else False
     return {
-        tag.CODE_VERSION: version("rlhf-pipeline"),
-        tag.CODE_DIGEST: _digest(sorted(ROOT.rglob("*.py"))),
-        tag.GIT_COMMIT: commit or "unknown",
-        tag.GIT_DIRTY: tag.flag(dirty),
+        tags.CODE_VERSION: version("rlhf-pipeline"),
+        tags.CODE_DIGEST: _digest(sorted(ROOT.rglob("*.py"))),
+        tags.GIT_COMMIT: commit or "unknown",
+        tags.GIT_DIRTY: tags.flag(dirty),
     }
 
 
 def stage_code(stage: str, settings: Mapping[str, Any]) -> str:
-    """Digest of the code that decides about the numbers of a stage.
+    """Digest of the code that determines the numbers of a stage.
 
     Args:
-        stage: its name; one that is not known is taken to run the whole core.
-        settings: its sections, as plain values: functions that they name are a part of it.
+        stage: its name; an unknown stage is taken to run the whole core.
+        settings: its sections as JSON values; functions that they name are part of the code.
     """
     start = STARTS.get(stage, f"rlhf_core.stages.{stage}")
     files = set(closure(start)) if _file(start) else set(ROOT.rglob("*.py"))
@@ -119,7 +119,7 @@ def stage_code(stage: str, settings: Mapping[str, Any]) -> str:
 
 @cache
 def closure(module: str) -> frozenset[Path]:
-    """The files of `rlhf_core` that importing one of its modules runs, or a call of it may."""
+    """The files of `rlhf_core` that a module imports, directly or indirectly, at any time."""
     found: set[Path] = set()
     waiting = [module]
     while waiting:
@@ -128,14 +128,14 @@ def closure(module: str) -> frozenset[Path]:
         if path is None or path in found:
             continue
         found.add(path)
-        parents = name.split(".")[:-1]  # a package is run before what is in it
+        parents = name.split(".")[:-1]  # importing a module imports its packages first
         waiting += [".".join(parents[: end + 1]) for end in range(len(parents))]
         waiting += _imports(path)
     return frozenset(found)
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """The modules that a file names; `from a import b` may mean the module `a.b`."""
+    """The modules that a file imports; `from a import b` may import the module `a.b`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -145,7 +145,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _file(module: str) -> Path | None:
-    """Where a module of the core lies; None for any other name."""
+    """The file of a module of the core; None for any other name."""
     first, *rest = module.split(".")
     if first != "rlhf_core":
         return None
@@ -155,7 +155,7 @@ def _file(module: str) -> Path | None:
 
 
 def _modules(value: object) -> set[str]:
-    """The modules of all functions that settings name."""
+    """The modules of all functions that the settings name."""
     if isinstance(value, Mapping):
         return set().union(*map(_modules, value.values()))
     if isinstance(value, list | tuple):
@@ -165,8 +165,8 @@ def _modules(value: object) -> set[str]:
 
 
 def _foreign(module: str) -> Path | None:
-    """The file of a user's module; None where it is not found, which is said when it is called."""
-    reach_working_dir()  # before the function is loaded as after it, or the key would change
+    """The file of a user's module; None if it is not found, which the call reports later."""
+    reach_working_dir()  # otherwise the key would change once the function is loaded
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):

@@ -1,6 +1,6 @@
-"""The core's `StageLogger` on an MLflow run: metrics in batches, progress where people look.
+"""The core's `StageLogger` for an MLflow run: metrics in batches, progress on displays.
 
-Knows nothing of stages, models or Prefect.
+It knows nothing of stages, models or Prefect.
 """
 
 import logging
@@ -21,27 +21,26 @@ from tasks.record.tracking import first_line
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # how often a phase of a stage is looked at
-SILENCE_SECONDS = 5.0  # after so long without news, it is said how long there has been none
+LOOK_SECONDS = 1.0  # how often the thread looks at the phase of a stage
+SILENCE_SECONDS = 5.0  # after this long without news, the displays show its duration
 METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]{1,250}")
 
 
 class MlflowLogger:
-    """Metrics to one MLflow run and progress to displays, written by a thread of its own.
+    """Writes metrics to one MLflow run and progress to displays, from a thread of its own.
 
-    A call costs the training thread an append, and to tell of a phase less: every second the thread
-    looks which it is now. Where nothing has been told for `SILENCE_SECONDS`, the displays show for
-    how long: no step is silent, whatever it is.
+    A call costs the training thread an append, and a change of phase even less: the thread looks at
+    the phase once a second. After `SILENCE_SECONDS` without news the displays show for how long
+    there has been none, so no step is silent.
 
-    The thread writes one `log_batch` when
-    `flush_steps` calls have come together or `flush_seconds` have passed. A batch that MLflow does
-    not take stays first in line and goes again with the next one, so the order is kept and nothing
-    is lost; if it still fails at `flush` or `close`, they raise.
+    The thread writes one `log_batch` after `flush_steps` calls or `flush_seconds`, whichever comes
+    first. If MLflow rejects a batch, it stays first in the queue and is retried with the next one,
+    so the order is kept and nothing is lost; if it still fails, `flush` and `close` raise.
 
-    A run that goes on replays its history; values that MLflow has, given in `logged` as name and
-    step, are not written twice.
+    A resumed run replays its history; values in `logged`, by name and step, are in MLflow already
+    and are not written twice.
 
-    NaN is kept as NaN. An infinite value is logged as NaN too, with one warning for each name:
+    NaN is kept as NaN. An infinite value is logged as NaN too, with one warning per name, because
     MLflow would store it as 1.8e308, which flattens the rest of the curve.
     """
 
@@ -66,13 +65,13 @@ class MlflowLogger:
         self._progress = (0, 0, "")
         self._phase: tuple[str, int, int] | None = None
         self._shown: object = (self._progress, None)
-        self._news = 0.0  # when what is shown was new
+        self._news = 0.0  # when the shown state last changed
         self._moved = False
         self._infinite: set[str] = set()
         self._closed = False
         self._wake = threading.Condition()
         self._writing = threading.Lock()  # one writer at a time, so that the order is kept
-        # Prefect keeps its settings and its run in context variables, which a thread has not.
+        # Prefect keeps its settings and run in context variables, which a new thread lacks.
         context = copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._work,), name=f"metrics-{run_id[:8]}", daemon=True
@@ -82,7 +81,7 @@ class MlflowLogger:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record named values at a step.
 
-        Raises: ValueError for a name that MLflow does not take, here and not later in the thread.
+        Raises: ValueError for an invalid metric name: here, not later in the thread.
         """
         now = int(time.time() * 1000)
         new = {name: value for name, value in values.items() if (name, step) not in self._logged}
@@ -96,26 +95,26 @@ class MlflowLogger:
                 self._wake.notify()
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` units of work are finished."""
+        """Report that `done` of `total` units of work are finished."""
         with self._wake:
             self._progress, self._phase, self._moved = (done, total, note), None, True
             self._wake.notify()
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Say what goes on until the next unit is finished, and how many of its parts are done."""
+        """Report the current phase of the next unit, and how many of its parts are done."""
         self._phase = (what, done, total)
 
     def flush(self) -> None:
-        """Return when all that was logged so far is in MLflow.
+        """Write everything that was logged so far to MLflow.
 
-        Raises: UserError when MLflow does not take it.
+        Raises: UserError if MLflow rejects it.
         """
         try:
             self._write()
         except MlflowException as error:
             raise UserError(
                 f"{len(self._metrics)} metric values of run {self._run_id} could not be written to "
-                f"MLflow ({first_line(error)}); see that its server runs, then start again"
+                f"MLflow ({first_line(error)}); check that its server is running, then try again"
             ) from error
 
     def close(self) -> None:
@@ -135,7 +134,7 @@ class MlflowLogger:
     def _metric(self, name: str, value: float, timestamp: int, step: int) -> Metric:
         if not METRIC_NAME.fullmatch(name):
             raise ValueError(
-                f"'{name}' is no name of a metric: use letters, digits and _ - . : / or a space"
+                f"'{name}' is not a metric name: use letters, digits and _ - . : / or a space"
             )
         if math.isinf(value):
             if name not in self._infinite:
@@ -157,7 +156,7 @@ class MlflowLogger:
                 due = time.monotonic() + self._flush_seconds
 
     def _show(self) -> None:
-        """Show what is new; and of what is not, how long it has been so, once that is long."""
+        """Show changes; after a long time without one, show how long it has been."""
         with self._wake:
             progress, phase = self._progress, self._phase
         now = time.monotonic()
@@ -168,17 +167,19 @@ class MlflowLogger:
         if not new and (self._closed or waited < SILENCE_SECONDS or not self._news):
             return
         done, total, note = progress
-        said = [phase_text(*phase)] if phase else []
-        said += [note] if note else []
-        said += [] if new else [f"for {waited:.0f} s"]
+        parts = [phase_text(*phase)] if phase else []
+        parts += [note] if note else []
+        parts += [] if new else [f"for {waited:.0f} s"]
         for display in self._displays:
-            display.show(done, total, " · ".join(said))
+            display.show(done, total, " · ".join(parts))
 
     def _try_to_write(self) -> None:
         try:
             self._write()
         except Exception as error:
-            log.warning("metrics of run %s wait for MLflow: %s", self._run_id, first_line(error))
+            log.warning(
+                "metrics of run %s are waiting for MLflow: %s", self._run_id, first_line(error)
+            )
 
     def _write(self) -> None:
         with self._writing:

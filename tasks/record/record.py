@@ -1,6 +1,6 @@
-"""What a task works with instead of MLflow: one connection, and what is read and written over it.
+"""The one connection of a task to MLflow, and what the task reads and writes over it.
 
-A task builds its `Record` once, from the environment, and hands it to all that it calls.
+A task builds its `Record` once, from the environment, and passes it to everything that it calls.
 """
 
 import time
@@ -11,7 +11,7 @@ from typing import Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.runs import Runs
 from tasks.record.tracking import connect
 from tasks.registry.model_store import MlflowModelStore
@@ -34,27 +34,27 @@ class Record:
         """Connect to MLflow.
 
         Args:
-            settings: those of the environment, if none are given.
+            settings: default to those of the environment.
             patient: wait `RLHF_OUTAGE_SECONDS` for a server that does not answer.
 
-        Raises: UserError when MLflow does not answer or refuses, ConfigError when the environment
-            cannot be used.
+        Raises: UserError if MLflow does not respond or refuses, ConfigError if the environment is
+            invalid.
         """
         settings = settings or read_settings()
         client = connect(settings, patience=settings.outage_seconds if patient else 0.0)
         return cls(settings, client, Runs(client), MlflowModelStore(client))
 
     def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Tag a run, in one call."""
+        """Tag a run in one call."""
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def add_numbers(self, run_id: str, numbers: Mapping[str, float]) -> None:
-        """Give a run metrics that have one value each, in one call."""
+        """Log metrics with one value each to a run, in one call."""
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, 0) for name, value in numbers.items()]
         self.client.log_batch(run_id, metrics=metrics)
 
     def write_page(self, run_id: str, text: str) -> None:
-        """Store a report in Markdown with a run, and show it as the description there."""
+        """Store a Markdown report with a run, and make it the description of the run."""
         self.client.log_text(run_id, text, PAGE)
-        self.client.set_tag(run_id, tag.DESCRIPTION, text)
+        self.client.set_tag(run_id, tags.DESCRIPTION, text)

@@ -1,4 +1,4 @@
-"""A stage's report in its run: `summary/` metrics, `tables/` and `figures/`; in Prefect too."""
+"""Stores a stage's report with its run: `summary/` metrics, `tables/` and `figures/`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pandas as pd
 from rlhf_core.types import Report
 from tasks.prefect import ui
 from tasks.prefect.ui import PrefectRun, artifact_key
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.logger import MlflowLogger
 from tasks.record.record import Record
 
@@ -20,9 +20,9 @@ from tasks.record.record import Record
 def store_report(
     record: Record, run_id: str, report: Report, logger: MlflowLogger, *, project: str, stage: str
 ) -> None:
-    """Store a report with a run; where Prefect looks on, show it there."""
+    """Store a report with a run, and show it in Prefect if this is a Prefect run."""
     summary = report.summary()
-    logger.metrics({f"{tag.SUMMARY}{name}": value for name, value in summary.items()}, step=0)
+    logger.metrics({f"{tags.SUMMARY}{name}": value for name, value in summary.items()}, step=0)
     for name, table in report.tables.items():
         _store_table(record, run_id, table, f"tables/{name}.json")
     images = {name: _png(figure) for name, figure in report.figures.items()}
@@ -33,13 +33,13 @@ def store_report(
 
 
 def _store_table(record: Record, run_id: str, table: pd.DataFrame, artifact: str) -> None:
-    # As `log_table` writes it, which warns about the strings of pandas 3: the tag makes the page of
-    # the run show it.
+    # The format of `log_table`, which itself warns about the strings of pandas 3. The tag makes
+    # MLflow show the table on the page of the run.
     content = table.to_json(orient="split", index=False, date_format="iso")
     _store_file(record, run_id, str(content).encode(), artifact)
-    shown = json.loads(record.runs.tags(run_id).get(tag.SHOWN_TABLES, "[]"))
+    shown = json.loads(record.runs.tags(run_id).get(tags.SHOWN_TABLES, "[]"))
     if (entry := {"path": artifact, "type": "table"}) not in shown:
-        record.add_tags(run_id, {tag.SHOWN_TABLES: json.dumps([*shown, entry])})
+        record.add_tags(run_id, {tags.SHOWN_TABLES: json.dumps([*shown, entry])})
 
 
 def _store_file(record: Record, run_id: str, content: bytes, artifact: str) -> None:

@@ -1,7 +1,4 @@
-"""Work that is there already: a stage that has finished, or a run that was stopped.
-
-A stage is found by its key, and a run that was stopped by the folder that remembers it.
-"""
+"""Finds work to reuse: finished stages by their key, stopped runs by their working folder."""
 
 import logging
 from pathlib import Path
@@ -9,21 +6,21 @@ from pathlib import Path
 from mlflow.entities import Run
 
 from tasks.prefect.ui import PrefectRun
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.identity import Definition
 from tasks.record.record import Record
 from tasks.record.work_folder import abandoned_runs, empty, remember_run, remembered_run
 
-SUSPENDED = "SCHEDULED"  # what MLflow calls a run that waits
+SUSPENDED = "SCHEDULED"  # MLflow's status of a run that waits
 log = logging.getLogger(__name__)
 
 
 # ---- finished ----
 
 
-def finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | None:
-    """A run that has done this stage, and whose outputs are still there: if possible one of this
-    pipeline run, with `own` no other."""
+def find_finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | None:
+    """A finished run of this stage whose outputs still exist, preferably of this pipeline run; with
+    `own`, only of this pipeline run."""
     found = record.runs.finished(what.run.experiment_id, key)
     mine = [done for done in found if is_stage_of(done, what)]
     candidates = mine if own else [*mine, *found]
@@ -31,39 +28,39 @@ def finished(record: Record, what: Definition, key: str, *, own: bool) -> Run | 
 
 
 def is_stage_of(done: Run, what: Definition) -> bool:
-    """Whether a run belongs to the pipeline run of the stage that is asked for."""
-    return bool(done.data.tags[tag.PARENT_RUN] == what.run.run_id)
+    """Whether a run belongs to the same pipeline run as this stage."""
+    return bool(done.data.tags[tags.PARENT_RUN] == what.run.run_id)
 
 
 def _is_whole(record: Record, done: Run) -> bool:
-    """Whether a run has made something, and every model of that is still registered."""
-    made = tag.models(done.data.tags).values()
-    return bool(tag.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
+    """Whether a run has outputs, and all of its models are still registered."""
+    made = tags.models(done.data.tags).values()
+    return bool(tags.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
 
 
 def source_of(done: Run) -> str:
-    """The run that did the work."""
-    return str(done.data.tags.get(tag.CACHED_FROM, done.info.run_id))
+    """The id of the run that did the work."""
+    return str(done.data.tags.get(tags.CACHED_FROM, done.info.run_id))
 
 
 def tags_of_stand_in(done: Run) -> dict[str, str]:
-    """What a run says that stands for one that has done its work before."""
-    made = {tag.output_of(kind): uri for kind, uri in tag.outputs(done.data.tags).items()}
-    note = f"Not done again: the same was done by the run {source_of(done)}."
-    return {**made, tag.CACHED_FROM: source_of(done), tag.DESCRIPTION: note}
+    """The tags of a run that refers to `done` instead of running the stage."""
+    made = {tags.output_of(kind): uri for kind, uri in tags.outputs(done.data.tags).items()}
+    note = f"Reused from the run {source_of(done)}, which has the same settings, inputs and code."
+    return {**made, tags.CACHED_FROM: source_of(done), tags.DESCRIPTION: note}
 
 
 def copy_summary(record: Record, done: Run, run_id: str) -> None:
-    """Give the run that stands for another one its closing numbers too, so that they compare."""
-    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith(tag.SUMMARY)}
+    """Copy the summary metrics to the run that refers to `done`, so that runs can be compared."""
+    numbers = {k: v for k, v in done.data.metrics.items() if k.startswith(tags.SUMMARY)}
     record.add_numbers(run_id, numbers)
 
 
 # ---- stopped ----
 
 
-def unfinished(record: Record, work: Path) -> Run | None:
-    """The run that can be resumed in a folder; the folder is empty when there is none."""
+def find_unfinished(record: Record, work: Path) -> Run | None:
+    """The run that can be resumed in this folder; if there is none, the folder is emptied."""
     run = _remembered(record, work)
     if run is None:
         empty(work)
@@ -71,10 +68,10 @@ def unfinished(record: Record, work: Path) -> Run | None:
 
 
 def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str) -> Run | None:
-    """The pipeline run that can be resumed: that of this Prefect run, or the one of the folder.
+    """The pipeline run to resume: that of this Prefect run, else the one that the folder remembers.
 
-    The former also when it has finished: a worker may have started a run twice, and the second
-    process should change nothing.
+    The former is returned even if it has finished: a worker may have started it twice, and the
+    second process must change nothing.
     """
     prefect = PrefectRun.current()
     if prefect is not None:
@@ -82,7 +79,7 @@ def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str
         if run is not None:
             return run
     left = _remembered(record, folder)
-    # One that is suspended belongs to the Prefect run that will be resumed.
+    # A suspended run belongs to the Prefect run that will be resumed.
     return left if left is not None and left.info.status != SUSPENDED else None
 
 
@@ -95,7 +92,7 @@ def _remembered(record: Record, folder: Path) -> Run | None:
 
 
 def new_run(record: Record, what: Definition, work: Path) -> str:
-    """Begin a run of a stage, and have its folder remember it."""
+    """Create a run of a stage, and write its id to the folder."""
     name = f"{what.name}-seed-{what.seed}"
     run_id = str(record.client.create_run(what.run.experiment_id, run_name=name).info.run_id)
     remember_run(work, run_id)
@@ -103,26 +100,26 @@ def new_run(record: Record, what: Definition, work: Path) -> str:
 
 
 def reopen(record: Record, run: Run) -> None:
-    """Make a run that was stopped one that runs, without an error."""
-    run_id, tags = run.info.run_id, run.data.tags
-    log.info("going on with the run %s, which was stopped", run_id)
+    """Set a stopped run to RUNNING, and remove its error."""
+    run_id, run_tags = run.info.run_id, run.data.tags
+    log.info("resuming the run %s, which was stopped", run_id)
     record.client.update_run(run_id, status="RUNNING")
-    record.client.set_tag(run_id, tag.RESUMED, str(int(tags.get(tag.RESUMED, "0")) + 1))
-    if tag.ERROR in tags:
-        record.client.delete_tag(run_id, tag.ERROR)
+    record.client.set_tag(run_id, tags.RESUMED, str(int(run_tags.get(tags.RESUMED, "0")) + 1))
+    if tags.ERROR in run_tags:
+        record.client.delete_tag(run_id, tags.ERROR)
 
 
 def unpublish(record: Record, run_id: str) -> None:
-    """Withdraw the versions that a run has registered."""
+    """Delete the versions that a run registered."""
     record.store.delete_of_run(run_id)
-    for kind in tag.models(record.runs.tags(run_id)):
-        record.client.delete_tag(run_id, tag.output_of(kind))
+    for kind in tags.models(record.runs.tags(run_id)):
+        record.client.delete_tag(run_id, tags.output_of(kind))
 
 
 def close_abandoned(record: Record) -> None:
-    """End the runs whose process was killed, and could not: in MLflow they would run for ever."""
+    """Close runs whose process was killed; MLflow would show them as running for ever."""
     for run_id in abandoned_runs(record.settings.home / "work"):
         run = record.runs.find_active(run_id)
         if run is not None and run.info.status == "RUNNING":
-            record.client.set_tag(run_id, tag.ERROR, "its process was killed")
+            record.client.set_tag(run_id, tags.ERROR, "its process was killed")
             record.client.set_terminated(run_id, "KILLED")

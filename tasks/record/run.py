@@ -1,4 +1,4 @@
-"""The run of a whole pipeline, and how a run ends: as the block does that it is open for."""
+"""The MLflow run of a whole pipeline, and how a run is closed."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from pydantic import BaseModel
 
 from tasks.prefect import ui
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin, write_settings
 from tasks.record.identity import code_identity, short_digest
 from tasks.record.record import Record
@@ -28,19 +28,19 @@ def open_run(
     *,
     force: Collection[str] = (),
     parent: str = "",
-    kind: str = tag.PIPELINE,
+    kind: str = tags.PIPELINE,
     settings: Settings | None = None,
 ) -> Iterator[PipelineRun]:
-    """The MLflow run of a whole pipeline. It ends FINISHED, FAILED or KILLED as the block does.
+    """Open the MLflow run of a pipeline; it ends FINISHED, FAILED or KILLED as the block does.
 
-    One that did not finish is resumed when the same is asked for again: by the same Prefect run, or
-    with the same settings, seed and code under the same home. A concurrent caller waits.
+    An unfinished run is resumed by the same Prefect run, or by a call with the same settings, seed
+    and code under the same home. A concurrent caller blocks.
 
     Args:
-        force: stages to do again even if they were done before.
-        parent: an MLflow run that this one belongs to.
-        kind: what it is, as a tag.
-        settings: those of the environment, if none are given.
+        force: stages to run again even if a result can be reused.
+        parent: the MLflow run that this one belongs to.
+        kind: the kind of the run, written as a tag.
+        settings: default to those of the environment.
     """
     record = Record.open(settings, patient=True)
     client, settings = record.client, record.settings
@@ -49,7 +49,7 @@ def open_run(
     with work_folder(_folder(project, config, seed, settings), kept=True) as folder:
         left = unfinished_pipeline(record, experiment, folder, kind)
         if left is None:
-            name = ui.run_name() or f"{project}-seed-{seed}"
+            name = ui.current_flow_run_name() or f"{project}-seed-{seed}"
             run_id = str(client.create_run(experiment, run_name=name).info.run_id)
             remember_run(folder, run_id)
         else:
@@ -62,10 +62,10 @@ def open_run(
             seed=seed,
             force=tuple(sorted(force)),
         )
-        tags = {tag.STAGE: kind, **origin(seed, settings)}
-        tags |= {tag.PARENT_RUN: parent} if parent else {}
-        with closing_run(client, run_id):
-            record.add_tags(run_id, tags)
+        run_tags = {tags.STAGE: kind, **origin(seed, settings)}
+        run_tags |= {tags.PARENT_RUN: parent} if parent else {}
+        with close_run_on_exit(client, run_id):
+            record.add_tags(run_id, run_tags)
             write_settings(record, run_id, config.model_dump(mode="json"), seed)
             yield run
 
@@ -73,7 +73,7 @@ def open_run(
 def mark_for_resume(
     project: str, config: BaseModel, seed: int, run_id: str, settings: Settings
 ) -> None:
-    """Make `open_run` resume this run when it is asked for the same."""
+    """Make `open_run` resume this run when it is called with the same arguments."""
     folder = _folder(project, config, seed, settings)
     folder.mkdir(parents=True, exist_ok=True)
     remember_run(folder, run_id)
@@ -84,24 +84,24 @@ def _folder(project: str, config: BaseModel, seed: int, settings: Settings) -> P
         "project": project,
         "seed": seed,
         "settings": config.model_dump(mode="json"),
-        "code": code_identity()[tag.CODE_DIGEST],
+        "code": code_identity()[tags.CODE_DIGEST],
     }
     return settings.home / "work" / f"pipeline-{short_digest(facts)}"
 
 
 @contextmanager
-def closing_run(
+def close_run_on_exit(
     client: MlflowClient, run_id: str, undo: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """End a run as the block ends.
+    """Close a run with the status that the end of the block implies.
 
     Args:
-        undo: is called before a run is closed as FAILED or KILLED.
+        undo: is called before the run is closed as FAILED or KILLED.
     """
     try:
         yield
         client.set_terminated(run_id, "FINISHED")
-    except ui.SUSPENSION:  # resumed when somebody has answered
+    except ui.SUSPENSION:  # it is resumed once a person answers
         client.update_run(run_id, status=SUSPENDED)
         raise
     except BaseException as error:
@@ -109,7 +109,7 @@ def closing_run(
         message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
         for step in (
             undo,
-            lambda: client.set_tag(run_id, tag.ERROR, message),
+            lambda: client.set_tag(run_id, tags.ERROR, message),
             lambda: client.set_terminated(run_id, status),
         ):
             try:

@@ -1,4 +1,4 @@
-"""What MLflow is asked about our runs: every query stands here."""
+"""Every query about our runs in MLflow."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import UserError
-from tasks.record import tags as tag
+from tasks.record import tags
 
 PAGE = 1000
 FINISHED = "attributes.status = 'FINISHED'"
@@ -16,13 +16,13 @@ NEWEST_FIRST = ("attributes.start_time DESC",)
 
 
 class Runs:
-    """The runs of pipelines and stages. Changes nothing."""
+    """Reads the runs of pipelines and stages; changes nothing."""
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
 
     def find(self, run_id: str) -> Run | None:
-        """The run with an id, also one in MLflow's trash; None when it is gone for good."""
+        """The run with this id, even in MLflow's trash; None if it was deleted permanently."""
         try:
             return self._client.get_run(run_id)
         except MlflowException as error:
@@ -31,7 +31,7 @@ class Runs:
             return None
 
     def find_active(self, run_id: str) -> Run | None:
-        """The same, but for one in the trash."""
+        """The run with this id, unless it is in the trash."""
         run = self.find(run_id)
         return run if run is not None and run.info.lifecycle_stage == "active" else None
 
@@ -49,39 +49,39 @@ class Runs:
     # ---- pipelines ----
 
     def pipeline(self, name: str) -> Run:
-        """The pipeline run with that id, start of an id, or name.
+        """The pipeline run with this id, prefix of an id, or name.
 
-        Raises: UserError when none, or more than one, answers to it.
+        Raises: UserError if no run, or more than one, matches.
         """
         experiments = [found.experiment_id for found in self._client.search_experiments()]
-        return _named(name, list(self._search(experiments, _tagged(tag.STAGE, tag.PIPELINE))))
+        return _named(name, list(self._search(experiments, _tagged(tags.STAGE, tags.PIPELINE))))
 
     def last_pipeline(self, project: str) -> Run | None:
-        """The newest run of a project that has finished, and that has made a policy."""
+        """The newest finished run of a project that made a policy."""
         experiment = self._client.get_experiment_by_name(project)
         if experiment is None:
             return None
-        # Of the runs with stages, whole pipelines alone name a policy.
-        policy = f"tags.`{tag.output_of('policy')}` LIKE 'models:/%'"
-        condition = f"{FINISHED} and {_tagged(tag.STAGE, tag.PIPELINE)} and {policy}"
+        # Of the runs with stages, only whole pipelines have a policy.
+        policy = f"tags.`{tags.output_of('policy')}` LIKE 'models:/%'"
+        condition = f"{FINISHED} and {_tagged(tags.STAGE, tags.PIPELINE)} and {policy}"
         return next(self._search([experiment.experiment_id], condition, NEWEST_FIRST), None)
 
     def of_flow_run(self, experiment: str, flow_run_id: str, kind: str) -> Run | None:
-        """The run with stages that a Prefect run has begun."""
-        condition = f"{_tagged(tag.FLOW_RUN, flow_run_id)} and {_tagged(tag.STAGE, kind)}"
+        """The pipeline run that a Prefect flow run started."""
+        condition = f"{_tagged(tags.FLOW_RUN, flow_run_id)} and {_tagged(tags.STAGE, kind)}"
         return next(self._search([experiment], condition), None)
 
     # ---- stages ----
 
     def stages(self, experiment: str, pipeline: str, name: str = "") -> list[Run]:
-        """The stages of a pipeline's run, or those of one name, in the order in which they ran."""
-        condition = _tagged(tag.PARENT_RUN, pipeline)
-        condition += f" and {_tagged(tag.STAGE, name)}" if name else ""
+        """The stages of a pipeline run, or those with one name, in the order in which they ran."""
+        condition = _tagged(tags.PARENT_RUN, pipeline)
+        condition += f" and {_tagged(tags.STAGE, name)}" if name else ""
         return list(self._search([experiment], condition, OLDEST_FIRST))
 
     def finished(self, experiment: str, key: str) -> list[Run]:
-        """The stages that have finished under a key, the newest first."""
-        return list(self._search([experiment], f"{_tagged(tag.KEY, key)} and {FINISHED}"))
+        """The finished stages with this key, newest first."""
+        return list(self._search([experiment], f"{_tagged(tags.KEY, key)} and {FINISHED}"))
 
     def _search(
         self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
@@ -109,8 +109,8 @@ def _named(name: str, known: list[Run]) -> Run:
     if matches:
         ids = ", ".join(run.info.run_id[:12] for run in matches[:5])
         raise UserError(
-            f"{len(matches)} runs answer to '{name}' (the newest: {ids}); give an id instead"
+            f"{len(matches)} runs match '{name}' (newest first: {ids}); use an id instead"
         )
     newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
-    hint = f"the newest are {newest}" if newest else "there is none yet: start one with `rlhf run`"
-    raise UserError(f"no pipeline run answers to '{name}'; {hint}")
+    hint = f"the newest are {newest}" if newest else "there are none yet: start one with `rlhf run`"
+    raise UserError(f"no pipeline run matches '{name}'; {hint}")

@@ -1,4 +1,4 @@
-"""A stage as a run: opened before the work, described while it lasts, closed in every case.
+"""A stage as an MLflow run: opened before the work, described during it, and always closed.
 
     record = Record.open(patient=True)
     inputs = {"data": data}
@@ -9,11 +9,11 @@
             stage.publish(output)
         return stage.result(stage.models()["sft"])
 
-What a stage is, its key, is a digest of its settings, seed, code and the content of its inputs. A
-stage that was finished before under the same key is not done again: it is `cached`, and what it
-made is taken from the registry. A training that was stopped, or whose process was killed, leaves
-its folder and its MLflow run as they were. Opening the same training again resumes both; a second
-process waits until the first is done. MLflow's active run is never used: it belongs to a thread.
+The key of a stage is a digest of its settings, seed, code and the content of its inputs. A stage
+that finished before under the same key is `cached`: it does not run again, and its outputs are
+taken from the registry. A training that was stopped or killed leaves its folder and its MLflow run
+in place. Opening the same training again resumes both; a second process blocks until the first is
+done. MLflow's active run is never used, because it is local to a thread.
 """
 
 import logging
@@ -37,14 +37,24 @@ from rlhf_core.work import Work
 from tasks.prefect import events, ui
 from tasks.prefect.accelerator import accelerator
 from tasks.prefect.ui import ArtifactDisplay, PrefectRun, artifact_key
-from tasks.record import reuse as earlier
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.describe import describe, run_tags, run_url, version_tags
 from tasks.record.identity import Definition
 from tasks.record.logger import MlflowLogger
 from tasks.record.record import Record
 from tasks.record.report import store_report
-from tasks.record.run import closing_run
+from tasks.record.reuse import (
+    copy_summary,
+    find_finished,
+    find_unfinished,
+    is_stage_of,
+    new_run,
+    reopen,
+    source_of,
+    tags_of_stand_in,
+    unpublish,
+)
+from tasks.record.run import close_run_on_exit
 from tasks.record.terminal import Display, TerminalDisplay
 from tasks.record.work_folder import CHECKPOINTS, INPUTS, sweep, work_folder
 from tasks.registry.datasets import fetch_dataset, store_dataset
@@ -60,64 +70,64 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What the code between opening and closing a stage works with."""
+    """An open stage: what its code works with until it is closed."""
 
     run_id: str
     work: Path
     logger: MlflowLogger
-    cached: bool  # done before, by another run or by this one; nothing is left to do
-    recovery: Recovery = NO_RECOVERY  # of a training; it saves nothing in other stages
+    cached: bool  # it finished before, in this run or another; there is nothing to do
+    recovery: Recovery = NO_RECOVERY  # of a training; other stages save no checkpoints
     _what: Definition
     _record: Record
 
     @property
     def name(self) -> str:
-        """Of the stage."""
+        """The name of the stage."""
         return self._what.name
 
     @property
     def run(self) -> PipelineRun:
-        """The pipeline that it belongs to."""
+        """The pipeline run that the stage belongs to."""
         return self._what.run
 
     @property
     def _sections(self) -> Mapping[str, Section]:
-        return cast(Mapping[str, Section], self._what.sections)  # as those of the table are
+        return cast(Mapping[str, Section], self._what.sections)  # as in the stage table
 
     @property
     def _settings(self) -> Settings:
         return self._record.settings
 
     def models(self) -> dict[str, ModelRef]:
-        """The versions that this stage has made, now or before, by kind."""
-        return tag.models(self._tags())
+        """The versions that this stage made, now or before, by kind."""
+        return tags.models(self._tags())
 
     def dataset(self) -> DatasetRef | None:
-        """The data that this stage has prepared, now or before, if it has."""
-        tags = self._tags()
-        return tag.dataset(tags) if tag.DATA in tag.outputs(tags) else None
+        """The data that this stage prepared, now or before; None if it prepares none."""
+        own_tags = self._tags()
+        return tags.dataset(own_tags) if tags.DATA in tags.outputs(own_tags) else None
 
     def keep(self, value: BaseModel) -> None:
         """Store a small result with the run."""
         self._record.client.log_text(self.run_id, value.model_dump_json(indent=2), RESULT)
-        self._made({tag.RESULT: f"runs:/{self.run_id}/{RESULT}"})
+        self._tag_outputs({tags.RESULT: f"runs:/{self.run_id}/{RESULT}"})
 
     def kept(self, kind: type[M]) -> M:
-        """The small result that this stage has stored, now or before."""
-        run_id = tag.run_of(tag.outputs(self._tags())[tag.RESULT])
+        """The small result that this stage stored, now or before."""
+        run_id = tags.run_of(tags.outputs(self._tags())[tags.RESULT])
         with tempfile.TemporaryDirectory() as folder:
             path = self._record.client.download_artifacts(run_id, RESULT, folder)
             return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
     def result(self, value: T) -> T:
-        """What a task returns; where Prefect looks on, a cached stage is shown as that."""
+        """The return value of a task; in Prefect, a cached stage is shown as Cached."""
         if not self.cached:
             return value
-        source = self._tags().get(tag.CACHED_FROM, self.run_id)
-        return ui.as_cached(value, f"done before, by the MLflow run {source}")
+        source = self._tags().get(tags.CACHED_FROM, self.run_id)
+        return ui.as_cached(value, f"reused from the MLflow run {source}")
 
     def fetch(self, ref: Ref) -> Path:
-        """The files that a reference means, in the working folder."""
+        """Fetch the files of a reference into the working folder."""
         self.logger.phase(f"fetching {ref.uri}")
         if isinstance(ref, DatasetRef):
             to = self.work / INPUTS / f"data-{ref.digest}"
@@ -127,10 +137,10 @@ class Stage:
         return to if to.exists() else self._record.store.fetch(model, to)
 
     def call(self, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> Report:
-        """Call the stage's function as the stage table says, a training from its last checkpoint.
+        """Call the function of the stage; a training starts from its last checkpoint.
 
-        A training waits for a slot at the accelerator, and `RLHF_PROCESSES` share its work; the
-        numbers are the same up to rounding.
+        A training waits for an accelerator slot and runs on `RLHF_PROCESSES` processes, whose
+        number changes results only by rounding.
         """
         settings, trains = self._settings, STAGES[self.name].trains
         config, *_ = self._sections.values()
@@ -145,7 +155,7 @@ class Stage:
         )
         if not trains:
             return run_stage(self.name, config, work)
-        self.logger.phase("waiting for a slot at the accelerator")
+        self.logger.phase("waiting for an accelerator slot")
         with accelerator():
             if settings.processes == 1:
                 return run_stage(self.name, config, work)
@@ -168,8 +178,8 @@ class Stage:
     def publish(self, models: Mapping[str, Path]) -> dict[str, ModelRef]:
         """Register model directories as the next versions of `<project>-<kind>`.
 
-        A kind with a number, as `milestone.10`, is one of several of its kind: the number of the
-        iteration. All are uploaded and checked before the first is registered.
+        A kind may have the number of an iteration, as in `milestone.10`. All models are uploaded
+        and checked before the first is registered.
         """
         store = self._record.store
         names = {kind: f"{self.run.project}-{kind.partition('.')[0]}" for kind in models}
@@ -179,12 +189,12 @@ class Stage:
             uploads[kind] = store.upload(path, names[kind], run_id=self.run_id)
         outputs = [LoggedModelOutput(upload.id, step=0) for upload in uploads.values()]
         self._record.client.log_outputs(self.run_id, outputs)
-        tags = version_tags(self._what, self.run_id, self._settings)
+        shared = version_tags(self._what, self.run_id, self._settings)
         refs = {
-            kind: store.register(upload, tags={**tags, **tag.kind(kind)})
+            kind: store.register(upload, tags={**shared, **tags.kind(kind)})
             for kind, upload in uploads.items()
         }
-        self._made({kind: ref.uri for kind, ref in refs.items()})
+        self._tag_outputs({kind: ref.uri for kind, ref in refs.items()})
         log.info("registered %s", ", ".join(ref.uri for ref in refs.values()))
         return refs
 
@@ -192,16 +202,16 @@ class Stage:
         """Store prepared data with the run."""
         self.logger.phase("uploading and checking the data")
         ref = store_dataset(self._record.client, self.run_id, directory)
-        self._made({tag.DATA: ref.uri}, {tag.DATA_DIGEST: ref.digest})
+        self._tag_outputs({tags.DATA: ref.uri}, {tags.DATA_DIGEST: ref.digest})
         return ref
 
     def _tags(self) -> dict[str, str]:
         return self._record.runs.tags(self.run_id)
 
-    def _made(self, outputs: Mapping[str, str], more: Mapping[str, str] = {}) -> None:
-        """Write on the run what it has made: addresses by kind."""
-        tags = {tag.output_of(kind): uri for kind, uri in outputs.items()}
-        self._record.add_tags(self.run_id, {**tags, **more})
+    def _tag_outputs(self, outputs: Mapping[str, str], more: Mapping[str, str] = {}) -> None:
+        """Tag the run with its outputs: addresses by kind."""
+        output_tags = {tags.output_of(kind): uri for kind, uri in outputs.items()}
+        self._record.add_tags(self.run_id, {**output_tags, **more})
 
 
 @contextmanager
@@ -212,20 +222,20 @@ def open_stage(
     config: BaseModel,
     run: PipelineRun,
     inputs: Mapping[str, Ref],
-    beside: Mapping[str, BaseModel] = {},
+    extra_sections: Mapping[str, BaseModel] = {},
     context: Literal["training", "evaluation"] = "training",
     reuse: Literal["no", "own", "any"] = "no",
 ) -> Iterator[Stage]:
-    """A child run of `run`, with a fresh working folder that is gone afterwards.
+    """Open a child run of `run`, with a temporary working folder.
 
-    The run ends FINISHED; FAILED with the tag `error` when the block raises; KILLED when it is
-    interrupted or cancelled. In the last two cases no version that it registered is left.
+    The run ends FINISHED; FAILED with the tag `error` if the block raises; KILLED if it is
+    interrupted or cancelled. In the last two cases the versions that it registered are deleted.
 
     Args:
-        beside: other settings that its result depends on.
-        reuse: whether it may be `cached`, as a stage of this pipeline's run or of any.
+        extra_sections: other settings that the result depends on.
+        reuse: whether the stage may be `cached`: from this pipeline run only ("own"), or from any.
     """
-    what = Definition(name, {name: config, **beside}, run, inputs, context)
+    what = Definition(name, {name: config, **extra_sections}, run, inputs, context)
     path = record.settings.home / "work" / f"{name}-{uuid.uuid4().hex[:16]}"
     folder = work_folder(path, kept=False)
     with _open(record, what, what.key(record.store), folder, reuse) as stage:
@@ -238,19 +248,18 @@ def open_training(
     *,
     record: Record,
     config: BaseModel,
-    beside: Mapping[str, BaseModel],
+    extra_sections: Mapping[str, BaseModel],
     run: PipelineRun,
     inputs: Mapping[str, Ref],
 ) -> Iterator[Stage]:
-    """The same for a stage that can be resumed where it was stopped, or its process was killed.
+    """Open a stage that can be resumed after it was stopped or its process was killed.
 
-    Its folder stays until the block succeeds. Opened again with the same settings (`config` and
-    those `beside` it), seed, code and inputs of the same content, it has what is there, and the
-    MLflow run of then is resumed as a child of `run`: no value is logged twice and none is missing.
-    A process that finds the folder in use waits until it is free, and then mostly finds that the
-    stage is done.
+    Its folder is kept until the block succeeds. Opening it again with the same settings (`config`
+    and `extra_sections`), seed, code and content of the inputs resumes that folder, and the earlier
+    MLflow run as a child of `run`: no value is logged twice and none is missing. A process that
+    finds the folder in use blocks until it is free, and then usually finds the stage finished.
     """
-    what = Definition(name, {name: config, **beside}, run, inputs)
+    what = Definition(name, {name: config, **extra_sections}, run, inputs)
     key = what.key(record.store)
     path = record.settings.home / "work" / f"{name}-{key}"
     with _open(record, what, key, work_folder(path, kept=True), "any") as stage:
@@ -266,36 +275,36 @@ def _open(
     folder: AbstractContextManager[Path],
     reuse: str,
 ) -> Iterator[Stage]:
-    """Find the stage done, or do it."""
+    """Open the stage: cached if a finished run can be reused, else to run it."""
     sweep(record.settings.home / "work", record.settings.keep_work_days)
     if PrefectRun.current():
         ui.forward_logs()
     with folder as work:
-        tags = run_tags(what, key, record.settings)
+        stage_tags = run_tags(what, key, record.settings)
         done = None
         if reuse != "no":
             own = reuse == "own" or what.name in what.run.force
-            done = earlier.finished(record, what, key, own=own)
+            done = find_finished(record, what, key, own=own)
         if done is None:
-            opened = _under_way(record, what, tags, work)
+            opened = _in_progress(record, what, stage_tags, work)
         else:
-            opened = _done_before(record, what, tags, work, done)
+            opened = _reused(record, what, stage_tags, work, done)
         with opened as stage:
             yield stage
 
 
 @contextmanager
-def _done_before(
-    record: Record, what: Definition, tags: Mapping[str, str], work: Path, done: Run
+def _reused(
+    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path, done: Run
 ) -> Iterator[Stage]:
-    """The stage as `done` has left it; in another pipeline, a run of its own stands for that."""
+    """The stage as `done` left it; for another pipeline, a new run refers to `done`."""
     run_id = done.info.run_id
-    if not earlier.is_stage_of(done, what):
-        run_id = earlier.new_run(record, what, work)
-        describe(record, run_id, what, {**tags, **earlier.tags_of_stand_in(done)})
-        earlier.copy_summary(record, done, run_id)
+    if not is_stage_of(done, what):
+        run_id = new_run(record, what, work)
+        describe(record, run_id, what, {**stage_tags, **tags_of_stand_in(done)})
+        copy_summary(record, done, run_id)
         record.client.set_terminated(run_id, "FINISHED")
-    log.info("%s was done before, by the run %s", what.name, earlier.source_of(done))
+    log.info("%s is reused from the run %s", what.name, source_of(done))
     with closing(MlflowLogger(record.client, run_id)) as logger:
         yield Stage(
             run_id=run_id, work=work, logger=logger, cached=True, _what=what, _record=record
@@ -303,21 +312,21 @@ def _done_before(
 
 
 @contextmanager
-def _under_way(
-    record: Record, what: Definition, tags: Mapping[str, str], work: Path
+def _in_progress(
+    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path
 ) -> Iterator[Stage]:
-    """The stage while it is done, by a new run or by the one that was stopped in this folder."""
-    left = earlier.unfinished(record, work)
-    run_id = earlier.new_run(record, what, work) if left is None else left.info.run_id
+    """The stage in a new run, or in the run that was stopped in this folder."""
+    left = find_unfinished(record, work)
+    run_id = new_run(record, what, work) if left is None else left.info.run_id
     with (
         events.announced(record.client, what.run, what.name, run_id),
-        closing_run(record.client, run_id, undo=lambda: earlier.unpublish(record, run_id)),
+        close_run_on_exit(record.client, run_id, undo=lambda: unpublish(record, run_id)),
     ):
         if left is not None:
-            earlier.reopen(record, left)
-            earlier.unpublish(record, run_id)
+            reopen(record, left)
+            unpublish(record, run_id)
         with _logger(record, run_id, _displays(record.settings, what, run_id)) as logger:
-            describe(record, run_id, what, tags)
+            describe(record, run_id, what, stage_tags)
             yield Stage(
                 run_id=run_id, work=work, logger=logger, cached=False, _what=what, _record=record
             )

@@ -1,6 +1,6 @@
-"""The vocabulary of MLflow: every tag that a run or a version of ours has, and how it is read.
+"""Every MLflow tag that our runs and versions have, and how to read it.
 
-No other module of `tasks` or `flows` spells one of these names; a test looks for them.
+No other module of `tasks` or `flows` spells out one of these names; a test checks that.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Final
 
 from tasks.registry.refs import DatasetRef, ModelRef, is_version
 
-# ---- what a run is ----
-STAGE: Final = "stage"  # its name, as `sft`; of a run that has stages: what kind of run it is
+# ---- identity of a run ----
+STAGE: Final = "stage"  # the stage, as `sft`; for a run with stages: its kind
 SEED: Final = "seed"
 KEY: Final = "stage_key"  # equal keys lead to equal bits: tasks/record/identity.py
-DATA_DIGEST: Final = "data_digest"  # of the prepared data that went in, or came out
+DATA_DIGEST: Final = "data_digest"  # of the prepared data, input or output
 CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
@@ -22,17 +22,17 @@ TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
 FLOW_URL: Final = "prefect.flow_run_url"
 
-# ---- what became of it ----
+# ---- outcome of a run ----
 ERROR: Final = "error"
-RESUMED: Final = "resumed"  # how often it was taken up again
-CACHED_FROM: Final = "cached_from"  # the run that has done its work before
+RESUMED: Final = "resumed"  # how often it was resumed
+CACHED_FROM: Final = "cached_from"  # the run that it was reused from
 
-# ---- the promotion: on the pipeline's run, and on that of the stage ----
-COMPARED_WITH: Final = "compared_with"  # the champion of the evaluation
+# ---- promotion: on the runs of pipeline and stage ----
+COMPARED_WITH: Final = "compared_with"  # the champion in the evaluation
 PROMOTED: Final = "promoted"
-REASONS: Final = "reasons"  # one a line
+REASONS: Final = "reasons"  # one per line
 CANDIDATE: Final = "candidate"  # the version that waits for a person
-APPROVED: Final = "approved"  # true, false or WAITING; on the version too, and so are the next
+APPROVED: Final = "approved"  # true, false or WAITING; these four also on the version
 APPROVED_BY: Final = "approved_by"
 APPROVED_AT: Final = "approved_at"
 APPROVAL_REASON: Final = "approval_reason"
@@ -40,7 +40,7 @@ APPROVAL_REASON: Final = "approval_reason"
 # ---- a version ----
 DIGEST: Final = "digest"  # of its files
 LOGGED_MODEL: Final = "logged_model_id"
-RUN: Final = "run_id"  # the stage that has made it
+RUN: Final = "run_id"  # the stage that made it
 PIPELINE_RUN: Final = "pipeline_run_id"
 KIND: Final = "kind"
 ITERATION: Final = "iteration"  # of a milestone
@@ -55,48 +55,48 @@ PARENT_RUN: Final = "mlflow.parentRunId"
 DESCRIPTION: Final = "mlflow.note.content"  # shown on the page of the run
 SHOWN_TABLES: Final = "mlflow.loggedArtifacts"
 MODEL_VERSIONS: Final = "mlflow.modelVersions"  # of a LoggedModel
-DATA_CONTEXT: Final = "mlflow.data.context"  # of a dataset as an input
+DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 
 # ---- values, and a prefix of metrics ----
-SUMMARY: Final = "summary/"  # before the names of the metrics that a stage closes with
+SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
 WAITING: Final = "waiting"  # of APPROVED
-NOBODY: Final = "none"  # where a version could be named
+NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
-DATA, RESULT = "data", "result"  # what a stage may make beside models
+DATA, RESULT = "data", "result"  # outputs other than models
 
 
 def input_of(role: str) -> str:
-    """What went into a run, by its role."""
+    """The tag of an input, by its role."""
     return f"input.{role}"
 
 
 def output_of(kind: str) -> str:
-    """What came out of a run, by its kind: a model, DATA or RESULT."""
+    """The tag of an output, by its kind: a model, DATA or RESULT."""
     return f"{_OUTPUT}{kind}"
 
 
 def parent_of(role: str) -> str:
-    """The version that a version was made from, by its role."""
+    """The tag of the version that a version was trained from, by its role."""
     return f"parent.{role}"
 
 
 def outputs(tags: Mapping[str, str]) -> dict[str, str]:
-    """The addresses of all that came out of a run, by kind."""
+    """The addresses of all outputs of a run, by kind."""
     return {
         name.removeprefix(_OUTPUT): uri for name, uri in tags.items() if name.startswith(_OUTPUT)
     }
 
 
 def models(tags: Mapping[str, str]) -> dict[str, ModelRef]:
-    """The versions among them."""
+    """The versions among the outputs of a run, by kind."""
     return {kind: ModelRef.parse(uri) for kind, uri in outputs(tags).items() if is_version(uri)}
 
 
 def dataset(tags: Mapping[str, str]) -> DatasetRef:
-    """The prepared data that came out of a run."""
+    """The prepared data that a run made."""
     run_id = run_of(tags[output_of(DATA)])
     return DatasetRef(run_id=run_id, digest=tags[DATA_DIGEST])
 
@@ -107,18 +107,18 @@ def run_of(uri: str) -> str:
 
 
 def kind(made: str) -> dict[str, str]:
-    """The tags of a version by what it is in its run: a kind, or one of several, as milestone.10"""
+    """The tags of a version for its kind, which may have a number, as in milestone.10."""
     name, _, number = made.partition(".")
     return {KIND: name, ITERATION: number} if number else {KIND: name}
 
 
 def name_of(ref: ModelRef | None) -> str:
-    """A version that there may not be, as a value."""
+    """A version, or None, as a tag value."""
     return NOBODY if ref is None else ref.uri
 
 
 def version_of(value: str) -> ModelRef | None:
-    """The version that such a value names."""
+    """The version in such a tag value; None for NOBODY."""
     return None if value == NOBODY else ModelRef.parse(value)
 
 

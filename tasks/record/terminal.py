@@ -1,6 +1,6 @@
-"""How far a stage has come: a bar at a terminal, and lines where there is none.
+"""Shows the progress of a stage: a bar on a terminal, plain lines elsewhere.
 
-Knows the terminal; knows nothing of MLflow or Prefect.
+It knows the terminal and nothing of MLflow or Prefect.
 """
 
 import time
@@ -15,29 +15,30 @@ from rlhf_core.metrics import StageLogger
 
 
 class Display(Protocol):
-    """Shows how far a stage has come."""
+    """Shows the progress of a stage."""
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Show that `done` of `total` is finished; a `total` of 0 is not known yet."""
+        """Show that `done` of `total` is finished; a `total` of 0 means unknown."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """End the display."""
 
 
 def how_far(done: int, total: int, note: str) -> str:
-    """`3/8 loss 0.412`, in one line."""
+    """Format progress as `3/8 loss 0.412`."""
     return f"{done}/{total} {note}".rstrip() if total else note
 
 
 def phase_text(what: str, done: int, total: int) -> str:
-    """`writing 40 %`, and without a total `writing`."""
+    """Format a phase as `writing 40 %`, or as `writing` without a total."""
     return f"{what} {100 * done // total} %" if total else what
 
 
 class TerminalDisplay:
-    """One progress bar; plain lines, one in `line_seconds` at most, where there is no terminal.
+    """A progress bar; without a terminal, plain lines, at most one per `line_seconds`.
 
-    One that is `passing` leaves no bar behind, and no line of what takes less than that.
+    With `passing`, the bar is removed at the end, and work shorter than `line_seconds` prints no
+    line.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TerminalDisplay:
         self._task = TaskID(0)
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Move the bar, or print a line when one is due, as it is when all is finished."""
+        """Move the bar, or print a line if one is due or all is finished."""
         finished, self._finished = self._finished, done >= total > 0 and not self._passing
         if self._console.is_terminal:
             self._move(done, total, note)
@@ -84,22 +85,22 @@ class TerminalDisplay:
         self._bar.update(self._task, completed=done, total=total or None, **fields)
 
     def close(self) -> None:
-        """Leave the bar as it stands; none of what never had steps."""
+        """Leave the bar as it is; remove it if it never had a total."""
         if self._bar is not None:
             self._bar.update(self._task, visible=self._bar.tasks[0].total is not None)
             self._bar.stop()
             self._bar = None
 
 
-class _Shown:
-    """A logger for which there is no run: what it is told is on a display, and nowhere else."""
+class _DisplayLogger:
+    """A logger without a run: it only shows progress on a display."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
         self._done = (0, 0)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Ignore metrics."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         self._done = (done, total)
@@ -111,9 +112,9 @@ class _Shown:
 
 @contextmanager
 def on_terminal(title: str) -> Iterator[StageLogger]:
-    """Shows at the terminal how far something is that has no run, while somebody waits for it."""
+    """Show the progress of work that has no run on the terminal."""
     display = TerminalDisplay(title, passing=True)
     try:
-        yield _Shown(display)
+        yield _DisplayLogger(display)
     finally:
         display.close()

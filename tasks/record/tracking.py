@@ -1,4 +1,4 @@
-"""The connection to MLflow, which has answered once before anybody works with it."""
+"""The connection to MLflow, tested once before it is used."""
 
 import fcntl
 import logging
@@ -21,13 +21,13 @@ PAUSE_SECONDS = 5.0
 
 
 def connect(settings: Settings, *, patience: float = 0.0) -> MlflowClient:
-    """A client of the tracking server, which has answered once.
+    """A client of the tracking server, which has answered one request.
 
     Args:
-        patience: seconds to wait for a server that does not answer.
+        patience: seconds to wait for a server that does not respond.
 
-    Raises: UserError when the server does not answer in time or refuses, or when the database
-        cannot be opened.
+    Raises: UserError if the server does not respond in time or refuses, or if the database cannot
+        be opened.
     """
     uri = settings.mlflow_uri
     if urlsplit(uri).scheme in ("http", "https"):
@@ -45,9 +45,9 @@ def connect(settings: Settings, *, patience: float = 0.0) -> MlflowClient:
 
 @contextmanager
 def _one_at_a_time(settings: Settings) -> Iterator[None]:
-    """Keep other processes from a local database while this one may be making its tables.
+    """Lock a local database while this process may be creating its tables.
 
-    MLflow does not, and two that start together on a new database break it.
+    MLflow takes no lock, and two processes that start on a new database at once break it.
     """
     if settings.artifact_root is None:
         yield
@@ -70,14 +70,14 @@ def _wait_for(uri: str, deadline: float) -> None:
 
 
 def _probe(uri: str) -> None:
-    way_out = "start it with `rlhf up`, or set MLFLOW_TRACKING_URI to where it runs"
+    fix = "start it with `rlhf up`, or set MLFLOW_TRACKING_URI to its address"
     try:
-        # Whom to trust is for MLflow's own client to judge, which has settings for it.
+        # MLflow's own client checks the certificate, by settings of its own.
         ask(f"{uri.rstrip('/')}/health", verify=False)
     except NoAnswerError as error:
         if not error.status:
             raise UserError(
-                f"the MLflow server at {uri} does not answer ({error}); {way_out}"
+                f"the MLflow server at {uri} does not respond ({error}); {fix}"
             ) from error
         if error.status == 403 and "host" in error.text.lower():
             raise UserError(
@@ -87,6 +87,6 @@ def _probe(uri: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,15 +1,15 @@
-"""Where a stage works: a folder that one process has to itself, and that may outlive it.
+"""The working folder of a stage: used by one process at a time, and kept for resuming.
 
     RLHF_HOME/work/NAME/
     ├── lock           held by the process that works here, until it ends
-    ├── run.json       the MLflow run that a later process may go on with
-    ├── inputs/        what was fetched, and can be again
-    ├── checkpoints/   what a training goes on from
-    └── ...            what the stage writes
+    ├── run.json       the MLflow run that a later process may resume
+    ├── inputs/        fetched inputs, which can be fetched again
+    ├── checkpoints/   checkpoints that a training resumes from
+    └── ...            outputs of the stage
 
-The name says what the work is, so whoever has the same work to do finds what is left of it. A
-folder is renamed before it is removed: under its own name there is never half of one. Knows files;
-nothing of MLflow or training.
+The name identifies the work, so a process with the same work finds the same folder. A folder is
+renamed before it is removed, so under its own name it is never incomplete. This module knows files
+and nothing of MLflow or training.
 """
 
 import fcntl
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def work_folder(path: Path, *, kept: bool) -> Iterator[Path]:
-    """The folder at `path`, which nobody else uses until the block ends; then it is gone.
+    """Lock the folder at `path` for the block, and remove it afterwards.
 
-    With `kept`, a block that raises leaves it as it is, but for its inputs. Where another process
-    works there, its end is waited for, however it ends.
+    With `kept`, a block that raises leaves the folder, without its inputs. If another process works
+    there, we block until it exits.
     """
     with _claim(path):
         try:
@@ -51,7 +51,7 @@ def work_folder(path: Path, *, kept: bool) -> Iterator[Path]:
 
 
 def abandoned_runs(root: Path) -> Iterator[str]:
-    """The MLflow runs of folders that nobody uses: their processes have ended."""
+    """The MLflow runs of folders that no process holds: their processes have ended."""
     for folder in root.glob("*/"):
         if (run_id := remembered_run(folder)) is None:
             continue
@@ -61,7 +61,7 @@ def abandoned_runs(root: Path) -> Iterator[str]:
 
 
 def sweep(root: Path, days: float) -> None:
-    """Remove the folders under `root` that nobody uses, and that nobody has touched for so long."""
+    """Remove the folders under `root` that are unlocked and were last used `days` ago."""
     since = time.time() - days * DAY
     for folder in root.glob("*/"):
         try:
@@ -69,11 +69,11 @@ def sweep(root: Path, days: float) -> None:
                 with lock:
                     _remove(folder)
         except OSError:
-            continue  # removed meanwhile, or another user's
+            continue  # it has just been removed, or is another user's
 
 
 def empty(folder: Path) -> None:
-    """Remove all that is in a folder of one's own."""
+    """Empty a folder that this process holds, except for its lock."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -82,14 +82,14 @@ def empty(folder: Path) -> None:
 
 
 def remember_run(folder: Path, run_id: str) -> None:
-    """Write down which MLflow run works here."""
+    """Write the id of the MLflow run that works here."""
     part = folder / f"{_RUN}.part"
     part.write_text(json.dumps({"run_id": run_id}), encoding="utf-8")
     part.replace(folder / _RUN)
 
 
 def remembered_run(folder: Path) -> str | None:
-    """The MLflow run that has worked here, if any has and its note can be read."""
+    """The MLflow run that worked here; None if there is none or its note cannot be read."""
     try:
         return str(json.loads((folder / _RUN).read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, LookupError):
@@ -97,24 +97,24 @@ def remembered_run(folder: Path) -> str | None:
 
 
 def _claim(path: Path) -> IO[bytes]:
-    """The lock of a folder, as soon as nobody else has it."""
-    said = False
+    """The lock of a folder; blocks until no other process holds it."""
+    warned = False
     while (lock := _lock(path)) is None:
-        if not said:
-            log.warning("another process does this very work (%s); waiting for it", path.name)
-            said = True
+        if not warned:
+            log.warning("another process is running the same work (%s); waiting for it", path.name)
+            warned = True
         time.sleep(POLL_SECONDS)
     return lock
 
 
 def _lock(folder: Path, *, touch: bool = True) -> IO[bytes] | None:
-    """The lock of a folder, which is made if need be; None when another process has it."""
+    """The lock of a folder, created if needed; None if another process holds it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file = (folder / _LOCK).open("ab")
         except FileNotFoundError:
-            continue  # whoever worked here has removed it just now
+            continue  # another process has just removed the folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +128,7 @@ def _lock(folder: Path, *, touch: bool = True) -> IO[bytes] | None:
 
 
 def _is_still_there(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is the one that lies at `path` now."""
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -136,11 +136,11 @@ def _is_still_there(file: IO[bytes], path: Path) -> bool:
 
 
 def _touched(folder: Path) -> float:
-    """When something was last added to a folder or to those in it."""
+    """When a folder or one of its entries was last modified."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def _remove(folder: Path) -> None:
     gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.old")
-    with suppress(FileNotFoundError):  # somebody has cleaned up already
+    with suppress(FileNotFoundError):  # another process has removed it already
         shutil.rmtree(folder.rename(gone), ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The champion: the version of `<project>-policy` that is in use, and the way to it and back.
+"""The champion: the version of `<project>-policy` in use. This module promotes and rolls back.
 
-It is an alias. Every move of it is written to the versions as tags: when a version was promoted and
-which one it replaced, or when, to which and by whom it was rolled back.
+The champion is an alias. Each change is recorded in tags of the versions: when a version was
+promoted and which one it replaced; or when, to which version and by whom it was rolled back.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from tasks.prefect import events
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
@@ -27,13 +27,13 @@ def project_of(policy: ModelRef) -> str:
 
 
 def champion_of(record: Record, policy: str) -> ModelRef | None:
-    """The version that is in use, if one is."""
+    """The champion, if there is one."""
     return record.store.get_alias(policy, CHAMPION)
 
 
 def predecessor(record: Record, ref: ModelRef) -> ModelRef | None:
-    """The version that one has replaced, if it has."""
-    return tag.version_of(record.store.tags(ref).get(tag.REPLACED, tag.NOBODY))
+    """The version that `ref` replaced as champion, if any."""
+    return tags.version_of(record.store.tags(ref).get(tags.REPLACED, tags.NOBODY))
 
 
 def crown(
@@ -44,20 +44,22 @@ def crown(
     by: str,
     how: Literal["promotion", "rollback"] = "promotion",
 ) -> None:
-    """Make a version the champion, with the former one as its predecessor."""
-    record.store.add_tags(new, {tag.PROMOTED_AT: now(), tag.REPLACED: tag.name_of(old)})
+    """Make a version the champion, and record the previous one as its predecessor."""
+    record.store.add_tags(new, {tags.PROMOTED_AT: now(), tags.REPLACED: tags.name_of(old)})
     _move(record, new, old, how=how, by=by)
 
 
 def take_back(record: Record, champion: ModelRef, target: ModelRef, *, by: str) -> None:
-    """Put another version in use; what is taken back is not promoted again by rules alone."""
+    """Make `target` the champion; `champion` is not promoted again without a person."""
     back: Mapping[str, str] = {
-        tag.ROLLED_BACK_AT: now(),
-        tag.ROLLED_BACK_TO: target.uri,
-        tag.ROLLED_BACK_BY: by,
+        tags.ROLLED_BACK_AT: now(),
+        tags.ROLLED_BACK_TO: target.uri,
+        tags.ROLLED_BACK_BY: by,
     }
     record.store.add_tags(champion, back)
-    if tag.REPLACED in record.store.tags(target):  # it was in use before: its predecessor stays
+    if tags.REPLACED in record.store.tags(
+        target
+    ):  # it was the champion before: keep its predecessor
         _move(record, target, champion, how="rollback", by=by)
     else:
         crown(record, target, champion, how="rollback", by=by)
@@ -71,13 +73,13 @@ def _move(
     by: str,
     how: Literal["promotion", "rollback"],
 ) -> None:
-    # The tags before and the alias last: a crash in between leaves the champion as it was.
-    if tag.ROLLED_BACK_AT in record.store.tags(new):
-        record.store.remove_tag(new, tag.ROLLED_BACK_AT)
+    # Tags first, alias last: a crash in between leaves the champion unchanged.
+    if tags.ROLLED_BACK_AT in record.store.tags(new):
+        record.store.remove_tag(new, tags.ROLLED_BACK_AT)
     record.store.set_alias(new, CHAMPION)
     events.champion_changed(project_of(new), old, new, how=how, by=by)
 
 
 def now() -> str:
-    """The time as it is written in tags."""
+    """The current time in the format of the tags."""
     return datetime.now(UTC).isoformat(timespec="seconds")

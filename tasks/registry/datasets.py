@@ -1,4 +1,4 @@
-"""Prepared data as artifacts of the run that has prepared them, checked on both ways."""
+"""Prepared data as artifacts of the run that prepared them, verified on upload and download."""
 
 import shutil
 import tempfile
@@ -14,7 +14,7 @@ from tasks.registry.refs import DATA_FOLDER, DatasetRef
 
 
 def store_dataset(client: MlflowClient, run_id: str, directory: Path) -> DatasetRef:
-    """Store prepared data with a run, and compare what was stored with it."""
+    """Store prepared data with a run, and verify the stored copy."""
     client.log_artifacts(run_id, str(directory), DATA_FOLDER)
     ref = DatasetRef(run_id=run_id, digest=prepared.digest(directory))
     with tempfile.TemporaryDirectory() as scratch:
@@ -25,7 +25,7 @@ def store_dataset(client: MlflowClient, run_id: str, directory: Path) -> Dataset
 def fetch_dataset(client: MlflowClient, ref: DatasetRef, to: Path) -> Path:
     """Write the prepared data to `to`, which must not exist yet.
 
-    Raises: DataError when the run or its data is not there, or is not what the digest says.
+    Raises: DataError if the run or its data do not exist, or do not match the digest.
     """
     with staged(to) as part, tempfile.TemporaryDirectory(dir=part.parent) as scratch:
         try:

@@ -1,4 +1,4 @@
-"""Directories on their way into MLflow and out of it: whole or absent, compared, no pickles."""
+"""Checks of directories that go to or come from MLflow: complete, verified, no pickles."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,27 +20,32 @@ def check_files(directory: Path) -> None:
     """Raise ModelError unless the directory holds safetensors, and neither pickles nor links."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
     if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(f"{directory} holds no safetensors weights; save the model there first")
+        raise ModelError(f"{directory} has no safetensors weights; save the model there first")
     for path in files:
         if path.is_symlink() or path.suffix.lower() in PICKLES:
-            what = "a link" if path.is_symlink() else "a file that can carry code when it is loaded"
-            raise ModelError(f"{path} is {what}; a model directory holds plain safetensors files")
+            what = "a link" if path.is_symlink() else "a file that can run code when it is loaded"
+            raise ModelError(
+                f"{path} is {what}; a model directory must hold plain safetensors files"
+            )
 
 
 def check_copy(copy: Path, expected: str | None, what: str) -> str:
-    """The digest of `copy`; raises ModelError when another one is expected."""
+    """The digest of `copy`.
+
+    Raises: ModelError if another digest is expected.
+    """
     found = model_digest(copy)
     if expected not in (None, found):
         raise ModelError(
-            f"{what} is damaged: the digest of what the store gives back is {found} and should be "
-            f"{expected}; publish the model again, and see to the disk of the store"
+            f"{what} is damaged: the digest of the files in the store is {found} and should be "
+            f"{expected}; publish the model again, and check the disk of the store"
         )
     return found
 
 
 @contextmanager
 def staged(to: Path) -> Iterator[Path]:
-    """A path beside `to` that becomes `to` when the block succeeds and goes away when it fails."""
+    """A temporary path next to `to`, renamed to `to` if the block succeeds, else removed."""
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=to.parent) as scratch:
         part = Path(scratch) / to.name

@@ -1,6 +1,6 @@
-"""Models between stages: the versions of MLflow's registry, each a plain directory of files.
+"""The model store: versions in MLflow's registry, each a plain directory of files.
 
-Bytes are copied and nothing is loaded; files that could carry a pickle are refused.
+It copies bytes and loads nothing; it refuses files that could contain a pickle.
 """
 
 import json
@@ -16,13 +16,13 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import ModelError
-from tasks.record import tags as tag
+from tasks.record.tags import DIGEST, LOGGED_MODEL, MODEL_VERSIONS
 from tasks.registry.files import check_copy, check_files, model_digest, staged
 from tasks.registry.refs import ModelRef, is_version, name_and_alias
 
 
 class Upload(BaseModel):
-    """A model whose bytes are stored and checked, and which has no version yet."""
+    """A stored and verified model that has no version yet."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,19 +33,19 @@ class Upload(BaseModel):
 
 
 class MlflowModelStore:
-    """Versions are LoggedModels of MLflow that hold a plain model directory.
+    """Stores versions as LoggedModels of MLflow that hold a plain model directory.
 
-    One that is not there raises ModelError, which lists what there is. `mlflow.transformers` is not
-    used: with transformers 5 it loses adapter weights in silence.
+    A version that does not exist raises ModelError, which lists those that do. We do not use
+    `mlflow.transformers`, because with transformers 5 it silently loses adapter weights.
     """
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
 
     def upload(self, directory: Path, name: str, *, run_id: str) -> Upload:
-        """Store a model directory and compare what was stored with it. Slow; registers nothing.
+        """Store a model directory and verify the copy. This is slow and registers nothing.
 
-        It is a LoggedModel of the run, READY once its bytes are checked, else FAILED.
+        The copy is a LoggedModel of the run: READY once it is verified, else FAILED.
         """
         check_files(directory)
         experiment = self._client.get_run(run_id).info.experiment_id
@@ -62,7 +62,7 @@ class MlflowModelStore:
         return Upload(id=model.model_id, name=name, run_id=run_id, digest=found)
 
     def register(self, upload: Upload, *, tags: Mapping[str, str]) -> ModelRef:
-        """Make an upload the next version of its model, with its tags in the same call. Fast."""
+        """Make an upload the next version of its model, with its tags, in one fast call."""
         self._ensure_model(upload.name)
         # The location and not `models:/m-...`: MLflow resolves the latter with its global client.
         location = self._client.get_logged_model(upload.id).artifact_location
@@ -72,10 +72,10 @@ class MlflowModelStore:
             run_id=upload.run_id,
             model_id=upload.id,
             await_creation_for=0,
-            tags={**tags, tag.DIGEST: upload.digest, tag.LOGGED_MODEL: upload.id},
+            tags={**tags, DIGEST: upload.digest, LOGGED_MODEL: upload.id},
         )
         link = [{"name": made.name, "version": str(made.version)}]
-        self._client.set_logged_model_tags(upload.id, {tag.MODEL_VERSIONS: json.dumps(link)})
+        self._client.set_logged_model_tags(upload.id, {MODEL_VERSIONS: json.dumps(link)})
         return ModelRef(name=made.name, version=int(made.version))
 
     def publish(
@@ -85,7 +85,7 @@ class MlflowModelStore:
         return self.register(self.upload(directory, name, run_id=run_id), tags=tags)
 
     def fetch(self, ref: ModelRef, to: Path) -> Path:
-        """Write the model directory to `to`, which must not exist yet; its digest is checked."""
+        """Write the model directory to `to`, which must not exist yet, and verify its digest."""
         self.require(ref)
         location = self._client.get_model_version_download_uri(ref.name, str(ref.version))
         with staged(to) as part:
@@ -93,15 +93,15 @@ class MlflowModelStore:
                 stored = self._download(location, part)
             except MlflowException as error:
                 raise ModelError(
-                    f"the files of {ref.uri} cannot be fetched ({error}); see that {location} can "
-                    "be reached and holds a model"
+                    f"the files of {ref.uri} cannot be fetched ({error}); check that {location} "
+                    "can be reached and holds a model"
                 ) from error
-            check_copy(stored, self.tags(ref).get(tag.DIGEST), ref.uri)
+            check_copy(stored, self.tags(ref).get(DIGEST), ref.uri)
             check_files(stored)
         return to
 
     def versions(self, name: str) -> list[int]:
-        """The versions of a model, ascending; empty when there is no such model."""
+        """The versions of a model, ascending; empty if there is no such model."""
         return sorted(int(version.version) for version in self._search(f"name='{name}'"))
 
     def names(self) -> list[str]:
@@ -109,12 +109,12 @@ class MlflowModelStore:
         return sorted({version.name for version in self._search("")})
 
     def set_alias(self, ref: ModelRef, alias: str) -> None:
-        """Point an alias at a version; it points nowhere else afterwards."""
+        """Move an alias to a version."""
         self.require(ref)
         self._client.set_registered_model_alias(ref.name, alias, str(ref.version))
 
     def get_alias(self, name: str, alias: str) -> ModelRef | None:
-        """The version that an alias points at, if any."""
+        """The version that an alias points to, if any."""
         try:
             found = self._client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
@@ -134,56 +134,60 @@ class MlflowModelStore:
             self._client.set_model_version_tag(ref.name, str(ref.version), name, value)
 
     def remove_tag(self, ref: ModelRef, name: str) -> None:
-        """Take a tag away from a version that has it."""
+        """Delete a tag of a version that has it."""
         self._client.delete_model_version_tag(ref.name, str(ref.version), name)
 
     def delete(self, ref: ModelRef) -> None:
-        """Remove a version, its LoggedModel, and the aliases that point at it.
+        """Delete a version, its LoggedModel, and the aliases that point to it.
 
-        Its number is not used again; `mlflow gc` frees the bytes.
+        Its number is never used again; `mlflow gc` frees the storage.
         """
-        logged_model = self.tags(ref).get(tag.LOGGED_MODEL)
+        logged_model = self.tags(ref).get(LOGGED_MODEL)
         self._client.delete_model_version(ref.name, str(ref.version))
         if logged_model:
             self._client.delete_logged_model(logged_model)
 
     def delete_of_run(self, run_id: str) -> None:
-        """Remove every version that a run has registered."""
+        """Delete every version that a run registered."""
         for made in self._search(f"run_id='{run_id}'"):
             self.delete(ModelRef(name=made.name, version=int(made.version)))
 
     def exists(self, ref: ModelRef) -> bool:
-        """Whether the version is there."""
+        """Whether the version exists."""
         return ref.version in self.versions(ref.name)
 
     def require(self, ref: ModelRef) -> None:
-        """Raise ModelError that lists what there is unless the version is there."""
+        """Raise ModelError, which lists the existing versions, unless this version exists."""
         if not self.exists(ref):
-            raise ModelError(f"there is no {ref.uri}; {self._what_there_is(ref.name)}")
+            raise ModelError(f"there is no {ref.uri}; {self._existing(ref.name)}")
 
     def resolve(self, uri: str) -> ModelRef:
-        """The version that `models:/name/3` or `models:/name@alias` means now.
+        """The version that `models:/name/3` or `models:/name@alias` currently refers to.
 
-        Raises: ModelError that lists what there is when it means nothing.
+        Raises: ModelError, which lists the existing versions, if there is none.
         """
         if found := name_and_alias(uri):
             ref = self.get_alias(*found)
             if ref is None:
-                raise ModelError(f"'{uri}' points at no version; {self._what_there_is(found[0])}")
+                raise ModelError(f"'{uri}' points to no version; {self._existing(found[0])}")
             return ref
         if not is_version(uri):
             raise ModelError(
-                f"'{uri}' is no reference to a model; write models:/name/3 or models:/name@champion"
+                f"'{uri}' is not a model reference; write models:/name/3 or models:/name@champion"
             )
         ref = ModelRef.parse(uri)
         self.require(ref)
         return ref
 
-    def _what_there_is(self, name: str) -> str:
+    def _existing(self, name: str) -> str:
         if versions := self.versions(name):
             return f"'{name}' has the versions {', '.join(map(str, versions))}"
         names = self.names()
-        known = f"the models here are {', '.join(names)}" if names else "no model is registered yet"
+        known = (
+            f"the registered models are {', '.join(names)}"
+            if names
+            else "no model is registered yet"
+        )
         return f"there is no model '{name}'; {known}"
 
     def _search(self, condition: str) -> list[ModelVersion]:

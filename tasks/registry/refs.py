@@ -1,4 +1,4 @@
-"""What travels between stages: references to what MLflow keeps, never a path or an object."""
+"""References to models and data in MLflow, which stages pass on instead of paths or objects."""
 
 import re
 from abc import abstractmethod
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rlhf_core.errors import ModelError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-DATA_FOLDER = "data"  # among the artifacts of the run that has prepared them
+DATA_FOLDER = "data"  # artifact folder of the run that prepared them
 _VERSION_URI = re.compile(rf"models:/({NAME})/([1-9]\d*)")
 _ALIAS_URI = re.compile(rf"models:/({NAME})@([A-Za-z0-9_-]+)")
 _DATA_URI = re.compile(rf"runs:/([0-9a-f]{{32}})/{DATA_FOLDER}")
@@ -19,7 +19,7 @@ class _Frozen(BaseModel):
 
 
 class Ref(_Frozen):
-    """A pointer to something that MLflow keeps."""
+    """A reference to something stored in MLflow."""
 
     @property
     @abstractmethod
@@ -40,18 +40,18 @@ class ModelRef(Ref):
 
     @classmethod
     def parse(cls, uri: str) -> "ModelRef":
-        """The reference that `models:/name/version` names.
+        """Parse `models:/name/version`.
 
         Raises: ModelError for any other text.
         """
         match = _VERSION_URI.fullmatch(uri)
         if match is None:
-            raise ModelError(f"'{uri}' is no version of a model; write models:/name/3")
+            raise ModelError(f"'{uri}' is not a version of a model; write models:/name/3")
         return cls(name=match[1], version=int(match[2]))
 
 
 class DatasetRef(Ref):
-    """The prepared data that a run has stored."""
+    """The prepared data that a run stored."""
 
     run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
     digest: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -69,7 +69,7 @@ class PipelineRun(_Frozen):
     run_id: str
     experiment_id: str
     seed: int
-    force: tuple[str, ...] = ()  # stages to do again even if they were done before
+    force: tuple[str, ...] = ()  # stages to run again even if a result can be reused
 
 
 def is_version(uri: str) -> bool:

@@ -1,54 +1,58 @@
-"""What is registered already, as an input of a stage: by address, or by what it came from."""
+"""Finds registered models and data as inputs of a stage, by address or by lineage."""
 
 from prefect import task
 
 from rlhf_core.errors import DataError, ModelError
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, run_of_data
 
 
 @task(name="find-model", task_run_name="find {uri}")
 def find_model(uri: str) -> ModelRef:
-    """The explicit version that a registry address means, instead of training one."""
+    """The version that a registry address currently refers to, to use instead of training."""
     return Record.open().store.resolve(uri)
 
 
 @task(name="find-parent", task_run_name="find {role} of {model.name}")
 def find_parent(uri: str, model: ModelRef, role: str) -> ModelRef:
-    """The version at an address; for an empty one, that which `model` was made from.
+    """The version at an address; for an empty address, the one that `model` was trained from.
 
-    Raises: ModelError when there is none.
+    Raises: ModelError if there is none.
     """
     store = Record.open().store
-    uri = uri or store.tags(model).get(tag.parent_of(role), "")
+    uri = uri or store.tags(model).get(tags.parent_of(role), "")
     if not uri:
-        raise ModelError(f"{model.uri} was made from no {role} model: name one as models:/NAME/3")
+        raise ModelError(
+            f"{model.uri} was not trained from a {role} model: pass one as models:/NAME/3"
+        )
     return store.resolve(uri)
 
 
 @task(name="find-data", task_run_name="find data")
 def find_data(uri: str, model: ModelRef | None) -> DatasetRef:
-    """The prepared data at `runs:/RUN/data`; for an empty address, those that `model` learnt from.
+    """The prepared data at `runs:/RUN/data`; for an empty address, the training data of `model`.
 
-    Raises: DataError when there are none.
+    Raises: DataError if there are none.
     """
     record = Record.open()
     if model is not None:
         uri = uri or _data_of(record, model)
     run_id = run_of_data(uri)
-    tags = _tags(record, run_id) if run_id else {}
-    if tag.outputs(tags).get(tag.DATA) != uri:
-        raise DataError(f"'{uri}' has no prepared data: write runs:/RUN/data of a prepare stage")
-    return tag.dataset(tags)
+    run_tags = _tags(record, run_id) if run_id else {}
+    if tags.outputs(run_tags).get(tags.DATA) != uri:
+        raise DataError(
+            f"there are no prepared data at '{uri}': pass runs:/RUN/data of a prepare stage"
+        )
+    return tags.dataset(run_tags)
 
 
 def _data_of(record: Record, model: ModelRef) -> str:
-    run_id = record.store.tags(model).get(tag.RUN)
-    uri = _tags(record, run_id).get(tag.input_of(tag.DATA)) if run_id else None
+    run_id = record.store.tags(model).get(tags.RUN)
+    uri = _tags(record, run_id).get(tags.input_of(tags.DATA)) if run_id else None
     if uri is None:
         raise DataError(
-            f"it is not known what {model.uri} learnt from: name data as runs:/RUN/data"
+            f"the training data of {model.uri} are unknown: pass data as runs:/RUN/data"
         )
     return uri
 
@@ -56,5 +60,5 @@ def _data_of(record: Record, model: ModelRef) -> str:
 def _tags(record: Record, run_id: str) -> dict[str, str]:
     run = record.runs.find(run_id)
     if run is None:
-        raise DataError(f"there is no MLflow run {run_id}: name data as runs:/RUN/data")
+        raise DataError(f"there is no MLflow run {run_id}: pass data as runs:/RUN/data")
     return dict(run.data.tags)

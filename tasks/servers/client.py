@@ -1,6 +1,6 @@
-"""Asks a server over HTTP: whether it answers, and what.
+"""A small HTTP client for our servers.
 
-python -m tasks.servers.client URL: the exit status is 0 when it answers with success.
+python -m tasks.servers.client URL: the exit status is 0 if the response is a success.
 """
 
 import sys
@@ -12,10 +12,10 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class NoAnswerError(OSError):
-    """There was no answer, or none of success; the message has the reason."""
+    """There was no response or it was not a success; the message has the reason."""
 
     def __init__(self, reason: str, status: int = 0, text: str = "") -> None:
-        """Args: status: that of the answer, 0 without one; text: what it says."""
+        """Args: status: HTTP status, 0 without a response; text: body of the response."""
         super().__init__(reason)
         self.status = status
         self.text = text
@@ -30,18 +30,18 @@ def ask(
     verify: bool = True,
     **headers: str,
 ) -> bytes:
-    """What `url` answers to a GET, or to a POST of a question as JSON.
+    """The response of `url` to a GET, or to a POST of `question` as JSON.
 
-    The proxies of the environment are not asked for a loopback address.
+    Proxies of the environment are not used for a loopback address.
 
     Args:
         account: `user:password`.
-        seconds: to wait for a connection, and for each part of the answer.
-        verify: whether the certificate of the server has to be a trusted one.
+        seconds: timeout for the connection and for each part of the response.
+        verify: whether the certificate of the server must be trusted.
 
     Raises: NoAnswerError.
     """
-    import httpx  # here, as it takes a quarter of a second, which `rlhf --help` need not wait
+    import httpx  # not at the top: it takes 0.25 s, which would delay `rlhf --help`
 
     if account:
         headers["Authorization"] = f"Basic {b64encode(account.encode()).decode()}"
@@ -63,7 +63,7 @@ def ask(
 
 
 def unreachable(url: str, account: str = "") -> str:
-    """Why `url` does not answer with success; empty when it does."""
+    """Why `url` does not respond with success; empty if it does."""
     try:
         ask(url, account=account)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The errors that a server has logged lately, for those who do not read its log.
+"""The recent errors of a server, for people who do not read its log.
 
-A service inside a server may fail every minute and say so nowhere else: Prefect's scheduler once
-did, and no schedule fired.
+A service inside a server may fail every minute and report it only in the log: Prefect's scheduler
+once did, and no schedule fired.
 """
 
 import logging
@@ -12,11 +12,11 @@ from functools import cache
 PATH = "/errors"
 LOGGERS = ("", "prefect", "uvicorn", "uvicorn.error", "mlflow", "alembic")
 KEPT = 50
-LATELY_SECONDS = 600.0
+RECENT_SECONDS = 600.0
 
 
 class ErrorLog(logging.Handler):
-    """Keeps the first line of what is logged as an error, and when."""
+    """Keeps the first line and the time of each logged error."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -26,21 +26,21 @@ class ErrorLog(logging.Handler):
     @staticmethod
     @cache
     def of_this_process() -> "ErrorLog":
-        """The one log of this process: whoever asks first attaches it."""
+        """The single error log of this process, attached at the first call."""
         log = ErrorLog()
         log.attach()
         return log
 
     def attach(self) -> None:
-        """Listen to every logger that does not pass on what it hears; again is no harm.
+        """Add this handler to every logger that does not propagate; repeated calls do no harm.
 
-        To be called when a server starts, too: uvicorn takes foreign handlers off its loggers.
+        Call it again when a server starts, because uvicorn removes other handlers of its loggers.
         """
         for name in LOGGERS:
             logging.getLogger(name).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record; several loggers pass on the same one."""
+        """Keep a record once, although several loggers pass it on."""
         if record is self._last:
             return
         self._last = record
@@ -50,7 +50,7 @@ class ErrorLog(logging.Handler):
             text = f"{text} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         self._lines.append((time.time(), f"{record.name}: {text}"))
 
-    def recent(self, seconds: float = LATELY_SECONDS) -> list[str]:
-        """What was logged in the last `seconds`, oldest first."""
+    def recent(self, seconds: float = RECENT_SECONDS) -> list[str]:
+        """The errors of the last `seconds`, oldest first."""
         since = time.time() - seconds
         return [line for at, line in list(self._lines) if at >= since]

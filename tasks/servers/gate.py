@@ -1,9 +1,9 @@
-"""What stands in front of Prefect's and MLflow's own servers: who may ask them, and how to sign in.
+"""Access control in front of the Prefect and MLflow servers, and signing in.
 
-A browser lets any web page send requests to the loopback address, and a name whose owner lets it
-point there (DNS rebinding) even read the answers. So a request has to name this server in `Host`,
-and one that a page sends has to come from this server's own pages (`Origin`). Other users of the
-machine reach the port too, which is what the password is for.
+A browser lets any web page send requests to the loopback address, and a host name that resolves to
+it (DNS rebinding) can even read the responses. So a request must have one of this server's names in
+`Host`, and a request from a page must come from this server's own pages (`Origin`). Other users of
+the machine can reach the port too, so there is a password.
 """
 
 import secrets
@@ -23,13 +23,13 @@ from tasks.servers.error_log import PATH as ERRORS
 from tasks.servers.error_log import ErrorLog
 
 LOOPBACK = ("127.0.0.1", "localhost")
-HEALTH = "/health"  # says nothing but that there is a server
-UNKNOWN_LINK = "This sign-in link has been used or is too old: `rlhf sign-in` prints a new one."
-SIGNED_OUT = "Sign in first: `rlhf sign-in` prints a link that does it."
+HEALTH = "/health"  # it reports only that there is a server
+UNKNOWN_LINK = "This sign-in link was used before or has expired: `rlhf sign-in` prints a new one."
+SIGNED_OUT = "Sign in first: `rlhf sign-in` prints a link."
 Welcome = Callable[[Request], Response]
 
 
-def guard(
+def behind_gate(
     app: ASGIApp,
     *,
     names: Iterable[str],
@@ -38,41 +38,39 @@ def guard(
     welcome: Welcome,
     cookie: str = "",
 ) -> ASGIApp:
-    """The app behind the checks, with two pages of its own: `/sign-in` and `/errors`.
+    """Put an app behind the checks, and add two pages: `/sign-in` and `/errors`.
 
     Args:
-        names: hosts, without a port, that this server may be called by.
+        names: host names of this server, without a port.
         origins: addresses whose pages may send requests: those of this server.
         account: `user:password`, which signs the links.
-        welcome: answers a sign-in link that is good.
-        cookie: for an app that does not ask for the password itself; its requests then need the
-            password (Basic), or this cookie, which a sign-in link leaves in the browser. It goes
-            along when somebody follows a link from another site, and with nothing else of another
-            site (`SameSite=Lax`).
+        welcome: makes the response to a valid sign-in link.
+        cookie: name of a session cookie, for an app that does not check the password itself. Its
+            requests then need the password (Basic) or this cookie, which a sign-in link sets. From
+            another site, browsers send the cookie only when a link is followed (`SameSite=Lax`).
     """
     errors = ErrorLog.of_this_process()
     known = frozenset(urlsplit(origin)._replace(path="").geturl() for origin in origins)
-    inner: ASGIApp = _Doors(app, account, welcome, errors, closed=bool(cookie))
+    inner: ASGIApp = _SignIn(app, account, welcome, errors, closed=bool(cookie))
     if cookie:
         inner = SessionMiddleware(inner, secret_key=account, session_cookie=cookie)
     return _OwnPages(inner, frozenset(names), known)
 
 
 def own_names(page: str, *more: str) -> set[str]:
-    """What a server is called: the loopback address, the host of its public page, and others."""
+    """The names of a server: the loopback names, the host of its public page, and others."""
     return {*LOOPBACK, urlsplit(page).hostname or LOOPBACK[0], *more}
 
 
 def own_origins(page: str, port: int) -> set[str]:
-    """What a browser calls its pages: by the public address, or by the loopback address."""
+    """The origins of a server's pages: its public address and its loopback addresses."""
     return {page, *(f"http://{name}:{port}" for name in LOOPBACK)}
 
 
 class _OwnPages:
-    """Refuses names that are not its own and what pages of others send; they cannot frame it.
+    """Refuses requests with a foreign host name or from foreign pages, and framing by them.
 
-    Its own pages may ask nobody else: a script of theirs that would phone home is stopped by the
-    browser.
+    Its own pages may connect only to this server, so the browser blocks scripts that phone home.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str]) -> None:
@@ -80,8 +78,8 @@ class _OwnPages:
         self._names = names
         self._origins = origins
         sockets = (f"ws{origin.removeprefix('http')}" for origin in origins)
-        asked = " ".join(sorted({*origins, *sockets}))
-        self._policy = f"frame-ancestors 'self'; connect-src 'self' data: blob: {asked}"
+        allowed = " ".join(sorted({*origins, *sockets}))
+        self._policy = f"frame-ancestors 'self'; connect-src 'self' data: blob: {allowed}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_policy(message: Message) -> None:
@@ -97,7 +95,7 @@ class _OwnPages:
             await self._app(scope, receive, with_policy)
 
     def _refusal(self, headers: Headers) -> str:
-        """Why a request is refused; empty when it is not. A program names no origin."""
+        """Why a request is refused; empty if it is allowed. Programs send no origin."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if _name(host) not in self._names:
             return f"this server is not called {host}"
@@ -107,15 +105,15 @@ class _OwnPages:
 
 
 def _name(host: str) -> str:
-    """A host without its port; empty when it is none."""
+    """A host without its port; empty if it is invalid."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-class _Doors:
-    """The two pages of its own, and the app, which is `closed` to those who are not signed in."""
+class _SignIn:
+    """Serves `/sign-in` and `/errors`, and the app, which may be `closed` without signing in."""
 
     def __init__(
         self, app: ASGIApp, account: str, welcome: Welcome, errors: ErrorLog, *, closed: bool
@@ -155,14 +153,14 @@ class _Doors:
             return True
         scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
         try:
-            given = b64decode(credentials, validate=True)
+            sent = b64decode(credentials, validate=True)
         except ValueError:
             return False
-        return scheme.lower() == "basic" and secrets.compare_digest(given, self._account.encode())
+        return scheme.lower() == "basic" and secrets.compare_digest(sent, self._account.encode())
 
 
 def _challenge() -> Response:
-    """A browser shows its own form for it, so that a password that is known can be typed too."""
+    """A 401 response, for which a browser shows a password form."""
     return PlainTextResponse(SIGNED_OUT, 401, headers={"WWW-Authenticate": 'Basic realm="rlhf"'})
 
 

@@ -1,7 +1,7 @@
 """The health check of the servers of the stack: python -m tasks.servers.health URL
 
-A server is healthy when it answers, and has not logged one error after the other lately: a service
-inside it, such as Prefect's scheduler, may fail every minute while all pages work.
+A server is healthy if it responds and has not logged the same error repeatedly: a service inside
+it, such as Prefect's scheduler, may fail every minute while all pages work.
 """
 
 import json
@@ -13,11 +13,11 @@ from tasks.servers.error_log import PATH
 from tasks.settings import read_settings
 
 SECONDS = 10.0
-TOLERATED = 2  # of the same kind, in the time that a server remembers
+TOLERATED = 2  # equal errors within the time that a server remembers
 
 
 def problem(url: str) -> str:
-    """What is wrong with the server whose health is at `url`; empty when nothing is."""
+    """The problem of the server with the health page `url`; empty if there is none."""
     root = urlsplit(url)._replace(path=PATH).geturl()
     try:
         ask(url, seconds=SECONDS)
@@ -26,7 +26,7 @@ def problem(url: str) -> str:
         return f"{url}: {error}"
     errors: list[str] = json.loads(answer)
     repeated = [error for error in errors if errors.count(error) > TOLERATED]
-    return f"it logs again and again: {repeated[-1]}" if repeated else ""
+    return f"it keeps logging the same error: {repeated[-1]}" if repeated else ""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The MLflow server behind the gate: mlflow server --app-name rlhf
 
-The name is an entry point of this package in MLflow's group `mlflow.app`. MLflow has a log-in of
-its own (`basic-auth`), with users and a form to type a password into; here there is one password,
-and a link that signs in.
+The name is an entry point of this package in MLflow's group `mlflow.app`. MLflow has its own
+authentication (`basic-auth`) with users and a password form; here there is one password, and links
+that sign in.
 """
 
 from urllib.parse import urlsplit
@@ -15,25 +15,25 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp
 
 from tasks.servers import sign_in
-from tasks.servers.gate import guard, own_names, own_origins
+from tasks.servers.gate import behind_gate, own_names, own_origins
 from tasks.settings import read_settings
 
 START = "/#/experiments?workflowType=machine_learning"  # else it opens on language-model traces
 
 
 def create_app() -> ASGIApp:
-    """What uvicorn serves."""
+    """The app that uvicorn serves."""
     settings = read_settings()
     page = settings.mlflow_public_url
     port = urlsplit(page).port or 80
     hosts = (urlsplit(f"//{host}").hostname for host in get_allowed_hosts() if "*" not in host)
-    return guard(
+    return behind_gate(
         create_fastapi_app(flask_app),
         names=own_names(page, *(host for host in hosts if host)),
         origins=own_origins(page, port),
         account=settings.account,
         welcome=welcome,
-        # Cookies know no ports: the servers of two homes would take each other's away.
+        # Cookies ignore ports: the servers of two homes would overwrite each other's.
         cookie=f"rlhf-mlflow-{port}",
     )
 

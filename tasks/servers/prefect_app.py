@@ -1,7 +1,7 @@
 """The Prefect server behind the gate: python -m tasks.servers.prefect_app --port 4200
 
-The app that `prefect server start` runs. Prefect checks the password itself, for its web sockets
-too, and its page keeps it in the browser's local storage, which is where a sign-in link puts it.
+It serves the app of `prefect server start`. Prefect itself checks the password, also for its web
+sockets. Its page keeps the password in the browser's local storage, where a sign-in link puts it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from prefect.server.api.server import create_app
 from prefect.settings import get_current_settings
 from starlette.responses import HTMLResponse, Response
 
-from tasks.servers.gate import LOOPBACK, guard, own_names, own_origins
+from tasks.servers.gate import LOOPBACK, behind_gate, own_names, own_origins
 from tasks.settings import read_settings
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Signing in</title><script>
@@ -26,20 +26,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The Prefect server of rlhf.")
     parser.add_argument("--host", default=LOOPBACK[0])
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--name", action="append", default=[], help="another name of this server")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--name", action="append", default=[], help="another host name of this server"
+    )
+    options = parser.parse_args()
     account, page = read_settings().account, read_settings().prefect_public_url
     server = get_current_settings().server
     uvicorn.run(
-        guard(
+        behind_gate(
             create_app(),
-            names=own_names(page, *given.name),
-            origins=own_origins(page, given.port),
+            names=own_names(page, *options.name),
+            origins=own_origins(page, options.port),
             account=account,
             welcome=lambda _: sign_in(account),
         ),
-        host=given.host,
-        port=given.port,
+        host=options.host,
+        port=options.port,
         timeout_keep_alive=server.api.keepalive_timeout,
         ws_ping_interval=server.api.websocket_ping_interval,
         ws_ping_timeout=server.api.websocket_ping_timeout,
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def sign_in(account: str) -> Response:
-    """A page that hands the password to Prefect's page, in the browser that opens it."""
+    """A page that stores the password for Prefect's page in the browser that opens it."""
     return HTMLResponse(PAGE % json.dumps(b64encode(account.encode()).decode()))
 
 

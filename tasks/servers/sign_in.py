@@ -1,7 +1,8 @@
-"""Links that sign a browser in once, so that nobody types the password of the local servers.
+"""One-time links that sign a browser in, so that nobody types the password of the local servers.
 
-The password is made at each start and kept in a file that only its owner can read. It signs the
-links and the sessions: who can read that file can make another link, and all end with the servers.
+The password is generated at each start and kept in a file that only its owner can read. It signs
+links and sessions: anyone who can read that file can create links, and all of them expire with the
+servers.
 """
 
 import secrets
@@ -9,22 +10,22 @@ import secrets
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 PATH = "/sign-in"
-SIGNED_IN = "signed_in"  # in the session of a browser
+SIGNED_IN = "signed_in"  # key in the session of a browser
 LINK_SECONDS = 12 * 3600
 
 
 def link(address: str, account: str) -> str:
-    """A link that signs in the browser that opens it first, at the server of this address.
+    """A link that signs in the first browser that opens it.
 
     Args:
-        address: of the server, without a path.
-        account: its `user:password`.
+        address: address of the server, without a path.
+        account: `user:password` of the server.
     """
     return f"{address}{PATH}?token={_signer(account).dumps(secrets.token_hex(8))}"
 
 
 class Links:
-    """Knows which links were used; one for each server, for as long as the server lives."""
+    """Accepts each link once; a server has one instance for as long as it runs."""
 
     def __init__(self, account: str) -> None:
         self._signer = _signer(account)

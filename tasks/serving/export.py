@@ -1,13 +1,12 @@
-"""Export a registered version as a directory that MLflow's own `models serve` serves.
+"""Exports a registered version as a directory for `mlflow models serve`.
 
     mlflow models serve -m DIRECTORY --env-manager local
 
 (in an activated environment: MLflow starts `uvicorn` by name.)
 
-Policy: column `prompt` -> texts. Reward model: columns `prompt` and `response` -> rewards, the
-normalised reward and not its sigmoid. A policy that was trained on messages is asked a prompt as a
-user's message; a reward model reads texts as they are. The directory stands alone: this package is
-not needed there.
+A policy maps the column `prompt` to texts. A reward model maps the columns `prompt` and `response`
+to normalised rewards, without a sigmoid. A policy that was trained on messages gets a prompt as a
+user message; a reward model reads texts as they are. The directory does not need this package.
 """
 
 import json
@@ -53,8 +52,8 @@ EXAMPLES = {
 def export_servable(store: MlflowModelStore, ref: ModelRef, to: Path) -> Path:
     """Write a policy or a reward model to `to`, which must not exist yet or be empty.
 
-    Raises: ModelError for a version that does not exist or is of another kind, and for a `to` that
-        holds something.
+    Raises: ModelError for a version that does not exist or is of another kind, and if `to` is not
+        empty.
     """
     if to.exists() and any(to.iterdir()):
         raise ModelError(f"{to} is not empty; export {ref.uri} to a new folder")
@@ -62,9 +61,11 @@ def export_servable(store: MlflowModelStore, ref: ModelRef, to: Path) -> Path:
         model = store.fetch(ref, Path(scratch) / "model")
         kind = json.loads((model / "rlhf.json").read_text(encoding="utf-8"))["kind"]
         if kind not in SIGNATURES:
-            raise ModelError(f"{ref.uri} is a {kind}; only {' and '.join(SIGNATURES)} are served")
+            raise ModelError(
+                f"{ref.uri} is a {kind}; only {' and '.join(SIGNATURES)} models can be served"
+            )
         with warnings.catch_warnings():
-            # MLflow warns of its own type hints while its `pyfunc` is imported.
+            # MLflow warns about its own type hints when `pyfunc` is imported.
             warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
             mlflow.pyfunc.save_model(
                 str(to),

@@ -1,4 +1,4 @@
-"""Texts from a policy on demand, wherever it is kept. Knows nothing about training."""
+"""Generates texts with a policy from any source. It knows nothing about training."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,13 +35,13 @@ def generate(
 ) -> list[list[str]]:
     """`samples` responses to each prompt, in the order of the prompts.
 
-    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id. A policy
-    that was trained on messages is asked a text as a user's message, and so is any with `chat`;
-    temperature 0 takes the likeliest token each time. The same call gives the same texts.
+    `model` is `models:/name/version`, `models:/name@alias`, a local folder or a hub id. With
+    `chat`, or if the policy was trained on messages, a text is sent as a user message. Temperature
+    0 is greedy decoding. The same call gives the same texts.
 
     Raises:
-        ModelError: there is no such model, it is not a policy, or it reads no text of that length.
-        UserError: a prompt without any token.
+        ModelError: there is no such model, it is not a policy, or its context is too short.
+        UserError: a prompt has no tokens.
     """
     logger = logger or SilentLogger()
     logger.phase("loading the model")
@@ -52,8 +52,8 @@ def generate(
     lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
     if 0 in lengths:
         raise UserError(
-            f"prompt {lengths.index(0) + 1} is empty and this model has no token to begin with; "
-            "write at least a word"
+            f"prompt {lengths.index(0) + 1} is empty, and this model has no begin-of-sequence "
+            "token; write at least one word"
         )
     longest = max(lengths, default=0)
     require_context(
@@ -79,7 +79,7 @@ def generate(
 def _load(
     name: str, scratch: Path, settings: Settings
 ) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
-    """Policy, tokenizer, and whether it was trained on messages."""
+    """Load the policy and its tokenizer, and whether it was trained on messages."""
     if name.startswith("models:/"):
         store = Record.open(settings).store
         source = str(store.fetch(store.resolve(name), scratch))
@@ -87,7 +87,9 @@ def _load(
         source = name
     card = read_card(Path(source)) if (Path(source) / CARD).is_file() else {"kind": "policy"}
     if card["kind"] != "policy":
-        raise ModelError(f"{name} is a {card['kind']} model and writes no text; name a policy")
+        raise ModelError(
+            f"{name} is a {card['kind']} model, which generates no text; pass a policy"
+        )
     model, tokenizer = load_base(ModelConfig(source=source), (), seed=0)
     return Policy(model.to(settings.device)), tokenizer, bool(card.get("chat"))
 
@@ -102,11 +104,11 @@ def _respond(
     generator: torch.Generator,
     between: Callable[[], None],
 ) -> list[str]:
-    """One response to each of the prompts, as one batch."""
-    whole = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
+    """One response to each prompt, in one batch."""
+    longest = max(len(encode_prompt(prompt, tokenizer)) for prompt in prompts)
     responses = sample(
         policy,
-        encode_prompts(tokenizer, prompts, whole).to(policy.model.device),
+        encode_prompts(tokenizer, prompts, longest).to(policy.model.device),
         uniforms(len(prompts), max_new_tokens, generator),
         temperature=temperature,
         eos_token_id=tokenizer.eos_token_id,

@@ -21,7 +21,7 @@ def evaluate(
     data: DatasetRef,
     run: PipelineRun,
 ) -> Scorecard:
-    """Compare the policy with SFT, best-of-n and the present champion on held-out prompts."""
+    """Compare the policy with SFT, best-of-n and the current champion on held-out prompts."""
     inputs: dict[str, Ref] = {"sft": sft, "policy": policy, "reward": reward_model, "data": data}
     if champion is not None:
         inputs["champion"] = champion

@@ -1,4 +1,4 @@
-"""How much there is to learn from that the last pipeline did not know."""
+"""Counts the preferences that are new since the last pipeline run."""
 
 from mlflow.entities import Run
 from prefect import task
@@ -7,22 +7,22 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 
 
 class PreferenceCount(BaseModel):
-    """Preferences there are now, and those that the last finished pipeline had, rows each."""
+    """Preferences (rows): the current number, and that of the last finished pipeline run."""
 
     model_config = ConfigDict(frozen=True)
 
     now: int
     before: int
-    last_run: str  # its name; empty when there was none
+    last_run: str  # its name; empty if there is none
 
     @property
     def new(self) -> int:
-        """How many have come since."""
+        """The number of new preferences."""
         return self.now - self.before
 
 
@@ -30,9 +30,9 @@ class PreferenceCount(BaseModel):
 def count_preferences(
     config: DataConfig, model: ModelConfig, limits: LengthLimits, *, project: str, seed: int
 ) -> PreferenceCount:
-    """Read the data as the pipeline would, and compare them with those of its last finished run.
+    """Read the data as the pipeline would, and compare the count with its last finished run.
 
-    Both sides of the split count; rows that are dropped do not.
+    Training and evaluation rows count; dropped rows do not.
 
     Raises: ConfigError or DataError, as the data stage does.
     """
@@ -51,4 +51,4 @@ def _preferences_of(record: Record, pipeline: Run) -> int:
     if not stages:
         return 0
     rows = stages[-1].data.metrics
-    return sum(int(rows[f"{tag.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))
+    return sum(int(rows[f"{tags.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))

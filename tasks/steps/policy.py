@@ -1,4 +1,4 @@
-"""Policy optimisation as a Prefect task, by whichever algorithm of the stage table."""
+"""Policy optimisation as a Prefect task, by any algorithm of the stage table."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from tasks.steps.stage import do_stage
 
 
 class TrainedPolicy(BaseModel):
-    """What policy optimisation leaves in the registry; of the algorithms, PPO has a critic."""
+    """The registered outputs of policy optimisation; only PPO has a critic."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -26,10 +26,9 @@ class TrainedPolicy(BaseModel):
 
 @task(name="find-rewards", task_run_name="find rewards")
 def find_rewards(config: Section) -> dict[str, ModelRef]:
-    """The registered reward models that the policy learns from beside the pipeline's own: by their
-    role, the explicit version that the source in the config means now.
+    """The reward models in the config other than the pipeline's own, by role, as explicit versions.
 
-    Raises: ModelError for a model that is not there, ConfigError for a function that cannot be
+    Raises: ModelError for a model that does not exist, ConfigError for a function that cannot be
         imported.
     """
     if not isinstance(config, OnPolicySection):

@@ -1,4 +1,4 @@
-"""Whether a new policy becomes the champion, by rules or by a person; and the way back."""
+"""Promotion of a policy to champion, by rules or by a person; and rollback."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.types import Report
 from tasks.prefect import events
 from tasks.prefect.approval import Answer, answer_waiting, mark_waiting
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import open_stage
 from tasks.registry.champion import (
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 @task(name="pin-champion", task_run_name="pin champion")
 def pin_champion(run: PipelineRun, candidate: ModelRef | None = None) -> ModelRef | None:
-    """The policy of the project that is in use now, if there is one, to compare with.
+    """The current champion of the project, if there is one, to compare with.
 
-    It is written on the pipeline's run, which keeps it when it is resumed after a crash or an
-    approval. If the candidate itself is in use already, it is the one that the candidate replaced.
+    It is written to the pipeline's run, so that it stays the same when the run is resumed after a
+    crash or an approval. If the candidate is the champion already, its predecessor is returned.
     """
     record = Record.open()
-    known = record.runs.tags(run.run_id).get(tag.COMPARED_WITH)
+    known = record.runs.tags(run.run_id).get(tags.COMPARED_WITH)
     if known is not None:
-        return tag.version_of(known)
+        return tags.version_of(known)
     found = champion_of(record, policy_of(run.project))
     if found is not None and found == candidate:
         found = predecessor(record, found)
-    record.add_tags(run.run_id, {tag.COMPARED_WITH: tag.name_of(found)})
+    record.add_tags(run.run_id, {tags.COMPARED_WITH: tags.name_of(found)})
     return found
 
 
@@ -60,25 +60,25 @@ def promote(
     run: PipelineRun,
     answer: Answer | None = None,
 ) -> Verdict:
-    """Move the alias `champion` to the candidate if every rule allows it; write down why.
+    """Move the alias `champion` to the candidate if every rule allows it; record the reasons.
 
-    `champion` is the version that the evaluation compared with. When another has taken its place
-    meanwhile, the comparison no longer holds and nothing moves. `answer` is what a person said; if
-    the config wants one to be asked and there is none, the run waits for `rlhf promote`.
+    `champion` is the version that the evaluation compared with. If the champion has changed since,
+    the comparison is void and the alias stays. `answer` is the answer of a person; if the config
+    requires one and there is none, the run waits for `rlhf promote`.
     """
     inputs: dict[str, Ref] = {"policy": candidate}
     if champion is not None:
         inputs[CHAMPION] = champion
-    # By version: another one with the same bits is another candidate.
-    beside: dict[str, BaseModel] = {"candidate": candidate}
+    # By version: another version with the same files is another candidate.
+    extra_sections: dict[str, BaseModel] = {"candidate": candidate}
     if answer is not None:
-        beside["answer"] = answer
+        extra_sections["answer"] = answer
     record = Record.open(patient=True)
     with open_stage(
         "promotion",
         record=record,
         config=config,
-        beside=beside,
+        extra_sections=extra_sections,
         run=run,
         inputs=inputs,
         reuse="own",
@@ -94,19 +94,19 @@ def promote(
             verdict = _unless_rolled_back(verdict, record, candidate)
         if present not in (champion, candidate):
             verdict = verdict.refuse(
-                f"the champion is now {tag.name_of(present)}, but the evaluation compared with "
-                f"{tag.name_of(champion)}"
+                f"the champion is now {tags.name_of(present)}, but the evaluation compared with "
+                f"{tags.name_of(champion)}"
             )
-        asked = config.approval == "person" and present != candidate
-        waits = asked and answer is None and verdict.promote
+        needs_person = config.approval == "person" and present != candidate
+        waits = needs_person and answer is None and verdict.promote
         if waits:
-            verdict = verdict.refuse(f"it waits for a person: rlhf promote {run.run_id[:8]}")
+            verdict = verdict.refuse(f"it waits for approval: rlhf promote {run.run_id[:8]}")
             mark_waiting(record, run, candidate)
         table = pd.DataFrame([rule.model_dump() for rule in rules])
         stage.record(Report(tables={"promotion": table}))
         runs = (stage.run_id, run.run_id)
         reasons = "\n".join(verdict.reasons)
-        _tag_runs(record, runs, {tag.PROMOTED: tag.flag(verdict.promote), tag.REASONS: reasons})
+        _tag_runs(record, runs, {tags.PROMOTED: tags.flag(verdict.promote), tags.REASONS: reasons})
         if answer is not None:
             _write_answer(record, answer, candidate, runs)
         for reason in verdict.reasons:
@@ -120,14 +120,16 @@ def promote(
 
 
 def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
-    """Say yes, as a person, to what a pipeline run waits for; tell what came of it.
+    """Approve the promotion that a pipeline run waits for.
 
-    A run that is suspended in Prefect gets the answer and goes on there. The candidate of one that
-    has finished, or has waited in vain, becomes the champion here and now.
+    A run that is suspended in Prefect receives the answer and resumes there. If the run has
+    finished, or its form has expired, this call makes its candidate the champion.
+
+    Returns: a sentence with the outcome.
 
     Raises:
-        UserError: no run answers to the name; it waits for nobody; or the champion is no longer
-            the one that its policy was compared with.
+        UserError: no run matches; it does not wait for approval; or the champion is no longer the
+            version that its policy was compared with.
     """
     try:
         answer = Answer(approve="yes", by=by, reason=reason)
@@ -135,35 +137,37 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
     record = Record.open(settings)
     found = record.runs.pipeline(name)
-    tags = found.data.tags
-    if tags.get(tag.APPROVED) != tag.WAITING:
-        why = tags.get(tag.REASONS, "it has not come to its promotion").replace("\n", "; ")
-        raise UserError(f"The run {found.info.run_name} does not wait for a person ({why}).")
-    if settings.prefect_api_url and answer_waiting(tags[tag.FLOW_RUN], answer):
-        return f"The run {found.info.run_name} has the answer and goes on."
+    run_tags = found.data.tags
+    if run_tags.get(tags.APPROVED) != tags.WAITING:
+        why = run_tags.get(tags.REASONS, "it has not reached its promotion").replace("\n", "; ")
+        raise UserError(f"The run {found.info.run_name} does not wait for approval ({why}).")
+    if settings.prefect_api_url and answer_waiting(run_tags[tags.FLOW_RUN], answer):
+        return f"The run {found.info.run_name} received the approval and resumes."
     candidate, champion = (
-        ModelRef.parse(tags[tag.CANDIDATE]),
-        tag.version_of(tags[tag.COMPARED_WITH]),
+        ModelRef.parse(run_tags[tags.CANDIDATE]),
+        tags.version_of(run_tags[tags.COMPARED_WITH]),
     )
     present = champion_of(record, candidate.name)
     if present not in (champion, candidate):
         raise UserError(
-            f"The champion is now {tag.name_of(present)}, but {candidate.uri} was compared with "
-            f"{tag.name_of(champion)}; run the pipeline again."
+            f"The champion is now {tags.name_of(present)}, but {candidate.uri} was compared with "
+            f"{tags.name_of(champion)}; run the pipeline again."
         )
     stages = record.runs.stages(found.info.experiment_id, found.info.run_id, "promotion")
     runs = [found.info.run_id, *(stage.info.run_id for stage in stages)]
     _write_answer(record, answer, candidate, runs)
-    _tag_runs(record, runs, {tag.PROMOTED: tag.flag(True)})
+    _tag_runs(record, runs, {tags.PROMOTED: tags.flag(True)})
     if present != candidate:
         crown(record, candidate, champion, by=by)
     return f"{candidate.uri} is the champion."
 
 
 def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> str:
-    """Put the version that the champion replaced, or the one given, back in use.
+    """Make the previous champion, or version `to`, the champion again.
 
-    The version that is taken back is not promoted again by rules alone.
+    The version that was rolled back is not promoted again without a person.
+
+    Returns: a sentence with the outcome.
 
     Raises:
         UserError: there is no champion, it replaced no other version, or there is no version `to`.
@@ -174,39 +178,39 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
         raise UserError(f"The project '{project}' has no champion.")
     target = ModelRef(name=present.name, version=to) if to else predecessor(record, present)
     if target is None:
-        raise UserError(f"{present.uri} replaced no other version: choose one with --to VERSION.")
+        raise UserError(f"{present.uri} has no predecessor: choose a version with --to VERSION.")
     record.store.require(target)
     if target == present:
-        raise UserError(f"{present.uri} is the champion already.")
+        raise UserError(f"{present.uri} is already the champion.")
     take_back(record, present, target, by=by)
     return f"{target.uri} is the champion."
 
 
 def _with_answer(verdict: Verdict, answer: Answer) -> Verdict:
     if answer.approve == "yes":
-        return verdict.allow(f"approved by {answer.said}")
-    return verdict.refuse(f"not approved by {answer.said}")
+        return verdict.allow(f"approved by {answer.summary}")
+    return verdict.refuse(f"not approved by {answer.summary}")
 
 
 def _unless_rolled_back(verdict: Verdict, record: Record, candidate: ModelRef) -> Verdict:
-    since = record.store.tags(candidate).get(tag.ROLLED_BACK_AT)
+    since = record.store.tags(candidate).get(tags.ROLLED_BACK_AT)
     if since is None:
         return verdict
     back = f"rlhf rollback {project_of(candidate)} --to {candidate.version}"
-    return verdict.refuse(f"{candidate.uri} was rolled back at {since}; to use it again: {back}")
+    return verdict.refuse(f"{candidate.uri} was rolled back at {since}; to restore it: {back}")
 
 
 def _write_answer(record: Record, answer: Answer, candidate: ModelRef, runs: Iterable[str]) -> None:
-    tags = {
-        tag.APPROVED: tag.flag(answer.approve == "yes"),
-        tag.APPROVED_BY: answer.by,
-        tag.APPROVAL_REASON: answer.reason,
-        tag.APPROVED_AT: now(),
+    answer_tags = {
+        tags.APPROVED: tags.flag(answer.approve == "yes"),
+        tags.APPROVED_BY: answer.by,
+        tags.APPROVAL_REASON: answer.reason,
+        tags.APPROVED_AT: now(),
     }
-    _tag_runs(record, runs, tags)
-    record.store.add_tags(candidate, tags)
+    _tag_runs(record, runs, answer_tags)
+    record.store.add_tags(candidate, answer_tags)
 
 
-def _tag_runs(record: Record, runs: Iterable[str], tags: Mapping[str, str]) -> None:
+def _tag_runs(record: Record, runs: Iterable[str], new_tags: Mapping[str, str]) -> None:
     for run_id in runs:
-        record.add_tags(run_id, tags)
+        record.add_tags(run_id, new_tags)

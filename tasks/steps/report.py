@@ -1,6 +1,6 @@
-"""The closing report of a pipeline: one page for a person, and the key numbers on the parent run.
+"""The final report of a pipeline: a page for people, and the key numbers on the parent run.
 
-The numbers go to the parent run because that is where runs are compared in MLflow.
+The numbers go to the parent run because MLflow compares runs there.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.evaluation import EvaluationReport
-from tasks.prefect.ui import PrefectRun, closing_lines
-from tasks.record import tags as tag
+from tasks.prefect.ui import PrefectRun, prefect_link_lines
+from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, PipelineRun
@@ -31,11 +31,11 @@ def write_report(
     models: Mapping[str, ModelRef],
     run: PipelineRun,
 ) -> str:
-    """Write `report.md` and the key numbers to the pipeline's run, and show the page in Prefect."""
+    """Write `report.md` and the key numbers to the pipeline's run; show the page in Prefect."""
     record = Record.open()
     text = render(scorecard, verdict, reward_quality, algorithm, models, run, record.settings)
     record.write_page(run.run_id, text)
-    record.add_tags(run.run_id, {tag.output_of(kind): ref.uri for kind, ref in models.items()})
+    record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
     if reward_quality is not None:
         accuracy = reward_quality.accuracy._asdict()
@@ -58,8 +58,7 @@ def render(
     run: PipelineRun,
     settings: Settings,
 ) -> str:
-    """The report as Markdown: what the judges are worth, table, verdict, versions, and where to
-    look further."""
+    """The report as Markdown: reliability of the verdict, table, reasons, versions and links."""
     promoted = "promoted to champion" if verdict.promote else "not promoted"
     return "\n".join(
         [
@@ -73,9 +72,9 @@ def render(
             "",
             "Registered: " + ", ".join(f"`{ref.uri}`" for ref in models.values()),
             "",
-            f"- Curves, plots (`figures/`) and sample texts (`tables/`), stage by stage: "
+            f"- Curves, plots (`figures/`) and sample texts (`tables/`) of each stage: "
             f"{run_url(run.run_id, run.experiment_id, settings)}",
-            *closing_lines(settings),
+            *prefect_link_lines(settings),
         ]
     )
 
@@ -83,20 +82,20 @@ def render(
 def _basis(
     scorecard: Scorecard, quality: RewardQuality | None, reward_model: ModelRef
 ) -> list[str]:
-    """On how much the verdict rests, and how well the reward model predicts people's votes."""
+    """The basis of the verdict, and how well the reward model predicts votes."""
     match = scorecard.comparison("policy", "sft")
-    judged = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
+    verdict = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
     if quality is None:
         return [
-            *judged,
-            f"- Reward model `{reward_model.uri}`: its held-out accuracy is not known.",
+            *verdict,
+            f"- Reward model `{reward_model.uri}`: its held-out accuracy is unknown.",
         ]
     doubts = f" {quality.doubts}" if quality.doubts else ""
-    return [*judged, f"- Reward model `{reward_model.uri}`: {quality.numbers}.{doubts}"]
+    return [*verdict, f"- Reward model `{reward_model.uri}`: {quality.numbers}.{doubts}"]
 
 
 def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:
-    """One column for each arm, one row for each measure."""
+    """The table: one column per arm, one row per measure."""
     arms = scorecard.arms
     rows = {
         "true reward": [_interval(arm.true_reward) for arm in arms],

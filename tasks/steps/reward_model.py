@@ -1,4 +1,4 @@
-"""Reward-model training as a Prefect task, and what its held-out votes say of the result."""
+"""Reward-model training as a Prefect task, and the check of its held-out accuracy."""
 
 import logging
 
@@ -9,7 +9,7 @@ from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.prefect.ui import stage_task
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.steps.stage import do_stage
@@ -25,7 +25,7 @@ def train_reward_model(
     data: DatasetRef,
     run: PipelineRun,
 ) -> ModelRef:
-    """Learn a reward from the preferences; register `<project>-reward`."""
+    """Train a reward model on the preferences; register `<project>-reward`."""
     return do_stage(
         "reward_model",
         config,
@@ -38,15 +38,15 @@ def train_reward_model(
 
 @task(name="check-reward-model", task_run_name="check {model.name}")
 def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality | None:
-    """What the run that made a reward model has measured, with a warning if that is little.
+    """The held-out accuracy of a reward model, with a warning if it is low or uncertain.
 
-    Returns: None when it is not known, as for a version that no stage of this project has made.
+    Returns: None if it is unknown, as for a version that no stage registered.
 
-    Raises: ModelError when it is not what the gate asks for.
+    Raises: ModelError if it does not meet the gate.
     """
     quality = _find_quality(Record.open(), model)
     if quality is None:
-        log.warning("%s: its held-out accuracy is not known", model.uri)
+        log.warning("%s: its held-out accuracy is unknown", model.uri)
     elif quality.doubts:
         log.warning("%s: %s. %s", model.uri, quality.numbers, quality.doubts)
     else:
@@ -56,12 +56,12 @@ def check_reward_model(gate: RewardGateConfig, model: ModelRef) -> RewardQuality
 
 
 def _find_quality(record: Record, model: ModelRef) -> RewardQuality | None:
-    run_id = record.store.tags(model).get(tag.RUN)
+    run_id = record.store.tags(model).get(tags.RUN)
     made_by = record.runs.find(run_id) if run_id else None
     if made_by is None:
         return None
     metrics = made_by.data.metrics
-    found = {name.removeprefix(tag.SUMMARY): value for name, value in metrics.items()}
+    found = {name.removeprefix(tags.SUMMARY): value for name, value in metrics.items()}
     if "longer_accuracy" not in found:
         return None
     names = ("accuracy", "accuracy_low", "accuracy_high")

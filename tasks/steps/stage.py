@@ -1,4 +1,4 @@
-"""Any stage of the table as a run: what it reads is fetched, what it makes is published."""
+"""Runs any stage of the table in MLflow: fetches its inputs and publishes its outputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from rlhf_core.config import Section
 from rlhf_core.stages.table import STAGES, StageSpec
 from tasks.prefect.ui import stage_task
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import Stage, open_stage, open_training
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a stage has made, now or before."""
+class StageOutputs:
+    """The outputs of a stage, from this run or a reused one."""
 
-    models: Mapping[str, ModelRef]  # by kind; milestones as milestone.10
+    models: Mapping[str, ModelRef]  # by kind; milestones with a number, as milestone.10
     data: DatasetRef | None
-    result: Any  # of its report, of the type that the table names
+    result: Any  # in its report; its type is in the stage table
 
 
 def do_stage(
@@ -34,27 +34,27 @@ def do_stage(
     *,
     inputs: Mapping[str, Ref],
     sections: Mapping[str, Section],
-    returns: Callable[[Made], T],
+    returns: Callable[[StageOutputs], T],
 ) -> T:
-    """Do a stage of the table, or find it done.
+    """Run a stage of the table, or reuse a finished run of it.
 
     Args:
         inputs: by role.
-        sections: the settings that it shares with others; only those that it has are used.
-        returns: what the caller wants of what was made.
+        sections: shared settings; only those that the stage uses are read.
+        returns: selects the return value from the outputs.
     """
     spec = STAGES[name]
     common: dict[str, Any] = {
         "record": Record.open(patient=True),
         "config": spec.config.part_of(config),
-        "beside": {key: sections[key] for key in spec.sections},
+        "extra_sections": {key: sections[key] for key in spec.sections},
         "run": run,
         "inputs": inputs,
     }
     if spec.trains:
         opened = open_training(name, **common)
     else:
-        # What a file or a hub has may change: without inputs, other runs say nothing about now.
+        # Files and hubs may change, so a stage without inputs reuses no other pipeline run.
         common["reuse"] = "any" if inputs else "own"
         common["context"] = "training" if spec.outputs else "evaluation"
         opened = open_stage(name, **common)
@@ -62,7 +62,7 @@ def do_stage(
         if not stage.cached:
             _do(stage, spec, inputs)
         result = None if spec.result is None else stage.kept(spec.result)
-        return stage.result(returns(Made(stage.models(), stage.dataset(), result)))
+        return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
 
 
 def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
@@ -72,7 +72,7 @@ def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
     stage.record(report)
     if isinstance(report.result, BaseModel):
         stage.keep(report.result)
-    if (data := outputs.pop(tag.DATA, None)) is not None:
+    if (data := outputs.pop(tags.DATA, None)) is not None:
         stage.publish_data(data)
     milestones = _numbered("milestone", outputs.pop("milestones", None))
     if models := outputs | milestones:
@@ -80,7 +80,7 @@ def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
 
 
 def _numbered(kind: str, folder: Path | None) -> dict[str, Path]:
-    """The directories in a folder, which bear the numbers of iterations, by kind and number."""
+    """The directories in a folder, whose names are iterations, by kind and number."""
     found = sorted(folder.iterdir()) if folder is not None and folder.exists() else []
     return {f"{kind}.{int(directory.name)}": directory for directory in found}
 
@@ -92,6 +92,6 @@ def any_stage(
     sections: Mapping[str, Section],
     inputs: Mapping[str, Ref],
     run: PipelineRun,
-) -> Made:
-    """A stage that has no task of its own: a row of the table is enough."""
+) -> StageOutputs:
+    """Run a stage that has no task of its own; a row of the stage table is enough."""
     return do_stage(name, config, run, inputs=inputs, sections=sections, returns=lambda made: made)

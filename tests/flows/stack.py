@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 import yaml
 from servers import free_port, wait_until
 
-from flows.local import guard
+from flows.local import reaper
 
 ROOT = Path(__file__).parents[2]
 PORTS = {"postgres": "5432", "s3": "8333", "mlflow": "5000", "prefect": "4200", "worker": "8090"}
@@ -224,7 +224,7 @@ class Stack:
 
     def processes(self, service: str) -> set[int]:
         """A service and all that it has started."""
-        return guard.marked(self._mark(service))
+        return reaper.marked(self._mark(service))
 
     def kill(self, service: str) -> None:
         """SIGKILL to a service and all that it has started."""
@@ -238,14 +238,14 @@ class Stack:
         process = self._processes.pop(service)
         process.send_signal(signal.SIGINT if service == "postgres" else signal.SIGTERM)
         process.wait(120)
-        guard.end([self._mark(service)])
+        reaper.end([self._mark(service)])
 
     def restart(self, service: str) -> None:
         self.stop(service)
         self.start(service)
 
     def close(self) -> None:
-        guard.end([self._mark(name) for name in reversed(self._processes)])
+        reaper.end([self._mark(name) for name in reversed(self._processes)])
         for process in self._processes.values():
             process.wait(30)
         self._processes.clear()
@@ -258,7 +258,7 @@ class Stack:
         with (self.folder / "logs" / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 command,
-                env={**self.environment(service), guard.VARIABLE: self._mark(name), **more},
+                env={**self.environment(service), reaper.VARIABLE: self._mark(name), **more},
                 cwd=self._here(service, place),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -12,18 +12,18 @@ from prefect.utilities.names import generate_slug
 from pydantic import BaseModel
 
 from flows.generated_names import is_generated
-from flows.naming import run_name
-from tasks.prefect.ui import run_name as name_for_mlflow
+from flows.naming import name_flow_run
+from tasks.prefect.ui import current_flow_run_name
 
 
 class Config(BaseModel):
     project: str
 
 
-@flow(name="rlhf", flow_run_name=run_name)
+@flow(name="rlhf", flow_run_name=name_flow_run)
 def pipeline(config: Config) -> str:
     """What its run in MLflow would be called."""
-    return name_for_mlflow()
+    return current_flow_run_name()
 
 
 @pytest.fixture

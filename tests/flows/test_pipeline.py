@@ -264,7 +264,7 @@ def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first
     stranger = ModelRef(name="tiny-reward", version=int(made.version))
     caplog.set_level(logging.WARNING, "tasks.steps.reward_model")
     assert check_reward_model.fn(RewardGateConfig(), stranger) is None
-    assert f"{stranger.uri}: its held-out accuracy is not known" in caplog.text
+    assert f"{stranger.uri}: its held-out accuracy is unknown" in caplog.text
     text = render(
         first.scorecard,
         first.verdict,
@@ -274,7 +274,7 @@ def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first
         first.run,
         read_settings(),
     )
-    assert f"- Reward model `{stranger.uri}`: its held-out accuracy is not known." in text
+    assert f"- Reward model `{stranger.uri}`: its held-out accuracy is unknown." in text
     client.delete_model_version("tiny-reward", made.version)
 
 
@@ -349,7 +349,7 @@ def test_a_reward_of_several_parts_names_each(client, store, first):
     ("source", "error", "said"),
     [
         ("models:/nobody/3", ModelError, "there is no model 'nobody'"),
-        ("models:/tiny-reward@none", ModelError, "points at no version"),
+        ("models:/tiny-reward@none", ModelError, "points to no version"),
         ("no_such_module:f", ConfigError, "'no_such_module:f' cannot be imported"),
     ],
 )

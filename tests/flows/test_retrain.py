@@ -58,7 +58,7 @@ def test_too_few_are_skipped_and_it_is_said_how_many_are_missing(config, votes):
     state = run(config, 91)
     assert (state.type, state.name) == ("COMPLETED", "Skipped")
     assert state.message == (
-        "1 more preferences are needed: 90 of 91 are new (90 now, there was no run before)"
+        "1 more preferences are needed: 90 of 91 are new (90 now, no earlier run)"
     )
     with get_client(sync_client=True) as prefect:
         assert prefect.read_flow_run(state.state_details.flow_run_id).name == "nightly/retrain#1"

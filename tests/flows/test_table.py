@@ -23,7 +23,7 @@ from rlhf_core.stages.prepare import inspect
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import Learner
 from rlhf_core.types import Report
-from tasks.record import tags as tag
+from tasks.record import tags
 from tasks.record.record import Record
 
 pytestmark = pytest.mark.integration
@@ -141,9 +141,9 @@ def result(shared_home, config):
 
 def test_the_pipeline_runs_the_new_algorithm(result, shared_home):
     client = MlflowClient(tracking_uri=shared_home.mlflow_uri)
-    tags = Record.open(shared_home).store.tags(result.policy)
-    run = client.get_run(tags[tag.RUN])
-    assert run.data.tags[tag.STAGE] == "toy"
+    version_tags = Record.open(shared_home).store.tags(result.policy)
+    run = client.get_run(version_tags[tags.RUN])
+    assert run.data.tags[tags.STAGE] == "toy"
     assert run.data.params["toy.keep_every"] == "1"
     assert result.critic is None
     assert "| TOY |" in result.report
@@ -151,11 +151,11 @@ def test_the_pipeline_runs_the_new_algorithm(result, shared_home):
 
 def test_milestones_are_versions_with_the_number_of_their_iteration(result, shared_home):
     store = Record.open(shared_home).store
-    tags = [store.tags(store.resolve(f"models:/tiny-milestone/{n}")) for n in (1, 2)]
-    assert [found[tag.ITERATION] for found in tags] == ["1", "2"]
-    assert {found[tag.KIND] for found in tags} == {"milestone"}
+    version_tags = [store.tags(store.resolve(f"models:/tiny-milestone/{n}")) for n in (1, 2)]
+    assert [found[tags.ITERATION] for found in version_tags] == ["1", "2"]
+    assert {found[tags.KIND] for found in version_tags} == {"milestone"}
     # After its last iteration the policy is what was registered as the policy, but for its card.
-    assert tags[1][tag.RUN] == store.tags(result.policy)[tag.RUN]
+    assert version_tags[1][tags.RUN] == store.tags(result.policy)[tags.RUN]
 
 
 def test_the_plan_has_its_steps_and_the_config_its_name(config):
@@ -180,8 +180,8 @@ def test_a_stage_that_trains_nothing_is_a_form_and_a_flow(result, shared_home):
     client = MlflowClient(tracking_uri=shared_home.mlflow_uri)
 
     def runs():
-        found = client.search_runs([result.run.experiment_id], f"tags.{tag.STAGE} = 'card'")
-        return {run.info.run_id: tag.CACHED_FROM in run.data.tags for run in found}
+        found = client.search_runs([result.run.experiment_id], f"tags.{tags.STAGE} = 'card'")
+        return {run.info.run_id: tags.CACHED_FROM in run.data.tags for run in found}
 
     given = {"project": "tiny", "policy": result.policy.uri}
     card = flow(form(**given))

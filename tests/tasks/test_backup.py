@@ -159,9 +159,9 @@ def saved(settings, tmp_path):
         (lambda f: (f / "home/prefect/result").write_text("y"), "home/prefect/result is not what"),
         (lambda f: (f / "home/prefect/result").unlink(), "home/prefect/result is not what"),
         (lambda f: (f / "home/more").write_text("y"), "home/more is not what"),
-        (lambda f: (f / MANIFEST).unlink(), "is no back-up"),
-        (lambda f: (f / MANIFEST).write_text("{}"), "is no back-up"),
-        (shutil.rmtree, "is no back-up"),
+        (lambda f: (f / MANIFEST).unlink(), "is not a back-up"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "is not a back-up"),
+        (shutil.rmtree, "is not a back-up"),
     ],
 )
 def test_a_damaged_back_up_writes_nothing(settings, saved, spoil, message):
@@ -194,7 +194,7 @@ def test_a_home_and_a_stack_are_not_mixed_up(settings, saved):
 
 def test_a_folder_that_is_there_is_not_written_to(settings, saved):
     settings.home.mkdir()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         backup(settings, HERE, saved)
 
 

@@ -1,8 +1,8 @@
-"""What `mlflow models serve` runs for a policy: prompts in, texts out.
+"""The policy that `mlflow models serve` runs: prompts in, texts out.
 
-This file is copied into the exported model and runs where this package is not installed: it stands
-on torch and transformers only. How a prompt becomes tokens is
-`rlhf_core.data.encoding.encode_prompt`, written again; a test compares the two.
+This file is copied into the exported model and runs without this package, so it needs only torch
+and transformers. Its tokenization duplicates `rlhf_core.data.encoding.encode_prompt`; a test
+compares the two.
 """
 
 import json
@@ -22,7 +22,7 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
     """Continues each row of the column `prompt`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load weights and tokenizer; the device is the accelerator if there is one."""
+        """Load weights and tokenizer, on the accelerator if there is one."""
         directory = context.artifacts["model"]
         card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
         self.chat = card.get("chat", False)
@@ -59,7 +59,7 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
             )
         rows = [self.encode(prompt)[-room:] for prompt in prompts]
         if not all(rows):
-            raise ValueError("a prompt is empty; give the policy something to continue")
+            raise ValueError("a prompt is empty; write at least one word")
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -81,7 +81,7 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def encode(self, prompt: str) -> list[int]:
         """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one.
 
-        A policy that was trained on messages is asked as a user would ask it.
+        A policy that was trained on messages gets the prompt as a user message.
         """
         if self.chat:
             message = [{"role": "user", "content": prompt}]

@@ -1,9 +1,8 @@
-"""What `mlflow models serve` runs for a reward model: prompts and responses in, rewards out.
+"""The reward model that `mlflow models serve` runs: prompts and responses in, rewards out.
 
-This file is copied into the exported model and runs where this package is not installed: it stands
-on torch and transformers only. How a pair becomes tokens is `rlhf_core.data.encoding.encode_pair`,
-and what is computed from them `rlhf_core.backbone.networks.ScalarModel.scores`, written again; a
-test compares them.
+This file is copied into the exported model and runs without this package, so it needs only torch
+and transformers. It duplicates the tokenization of `rlhf_core.data.encoding.encode_pair` and the
+computation of `rlhf_core.backbone.networks.ScalarModel.scores`; a test compares them.
 """
 
 import json
@@ -23,7 +22,7 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
     """Scores each row of the columns `prompt` and `response`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load weights, tokenizer and normaliser; the device is the accelerator if there is one."""
+        """Load weights, tokenizer and normaliser, on the accelerator if there is one."""
         directory = context.artifacts["model"]
         self.card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,9 +64,9 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         return [float(reward) for reward in rewards]
 
     def encode(self, prompt: str, response: str) -> list[int]:
-        """Tokens of a pair, as the pipeline scores it: what fits into the context is read whole.
+        """Tokens of a pair as the pipeline scores it, truncated only to the context of the model.
 
-        Only training cuts earlier, at `reward_model.max_length`, and by the same rule.
+        Training truncates at `reward_model.max_length` instead, by the same rule.
         """
         head: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         bos = self.tokenizer.bos_token_id

@@ -12,11 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from rlhf_core.onpolicy.kl_control import AdaptiveKL
 from torch import nn
 
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy.kl_control import AdaptiveKL
 from rlhf_core.seeding import rng_state, set_rng_state
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.session import Interrupted, Session

@@ -110,7 +110,7 @@ def test_every_command_explains_itself_with_an_example(rlhf, command):
     [
         ("", (), "my.yaml is empty: write settings"),
         ("a: [", (), "my.yaml:1: this is not valid YAML"),
-        ("seed: 1\nseed: 2\n", (), "my.yaml:2: 'seed' stands here for the second time"),
+        ("seed: 1\nseed: 2\n", (), "my.yaml:2: 'seed' is a duplicate of line 1"),
         ("ppo:\n  kl_coeff: 1\n", (), "my.yaml:2: there is no setting 'ppo.kl_coeff'. Did you"),
         ("ppo:\n  kl_coef: high\n", (), "my.yaml:2: ppo.kl_coef must be a valid number"),
         ("ppo:\n  kl_coef: -1\n", (), "my.yaml:2: ppo.kl_coef must be greater than or equal to 0"),
@@ -130,8 +130,8 @@ def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("run", "tinny.yaml"), "tinny.yaml: there is no such file. Did you mean tiny.yaml?"),
-        (("run", "."), "is a folder: name a YAML file in it."),
+        (("run", "tinny.yaml"), "tinny.yaml: no such file. Did you mean tiny.yaml?"),
+        (("run", "."), "is a folder: pass a YAML file in it."),
         (("run",), "Missing argument"),
         (("runn", "tiny.yaml"), "No such command 'runn'"),
         (("up", "--prefect-port", "0"), "Invalid value for '--prefect-port'"),
@@ -140,9 +140,9 @@ def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
         (("generate", "--model", "models:/x@champion", "a"), "no model is registered yet"),
         (("generate", "--model", "models:/x", "a"), "write models:/name/3 or models:/name@ch"),
         (("generate", "--model", "./nowhere", "a"), "there is no model folder nowhere"),
-        (("generate", "--model", "./nowhere"), "There is no prompt: give one as an argument"),
+        (("generate", "--model", "./nowhere"), "There is no prompt: pass it as an argument"),
         (("generate", "--samples", "0", "a"), "Invalid value for '--samples'"),
-        (("compare", "a", "b"), "no pipeline run answers to 'a'"),
+        (("compare", "a", "b"), "no pipeline run matches 'a'"),
         (("export", "models:/x/1", "there"), "there is no model 'x'"),
         (("validate", "tiny.yaml", "--set", "data.source=files"), "data."),
     ],
@@ -156,7 +156,11 @@ def test_a_mistake_in_the_call(rlhf, arguments, expected):
     ("variable", "value", "expected"),
     [
         ("MLFLOW_TRACKING_URI", "http://127.0.0.1:1", "The MLflow server at http://127.0.0.1:1"),
-        ("RLHF_HOME", "/dev/null/home", "/dev/null/home cannot be used to keep things in"),
+        (
+            "RLHF_HOME",
+            "/dev/null/home",
+            "RLHF_HOME cannot be used: /dev/null/home cannot be written",
+        ),
         ("RLHF_DEVICE", "tpu", "the environment variable RLHF_DEVICE is 'tpu'"),
     ],
 )
@@ -166,7 +170,7 @@ def test_a_mistake_in_the_environment(rlhf, command, variable, value, expected):
 
 def test_a_prefect_server_that_does_not_answer(rlhf):
     said = sentence(rlhf("run", "tiny.yaml", PREFECT_API_URL="http://127.0.0.1:1/api"))
-    assert "The Prefect server at http://127.0.0.1:1/api does not answer" in said
+    assert "The Prefect server at http://127.0.0.1:1/api does not respond" in said
     assert "set PREFECT_API_URL to where it runs" in said
 
 
@@ -178,7 +182,7 @@ def test_something_else_that_answers_is_not_taken_for_a_server(rlhf):
         said = sentence(rlhf("compare", "a", "b", MLFLOW_TRACKING_URI=address))
         answering.kill()
         answering.wait()
-    assert f"The MLflow server at {address} does not answer as one" in said
+    assert f"The MLflow server at {address} does not respond" in said
 
 
 def test_deploying_a_folder_without_configs_names_it(rlhf, prefect_address):
@@ -397,7 +401,7 @@ def test_a_run_that_is_stopped_says_so_and_can_go_on(finished, number, status, s
         process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (status, "")
-    sentence = f"rlhf: {said}; the same command goes on from the last checkpoint."
+    sentence = f"rlhf: {said}; repeat the command to resume from the last checkpoint."
     assert errors.splitlines()[-1] == sentence
     assert "Traceback" not in errors
     newest = "select state_name from flow_run order by created desc limit 1"
@@ -429,7 +433,8 @@ def test_a_config_is_read_before_prefect_and_mlflow_know_where_their_servers_are
 
 def test_a_command_that_trains_keeps_its_memory():
     code = (
-        "import os; from flows.local import memory; memory.keep(); print(os.environ.get({name!r}))"
+        "import os; from flows.local import allocator; allocator.keep_memory(); "
+        "print(os.environ.get({name!r}))"
     )
     name = "THP_MEM_ALLOC_ENABLE"
     environment = {key: value for key, value in os.environ.items() if key != name}

@@ -109,10 +109,13 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "run.yaml is empty: write settings as key: value lines."),
-        ("# only a comment\n", "run.yaml is empty: write settings as key: value lines."),
-        ("- a\n- b\n", "run.yaml: the file must consist of key: value lines."),
-        ("just words", "run.yaml: the file must consist of key: value lines."),
+        ("", "run.yaml is empty: write settings as lines of the form key: value."),
+        (
+            "# only a comment\n",
+            "run.yaml is empty: write settings as lines of the form key: value.",
+        ),
+        ("- a\n- b\n", "run.yaml: the file must consist of lines of the form key: value."),
+        ("just words", "run.yaml: the file must consist of lines of the form key: value."),
         (
             "project: p\nppo:\n  kl_coeff: 1\n",
             "run.yaml:3: there is no setting 'ppo.kl_coeff'. Did you mean 'ppo.kl_coef'?",
@@ -123,7 +126,8 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
         ),
         (
             "zzz: 3\n",
-            "run.yaml:1: there is no setting 'zzz'. Known here: project, seed, names, ppo, other.",
+            "run.yaml:1: there is no setting 'zzz'. Settings in this section: project, seed, "
+            "names, ppo, other.",
         ),
         (
             "ppo:\n  kl_coef: often\n",
@@ -148,8 +152,7 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
         ),
         (
             "ppo:\n  kl_coef: 1\n\n  kl_coef: 2\n",
-            "run.yaml:4: 'kl_coef' stands here for the second time (first in line 2):"
-            " keep one of them.",
+            "run.yaml:4: 'kl_coef' is a duplicate of line 2: keep one of them.",
         ),
         ("seed: 13\n", "run.yaml: seed is 13: choose a luckier one."),
         ("project: forbidden\n", "run.yaml: project must not be 'forbidden': choose another name."),
@@ -193,7 +196,7 @@ def test_a_merged_section_may_say_a_key_again(write):
     config = load(write(text))
     assert config.ppo.optimiser == Optimiser(steps=2, learning_rate=0.5)
     assert config.other.optimiser == Optimiser(steps=2, learning_rate=0.25)
-    with pytest.raises(ConfigError, match="'steps' stands here for the second time"):
+    with pytest.raises(ConfigError, match="'steps' is a duplicate of line"):
         load(write(text.replace("    steps: 2\n", "    steps: 2\n    steps: 3\n")))
 
 
@@ -232,7 +235,7 @@ def test_all_mistakes_are_told_at_once(write):
         ("=1", "write it as section.key=value, as in ppo.kl_coef=0.1."),
         (
             "names=[a",
-            "'[a' is not a YAML value; put quotes around text with special signs.",
+            "'[a' is not a YAML value; put quotes around text with special characters.",
         ),
         ("ppo=3", "ppo must be a section: put its settings below it, indented."),
     ],
@@ -243,17 +246,17 @@ def test_a_mistake_in_an_override_names_the_override(write, override, expected):
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path):
     (tmp_path / "demo.yaml").write_text("project: p")
-    with pytest.raises(ConfigError, match=r"dmo\.yaml: there is no such file\. Did you mean"):
+    with pytest.raises(ConfigError, match=r"dmo\.yaml: no such file\. Did you mean"):
         load(tmp_path / "dmo.yaml")
-    with pytest.raises(ConfigError, match=r"nowhere.*there is no such file\. Check the path\."):
+    with pytest.raises(ConfigError, match=r"nowhere.*no such file\. Check the path\."):
         load(tmp_path / "nowhere" / "a.yaml")
 
 
 def test_a_folder_and_a_binary_file_are_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="is a folder: name a YAML file in it"):
+    with pytest.raises(ConfigError, match="is a folder: pass a YAML file in it"):
         load(tmp_path)
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ConfigError, match="not a text file in UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
         load(tmp_path / "a.yaml")
 
 

@@ -90,7 +90,9 @@ def tell(work):
 def test_on_sqlite_one_is_made_and_said_why(prefect):
     made, why = automations.register(Settings())
     assert made == ZOMBIE
-    assert why.startswith("retrain and notify: not made, as Prefect on SQLite acts several times")
+    assert why.startswith(
+        "retrain and notify: not created, because Prefect on SQLite acts several times"
+    )
     assert [automation.name for automation in prefect.read_automations()] == [ZOMBIE]
 
 

@@ -23,7 +23,7 @@ import pytest
 
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
-from flows.local import find, guard, serve
+from flows.local import find, reaper, serve
 from flows.local.supervisor import Service, ServiceError, Supervisor
 from rlhf_core.errors import UserError
 from tasks.servers.client import ask
@@ -76,13 +76,13 @@ def with_variable(text: str) -> list[int]:
     return found
 
 
-# ---- the guard ----
+# ---- the reaper ----
 
 
 def start_marked(mark: str, code: str, *arguments: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, guard.VARIABLE: mark},
+        env={**os.environ, reaper.VARIABLE: mark},
         stdout=subprocess.PIPE,
     )
     assert process.stdout.readline() == b"ready\n"
@@ -91,9 +91,9 @@ def start_marked(mark: str, code: str, *arguments: str) -> subprocess.Popen:
 
 def test_the_guard_ends_children_first_wherever_they_went(tmp_path):
     process = start_marked("test:tree", PARENT, str(tmp_path / "status"))
-    wait_until(lambda: len(guard.marked("test:tree")) == 2)
-    guard.end(["test:tree"])
-    assert guard.marked("test:tree") == set()
+    wait_until(lambda: len(reaper.marked("test:tree")) == 2)
+    reaper.end(["test:tree"])
+    assert reaper.marked("test:tree") == set()
     # The parent was still there to see its child end, by SIGTERM.
     assert (tmp_path / "status").read_text() == str(-signal.SIGTERM)
     assert process.wait() == -signal.SIGTERM
@@ -101,16 +101,16 @@ def test_the_guard_ends_children_first_wherever_they_went(tmp_path):
 
 
 def test_the_guard_kills_what_does_not_listen(monkeypatch):
-    monkeypatch.setattr(guard, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(reaper, "GRACE_SECONDS", 0.3)
     process = start_marked("test:stubborn", STUBBORN)
-    guard.end(["test:stubborn"])
+    reaper.end(["test:stubborn"])
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
 
 
 def test_the_guard_leaves_others_alone():
     process = start_marked("test:other", STUBBORN)
-    guard.end(["test:mine", "test:oth"])
+    reaper.end(["test:mine", "test:oth"])
     assert process.poll() is None
     process.kill()
     process.wait()
@@ -186,7 +186,7 @@ with Supervisor(Path({str(tmp_path)!r}), ("a",)) as group:
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE
     )
     assert process.stdout.readline() == b"ready\n"
-    # itself, guard, service
+    # itself, reaper, service
     wait_until(lambda: len(with_variable(f"TEST_SUPERVISOR={tmp_path}")) == 3)
     process.kill()
     process.wait()
@@ -230,12 +230,12 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
     with pytest.raises(UserError) as caught:
         find.join(local(tmp_path, **{variable: address}), prefect=True)
     text = str(caught.value)
-    assert f"The {name} server at {address} does not answer" in text
+    assert f"The {name} server at {address} does not respond" in text
     assert f"set {variable} to where it runs" in text
 
 
 def test_a_home_that_cannot_be_made_is_named(own_environment):
-    with pytest.raises(UserError, match=r"/dev/null/x cannot be used .*: set RLHF_HOME to"):
+    with pytest.raises(UserError, match=r"RLHF_HOME cannot be used: /dev/null/x .*; set it to"):
         find.join(local(Path("/dev/null/x")))
 
 
@@ -248,7 +248,7 @@ def test_a_state_file_is_believed_only_while_its_writer_lives(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert find.running(settings) == state
         file.truncate(0)
-        with pytest.raises(UserError, match="just starting"):
+        with pytest.raises(UserError, match="still starting"):
             find.running(settings)
     # The writer is gone without having cleaned up, as after SIGKILL.
     (tmp_path / "services.json").write_text(json.dumps(state._asdict()))
@@ -639,7 +639,7 @@ def test_the_home_and_the_password_are_the_owners_alone(up):
 def test_a_second_up_in_the_same_home_says_so(up):
     code, output, errors = captured("up", home=up.home)
     assert (code, output) == (2, "")
-    assert "`rlhf up` already runs" in errors
+    assert "`rlhf up` is already running" in errors
     assert f"http://127.0.0.1:{up.prefect}" in errors
     assert "Traceback" not in errors
 

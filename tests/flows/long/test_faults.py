@@ -141,7 +141,7 @@ def test_a_killed_flow_goes_on_when_it_is_resumed_at_once(servers, config, expec
     flow_run = start(servers, config, 11)
     kill_in(servers, flow_run, "ppo")
     said = servers.rlhf("resume", name_of(servers, flow_run))
-    assert "given back to the workers" in said
+    assert "returned to the workers" in said
     servers.until(flow_run, "Completed")
     whole(servers, 11, expected(11))
     tasks = servers.ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})

@@ -282,7 +282,7 @@ def test_the_check_ends_with_a_sentence():
 def test_the_entry_gives_a_program_what_it_needs_and_becomes_it():
     code = "import json, os; print(json.dumps([os.getpid(), dict(os.environ)]))"
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.local.entry", sys.executable, "-c", code],
+        [sys.executable, "-m", "flows.local.container_entry", sys.executable, "-c", code],
         env={"PATH": os.environ["PATH"], "RLHF_PASSWORD": "pw", "DO_NOT_TRACK": "1"},
         stdout=subprocess.PIPE,
     )
@@ -308,7 +308,7 @@ def test_a_password_that_is_too_short_is_refused_at_once(tmp_path):
     check(stack_settings(RLHF_PASSWORD=enough))
     done = rlhf("up", home=tmp_path, RLHF_PASSWORD=short)
     assert done.returncode == 2
-    assert "RLHF_PASSWORD has 11 characters: take 12 or more, or unset it" in done.stderr
+    assert "RLHF_PASSWORD has 11 characters: use 12 or more, or unset it" in done.stderr
     assert short not in done.stderr
 
 
@@ -593,7 +593,7 @@ class TestStack:
         running.start("worker")
         (stopped,) = pipelines(mlflow, run)
         said = running.rlhf("resume", stopped.info.run_id)
-        assert "has been given back to the workers" in said
+        assert "has been returned to the workers" in said
         assert running.final_state(run, 600)["type"] == "COMPLETED"
         once(mlflow, run)
         # SFT and reward model are those that were there.
@@ -679,7 +679,7 @@ class TestUp:
             assert rlhf("config", TINY_FILE, home=home).returncode == 0  # it finds the password
             other = rlhf("config", TINY_FILE, home=home, RLHF_PASSWORD="not-the-right-one")
             assert other.returncode == 2
-            assert "asks for a password: set RLHF_PASSWORD" in other.stderr
+            assert "requires a password: set RLHF_PASSWORD" in other.stderr
         finally:
             up.send_signal(signal.SIGINT)
             assert up.wait(60) == 0

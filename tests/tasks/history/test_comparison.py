@@ -146,13 +146,13 @@ def test_the_start_of_an_id_is_enough(runs, settings):
 
 
 def test_an_ambiguous_name_asks_for_an_id(runs, settings):
-    with pytest.raises(UserError, match="2 runs answer to 'p-seed-1'") as caught:
+    with pytest.raises(UserError, match="2 runs match 'p-seed-1'") as caught:
         compare("p-seed-1", runs[1], settings=settings)
     assert runs[0][:12] in str(caught.value)
 
 
 def test_an_unknown_run_lists_the_newest(runs, settings):
-    with pytest.raises(UserError, match="no pipeline run answers to 'nothing'") as caught:
+    with pytest.raises(UserError, match="no pipeline run matches 'nothing'") as caught:
         compare("nothing", runs[1], settings=settings)
     assert runs[1][:8] in str(caught.value)
 

@@ -76,7 +76,7 @@ def test_a_place_that_cannot_be_given_back_does_not_end_the_training(limit, monk
         return done
 
     assert training() == "trained"
-    assert "could not be given back (ConnectError); it is free in 90 s" in caplog.text
+    assert "could not be released (ConnectError); it expires in 90 s" in caplog.text
 
 
 def test_a_server_that_is_away_is_waited_for(monkeypatch, caplog):
@@ -89,9 +89,9 @@ def test_a_server_that_is_away_is_waited_for(monkeypatch, caplog):
             raise answer
         return answer
 
-    assert accelerator_module._patiently(ask)
-    assert caplog.text.count("Prefect does not answer (ConnectError)") == 2
+    assert accelerator_module._retry(ask)
+    assert caplog.text.count("Prefect does not respond (ConnectError)") == 2
     monkeypatch.setenv("RLHF_OUTAGE_SECONDS", "0")
     answers = [ConnectError("away")]
     with pytest.raises(ConnectError):
-        accelerator_module._patiently(ask)
+        accelerator_module._retry(ask)

@@ -280,7 +280,7 @@ def test_an_answer_that_the_form_let_through_is_asked_for_again(
         "/flow_runs/{id}/input/{key}",
         path_params={"id": flow_run, "key": again["description"]},
     ).text
-    assert "could not be used: by: " in text
+    assert "was invalid: by: " in text
     resume_flow_run(flow_run, run_input=YES)
     assert work(flow_run).reasons[-1] == "pass: approved by Ada: reads well"
 
@@ -345,7 +345,7 @@ def test_a_run_without_a_worker_ends_and_waits_for_the_command(client, store, ne
     verdict = approval(PromotionConfig(**PERSON), candidate.version)
     assert not verdict.promote
     said, _, name = verdict.reasons[-1].rpartition(" ")
-    assert said == "FAIL: it waits for a person: rlhf promote"
+    assert said == "FAIL: it waits for approval: rlhf promote"
     assert store.get_alias("toy-policy", "champion") == before
     assert promote_run(name, by="Bo", reason="", settings=read_settings()) == (
         f"{candidate.uri} is the champion."
@@ -363,7 +363,7 @@ def test_the_command_answers_a_run_that_is_suspended(client, new_version, trigge
     work(flow_run)
     name = pipeline_run(client, flow_run).info.run_id
     said = promote_run(name, by="Bo", reason="fine", settings=with_prefect())
-    assert said.endswith("has the answer and goes on.")
+    assert said.endswith("received the approval and resumes.")
     assert work(flow_run).reasons[-1] == "pass: approved by Bo: fine"
 
 
@@ -393,7 +393,7 @@ def test_the_way_back(store, new_version, settings):
     assert f"rlhf rollback toy --to {third.version}" in refused.reasons[-1]
     assert roll_back("toy", to=third.version, by="Bo", settings=settings)
     assert "rolled_back_at" not in store.tags(third)
-    for to, said in ((third.version, "is the champion already"), (999, "there is no")):
+    for to, said in ((third.version, "is already the champion"), (999, "there is no")):
         with pytest.raises(UserError, match=said):
             roll_back("toy", to=to, by="Bo", settings=settings)
     with pytest.raises(UserError, match="has no champion"):

@@ -23,7 +23,7 @@ def free_port():
 def test_a_server_that_does_not_answer_is_said_within_seconds():
     settings = Settings.model_validate({"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}"})
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"does not answer .*rlhf up.*MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=r"does not respond .*rlhf up.*MLFLOW_TRACKING_URI"):
         connect(settings)
     assert time.monotonic() - start < 5
 

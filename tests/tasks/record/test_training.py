@@ -61,13 +61,13 @@ def training(settings):
     """A function that opens a training in a pipeline run of its own, as a new process would."""
 
     @contextmanager
-    def _open(config=None, beside=None, seed=7, project="demo", inputs=None, name="sft"):
+    def _open(config=None, extra_sections=None, seed=7, project="demo", inputs=None, name="sft"):
         with (
             open_run(project, ToyConfig(), seed, settings=settings) as run,
             open_training(
                 name,
                 config=config or ToyConfig(),
-                beside={"sampling": beside or Beside()},
+                extra_sections={"sampling": extra_sections or Beside()},
                 run=run,
                 inputs=inputs or {},
                 record=Record.open(settings, patient=True),
@@ -134,7 +134,7 @@ def test_the_same_run_goes_on_without_a_trace_of_the_end(client, training, error
     "change",
     [
         {"config": ToyConfig(rate=0.2)},
-        {"beside": Beside(length=4)},
+        {"extra_sections": Beside(length=4)},
         {"seed": 8},
         {"project": "other"},
         {"name": "ppo"},
@@ -183,7 +183,7 @@ def in_pipeline(settings):
             open_training(
                 "sft",
                 config=ToyConfig(),
-                beside={},
+                extra_sections={},
                 run=run,
                 inputs=inputs or {},
                 record=Record.open(settings, patient=True),
@@ -259,7 +259,7 @@ def test_a_forced_stage_is_not_forced_twice_by_a_pipeline_that_goes_on(
 
     def pipeline():
         with open_run("demo", Beside(length=2), 7, force=["sft"], settings=settings) as run:
-            inputs = {"config": ToyConfig(), "beside": {}, "run": run, "inputs": {}}
+            inputs = {"config": ToyConfig(), "extra_sections": {}, "run": run, "inputs": {}}
             with open_training("sft", **inputs, record=Record.open(settings)) as stage:
                 make(stage, policy_dir)
             yield stage
@@ -285,7 +285,7 @@ def test_who_comes_second_waits_and_finds_it_done(in_pipeline, policy_dir, clien
         thread = threading.Thread(target=second)
         thread.start()
         deadline = time.monotonic() + 30
-        while "another process does this very work" not in caplog.text:
+        while "another process is running the same work" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         made = make(first, policy_dir)

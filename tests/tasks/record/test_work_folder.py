@@ -70,7 +70,7 @@ def test_a_second_worker_waits_and_goes_on_with_what_a_killed_one_left(tmp_path,
     with work_folder(tmp_path / "sft", kept=True) as folder:
         assert process.wait(10) == -signal.SIGKILL
         assert (folder / "begun").read_text() == "by a process"
-    assert "another process does this very work (sft); waiting for it" in caplog.text
+    assert "another process is running the same work (sft); waiting for it" in caplog.text
     assert names(tmp_path) == []
     process.stdout.close()
 

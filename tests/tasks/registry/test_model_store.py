@@ -144,9 +144,9 @@ def test_what_is_missing_is_said_with_what_there_is(store, publish, tmp_path):
     publish()
     cases = {
         "models:/demo-sft/9": r"there is no models:/demo-sft/9; 'demo-sft' has the versions 1, 2",
-        "models:/demo-sft@champion": r"points at no version; 'demo-sft' has the versions 1, 2",
-        "models:/demo/1": r"there is no model 'demo'; the models here are demo-sft",
-        "models:/demo@champion": r"there is no model 'demo'; the models here are demo-sft",
+        "models:/demo-sft@champion": r"points to no version; 'demo-sft' has the versions 1, 2",
+        "models:/demo/1": r"there is no model 'demo'; the registered models are demo-sft",
+        "models:/demo@champion": r"there is no model 'demo'; the registered models are demo-sft",
     }
     for uri, message in cases.items():
         with pytest.raises(ModelError, match=message):
@@ -166,8 +166,8 @@ def test_what_is_missing_is_said_with_what_there_is(store, publish, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "training_args.bin").write_bytes(b"\x80"), "carry code"),
-        (lambda d: (d / "deep").mkdir() or (d / "deep/x.pkl").write_bytes(b""), "carry code"),
+        (lambda d: (d / "training_args.bin").write_bytes(b"\x80"), "run code"),
+        (lambda d: (d / "deep").mkdir() or (d / "deep/x.pkl").write_bytes(b""), "run code"),
         (lambda d: (d / "link.json").symlink_to("/etc/hostname"), "is a link"),
         (lambda d: (d / "model.safetensors").unlink(), "no safetensors"),
     ],

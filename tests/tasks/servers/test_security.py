@@ -114,7 +114,7 @@ def test_a_version_with_a_pickle_is_refused(client, run_id, settings, policy_dir
     (location / name).parent.mkdir(exist_ok=True)
     (location / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     ref = register(client, run_id, location)
-    with pytest.raises(ModelError, match=f"{Path(name).name} is a file that can carry code"):
+    with pytest.raises(ModelError, match=f"{Path(name).name} is a file that can run code"):
         MlflowModelStore(client).fetch(ref, tmp_path / "work" / "model")
     assert not (tmp_path / "exploded").exists()
     assert list((tmp_path / "work").iterdir()) == []

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tasks.servers import sign_in
 from tasks.servers.error_log import ErrorLog
-from tasks.servers.gate import guard, own_names, own_origins
+from tasks.servers.gate import behind_gate, own_names, own_origins
 from tasks.servers.prefect_app import sign_in as prefect_welcome
 
 ACCOUNT = "rlhf:a-password-of-tests"
@@ -47,7 +47,7 @@ def welcome(request):
 def client(cookie: str = "", **headers: str) -> TestClient:
     routes = [Route(path, hello, methods=["GET", "POST"]) for path in ("/", "/health")]
     app = Starlette(routes=[*routes, WebSocketRoute("/ws", echo)])
-    gated = guard(
+    gated = behind_gate(
         app,
         names=own_names(PAGE, "prefect"),
         origins=own_origins(PAGE, 4200),

@@ -62,7 +62,9 @@ def test_a_registered_version_and_its_alias_are_the_folder(policy_dir, settings)
 
 
 def test_a_reward_model_is_refused(reward_dir, settings):
-    with pytest.raises(ModelError, match="is a reward model and writes no text; name a policy"):
+    with pytest.raises(
+        ModelError, match="is a reward model, which generates no text; pass a policy"
+    ):
         ask(reward_dir, settings=settings)
 
 

@@ -1,9 +1,9 @@
-"""Ends marked processes, even those whose parent was killed. Linux only; standard library alone.
+"""Terminates marked processes, including orphans. Linux only; standard library only.
 
-A service of `rlhf up` carries a mark in its environment, and whatever it starts inherits the mark:
-server workers, and flow runs, which Prefect puts into sessions of their own, out of reach of a
-signal to a process group. `rlhf up` starts `python -m flows.local.guard MARK...` and keeps a pipe
-to it open. However `rlhf up` ends, SIGKILL included, the kernel closes the pipe and the guard acts.
+Each service of `rlhf up` has a mark in its environment, which its children inherit: server workers,
+and flow runs, which Prefect puts into sessions of their own, out of reach of a signal to a process
+group. `rlhf up` starts `python -m flows.local.reaper MARK...` and keeps a pipe to it open. However
+`rlhf up` ends, even by SIGKILL, the kernel closes the pipe and the reaper terminates the processes.
 """
 
 import os
@@ -15,31 +15,31 @@ from functools import partial
 from pathlib import Path
 
 VARIABLE = "RLHF_SERVICE"
-GRACE_SECONDS = 6.0  # for the children, then for the service itself
+GRACE_SECONDS = 6.0  # first for the children, then for the service
 
 
 def end(marks: Sequence[str]) -> None:
-    """Stop the processes of each mark, one mark after the other.
+    """Terminate the processes of each mark, one mark after the other.
 
-    Children go first, so that the service which started them still sees and reports their end.
-    Each is asked once, given `GRACE_SECONDS`, and then killed.
+    Children end first, so that the service which started them still sees and reports it. Each
+    process gets one SIGTERM, and SIGKILL after `GRACE_SECONDS`.
     """
     for mark in marks:
-        _ask(partial(children, mark))
-        _ask(partial(marked, mark))
+        _terminate(partial(children, mark))
+        _terminate(partial(marked, mark))
         while left := marked(mark):
             _signal(left, signal.SIGKILL)
             time.sleep(0.05)
 
 
 def marked(mark: str) -> set[int]:
-    """The ids of the running processes that carry `mark`; a zombie carries nothing any more."""
+    """The ids of running processes with `mark` in their environment; a zombie has none."""
     wanted = f"{VARIABLE}={mark}".encode()
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             environment = (entry / "environ").read_bytes()
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # it has just ended, or is another user's
             continue
         if wanted in environment.split(b"\0"):
             found.add(int(entry.name))
@@ -47,7 +47,7 @@ def marked(mark: str) -> set[int]:
 
 
 def children(mark: str) -> set[int]:
-    """Those of the marked processes whose parent is one of them too."""
+    """The marked processes whose parent is marked too."""
     processes = marked(mark)
     return {process for process in processes if _parent(process) in processes}
 
@@ -60,13 +60,13 @@ def _parent(process: int) -> int:
     return int(status.rpartition(")")[2].split()[1])
 
 
-def _ask(find: Callable[[], set[int]]) -> None:
-    """SIGTERM to what `find` finds, later arrivals included, until it finds nothing."""
-    asked: set[int] = set()
+def _terminate(find: Callable[[], set[int]]) -> None:
+    """Send SIGTERM to each process that `find` returns, until there is none or time is up."""
+    signalled: set[int] = set()
     deadline = time.monotonic() + GRACE_SECONDS
     while (found := find()) and time.monotonic() < deadline:
-        _signal(found - asked, signal.SIGTERM)
-        asked |= found
+        _signal(found - signalled, signal.SIGTERM)
+        signalled |= found
         time.sleep(0.1)
 
 
