@@ -126,8 +126,8 @@ def test_an_override_keeps_what_follows_the_first_equals_sign():
         ),
         (
             "zzz: 3\n",
-            "run.yaml:1: there is no setting 'zzz'. Settings in this section: project, seed, names, "
-            "ppo, other.",
+            "run.yaml:1: there is no setting 'zzz'. Settings in this section: project, seed, "
+            "names, ppo, other.",
         ),
         (
             "ppo:\n  kl_coef: often\n",
