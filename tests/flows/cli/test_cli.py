@@ -135,7 +135,7 @@ def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
         (("run",), "Missing argument"),
         (("runn", "tiny.yaml"), "No such command 'runn'"),
         (("up", "--prefect-port", "0"), "Invalid value for '--prefect-port'"),
-        (("deploy",), "No Prefect server is running here: start `rlhf up`, or set PREFECT_API_URL."),
+        (("deploy",), "No Prefect server is running here: start `rlhf up`, or set PREFECT_API"),
         (("generate", "--model", "models:/x/1", "a"), "there is no model 'x'"),
         (("generate", "--model", "models:/x@champion", "a"), "no model is registered yet"),
         (("generate", "--model", "models:/x", "a"), "write models:/name/3 or models:/name@ch"),
