@@ -156,9 +156,9 @@ def saved(settings, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "home/prefect/result").write_text("y"), "home/prefect/result is not what"),
-        (lambda f: (f / "home/prefect/result").unlink(), "home/prefect/result is not what"),
-        (lambda f: (f / "home/more").write_text("y"), "home/more is not what"),
+        (lambda f: (f / "home/prefect/result").write_text("y"), "home/prefect/result has changed"),
+        (lambda f: (f / "home/prefect/result").unlink(), "home/prefect/result has changed"),
+        (lambda f: (f / "home/more").write_text("y"), "home/more has changed"),
         (lambda f: (f / MANIFEST).unlink(), "is not a back-up"),
         (lambda f: (f / MANIFEST).write_text("{}"), "is not a back-up"),
         (shutil.rmtree, "is not a back-up"),
@@ -174,7 +174,7 @@ def test_a_damaged_back_up_writes_nothing(settings, saved, spoil, message):
 def test_a_home_that_is_not_empty_is_left_as_it_is(settings, saved):
     settings.home.mkdir()
     (settings.home / "mine").write_text("mine")
-    with pytest.raises(UserError, match="home is not empty: a back-up is restored into empty"):
+    with pytest.raises(UserError, match="home is not empty: a back-up is restored only into empty"):
         restore(settings, HERE, saved)
     assert [path.name for path in settings.home.iterdir()] == ["mine"]
 
@@ -188,7 +188,7 @@ def test_a_back_up_belongs_to_its_home(saved, tmp_path):
 def test_a_home_and_a_stack_are_not_mixed_up(settings, saved):
     url = "postgresql+psycopg2://mlflow:x@127.0.0.1:1/mlflow"
     stack = StoreSettings.model_validate({"MLFLOW_BACKEND_STORE_URI": url})
-    with pytest.raises(UserError, match=r"the back-up of a home, and .* is a stack"):
+    with pytest.raises(UserError, match=r"the back-up of a home, but .* a stack"):
         restore(settings, stack, saved)
 
 

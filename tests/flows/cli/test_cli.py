@@ -135,7 +135,7 @@ def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
         (("run",), "Missing argument"),
         (("runn", "tiny.yaml"), "No such command 'runn'"),
         (("up", "--prefect-port", "0"), "Invalid value for '--prefect-port'"),
-        (("deploy",), "No Prefect server runs here: start `rlhf up`, or set PREFECT_API_URL."),
+        (("deploy",), "No Prefect server is running here: start `rlhf up`, or set PREFECT_API"),
         (("generate", "--model", "models:/x/1", "a"), "there is no model 'x'"),
         (("generate", "--model", "models:/x@champion", "a"), "no model is registered yet"),
         (("generate", "--model", "models:/x", "a"), "write models:/name/3 or models:/name@ch"),
@@ -171,7 +171,7 @@ def test_a_mistake_in_the_environment(rlhf, command, variable, value, expected):
 def test_a_prefect_server_that_does_not_answer(rlhf):
     said = sentence(rlhf("run", "tiny.yaml", PREFECT_API_URL="http://127.0.0.1:1/api"))
     assert "The Prefect server at http://127.0.0.1:1/api does not respond" in said
-    assert "set PREFECT_API_URL to where it runs" in said
+    assert "set PREFECT_API_URL to its address" in said
 
 
 def test_something_else_that_answers_is_not_taken_for_a_server(rlhf):
@@ -304,7 +304,7 @@ def test_a_run_ends_with_its_table_and_says_little_else(finished):
         assert line in output
     # Prefect's server has ended with the run: the last link leads to MLflow.
     assert re.findall(r"http\S+", output)[-1].startswith("http://127.0.0.1:5000/#/experiments/")
-    assert "`rlhf up` serves" in output.splitlines()[-2]
+    assert "start `rlhf up`" in output.splitlines()[-2]
     steps = [line for line in errors.splitlines() if re.match(r"\w+: \d+/\d+ ", line)]
     assert {line.partition(":")[0] for line in steps} >= {"prepare", "sft", "ppo", "evaluation"}
     assert "prefect" not in errors.replace("Prefect: started for this run", "")

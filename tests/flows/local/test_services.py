@@ -231,7 +231,7 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
         find.join(local(tmp_path, **{variable: address}), prefect=True)
     text = str(caught.value)
     assert f"The {name} server at {address} does not respond" in text
-    assert f"set {variable} to where it runs" in text
+    assert f"set {variable} to its address" in text
 
 
 def test_a_home_that_cannot_be_made_is_named(own_environment):

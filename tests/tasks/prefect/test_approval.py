@@ -354,7 +354,7 @@ def test_a_run_without_a_worker_ends_and_waits_for_the_command(client, store, ne
     tags = store.tags(candidate)
     assert answered(tags) == {"approved": "true", "approved_by": "Bo", "approval_reason": ""}
     assert tags["replaced"] == (before.uri if before else "none")
-    with pytest.raises(UserError, match="does not wait for a person"):
+    with pytest.raises(UserError, match="does not wait for approval"):
         promote_run(name, by="Bo", reason="", settings=read_settings())
 
 

@@ -102,7 +102,7 @@ def test_inside_prefect_each_event_arrives_with_resource_and_payload(client, run
     assert sent("nobody", 0) == []
     ppo, sft = ({"project": "told", "stage": stage} for stage in ("ppo", "sft"))
     a_policy = "rlhf.model.a-policy"
-    said = "the KL to SFT came to 31.25 nats per sequence"
+    said = "the KL to SFT reached 31.25 nats per sequence"
     change = {"project": "told", "new": NEW.uri, "old": OLD.uri, "how": "rollback", "by": "Ada"}
     first = {"project": "told", "new": OLD.uri, "old": "", "how": "promotion", "by": ""}
     assert [
