@@ -253,7 +253,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_another_run_is_refused_with_what_differs(again, stage):
     section = stage.removesuffix("_lora")
-    differs = rf"of another run: {section}\.weight_decay is 0\.0 there and 0\.1 here\. Undo"
+    differs = rf"from another run: {section}\.weight_decay was 0\.0 and is now 0\.1\. Undo"
     with pytest.raises(CheckpointError, match=differs):
         again(stage, config=change(CONFIGS[stage], weight_decay=0.1))
 
@@ -304,7 +304,7 @@ def test_another_model_is_refused(again, world, left_behind, tmp_path, stage, mo
 
 
 def test_without_its_best_weights_sft_does_not_go_on(again):
-    with pytest.raises(CheckpointError, match="the best weights, of step 12, are not in"):
+    with pytest.raises(CheckpointError, match="the best weights, of step 12, are no longer in"):
         again("sft", lambda folder: shutil.rmtree(folder / "output"))
 
 
