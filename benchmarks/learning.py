@@ -47,7 +47,7 @@ WAYS_TO_LEARN = {
 
 
 class Told(MemoryLogger):
-    """Says each score as it comes, as this takes a while."""
+    """Prints each score immediately, since the run takes a while."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         super().metrics(values, step)

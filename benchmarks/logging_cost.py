@@ -1,15 +1,15 @@
-"""What it costs a training that its metrics go to MLflow. Prints one line of JSON.
+"""Measures what it costs a training to log metrics to MLflow. Prints one line of JSON.
 
     python benchmarks/logging_cost.py configs/demo.yaml --pairs 3
 
 SFT and PPO of a config run in turn with metrics to an MLflow server, as a stage logs them, and with
-a logger that keeps them in memory. The server is a process of its own on the same machine, with
+a logger that keeps them in memory. The server is a separate process on the same machine, with
 SQLite.
 
 A few per cent of two whole runs drown in the noise of most machines, so the work itself is counted
 as well: seconds that the training waits in the logger, CPU seconds of the thread that writes and of
 the server, and seconds until `close` has written the rest. Their sum over the time of a run without
-is `at_most`: what it would cost if nothing of it ran beside the training.
+is `at_most`: the cost if nothing ran in parallel with training.
 """
 
 import argparse

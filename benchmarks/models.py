@@ -1,7 +1,7 @@
 """Write a model of the benchmarks: `python benchmarks/models.py {gpt2,smol} --output DIR`.
 
 DIR gets the policy and DIR-reward a reward model with its trunk, both in float32, as Hugging Face
-directories with the card that this project reads. Needs transformers alone, so that it runs in
+directories with the card that this project reads. Needs only transformers, so that it runs in
 either environment.
 
 gpt2: random weights, 4 layers, 256 wide, 50,257 tokens: most of the work is in the head.
@@ -59,7 +59,7 @@ def gpt2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def smol() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct, dequantised, with a pad token of its own."""
+    """SmolLM2-135M-Instruct, dequantised, with a separate pad token."""
     package, name = SMOLLM2
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:

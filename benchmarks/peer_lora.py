@@ -1,4 +1,4 @@
-"""The adapters that our side trains, as the peer is told of them."""
+"""The adapters that our side trains, in the peer's format."""
 
 from argparse import Namespace
 

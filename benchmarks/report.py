@@ -80,7 +80,7 @@ def report(
 
 
 def changed(settings: TrainingArguments) -> dict[str, Any]:
-    """What the settings of a Hugging Face trainer are, where they are not its defaults."""
+    """The settings of a Hugging Face trainer that differ from its defaults."""
     plain = type(settings)(output_dir=settings.output_dir, use_cpu=settings.use_cpu)
     ours, theirs = settings.to_dict(), plain.to_dict()
     return {name: value for name, value in ours.items() if value != theirs.get(name)}

@@ -78,7 +78,7 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
             work.device,
             config.precision,
             max_length=sampling.max_length,
-            ready=networks.rewards,
+            loaded=networks.rewards,
         ),
         sampler=PolicySampler(networks.policy, sampling.temperature),
         config=config,
@@ -117,7 +117,7 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 
 
 class TimedCollector(Collector):
-    """Tells the clock when the texts are there and are being measured."""
+    """Starts the clock's next phase when the texts are sampled and scoring begins."""
 
     clock: Clock
 
@@ -158,7 +158,7 @@ def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 def texts_by_the_step(
     examples: list[sft.Example], steps: int, texts: int, room: int | None
 ) -> list[list[sft.Example]]:
-    """As many texts in a step as were asked for, or as many as fill the blocks of the peer."""
+    """As many texts in a step as configured, or as many as fill the blocks of the peer."""
     batches: list[list[sft.Example]] = []
     waiting = iter(examples)
     for _ in range(steps):
@@ -198,13 +198,13 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 
 
 def learner_of(network: Network, config: TrainingSection, adapter: str) -> Learner:
-    """What learns: all weights, or an adapter."""
+    """The settings of what is trained: all weights, or an adapter."""
     config.adapt(network, adapter, seed=0, stream=adapter)
     return Learner(network, config, 1000)
 
 
 def adapter_reward(arguments: argparse.Namespace, folder: Path) -> Path:
-    """A reward model that is an adapter of the policy, so that one trunk carries all networks."""
+    """A reward model that is an adapter of the policy, so that all networks share one trunk."""
     _, tokenizer = Policy.load(arguments.model, "cpu")
     model = ScalarModel.from_policy(arguments.model, generator(arguments.seed, "head"))
     rank, layers = arguments.lora_rank, arguments.lora_layers

@@ -1,14 +1,14 @@
-"""Measures the table of README.md and writes it there.
+"""Measure the table of README.md and write it there.
 
-    python benchmarks/table.py                                  # what is not measured yet
+    python benchmarks/table.py                                  # measures missing cells
     python benchmarks/table.py --rows ppo-gpt2,sft-gpt2 --rounds 5
     python benchmarks/table.py --try                            # every cell once, on tiny work
-    python benchmarks/table.py --write                          # README.md from what was measured
+    python benchmarks/table.py --write                          # writes README.md from the results
 
-A cell is measured by a process of its own. Three sides take turns: ours, whose allocator is always
-tuned; the peer; and the peer with the allocator tuned by the very variables that ours has. Each
-measurement is a line of table.jsonl as soon as it is there, so nothing is lost when this is
-stopped, and the same command goes on with what is missing for the present commit.
+A cell is measured in a separate process. Three sides take turns: ours, whose allocator is always
+tuned; the peer; and the peer with the allocator tuned by the same variables. Each measurement is
+appended to table.jsonl immediately, so nothing is lost when this is stopped: the same command
+measures only the missing cells of the current commit.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Row:
 
 LORA = "--lora-rank 16 --lora-layers 8"
 BF16 = "--dtype bfloat16"
-ROWS = {  # the most important first: whoever stops early has these
+ROWS = {  # the most important first, in case it is stopped early
     "ppo-gpt2": Row("PPO, gpt2", "ppo", "gpt2", "--iterations 2", 3),
     "sft-gpt2": Row("SFT, gpt2", "sft", "gpt2", "--iterations 4", 3),
     "reward-gpt2": Row("reward model, gpt2", "reward", "gpt2", "--iterations 4", 3),
@@ -241,7 +241,7 @@ def values(entries: Sequence[Line], side: Side, key: str) -> dict[int, float]:
     return {e["round"]: e["result"][key] for e in entries if e["side"] == side}
 
 
-def spread(numbers: Sequence[float], digits: int) -> str:
+def median_range(numbers: Sequence[float], digits: int) -> str:
     """Median (least to most)."""
     if not numbers:
         return "–"
@@ -272,11 +272,11 @@ def render(entries: Sequence[Line]) -> str:
         cells = [
             ROWS[name].title,
             str(len({e["round"] for e in found})),
-            spread(speed["ours"], digits),
-            spread(speed["peer"], digits),
-            spread(ratios(found, "peer"), 2),
-            spread(speed["tuned"], digits),
-            f"**{spread(ratios(found, 'tuned'), 2)}**",
+            median_range(speed["ours"], digits),
+            median_range(speed["peer"], digits),
+            median_range(ratios(found, "peer"), 2),
+            median_range(speed["tuned"], digits),
+            f"**{median_range(ratios(found, 'tuned'), 2)}**",
             " / ".join(f"{median(numbers):,.0f}" if numbers else "–" for numbers in memory),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -289,7 +289,10 @@ def summary(rows: Mapping[str, Sequence[Line]]) -> list[str]:
     groups: dict[str, list[Sequence[Line]]] = {}
     for name, found in rows.items():
         groups.setdefault(ROWS[name].group, []).append(found)
-    lines = ["Ours beside TRL with the same allocator settings, and beside TRL as it comes:", ""]
+    lines = [
+        "Ours compared with TRL with the same allocator settings, and with TRL as installed:",
+        "",
+    ]
     for group, members in groups.items():
         tuned, plain = (
             [median(r) for found in members if (r := ratios(found, side))]
@@ -316,8 +319,8 @@ def circumstances(entries: Sequence[Line]) -> list[str]:
         f"{all_of('date')}, commit {all_of('commit')}; {all_of('cpu')} with {all_of('features')}, "
         f"{all_of('cores')} cores, {all_of('threads')} threads; torch {all_of('torch')}, "
         f"transformers {all_of('transformers')}, {' and '.join(peers)}. Tokens a second: median "
-        "of the rounds (least to most). A round runs the three sides one after the other, each of "
-        "them first in turn and in a process of its own; a ratio compares the runs of one round."
+        "of the rounds (least to most). A round runs the three sides one after the other, in "
+        "rotating order and in separate processes; a ratio compares the runs of one round."
     ]
 
 
@@ -330,7 +333,7 @@ def changes(entries: Sequence[Line]) -> list[str]:
             if key not in SIZES:
                 found.setdefault(result["work"], {}).setdefault(key, set()).add(str(value))
     lines = [
-        "Settings of TRL that are not its defaults, but for sizes, as its trainers report them:",
+        "Settings of TRL that differ from its defaults, except sizes, as its trainers report them:",
         "",
     ]
     for work, settings in found.items():
@@ -354,11 +357,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default=",".join(ROWS), help="which rows, with commas between")
-    parser.add_argument("--rounds", type=int, help="of each row; default: what the row says")
+    parser.add_argument("--rounds", type=int, help="of each row; default: that of the row")
     parser.add_argument("--models", type=Path, default=ROOT / ".rlhf" / "bench")
     parser.add_argument("--output", type=Path, default=HERE / "table.jsonl")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after that")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after that")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--try", dest="tiny", action="store_true", help="tiny work, kept nowhere")
     what.add_argument("--write", action="store_true", help="measure nothing; write README.md")

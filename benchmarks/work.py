@@ -1,6 +1,6 @@
 """The work that both sides of a benchmark do: its settings, and token ids drawn from a seed.
 
-Standard library alone, so that it runs in this project's environment and in the peer's. Nothing
+Standard library only, so that it runs in this project's environment and in the peer's. Nothing
 depends on what the tokens say, so they are uniform over the vocabulary, but for both its ends:
 there models keep tokens with a meaning of their own (end of text, padding, roles).
 """
@@ -37,11 +37,16 @@ def add_arguments(parser: ArgumentParser, work: Work) -> None:
         add("--packing", action="store_true", help="rows are blocks filled with several texts")
     add("--micro-batch", type=int, help="rows a backward pass; default: all of an optimizer step")
     add("--iterations", type=int, default=5, help="how many are measured")
-    add("--warmup", type=int, default=1, help="how many go before, unmeasured")
+    add("--warmup", type=int, default=1, help="unmeasured iterations before")
     add("--threads", type=int, default=2)
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--lora-rank", type=int, default=0, help="adapters of that rank instead of all weights")
-    add("--lora-layers", type=int, default=0, help="adapters in the last so many blocks; 0 = all")
+    add(
+        "--lora-layers",
+        type=int,
+        default=0,
+        help="adapters in this many of the last blocks; 0 = all",
+    )
     add("--seed", type=int, default=0)
 
 

@@ -4,22 +4,15 @@ Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interru
 by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
 """
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from typer.core import TyperGroup
 
-from flows.cli.failures import explain
 from flows.cli.loading import presets
 from flows.cli.printing import (
     err,
@@ -34,43 +27,14 @@ from flows.cli.printing import (
     show_services,
     show_start,
     show_validation,
-    warn_on_terminal,
 )
+from flows.cli.process import Commands, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
-from flows.local.supervisor import ServiceError
-from rlhf_core.errors import NumericsError, UserError
+from rlhf_core.errors import UserError
 from tasks.settings import StoreSettings, read_settings
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
-    from tasks.settings import Settings
-
-FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-
-
-class Commands(TyperGroup):
-    """Turns errors that a user can fix into one sentence and an exit status."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; a defect propagates with its traceback."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _end("Interrupted.", INTERRUPTED) from None
-        except (ServiceError, NumericsError) as error:
-            raise _end(str(error), FAILED) from None
-        except UserError as error:
-            raise _end(str(error), USER_ERROR) from None
-        except Exception as error:
-            if sentence := explain(error):
-                raise _end(sentence, FAILED) from None
-            raise
-
-
-def _end(sentence: str, status: int) -> typer.Exit:
-    err.print(f"[bold red]rlhf:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
-    return typer.Exit(status)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -137,7 +101,7 @@ def run(
     """
     settings = find.join(read_settings(), prefect=True)
     show_start(settings)
-    _run(_load(config, overrides), force, settings)
+    run_here(_load(config, overrides), force, settings)
 
 
 @app.command(epilog="Example: rlhf resume happy-otter")
@@ -173,7 +137,7 @@ def resume(
     pipeline = PipelineConfig.model_validate(stopped.config)
     mark_for_resume(pipeline.project, pipeline, pipeline.seed, stopped.run_id, settings)
     show_start(settings)
-    _run(pipeline, [], settings)
+    run_here(pipeline, [], settings)
 
 
 @app.command(epilog="Example: rlhf sweep my.yaml --grid ppo.kl_coef=0.02,0.05,0.1 --seeds 3")
@@ -197,7 +161,7 @@ def sweep(
     settings = find.join(read_settings(), prefect=True)
     show_start(settings)
     pipeline = _load(config, overrides)
-    with _stoppable(), _prefect(settings):
+    with stoppable(), own_prefect(settings):
         from flows.sweep import as_sweep
         from flows.sweep import sweep as run_sweep
 
@@ -512,55 +476,6 @@ def restore(
 
 
 # ---- helpers ----
-
-
-def _run(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
-    """Run a pipeline in this process."""
-    with _stoppable(), _prefect(settings):
-        from flows.rlhf import Forceable, rlhf
-
-        stages: tuple[Forceable, ...] = get_args(Forceable)
-        if unknown := sorted(set(force) - set(stages)):
-            raise UserError(f"--force takes {', '.join(stages)}; not '{unknown[0]}'")
-        result = rlhf(pipeline, force=tuple(stage for stage in stages if stage in force))
-    show_report(result.report)
-
-
-@contextmanager
-def _prefect(settings: "Settings") -> Iterator[None]:
-    """Start a Prefect server for the flows of this process if none is set, while imports run."""
-    with serve.prefect_server(settings, warn_on_terminal) as ready:
-        from flows.cli import logs
-
-        logs.quiet_terminal()
-        ready()
-        try:
-            yield
-        finally:
-            logs.deliver()
-
-
-class Terminated(BaseException):
-    """The command received SIGTERM. Like KeyboardInterrupt, it is not an Exception."""
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Make SIGTERM end the block as Ctrl-C does, and tell the user how to resume."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    how_to_resume = "repeat the command to resume from the last checkpoint."
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise _end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
-    except Terminated:
-        raise _end(f"Terminated; {how_to_resume}", TERMINATED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _load(path: Path, overrides: list[str]) -> "PipelineConfig":

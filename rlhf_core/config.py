@@ -1,4 +1,4 @@
-"""The base of every config section: frozen after parsing, and no unknown key."""
+"""The base of every config section: frozen after parsing, no unknown keys."""
 
 from typing import Self
 
@@ -9,17 +9,17 @@ class Section(BaseModel):
     """A group of settings. A misspelt key raises; a parsed value never changes.
 
     One schema serves the YAML file, the form in the Prefect UI and the MLflow parameters, so every
-    field carries a description with its unit, and bounds.
+    field has a description with its unit, and bounds.
     """
 
-    # In the form a field bears the name that it has in YAML and in error messages.
+    # The form labels a field with the name that it has in YAML and in error messages.
     model_config = ConfigDict(
         frozen=True, extra="forbid", field_title_generator=lambda name, info: name
     )
 
     @classmethod
     def part_of(cls, section: "Section") -> Self:
-        """The settings of this class in one that has others beside them."""
+        """The settings of this class, taken from a section that has more."""
         if type(section) is cls:
             return section
         return cls.model_validate({name: getattr(section, name) for name in cls.model_fields})

@@ -1,4 +1,4 @@
-"""SHA-256 of files, read in blocks: what a copy, a checkpoint or an input is recognised by."""
+"""SHA-256 of files, read in blocks, to identify copies, checkpoints and inputs."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ BLOCK = 1 << 20  # bytes
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """SHA-256 of the bytes of files, one after the other; their names do not count."""
+    """SHA-256 of the concatenated bytes of files; their names do not count."""
     sha = hashlib.sha256()
     for path in files:
         _feed(sha, path)

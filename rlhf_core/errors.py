@@ -1,18 +1,18 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
-    UserError            one sentence: what is wrong, where, and the way out
+    UserError            one sentence: what is wrong, where, and how to fix it
     ├── ConfigError      a setting that contradicts another or the data
     ├── DataError        a file, row or field
     ├── ModelError       a model or tokenizer that cannot be found or used
     ├── NumericsError    a loss, gradient or reward that is no longer finite
     └── CheckpointError  a saved state that is damaged or belongs to another run
 
-The command prints their message alone; anything else is a defect and keeps its traceback.
+The command prints only their message; anything else is a defect and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """What is wrong, where, and the way out, in one or two sentences."""
+    """One or two sentences: what is wrong, where, and how to fix it."""
 
 
 class ConfigError(UserError):

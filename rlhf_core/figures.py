@@ -1,11 +1,11 @@
-"""The plots of the reports. Each function takes numbers and returns a figure; nobody shows it."""
+"""The plots of the reports. Each function takes numbers and returns a figure without showing it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_core.functional.ranking import Interval
 
-if TYPE_CHECKING:  # imported when something is drawn: training alone should not pay for it
+if TYPE_CHECKING:  # imported when something is drawn, so that training does not pay for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def blank(width: float, height: float) -> "Figure":
 
 
 def loss_curves(train: Points, held_out: Points) -> "Figure":
-    """Training loss by step with the held-out loss over it."""
+    """Training loss and held-out loss by step."""
     figure, axes = _single("Supervised fine-tuning", "optimizer step", "loss (nats a token)")
     axes.plot(*_columns(train), color=BLUE, alpha=0.5, linewidth=1, label="training")
     axes.plot(*_columns(held_out), color=ORANGE, marker="o", label="held out")
@@ -34,7 +34,7 @@ def loss_curves(train: Points, held_out: Points) -> "Figure":
 def calibration(
     predicted: Sequence[float], observed: Sequence[float], counts: Sequence[int]
 ) -> "Figure":
-    """Reliability diagram: predicted against observed frequency, dots as large as their bins."""
+    """Reliability diagram: observed against predicted frequency, with dots sized by their bins."""
     figure, axes = _single(
         "Calibration on held-out votes", "predicted P(first is preferred)", "observed share"
     )
@@ -48,7 +48,7 @@ def calibration(
 
 
 def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> "Figure":
-    """Distribution of the reward of chosen and of rejected texts."""
+    """Distributions of the reward of chosen and of rejected texts."""
     figure, axes = _single("Reward of held-out texts", "reward", "texts")
     axes.hist([chosen, rejected], bins=30, color=[GREEN, ORANGE], label=["chosen", "rejected"])
     axes.legend(frameon=False)
@@ -56,7 +56,7 @@ def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> "Figu
 
 
 def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
-    """The curves over the iterations that show whether training a policy is healthy."""
+    """The curves over iterations that show whether policy training is healthy."""
     panels = {
         "objective/score": "score",
         "objective/kl": "KL to the reference (nats a sequence)",
@@ -64,7 +64,7 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
         "response/length": "response length (tokens)",
         "policy/entropy": "entropy (nats a token)",
         "value/explained_variance": "explained variance of the critic",
-        "group/spread": "spread of the scores within a group",
+        "group/spread": "standard deviation within a group",
     }
     shown = {name: title for name, title in panels.items() if name in history[0]}
     figure = blank(11.0, 5.6)
@@ -75,11 +75,11 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
 
 
 def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Figure":
-    """The curves over the steps that show what DPO learns."""
+    """The curves over steps that show what DPO learns."""
     panels = {
         "loss": "loss (nats a pair)",
         "accuracy": "accuracy of the implicit reward",
-        "margin": "chosen less rejected (implicit reward)",
+        "margin": "chosen minus rejected (implicit reward)",
         "chosen_reward": "implicit reward of the chosen",
     }
     figure = blank(9.0, 5.6)
@@ -91,7 +91,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Fi
 
 
 def reward_kl_path(points: Points) -> "Figure":
-    """Score against KL, iteration by iteration: what the policy paid for what it got."""
+    """Score against KL, one dot for each iteration."""
     figure, axes = _single("Score against KL", "KL (nats a sequence)", "score (reward model)")
     axes.plot(*_columns(points), color=GREY, linewidth=1, zorder=1)
     dots = axes.scatter(*_columns(points), c=range(1, len(points) + 1), cmap="viridis", zorder=2)
@@ -101,7 +101,7 @@ def reward_kl_path(points: Points) -> "Figure":
 
 def frontier(points: Mapping[str, Points], reward: str) -> "Figure":
     """Reward against KL of policies trained with different settings: a small dot for each seed, a
-    large one for the mean of a setting, and a line through those that no other one beats in both.
+    large one for the mean of a setting, and a line through the means on the Pareto frontier.
     """
     figure, axes = _single("Reward against KL", "KL to SFT (nats a sequence)", reward)
     means = {}
@@ -118,7 +118,7 @@ def frontier(points: Mapping[str, Points], reward: str) -> "Figure":
 
 
 def unbeaten(points: Points) -> list[tuple[float, float]]:
-    """The points that no other has more reward than at no more KL, by KL."""
+    """The Pareto frontier, by KL: points that no other point beats in reward at no more KL."""
     best, kept = float("-inf"), []
     for kl, reward in sorted(points, key=lambda point: (point[0], -point[1])):
         if reward > best:
@@ -128,7 +128,7 @@ def unbeaten(points: Points) -> list[tuple[float, float]]:
 
 
 def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) -> "Figure":
-    """One panel for each measure, one bar with its interval for each arm."""
+    """One panel for each measure, with a bar and its interval for each arm."""
     figure = blank(3.6 * len(rows), 3.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
@@ -142,7 +142,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
 
 
 def proxy_against_truth(points: Mapping[str, Points]) -> "Figure":
-    """Each sample's reward-model score against its true reward: where the proxy is fooled."""
+    """True reward of each sample against its reward-model score, to show where the proxy fails."""
     figure, axes = _single("Proxy against truth", "reward model", "true reward")
     for name, samples in points.items():
         axes.scatter(*_columns(samples), s=9, alpha=0.4, color=ARM_COLORS[name], label=name)

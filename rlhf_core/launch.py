@@ -1,12 +1,12 @@
-"""One training stage on several processes of this machine.
+"""Run one training stage on several processes of this machine.
 
     python -m rlhf_core.launch JOB.json
 
-starts the ranks and waits for them. The main rank tells how it goes on stdout, a line of JSON each
-time: `{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}` or
-`{"phase": "...", "done": 3, "total": 9}`. Its report, or why there is none, lies beside the job in
-the end. `launch` does all this from Python; on several machines that share a disk, torchrun starts
-the same command as its ranks.
+starts the ranks and waits for them. The main rank reports progress on stdout as lines of JSON:
+`{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}` or
+`{"phase": "...", "done": 3, "total": 9}`. At the end it writes its report, or the error, beside the
+job. `launch` does all this from Python; on several machines that share a disk, torchrun starts the
+same command as its ranks.
 """
 
 import json
@@ -37,31 +37,35 @@ from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.training.ranks import Ranks, Strategy
 from rlhf_core.training.session import Interrupted, StopRequest
 
-if TYPE_CHECKING:  # the process that waits for the ranks is a small one
+if TYPE_CHECKING:  # keeps the process that waits for the ranks small
     from rlhf_core.types import Report
     from rlhf_core.work import Work
 
 REPORT, FAILURE = "report.pickle", "failure-{}.json"
 PHASE_SECONDS = 1.0  # between two lines about one phase
-GRACE = 120  # seconds that ranks which have to stop get to write a checkpoint
+GRACE = 120  # seconds for ranks to write a checkpoint when they have to stop
 
 
 class Job(Section):
-    """A stage, what it is called with, and on how many processes it runs."""
+    """A stage, its arguments, and the number of processes to run it on."""
 
     stage: str = Field(description="A row of the stage table")
     config: dict[str, Any] = Field(default_factory=dict, description="Its own settings")
     sections: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Settings that it shares with other stages, by name"
+        default_factory=dict, description="Settings shared with other stages, by name"
     )
-    inputs: dict[str, Path] = Field(default_factory=dict, description="What it reads, by role")
-    outputs: dict[str, Path] = Field(default_factory=dict, description="What it writes, by kind")
+    inputs: dict[str, Path] = Field(
+        default_factory=dict, description="Directories to read, by role"
+    )
+    outputs: dict[str, Path] = Field(
+        default_factory=dict, description="Directories to write, by kind"
+    )
     seed: int = Field(description="Seed of the run")
-    device: str = Field("cpu", description="cpu, or cuda for a GPU each")
+    device: str = Field("cpu", description="cpu, or cuda for one GPU each")
     checkpoints: Path | None = Field(None, description="Where checkpoints are kept; null = nowhere")
     every_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints (s)")
     strategy: Strategy = Field(
-        "ddp", description="Each process has all weights (ddp), or a part of them (fsdp)"
+        "ddp", description="Each process has all weights (ddp), or a shard of them (fsdp)"
     )
     processes: int = Field(ge=1, description="Processes that share the work")
 
@@ -69,8 +73,8 @@ class Job(Section):
     def of(
         cls, stage: str, config: Section, work: "Work", *, processes: int, strategy: Strategy
     ) -> Self:
-        """The same call, for other processes."""
-        sections = {name: own.model_dump(mode="json") for name, own in work.sections.items()}
+        """The same call as a job for other processes."""
+        sections = {name: part.model_dump(mode="json") for name, part in work.sections.items()}
         return cls(
             stage=stage,
             config=config.model_dump(mode="json"),
@@ -89,24 +93,24 @@ class Job(Section):
 def launch(job: Job, logger: StageLogger) -> "Report":
     """Run a stage on its processes; metrics and progress arrive while it runs.
 
-    SIGTERM and SIGINT go on to the ranks, which checkpoint and end; then it stops as a stage that
-    runs in this process would. No process is left in any case.
+    SIGTERM and SIGINT are forwarded to the ranks, which save a checkpoint and exit; then this stops
+    like a stage in this process. No process is left running in any case.
 
-    Raises: the UserError that the stage raised; RuntimeError when a rank failed otherwise.
+    Raises: the UserError of the stage; RuntimeError when a rank failed otherwise.
     """
     with TemporaryDirectory(prefix="rlhf-") as name:
         folder = Path(name)
         path = folder / "job.json"
         path.write_text(job.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "rlhf_core.launch", str(path)]
-        # In a session of its own: a Ctrl-C reaches this process alone, which passes it on once.
+        # A new session, so that Ctrl-C reaches only this process, which forwards it once.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         with process, StopRequest(lambda _: process.terminate()) as request:
             try:
                 for line in cast(TextIO, process.stdout):
-                    _tell(logger, json.loads(line))
+                    _forward(logger, json.loads(line))
             except BaseException:
                 process.terminate()
                 raise
@@ -115,20 +119,20 @@ def launch(job: Job, logger: StageLogger) -> "Report":
                     process.communicate(timeout=2 * GRACE)
                 process.kill()
         try:
-            report = _outcome(folder, f"the {job.stage} stage has failed ({process.returncode})")
+            report = _outcome(folder, f"the {job.stage} stage failed ({process.returncode})")
         except (Interrupted, RuntimeError) as error:
             if request.number is None:
                 raise
             request.stop(str(error))
         if request.number is not None:
-            request.stop(f"{request.number.name} came when the {job.stage} stage was done")
+            request.stop(f"{request.number.name} came after the {job.stage} stage was done")
         return report
 
 
 def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> None:
-    """Call a function in several new processes that can meet each other, and wait for all of them.
+    """Call a function in several new processes that form a group, and wait for all of them.
 
-    When one fails or a signal comes, all get SIGTERM, and SIGKILL `GRACE` seconds later.
+    If one fails or a signal comes, all get SIGTERM, and SIGKILL `GRACE` seconds later.
 
     Raises: ChildFailedError, SignalException.
     """
@@ -147,14 +151,14 @@ def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> N
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         elastic_launch(config, work)(*arguments)
-    finally:  # torch leaves its own handlers behind
+    finally:  # torch does not restore the handlers
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
-    """The stage of a job, as one of its ranks."""
-    # Imported here for the same reason.
+    """Run the stage of a job as one of its ranks."""
+    # Imported here to keep the waiting process small.
     from rlhf_core.stages.table import STAGES, run_stage
     from rlhf_core.training.recovery import Recovery
     from rlhf_core.work import Work
@@ -177,7 +181,7 @@ def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
 
 
 class _Lines:
-    """Tells by lines of JSON."""
+    """A logger that writes lines of JSON."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -185,34 +189,34 @@ class _Lines:
         self._next = 0.0
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._say({"metrics": dict(values), "step": step})
+        self._write({"metrics": dict(values), "step": step})
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        self._say({"done": done, "total": total, "note": note})
+        self._write({"done": done, "total": total, "note": note})
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        # One that is new, and then as often as somebody looks: there may be one for each token.
+        # Every new phase, then at most once a second: there may be a call for each token.
         if what != self._phase or time.monotonic() >= self._next:
             self._phase, self._next = what, time.monotonic() + PHASE_SECONDS
-            self._say({"phase": what, "done": done, "total": total})
+            self._write({"phase": what, "done": done, "total": total})
 
-    def _say(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._file, flush=True)
 
 
-def _tell(logger: StageLogger, said: dict[str, Any]) -> None:
-    if "metrics" in said:
-        logger.metrics(said["metrics"], said["step"])
-    elif "phase" in said:
-        logger.phase(said["phase"], said["done"], said["total"])
+def _forward(logger: StageLogger, line: dict[str, Any]) -> None:
+    if "metrics" in line:
+        logger.metrics(line["metrics"], line["step"])
+    elif "phase" in line:
+        logger.phase(line["phase"], line["done"], line["total"])
     else:
-        logger.progress(said["done"], said["total"], said["note"])
+        logger.progress(line["done"], line["total"], line["note"])
 
 
 def _rank(path: Path) -> None:
-    """One of the processes that share the work."""
+    """Run as one of the processes that share the work."""
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed does not come between the lines
+    os.dup2(2, 1)  # keep other output out of the lines of JSON
     try:
         job = Job.model_validate_json(path.read_bytes())
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
@@ -225,24 +229,24 @@ def _rank(path: Path) -> None:
         if ranks.world > 1:
             destroy_process_group()
     except (UserError, Interrupted) as error:
-        _leave(path, type(error).__name__, str(error))
+        _fail(path, type(error).__name__, str(error))
     except Exception:
-        _leave(path, "", traceback.format_exc())
+        _fail(path, "", traceback.format_exc())
 
 
-def _leave(path: Path, kind: str, message: str) -> None:
-    """End this rank, and so all, with the reason beside the job."""
+def _fail(path: Path, kind: str, message: str) -> None:
+    """Write the reason beside the job and end this rank, and so all ranks."""
     failure = {"kind": kind, "message": message}
     path.with_name(FAILURE.format(os.getpid())).write_text(json.dumps(failure), encoding="utf-8")
     sys.exit(1)
 
 
 def _outcome(folder: Path, failed: str) -> "Report":
-    """The report that the main rank has left, or else the error."""
+    """The report of the main rank; raises the error if there is none."""
     if (folder / REPORT).is_file():
         return cast("Report", pickle.loads((folder / REPORT).read_bytes()))
     failures = [json.loads(file.read_bytes()) for file in sorted(folder.glob(FAILURE.format("*")))]
-    # What can be mended comes first: all that other ranks may say is that this one has gone.
+    # A user's error first: the other ranks may only report that this one is gone.
     for kind in (*UserError.__subclasses__(), Interrupted):
         for failure in failures:
             if failure["kind"] == kind.__name__:
@@ -251,12 +255,12 @@ def _outcome(folder: Path, failed: str) -> "Report":
 
 
 def main(arguments: list[str]) -> None:
-    """The command: start the ranks of a job, or be one of those that torchrun has started."""
+    """The command: start the ranks of a job, or run as one of those that torchrun started."""
     path = Path(arguments[0])
     if is_torchelastic_launched():
         _rank(path)
         return
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported below
     job = Job.model_validate_json(path.read_bytes())
     try:
         start_ranks(_rank, path, processes=job.processes)
@@ -264,7 +268,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(128 + signal.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _leave(path, "", f"rank {rank} has ended: {failure.message}")
+        _fail(path, "", f"rank {rank} failed: {failure.message}")
 
 
 if __name__ == "__main__":

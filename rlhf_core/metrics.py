@@ -1,4 +1,4 @@
-"""Where a stage tells how it is doing. Knows nothing about who listens."""
+"""The interface through which a stage reports metrics and progress, independent of any receiver."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,22 +6,22 @@ from itertools import count
 from typing import Protocol, TypeAlias
 
 Between: TypeAlias = Callable[[str, int], Callable[[], None]]
-"""Makes, for a phase and its number of parts, what is called before each part. That may raise."""
+"""Maps a phase and its number of parts to a callback for before each part, which may raise."""
 
 
 class StageLogger(Protocol):
-    """What a stage reports to while it runs."""
+    """Receives the reports of a running stage."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record named values at a step."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` units of work are finished; `note` is for a person to read."""
+        """Report that `done` of `total` units of work are finished; `note` is for people."""
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Say what goes on until the next unit is finished, and how many of its parts are done.
+        """Report the current phase of a unit, and how many of its parts are done.
 
-        `total` 0: it has no parts. To be called as often as there is news: it costs nothing.
+        `total` 0: it has no parts. Call it as often as you like: it is cheap.
         """
 
 
@@ -51,29 +51,29 @@ class MemoryLogger:
 
 
 class SilentLogger:
-    """Keeps nothing: for the processes beside the one that talks to people."""
+    """Discards everything: for all ranks but the main one."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def counted(logger: StageLogger, what: str, total: int) -> Callable[[], None]:
-    """To be called before each of `total` parts of a phase: tells how many are done."""
+    """A callback to run before each of `total` parts of a phase; it reports how many are done."""
     done = count()
     return lambda: logger.phase(what, next(done), total)
 
 
 def batch_name(what: str, number: int, batches: int) -> str:
-    """What a phase is called that comes once a batch, counted from 0: `sampling, batch 2 of 4`."""
+    """The name of a phase that is run for each batch, counted from 0: `sampling, batch 2 of 4`."""
     return what if batches == 1 else f"{what}, batch {number + 1} of {batches}"
 
 
 def uncounted(what: str, total: int) -> Callable[[], None]:
-    """A `Between` for whom nobody listens."""
+    """A `Between` that reports nothing."""
     return lambda: None

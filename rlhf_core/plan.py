@@ -1,5 +1,5 @@
-"""What a pipeline would do, before it does any of it: how many steps its trainings take, how many
-parameters they change, and how much its held-out data can tell.
+"""Predict what a pipeline will do: the steps of each training, the parameters it changes, and how
+precise the results on held-out data can be.
 
 Nothing is trained and no weights are read: the networks are built on the device meta.
 """
@@ -29,26 +29,28 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Learnt(_Facts):
-    """What a training changes of one network."""
+class NetworkPlan(_Facts):
+    """The trainable and frozen parameters of one network."""
 
     network: str
     parameters: int
-    lora_rank: int  # 0: these are all that it has
-    frozen: int  # beside them
+    lora_rank: int  # 0: all parameters train
+    frozen: int
 
 
 class StagePlan(_Facts):
     """The work of a stage."""
 
     stage: str
-    steps: int | None  # of the optimizer, at most; None where there is none
+    steps: int | None  # of the optimizer, at most; None without one
     work: str
-    learnt: tuple[Learnt, ...]  # empty: nothing, or it depends on a model that was not looked up
+    networks: tuple[
+        NetworkPlan, ...
+    ]  # empty: nothing, or it depends on a model that was not looked up
 
 
 class Plan(_Facts):
-    """The work of all stages, and what can be known in the end."""
+    """The work of all stages, and how certain the results can be."""
 
     stages: tuple[StagePlan, ...]
     certainty: tuple[str, ...]
@@ -59,16 +61,16 @@ class Sections(NamedTuple):
     """The settings of a pipeline that its work depends on."""
 
     model: ModelConfig
-    trainings: Mapping[str, TrainingSection]  # by stage, in order; without what is taken as it is
+    trainings: Mapping[str, TrainingSection]  # by stage, in order; without reused models
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
 
 
 def make_plan(sections: Sections, validation: Validation) -> Plan:
-    """The plan for data that were looked at.
+    """The plan for validated data.
 
-    Raises: ModelError when the base model cannot be found, or is of a family without a scalar head.
+    Raises: ModelError when the base model cannot be found, or its family has no scalar head.
     """
     return Plan(
         stages=tuple(_stages(sections, validation)),
@@ -84,7 +86,7 @@ ROWS = {"demonstrations": "demonstration", "preferences": "vote", "prompts": "pr
 
 
 def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
-    # What learns is known where it starts from the base model, and not from a registered one.
+    # Parameters are known only if training starts from the base model, not a registered one.
     base = outline(sections.model, validation.vocabulary) if "sft" in sections.trainings else None
     for name, section in sections.trainings.items():
         spec = STAGES[name]
@@ -95,19 +97,19 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
             if network != "critic" or "reward_model" in sections.trainings
             for fact in (_of_policy if kind == "policy" else _of_scalar)(base, section, network)
         )
-        yield StagePlan(stage=name, steps=steps, work=work, learnt=learnt)
+        yield StagePlan(stage=name, steps=steps, work=work, networks=learnt)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
     answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
-        stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", learnt=()
+        stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()
     )
 
 
 def _work(
     section: TrainingSection, spec: StageSpec, validation: Validation
 ) -> tuple[int | None, str]:
-    """Optimizer steps at most, and the words for them."""
+    """The maximal number of optimizer steps, and a description."""
     epochs = getattr(section, "epochs", 1)
     if spec.passes_over is not None:
         rows = validation.tables[spec.passes_over].train
@@ -122,7 +124,7 @@ def _work(
 
 
 def _passes(section: TrainingSection, epochs: int, rows: int, what: str) -> tuple[int, str]:
-    """Optimizer steps of some epochs, and the words for them."""
+    """The optimizer steps of some epochs, and a description."""
     steps = epochs * math.ceil(rows / section.batch_size)
     size = section.batch_size
     return steps, f"{_many(epochs, 'epoch')} of {_many(rows, what)}, {size} a step"
@@ -130,13 +132,13 @@ def _passes(section: TrainingSection, epochs: int, rows: int, what: str) -> tupl
 
 def _of_policy(
     base: PreTrainedModel | None, section: TrainingSection, name: str
-) -> tuple[Learnt, ...]:
+) -> tuple[NetworkPlan, ...]:
     return () if base is None else (_learnt(name, Network(deepcopy(base)), section),)
 
 
 def _of_scalar(
     base: PreTrainedModel | None, section: TrainingSection, name: str
-) -> tuple[Learnt, ...]:
+) -> tuple[NetworkPlan, ...]:
     if base is None:
         return ()
     config = deepcopy(base.config)
@@ -146,30 +148,30 @@ def _of_scalar(
     return (_learnt(name, ScalarModel(model), section),)
 
 
-def _learnt(name: str, network: Network, section: TrainingSection) -> Learnt:
+def _learnt(name: str, network: Network, section: TrainingSection) -> NetworkPlan:
     whole = _size(network)
     section.adapt(network, "plan", seed=0, stream="plan")
     learnt = _size(network)
-    # A head learns beside an adapter; the rest of the network lies still.
+    # With an adapter, the head trains too; the rest of the network is frozen.
     kept = [p for n, p in network.learnable().items() if ".lora_" not in n]
     frozen = whole - sum(p.numel() for p in kept)
-    return Learnt(network=name, parameters=learnt, lora_rank=section.lora_rank, frozen=frozen)
+    return NetworkPlan(network=name, parameters=learnt, lora_rank=section.lora_rank, frozen=frozen)
 
 
 def _size(network: Network) -> int:
     return sum(parameter.numel() for parameter in network.learnable().values())
 
 
-# --- what can be known ---------------------------------------------------------------------------
+# --- certainty ---------------------------------------------------------------------------------
 
 
 def _evaluated(sections: Sections, validation: Validation) -> int:
-    """Held-out prompts that the evaluation will have."""
+    """How many held-out prompts the evaluation will use."""
     return min(sections.evaluation.prompts, validation.tables["prompts"].eval)
 
 
 def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
-    """Roughly, as answers to one prompt count as one."""
+    """Approximate: all answers to one prompt count as one."""
     prompts = _evaluated(sections, validation)
     each = sections.evaluation.samples_per_prompt
     yield (
@@ -187,8 +189,8 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
 
 def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
     promotion, prompts = sections.promotion, _evaluated(sections, validation)
-    more = "data.eval_fraction, or evaluation data of their own"
-    way_out = "evaluation.prompts" if prompts == sections.evaluation.prompts else more
+    more = "raise data.eval_fraction, or add evaluation data"
+    fix = "raise evaluation.prompts" if prompts == sections.evaluation.prompts else more
     least, over = promotion.min_win_rate, promotion.min_win_rate_over_champion
     for what, setting, rate in (
         ("No policy can be promoted", "promotion.min_win_rate", least),
@@ -197,7 +199,7 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
         if not can_show(prompts, rate):
             yield (
                 f"{what}: {_many(prompts, 'held-out prompt')} cannot show {setting} {rate:g}, even "
-                f"if every one of them is won; {_needed(rate)} ({way_out})."
+                f"if every one of them is won; {_needed(rate, fix)}."
             )
             break
     if "reward_model" not in sections.trainings:
@@ -207,22 +209,22 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
     if gate and not can_show(prompts, gate):
         yield (
             f"No policy will be trained: held-out votes on {_many(prompts, 'prompt')} cannot show "
-            f"reward_gate.min_accuracy {gate:g}, even if all of them are predicted; "
-            f"{_needed(gate)} ({more})."
+            f"reward_gate.min_accuracy {gate:g}, even if all are predicted correctly; "
+            f"{_needed(gate, more)}."
         )
     elif not can_show(prompts, 0.5):
         yield (
-            f"The reward model cannot be told from chance by held-out votes on "
-            f"{_many(prompts, 'prompt')}; {_needed(0.5)} ({more})."
+            f"Held-out votes on {_many(prompts, 'prompt')} cannot show that the reward model is "
+            f"better than chance; {_needed(0.5, more)}."
         )
 
 
-def _needed(least: float) -> str:
-    """How many prompts could show a share above `least`: n / (n + z²) > least, by Wilson."""
+def _needed(least: float, fix: str) -> str:
+    """How many prompts can show a share above `least`: n / (n + z²) > least, by Wilson."""
     if least == 1:
-        return "no number of them can"
+        return "no number of them can; lower it"
     z2 = NormalDist().inv_cdf(0.975) ** 2
-    return f"it takes {math.floor(z2 * least / (1 - least)) + 1}"
+    return f"at least {math.floor(z2 * least / (1 - least)) + 1} are needed ({fix})"
 
 
 def _half_width(prompts: int) -> float:

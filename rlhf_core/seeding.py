@@ -1,4 +1,4 @@
-"""Random numbers: one seed for a run, an independent stream for each purpose."""
+"""Random numbers: one seed for a run, and an independent stream for each purpose."""
 
 import hashlib
 import random
@@ -26,9 +26,9 @@ def generator(seed: int, purpose: str, device: str = "cpu") -> torch.Generator:
 
 
 def rng_state() -> dict[str, Any]:
-    """Where the global generators of python, numpy, torch and CUDA are, as plain types and tensors.
+    """The state of the global generators of python, numpy, torch and CUDA.
 
-    CUDA is left out where it is not in use: asking would start it.
+    CUDA is left out when it is not in use: reading its state would initialise it.
     """
     numpy = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
@@ -41,15 +41,15 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Continue where `rng_state` was taken.
+    """Restore the state that `rng_state` returned.
 
-    Raises: CheckpointError when it was taken with more GPUs than there are.
+    Raises: CheckpointError when it was taken with more GPUs than this process sees.
     """
     used, found = len(state["cuda"]), torch.cuda.device_count()
     if used > found:
         raise CheckpointError(
-            f"the checkpoint was saved with {used} GPUs in use and this process sees {found}; "
-            "continue it where they are"
+            f"the checkpoint was saved with {used} GPUs in use, but this process sees {found}; "
+            "resume on a machine with {used}"
         )
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -1,7 +1,7 @@
-"""The records that travel between functions: the shape and meaning of every field, once.
+"""The records passed between functions, with the shape and meaning of every field.
 
 Letters: B batch, P prompt tokens, R response tokens, T = P + R, V vocabulary.
-Every `mask` is True where a token counts; it is carried from sampling on and never inferred from
+Every `mask` is True where a token counts; it is passed on from sampling and never inferred from
 token ids.
 """
 
@@ -37,11 +37,11 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Responses:
-    """What a policy said to a `PromptBatch`."""
+    """The responses of a policy to a `PromptBatch`."""
 
     tokens: Tensor  # (B, R) int64, pad after the end
     mask: Tensor  # (B, R) bool, True up to and including the end-of-sequence token
-    finished: Tensor  # (B,) bool, the end-of-sequence token was reached
+    finished: Tensor  # (B,) bool, whether the end-of-sequence token was reached
 
     def rows(self, index: Tensor) -> "Responses":
         """Some rows of the batch."""
@@ -50,31 +50,32 @@ class Responses:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One batch of experience: everything that the update needs, nothing that it recomputes."""
+    """One batch of experience: everything that the update needs and does not recompute."""
 
     # trajectory
     prompts: PromptBatch
     responses: Responses
     # policy
-    logprobs: Tensor  # (B, R) log π_old(a|s), masked places 0
-    ref_logprobs: Tensor  # (B, R) log π_ref(a|s), masked places 0
+    logprobs: Tensor  # (B, R) log π_old(a|s), 0 where masked
+    ref_logprobs: Tensor  # (B, R) log π_ref(a|s), 0 where masked
     # value
-    values: Tensor  # (B, R) V_old(s), masked places 0; all 0 without a critic
+    values: Tensor  # (B, R) V_old(s), 0 where masked; all 0 without a critic
     # outcome
-    scores: Tensor  # (B,) what the whole text is worth
-    parts: Mapping[str, Tensor]  # (B,) each: what the score is made of, by name
-    # of the transformer that several networks share: what goes into the first block with an adapter
+    scores: Tensor  # (B,) reward of the whole text
+    parts: Mapping[str, Tensor]  # (B,) each: the parts of the score, by name
+    # states that enter the first block with an adapter, which networks on one transformer share;
+    # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
-        """Responses of which nothing is known yet."""
+        """Responses that have not been scored yet."""
         nothing = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
         return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {})
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
-        """The rows of several roll-outs behind one another."""
+        """Concatenate the rows of several roll-outs."""
         prompts = [part.prompts for part in parts]
         responses = [part.responses for part in parts]
         below = [part.below for part in parts if part.below is not None]
@@ -97,7 +98,7 @@ class Rollout:
         )
 
     def to(self, device: str) -> "Rollout":
-        """The same on another device."""
+        """The same roll-out on another device."""
         return Rollout(
             self.prompts.to(torch.device(device)),
             Responses(*(t.to(device) for t in vars(self.responses).values())),
@@ -124,7 +125,7 @@ class Rollout:
 
 
 def _stack(rows: Sequence[Tensor], *, left: bool = False) -> Tensor:
-    """(b, w, ...) tensors of unequal width under one another; what is added is 0, or masked."""
+    """Concatenate (b, w, ...) tensors of unequal width, padded with 0 (False in a mask)."""
     width = max(part.shape[1] for part in rows)
     gaps = [(width - part.shape[1], 0) if left else (0, width - part.shape[1]) for part in rows]
     deeper = (0, 0) * (rows[0].ndim - 2)
@@ -133,17 +134,17 @@ def _stack(rows: Sequence[Tensor], *, left: bool = False) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a stage found out. Each subclass adds its numbers as fields of type int or float."""
+    """The results of a stage. Each subclass adds its numbers as fields of type int or float."""
 
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
 
     @property
     def result(self) -> BaseModel | None:
-        """What later stages read of it; None when that is only its numbers."""
+        """The part that later stages read; None when they read only the numbers."""
         return None
 
     def summary(self) -> dict[str, float]:
-        """The numbers of this report by field name: what is logged once, when the stage ends."""
+        """The numbers of this report by field name, logged once when the stage ends."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: float(v) for name, v in values.items() if isinstance(v, (int, float))}

@@ -1,4 +1,4 @@
-"""What a stage is called with beside its own settings; every stage function is `(config, work)`."""
+"""The arguments of a stage beside its own settings; every stage function is `(config, work)`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The files, settings and surroundings of one call of a stage.
+    """The files, shared settings and environment of one call of a stage.
 
     Args:
         inputs: directories by role: data, sft, reward, reward.NAME, policy, champion.
         outputs: directories to write, by kind: data, sft, reward, policy, critic, milestones.
-        sections: settings that the stage shares with others, by name: sampling, model, limits.
-        seed: of the whole run; a stage draws each of its random streams from it.
+        sections: settings shared with other stages, by name: sampling, model, limits.
+        seed: of the whole run; the stage derives each of its random streams from it.
         device: cpu or cuda.
-        logger: where metrics, progress and phases go.
-        recovery: where checkpoints are kept; by default nowhere.
-        ranks: the processes that share the work; by default this one.
+        logger: receives metrics, progress and phases.
+        recovery: where checkpoints are kept; nowhere by default.
+        ranks: the processes that share the work; only this one by default.
     """
 
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Work:
     def section(self, kind: type[S]) -> S:
         """The shared settings of a class.
 
-        Raises: ValueError when none were handed over.
+        Raises: ValueError when the stage was called without them.
         """
         for section in self.sections.values():
             if isinstance(section, kind):

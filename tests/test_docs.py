@@ -20,7 +20,7 @@ from flows.__main__ import app
 from flows.config import PipelineConfig
 from rlhf_core import functional
 from rlhf_core.data.formats import parse
-from rlhf_core.data.prepared import KINDS
+from rlhf_core.data.prepared import TABLE_KINDS
 from rlhf_core.data.sources import read_rows
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.stages.table import STAGES as TABLE
@@ -325,7 +325,7 @@ def test_every_example_of_a_data_format_is_read(tmp_path):
     assert len(examples) >= 8
     for info, text in examples:
         suffix, kind = info.split()
-        assert kind in KINDS
+        assert kind in TABLE_KINDS
         file = tmp_path / f"example.{suffix}"
         file.write_text(text, encoding="utf-8")
         table = parse(read_rows(str(file), split="train", subset="", limit=0), kind, {})

@@ -15,7 +15,7 @@ from tasks.servers import sign_in
 if TYPE_CHECKING:
     from flows.local.find import Services
     from rlhf_core.data.validation import Validation
-    from rlhf_core.plan import Learnt, Plan
+    from rlhf_core.plan import NetworkPlan, Plan
     from tasks.history.comparison import Measure, RunComparison, Value
     from tasks.settings import Settings
 
@@ -114,7 +114,7 @@ def show_validation(validation: "Validation") -> None:
 def show_plan(plan: "Plan") -> None:
     """Print what a run would do: steps, trainable parameters, and what it could detect."""
     rows = [
-        (stage.stage, stage.steps, stage.work, "\n".join(map(_learnt, stage.learnt)))
+        (stage.stage, stage.steps, stage.work, "\n".join(map(_learnt, stage.networks)))
         for stage in plan.stages
     ]
     _table("Work", ("Stage", "Steps", "Work", "Trainable parameters"), rows)
@@ -124,7 +124,7 @@ def show_plan(plan: "Plan") -> None:
         line(f"Warning: {text}")
 
 
-def _learnt(network: "Learnt") -> str:
+def _learnt(network: "NetworkPlan") -> str:
     if not network.lora_rank:
         return f"{network.network}: all {network.parameters:,}"
     lora = f"LoRA of rank {network.lora_rank}; {network.frozen:,} frozen"

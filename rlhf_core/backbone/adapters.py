@@ -1,11 +1,11 @@
-"""LoRA: what is learnt is a small matrix product beside each frozen linear layer.
+"""LoRA: train a small matrix product beside each frozen linear layer.
 
     y = W·x + (alpha / rank)·B·A·x,   A ~ Kaiming uniform, B = 0
 
-so a fresh adapter changes nothing, and a model with its adapters off is the model it was. Several
-adapters live in one body and are switched: policy, critic and reward model on one trunk, with the
-reference as the trunk itself. The matrices are those of peft; this module names, switches, merges
-and stores them.
+so a fresh adapter changes nothing, and a model with its adapters off is the base model. Several
+adapters can share one body and are switched on in turn: policy, critic and reward model share one
+trunk, and the reference is the trunk itself. peft provides the matrices; this module names,
+switches, merges and stores them.
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
@@ -27,7 +27,7 @@ from rlhf_core.backbone.packing import blocks
 from rlhf_core.errors import ConfigError, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what peft puts before the names in its files
+PREFIX = "base_model.model."  # peft's prefix for the names in its files
 
 
 def add_adapter(
@@ -36,23 +36,24 @@ def add_adapter(
     """Put an adapter beside every linear layer of the body, and freeze all other weights.
 
     Args:
-        layers: in the last so many blocks alone; 0 for all.
+        layers: how many blocks get one, counted from the last; 0 for all.
 
     Raises: ConfigError when the model has fewer blocks.
     """
     number = len(blocks(model.base_model)[1])
     if layers > number:
         raise ConfigError(
-            f"lora_layers is {layers}, but the model has {number} blocks; lower it, or 0 for all"
+            f"lora_layers is {layers}, but the model has {number} blocks; lower it, or "
+            "set 0 for all"
         )
     depth = number - layers if layers else 0
     _add(model, name, _linear_layers(model.base_model, depth), rank=rank, alpha=alpha, seed=seed)
 
 
 def adapted_from(model: PreTrainedModel) -> int | None:
-    """The first block with an adapter beside it, below which all networks on this model are one.
+    """The first block with an adapter. All networks on this model share the blocks before it.
 
-    None where there is nothing below: no adapters, or one in the first block already.
+    None when they share none: there are no adapters, or the first block has one.
     """
     _, rows = blocks(model.base_model)
     numbers = (n for n, block in enumerate(rows) if any(True for _ in _layers(block)))
@@ -71,20 +72,20 @@ def _add(
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in body.modules()),  # GPT-2 stores W as Wᵀ
     )
     device = model.device
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         torch.manual_seed(seed)
         inject_adapter_in_model(config, body, adapter_name=name)
-    del body.peft_config  # what is there is read from the layers; peft warns of a second adapter
+    del body.peft_config  # we read the layers instead; peft would warn about a second adapter
     model.to(device).requires_grad_(False)
     use_adapter(model, name)
 
 
 def use_adapter(model: nn.Module, name: str | None) -> None:
-    """Switch one adapter on and the others off; all off with None. No effect without adapters."""
+    """Enable one adapter and disable the others; None disables all. No effect without adapters."""
     for layer in _layers(model):
         layer.enable_adapters(name is not None)
         if name is not None:
-            layer.set_adapter(name)  # a layer without this adapter is then as it was
+            layer.set_adapter(name)  # a layer without this adapter computes its base
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -96,9 +97,9 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """The weights of the plain model that computes what `model` does with the adapter on.
+    """The weights of a plain model that computes the same as `model` with the adapter on.
 
-    The model itself stays as it is. Shared tensors stay shared.
+    The model itself is not changed. Tied tensors stay tied.
     """
     layers = dict(_named_layers(model))
     state: dict[str, Tensor] = {}
@@ -115,7 +116,7 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) -> None:
     """Write an adapter as peft does, so that `PeftModel.from_pretrained(base, directory)` reads it.
 
-    `base` says which model it belongs to.
+    `base` identifies the model it belongs to.
     """
     carriers = {n: m for n, m in _named_layers(model.base_model) if name in m.r}
     first = next(iter(carriers.values()))
@@ -138,8 +139,8 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) 
 
 
 def _sort_targets(path: Path) -> None:
-    """peft keeps the names in a set, whose order differs from process to process: so would the
-    digest of the file."""
+    """Sort the names, which peft keeps in a set: its order, and so the digest of the file, would
+    differ from process to process."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["target_modules"] = sorted(content["target_modules"])
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -148,13 +149,13 @@ def _sort_targets(path: Path) -> None:
 def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     """Put a stored adapter into a model under a name.
 
-    Raises: ModelError when it cannot be read, or belongs to another architecture.
+    Raises: ModelError when it cannot be read, or was made for another architecture.
     """
     try:
         config = LoraConfig.from_pretrained(str(directory))
         weights = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{directory} holds no adapter that can be read ({error})") from error
+        raise ModelError(f"cannot read an adapter from {directory} ({error})") from error
     targets = sorted(config.target_modules or ())
     if strange := set(targets) - set(_linear_layers(model.base_model, 0)):
         one = min(strange)
@@ -173,7 +174,7 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What its `state_dict` has; asked for that, a model that FSDP spreads would give shards."""
+    """The entries of its `state_dict`, which itself would return shards of a model under FSDP."""
     yield from model.named_parameters(remove_duplicate=False)
     for owner, module in model.named_modules():
         for name, buffer in module.named_buffers(owner, recurse=False):
@@ -182,7 +183,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _linear_layers(body: PreTrainedModel, depth: int) -> list[str]:
-    """The linear layers of the blocks from `depth` on, also where an adapter is already."""
+    """The linear layers of the blocks from `depth` on, including those that have an adapter."""
     name, rows = blocks(body)
     found = []
     for number, block in list(enumerate(rows))[depth:]:

@@ -40,8 +40,8 @@ class ModelConfig(Section):
 
     source: str = Field(
         "",
-        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file that a "
-        "Python package carries; empty = a fresh model",
+        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
+        "Python package; empty = a fresh model",
     )
     revision: str = Field("main", description="Branch, tag or commit of a hub model")
     fresh: FreshModelConfig = Field(
@@ -60,12 +60,12 @@ def load_base(
     """
     tokenizer = load_tokenizer(config, corpus)
     if not config.source:
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
             torch.manual_seed(seed)
             return _fresh_model(config.fresh, len(tokenizer), **_ends(tokenizer)), tokenizer
     model = load_weights(AutoModelForCausalLM, config.source, config.revision)
     _make_room(model, len(tokenizer))
-    # Where a model came with pad = EOS, the end of sequence would have no gradient as an input.
+    # If the model came with pad = EOS, the EOS embedding would get no gradient.
     model.get_input_embeddings().padding_idx = None
     for settings in (model.config, model.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
@@ -74,9 +74,9 @@ def load_base(
 
 
 def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
-    """The model to fine-tune without its weights, on the device meta: to count on.
+    """The model to fine-tune without its weights, on the device meta: for counting parameters.
 
-    Of a hub model its config alone is fetched. `vocabulary` is how many tokens its tokenizer has.
+    Only the config of a hub model is fetched. `vocabulary` is the size of the tokenizer.
 
     Raises: ModelError when the source cannot be found, reached or built.
     """
@@ -89,16 +89,16 @@ def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
         except (ValueError, ImportError) as error:
             raise ModelError(
                 f"the model '{config.source}' cannot be built ({str(error).splitlines()[0]}); take "
-                "a decoder-only model that transformers knows by itself"
+                "a decoder-only model that transformers supports without extra code"
             ) from error
         _make_room(model, vocabulary)
         return cast(PreTrainedModel, model)
 
 
 def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer, with an end-of-sequence token, a pad token of its own and a chat template.
+    """The tokenizer, with an end-of-sequence token, a separate pad token and a chat template.
 
-    Raises: ModelError when the source cannot be found, or has no end-of-sequence token.
+    Raises: ModelError when the source cannot be found or has no end-of-sequence token.
     """
     if config.source:
         tokenizer = read_pretrained(AutoTokenizer, config.source, config.revision)
@@ -153,8 +153,8 @@ def _train_tokenizer(config: FreshModelConfig, corpus: Iterable[str]) -> PreTrai
 def _make_room(model: PreTrainedModel, vocab_size: int) -> None:
     """Grow the embeddings for added tokens, each new row the mean of the old ones.
 
-    A random row would have logits near 0 where those of GPT-2 lie below -30: every sample would be
-    the pad token.
+    A random row would give logits near 0 where those of GPT-2 are below -30, so every sample would
+    be the pad token.
     """
     old = model.get_input_embeddings().weight.shape[0]
     if vocab_size <= old:

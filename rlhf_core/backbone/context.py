@@ -1,4 +1,4 @@
-"""How long a text a model reads, and whether what a setting asks for fits."""
+"""The longest text a model can read, and a check that the configured lengths fit."""
 
 from transformers import PreTrainedModel
 
@@ -8,12 +8,12 @@ SAMPLING_LENGTH = "sampling.max_prompt_length + max_new_tokens"  # the settings 
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """Longest text that the model reads (tokens); None where there is no such limit."""
+    """The longest text that the model can read (tokens); None when there is no limit."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def require_context(model: PreTrainedModel, tokens: int, setting: str) -> None:
-    """Raise ConfigError naming the setting when texts of this length do not fit into the model."""
+    """Raise ConfigError naming the setting when texts of this length do not fit the context."""
     context = context_of(model)
     if context is not None and tokens > context:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Model directories: what a stage writes and another one reads.
+"""Model directories, which one stage writes and another reads.
 
 A model directory is a plain Hugging Face directory (safetensors, tokenizer), so `transformers`
-loads it without this package, plus `rlhf.json`: kind, normaliser, and what it was made from.
+loads it without this package, plus `rlhf.json` with the kind, the normaliser and the origin.
 """
 
 import json
@@ -22,7 +22,7 @@ from rlhf_core.data.encoding import same_tokens
 from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, ModelError
 
-Kind = Literal["policy", "reward", "critic"]
+ModelKind = Literal["policy", "reward", "critic"]
 CARD = "rlhf.json"
 
 
@@ -51,12 +51,12 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
-    kind: Kind,
+    kind: ModelKind,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model directory; `facts` go into `rlhf.json` beside the kind.
 
-    A policy says `chat`: whether it was trained to answer messages or to continue texts.
+    A policy has the fact `chat`: whether it was trained to answer messages or to continue texts.
     """
     with quiet():
         model.save_pretrained(directory)
@@ -66,17 +66,17 @@ def save_model(
 
 
 def add_facts(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Say more in the card of a model directory."""
+    """Add facts to the card of a model directory."""
     _write_card(directory, {**read_card(directory), **facts})
 
 
 def weights_digest(directory: Path) -> str:
-    """SHA-256 of the weights in a model directory: what an adapter names its base by."""
+    """SHA-256 of the weights in a model directory, by which an adapter identifies its base."""
     return content_digest(sorted(directory.glob("*.safetensors")))
 
 
 def read_card(directory: Path) -> dict[str, Any]:
-    """What `rlhf.json` says of a model directory.
+    """The card of a model directory, from `rlhf.json`.
 
     Raises: ModelError when it cannot be read.
     """
@@ -84,28 +84,28 @@ def read_card(directory: Path) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{directory} is no model directory of this pipeline: {CARD} cannot be read ({error}); "
-            "give a folder that a stage has written"
+            f"{directory} is not a model directory of this pipeline: {CARD} cannot be read "
+            f"({error}); name a folder that a stage wrote"
         ) from error
 
 
-def require_kind(directory: Path, *kinds: Kind) -> dict[str, Any]:
+def require_kind(directory: Path, *kinds: ModelKind) -> dict[str, Any]:
     """The card of a model directory, after checking what the directory holds."""
     card = read_card(directory)
     if card.get("kind") not in kinds:
         raise ModelError(
-            f"{directory} holds a model of kind '{card.get('kind')}'; {' or '.join(kinds)} is "
-            "needed here"
+            f"{directory} holds a model of kind '{card.get('kind')}', but {' or '.join(kinds)} is "
+            "needed"
         )
     return card
 
 
 def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, role: str) -> None:
-    """Raise ConfigError when the model in a directory was trained on other tokens than these."""
+    """Raise ConfigError when the model in a directory was trained with another tokenizer."""
     if not same_tokens(tokenizer, load_saved_tokenizer(directory)):
         raise ConfigError(
-            f"the {role} has another tokenizer than the SFT policy, so it would read noise; take a "
-            f"{role} that was trained from this SFT policy, or train one"
+            f"the {role} and the SFT policy have different tokenizers, so it would read noise; use "
+            f"a {role} that was trained from this SFT policy, or train one"
         )
 
 

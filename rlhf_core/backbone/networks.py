@@ -1,12 +1,12 @@
-"""What the stages train and ask: a policy that gives log-probabilities, a scalar model that gives
-values. Both read packed texts, and both are modules whose `forward` is all that an update needs.
+"""The two networks: a policy returns log-probabilities, a scalar model returns values. Both read
+packed texts, and both are modules whose `forward` is all that an update needs.
 
-A network is a transformer, the adapter that is switched on in it (or none), and a head. Several
-networks may share one transformer. Knows nothing about optimisation.
+A network is a transformer, the adapter that is enabled in it (or none), and a head. Several
+networks may share one transformer. This module knows nothing about optimisation.
 
-In bfloat16 every product of matrices is computed in it, that with the vocabulary included, forward
-and backward; norms, softmax, losses, weights and their gradients stay in float32, and so does the
-scalar head: it is a single row, and a score of 8 bits would make ties of texts that differ.
+With precision bfloat16 every matrix product is computed in it, the vocabulary projection included,
+forward and backward. Norms, softmax, losses, weights and their gradients stay in float32, and so
+does the scalar head: it is a single row, and 8-bit scores would tie texts that differ.
 """
 
 import logging
@@ -34,7 +34,7 @@ from rlhf_core.backbone.adapters import (
     use_adapter,
 )
 from rlhf_core.backbone.directory import (
-    Kind,
+    ModelKind,
     add_facts,
     load_policy,
     read_card,
@@ -54,15 +54,15 @@ from rlhf_core.functional.logprobs import (
 )
 
 Precision = Literal["float32", "bfloat16"]
-ADAPTER = "adapter"  # its folder in a model directory, and its base in the card
+ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
 CHUNK = 128  # tokens whose logits exist at a time
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # its instructions on x86 and ARM
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # CPU features on x86 and ARM
 
 _log = logging.getLogger(__name__)
 
 
 class Network(nn.Module):
-    """A transformer with one of its adapters on, in one precision."""
+    """A transformer with one of its adapters enabled, in one precision."""
 
     def __init__(
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
@@ -79,12 +79,12 @@ class Network(nn.Module):
             return hidden_states(self.model.base_model, packed)
 
     def switch(self) -> None:
-        """Turn on this network's adapter in the transformer that it may share."""
+        """Enable this network's adapter in the transformer, which other networks may share."""
         use_adapter(self.model, self.adapter)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What products of matrices are computed in."""
+        """The type in which matrix products are computed."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
     def autocast(self) -> Any:
@@ -96,9 +96,9 @@ class Network(nn.Module):
 
     @contextmanager
     def autocast_once(self) -> Iterator[None]:
-        """The same for many forward passes without gradients: each weight is cast once for all.
+        """Like `autocast`, for many forward passes without gradients: casts each weight once.
 
-        Autocast remembers the cast of a weight only if it requires a gradient, so meanwhile all do.
+        Autocast caches the cast of a weight only if it requires a gradient, so all do meanwhile.
         """
         casts = self.precision != "float32"
         frozen = [p for p in self.model.parameters() if casts and not p.requires_grad]
@@ -112,11 +112,11 @@ class Network(nn.Module):
                 parameter.requires_grad_(False)
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer's blocks from the first to the last, each with weights of its own."""
+        """The transformer's blocks in order."""
         return list(blocks(self.model.base_model)[1])
 
     def learnable(self) -> dict[str, nn.Parameter]:
-        """What training changes: the adapter, or every weight where there is none."""
+        """The parameters that train: those of the adapter, or all of them without one."""
         if self.adapter is None:
             return dict(self.named_parameters())
         body = adapter_parameters(self.model, self.adapter)
@@ -124,7 +124,7 @@ class Network(nn.Module):
 
 
 class Policy(Network):
-    """A causal language model: log-probabilities of chosen tokens, and losses made of them."""
+    """A causal language model: log-probabilities of chosen tokens, and losses on them."""
 
     def __init__(
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
@@ -146,20 +146,20 @@ class Policy(Network):
     def forward(
         self,
         packed: Packed,
-        places: Tensor,
+        positions: Tensor,
         tokens: Tensor,
         *,
         temperature: float = 1.0,
         token_loss: TokenLoss | None = None,
         with_entropy: bool = False,
     ) -> ChunkedLoss:
-        """Log-probabilities (M,) of `tokens`, predicted at `places`, and a sum of losses over them.
+        """(M,) log-probabilities of `tokens`, predicted at `positions`, and their summed loss.
 
         Without a `token_loss` the log-probabilities can be differentiated; with one, the loss.
-        Only those places go through the head, and only the logits of a chunk exist at a time.
+        Only these positions go through the head, and only one chunk of logits exists at a time.
         """
-        # The last norm returns float32 under autocast, and the head computes in what it is given.
-        hidden = self.hidden(packed)[places].to(self.dtype)
+        # The last norm returns float32 under autocast; the head computes in the type of its input.
+        hidden = self.hidden(packed)[positions].to(self.dtype)
         head = cast(nn.Linear, self.model.get_output_embeddings())
         if token_loss is None:
             logprobs = chunked_token_logprobs(
@@ -189,13 +189,13 @@ class Policy(Network):
         facts: dict[str, Any],
         base: Path | None = None,
     ) -> None:
-        """Write a model directory with all weights, and the adapter beside them if there is one."""
+        """Write a model directory with all weights, and the adapter as well if there is one."""
         save_model(_plain(self, type(self.model)), tokenizer, directory, kind="policy", facts=facts)
         _save_adapter(self, directory, base)
 
 
 class ScalarModel(Network):
-    """One number for every position: V(s) for a critic; the last token's for a reward model.
+    """A scalar for every position: V(s) for a critic; a reward model reads the last token's.
 
     value = (head(hidden) - mean) / std, so that samples of the reference policy have mean 0 and
     standard deviation 1. The constants are kept in the model directory.
@@ -221,9 +221,9 @@ class ScalarModel(Network):
         self.mean = mean
         self.std = std
 
-    def forward(self, packed: Packed, places: Tensor) -> Tensor:
-        """(M,) values at some places of a packed row."""
-        hidden = self.hidden(packed)[places]
+    def forward(self, packed: Packed, positions: Tensor) -> Tensor:
+        """(M,) values at some positions of a packed row."""
+        hidden = self.hidden(packed)[positions]
         raw: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return (raw - self.mean) / self.std
 
@@ -231,11 +231,11 @@ class ScalarModel(Network):
         """(S,) the value at the last token of each text."""
         return cast(Tensor, self(packed, packed.last()))
 
-    def twin(self) -> Self:
-        """A scalar model on the same transformer that says the same through a head of its own."""
+    def with_own_head(self) -> Self:
+        """A scalar model on the same transformer with a copy of the head: equal values for now."""
         return type(self)(
             self.model,
-            _twin_head(self.head),
+            _copy_head(self.head),
             mean=self.mean,
             std=self.std,
             adapter=self.adapter,
@@ -243,7 +243,7 @@ class ScalarModel(Network):
         )
 
     def learnable(self) -> dict[str, nn.Parameter]:
-        """What training changes: every weight, or the adapter and the head."""
+        """The parameters that train: all of them, or those of the adapter and the head."""
         if self.adapter is None:
             body = self.model.base_model.named_parameters()
             found = {f"model.{name}": parameter for name, parameter in body}
@@ -289,7 +289,7 @@ class ScalarModel(Network):
         tokenizer: PreTrainedTokenizerBase,
         directory: Path,
         *,
-        kind: Kind,
+        kind: ModelKind,
         base: Path | None = None,
     ) -> None:
         """Write a model directory, normaliser included, and the adapter if there is one."""
@@ -301,10 +301,10 @@ class ScalarModel(Network):
         _save_adapter(self, directory, base)
 
 
-def on_trunk(
+def load_as_adapter(
     directory: Path, base: Path, trunk: PreTrainedModel, name: str, precision: Precision
 ) -> ScalarModel | None:
-    """The scalar model of a directory as an adapter `name` on a transformer that is loaded already.
+    """The scalar model in a directory, as adapter `name` on a transformer that is already loaded.
 
     None when it was not trained as an adapter of the model in `base`, whose weights `trunk` has.
     """
@@ -312,7 +312,7 @@ def on_trunk(
     if card.get(ADAPTER) != weights_digest(base):
         return None
     load_adapter(trunk, name, directory / ADAPTER)
-    head = _twin_head(ScalarModel.load(directory).head)
+    head = _copy_head(ScalarModel.load(directory).head)
     return ScalarModel(
         trunk,
         head.to(trunk.device),
@@ -326,31 +326,31 @@ def on_trunk(
 def start_adapter(
     network: Network, name: str, *, rank: int, alpha: int, seed: int, layers: int = 0
 ) -> None:
-    """Train a network through a fresh adapter from here on: it computes what it did before."""
+    """Give a network a fresh adapter to train. Its outputs do not change yet."""
     add_adapter(network.model, name, rank=rank, alpha=alpha, layers=layers, seed=seed)
     network.adapter = name
 
 
 @cache
 def _warn_if_slow(device: str) -> None:
-    """Say so, once a process, where bfloat16 takes longer than float32."""
+    """Warn, once a process, when bfloat16 is slower than float32 on this device."""
     capabilities = torch.cpu.get_capabilities()
     if device == "cpu" and not any(capabilities.get(name) for name in BFLOAT16):
         _log.warning(
             "precision is bfloat16, but this CPU has no instructions for it (avx512_bf16, amx_bf16 "
-            "or ARM's bf16): training takes 2 to 6 times as long as in float32. Set precision to "
-            "float32 here"
+            "or ARM's bf16), so training takes 2 to 6 times as long as in float32; set precision "
+            "to float32"
         )
 
 
-def _twin_head(head: nn.Linear) -> nn.Linear:
-    twin = nn.Linear(head.in_features, 1, bias=False, device=head.weight.device)
-    twin.weight = nn.Parameter(head.weight.detach().clone())
-    return twin
+def _copy_head(head: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(head.in_features, 1, bias=False, device=head.weight.device)
+    copy.weight = nn.Parameter(head.weight.detach().clone())
+    return copy
 
 
 def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:
-    """The same network as one model of its own, without adapters."""
+    """The network as a plain model, with its adapter merged."""
     model = network.model
     own_head = not isinstance(network, ScalarModel) or network.head is getattr(model, "score", None)
     if network.adapter is None and own_head and not isinstance(network, FSDPModule):
@@ -362,7 +362,7 @@ def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:
         state = {key: tensor for key, tensor in state.items() if key.startswith(body)}
         state["score.weight"] = network.head.weight.detach()
         config.num_labels = 1
-    with torch.device("meta"):  # a shell: every weight comes from the state
+    with torch.device("meta"):  # no memory: every weight comes from the state
         shell = build(config)
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()
@@ -379,14 +379,14 @@ def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:
 
 @torch.no_grad()
 def _require_plain_head(model: PreTrainedModel) -> None:
-    """Raise ModelError unless logits are W·h + b: what the chunked head computes.
+    """Raise ModelError unless logits are W·h + b, which is what the chunked head computes.
 
-    The first tokens that a model is asked about go both ways, that of the formulas and that of the
-    head which trains, and a difference is a NumericsError.
+    A few tokens are computed both by the formulas and by the chunked head that trains; a difference
+    is a NumericsError.
     """
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        # Several tokens, as that of the padding may be embedded as 0, and its logits be 0 anyway.
+        # Several tokens, since the pad token may be embedded as 0, with logits that are 0 anyway.
         text = torch.arange(min(8, head.out_features), device=model.device)
         hidden = cast(Any, model.base_model)(input_ids=text[None], use_cache=False)
         logits = model(input_ids=text[None], use_cache=False).logits
@@ -395,23 +395,23 @@ def _require_plain_head(model: PreTrainedModel) -> None:
             return
     raise ModelError(
         f"{type(model).__name__} does more to its logits than a linear head, which is not "
-        "supported here; take another family (GPT-2, Llama, Qwen, SmolLM, Mistral, ...)"
+        "supported; use another family (GPT-2, Llama, Qwen, SmolLM, Mistral, ...)"
     )
 
 
 def _require_same_head(head: nn.Linear, hidden: Tensor, tokens: Tensor, logits: Tensor) -> None:
-    """Invariant: the chunked head says what `token_logprobs` and `entropy` say of (1, n, V) logits.
+    """Invariant: the chunked head agrees with `token_logprobs` and `entropy` of (1, n, V) logits.
 
     Shapes: hidden (n, d), tokens (n,).
     """
-    said = chunked_token_loss(
+    chunked = chunked_token_loss(
         hidden, head.weight, tokens, lambda x, _: x.sum(), bias=head.bias, with_entropy=True
     )
     expected = token_logprobs(logits, tokens[None])[0], entropy(logits)[0]
-    if not (_close(said.logprobs, expected[0]) and _close(said.entropy, expected[1])):
+    if not (_close(chunked.logprobs, expected[0]) and _close(chunked.entropy, expected[1])):
         raise NumericsError(
-            "a broken invariant: the head that trains gives other log-probabilities or entropies "
-            "than the logits of the model. This is a defect: please report it with the config"
+            "a broken invariant: the chunked head and the model's logits give different "
+            "log-probabilities or entropies. This is a defect: please report it with the config"
         )
 
 

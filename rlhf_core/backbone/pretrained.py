@@ -1,6 +1,6 @@
-"""Models that are somewhere: a hub id, a folder, a GGUF file, a file that a Python package carries.
+"""Load pretrained models: from a hub id, a folder, a GGUF file, or a file in a Python package.
 
-Weights are read only from safetensors or GGUF, and code that comes with a model never runs.
+Weights are read only from safetensors or GGUF, and code shipped with a model never runs.
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,27 @@ from transformers.utils import logging as transformers_logging
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.errors import ModelError
 
-MAIN = "main"  # the branch of a hub model where none is named
+MAIN = "main"  # the default branch of a hub model
 
 
 def load_weights(
     factory: Any, source: str, revision: str = MAIN, *, new: tuple[str, ...] = (), **options: Any
 ) -> PreTrainedModel:
-    """A model in float32, dropout off. Its file has to hold every weight but the `new` ones, which
-    transformers would otherwise draw at random without a word."""
+    """A model in float32, dropout off.
+
+    Raises: ModelError when the file lacks a weight other than the `new` ones, which transformers
+    would silently initialise at random.
+    """
     options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     options |= {"attn_implementation": ATTENTION}
-    if source.endswith(".gguf"):  # weights that stay packed can neither learn nor be saved
+    if source.endswith(".gguf"):  # quantised weights can neither be trained nor saved
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     model, found = read_pretrained(factory, source, revision, **options)
     missing = sorted(set(found["missing_keys"]) - set(new))
     if missing:
         raise ModelError(
-            f"the weights of '{source}' are not complete: {missing[0]} is missing, one of "
-            f"{len(missing)}; get the whole model, or one with a language-model head"
+            f"the weights of '{source}' are incomplete: {missing[0]} is missing, one of "
+            f"{len(missing)}; use a complete model with a language-model head"
         )
     return with_one_kernel_gelu(model).eval()
 
@@ -51,22 +54,22 @@ def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: 
             return factory.from_pretrained(
                 location, revision=revision, trust_remote_code=False, **options
             )
-    except Exception as error:  # what the readers of a bad file raise has no other common class
+    except Exception as error:  # the errors of the readers have no narrower common class
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
-            f"the model '{source}' could not be loaded ({first_line}); give a folder with "
+            f"the model '{source}' could not be loaded ({first_line}); name a folder with "
             "config.json and safetensors weights, a .gguf file, or the id of a hub model on a "
             "machine that reaches the hub or has it in its cache"
         ) from error
 
 
 def _locate(source: str) -> tuple[str, str]:
-    """Where `from_pretrained` finds a source, and the name of the GGUF file if it is one."""
+    """The location for `from_pretrained`, and the name of the GGUF file if the source is one."""
     if source.startswith("package:"):
         package, _, name = source.removeprefix("package:").partition("/")
         try:
             spec = find_spec(package)
-        except (ImportError, ValueError):  # a parent that is missing, or no name at all
+        except (ImportError, ValueError):  # a missing parent package, or an empty name
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
@@ -90,8 +93,8 @@ def _locate(source: str) -> tuple[str, str]:
 
 
 def with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """GPT-2's GELU as one operation of torch instead of eight: half the time, an eighth of what is
-    kept for the backward, the same to rounding."""
+    """Replace GPT-2's GELU, eight operations, by one of torch: half the time, and an eighth of the
+    memory for the backward pass; the same result to rounding."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -101,7 +104,7 @@ def with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers; errors still come through."""
+    """Silence the progress bars and load reports of transformers, but not its errors."""
     level, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),

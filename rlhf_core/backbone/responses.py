@@ -1,8 +1,8 @@
-"""What the networks say about sampled responses. Knows nothing about optimisation.
+"""Log-probabilities, values and scores of sampled responses. Knows nothing about optimisation.
 
-Prompts and responses come as padded tensors and are laid out without padding, `micro_batch_size`
-rows at a time: the same rows in the same micro-batches as in the first epoch of the update, so that
-its first ratio is 1 to the bit.
+Prompts and responses are padded tensors and are packed without padding, `micro_batch_size` rows at
+a time: the same rows in the same micro-batches as in the first epoch of the update, so that its
+first ratio is exactly 1.
 """
 
 from dataclasses import dataclass, replace
@@ -14,70 +14,70 @@ from torch import Tensor
 
 from rlhf_core.backbone.adapters import adapted_from
 from rlhf_core.backbone.networks import Network, Policy, Precision, ScalarModel
-from rlhf_core.backbone.packing import Below, Packed, pack, states_below
+from rlhf_core.backbone.packing import Packed, SharedStates, pack, shared_states
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
 
 @dataclass(frozen=True)
-class Written:
-    """Prompts with their responses, without padding."""
+class ResponseRows:
+    """Prompts with their responses, packed without padding."""
 
     packed: Packed
-    places: Tensor  # (M,) where each response token is predicted: the state in which it was chosen
+    positions: Tensor  # (M,) in the packed row, of the state that predicts each response token
     tokens: Tensor  # (M,) the response tokens, row by row
     mask: Tensor  # (B, R) bool
 
-    def spread(self, values: Tensor, span: slice = slice(None)) -> Tensor:
-        """(n,) a value for each response token, or for each of some -> (B, R); 0 elsewhere."""
+    def to_rows(self, values: Tensor, span: slice = slice(None)) -> Tensor:
+        """(n,) one value for each response token in `span` -> (B, R); 0 elsewhere."""
         row = values.new_zeros(self.mask.numel()).index_copy(0, self._at[span], values)
         return row.view(self.mask.shape)
 
-    def part(self, span: slice) -> Tensor:
-        """(B, R) bool, True for some of the M response tokens."""
+    def span_mask(self, span: slice) -> Tensor:
+        """(B, R) bool, True for the response tokens in `span`."""
         row = self.mask.new_zeros(self.mask.numel()).index_fill(0, self._at[span], True)
         return row.view(self.mask.shape)
 
     @cached_property
     def _at(self) -> Tensor:
-        """(M,) where the response tokens lie in the rows behind one another."""
+        """(M,) index of each response token in the flattened (B, R) rows."""
         return self.mask.flatten().nonzero().squeeze(-1)
 
-    def below(self) -> Tensor | None:
-        """(B, T, d) what all networks of a transformer have in common; None if nothing."""
-        known = self.packed.below
-        return None if known is None else self.packed.spread(known.states)
+    def shared_states(self) -> Tensor | None:
+        """(B, T, d) the states that all networks of a transformer share; None if there are none."""
+        shared = self.packed.shared
+        return None if shared is None else self.packed.unpack(shared.states)
 
 
-def lay_out(prompts: PromptBatch, responses: Responses) -> Written:
-    """Pack prompts and responses; rows with the same prompt beside each other share it."""
+def lay_out(prompts: PromptBatch, responses: Responses) -> ResponseRows:
+    """Pack prompts and responses; adjacent rows with the same prompt share it."""
     device = responses.tokens.device
     packed = pack(texts(prompts, responses), device)
-    places, tokens = packed.predictions(prompts.mask.sum(-1))
-    return Written(packed, places, tokens, responses.mask)
+    positions, tokens = packed.predictions(prompts.mask.sum(-1))
+    return ResponseRows(packed, positions, tokens, responses.mask)
 
 
-def share_below(written: Written, network: Network) -> Written:
-    """Compute what all networks on this one's transformer have in common, once.
+def with_shared_states(rows: ResponseRows, network: Network) -> ResponseRows:
+    """Compute the states that all networks on this transformer share, once.
 
-    That is the work of the blocks below the first adapter; without adapters there is none.
+    They are the output of the blocks before the first adapter; without adapters there are none.
     """
     depth = adapted_from(network.model)
     if depth is None:
-        return written
+        return rows
     with network.autocast():
-        below = states_below(network.model.base_model, written.packed, depth)
-    return replace(written, packed=replace(written.packed, below=below))
+        shared = shared_states(network.model.base_model, rows.packed, depth)
+    return replace(rows, packed=replace(rows.packed, shared=shared))
 
 
-def read_again(rollout: Rollout, network: Network) -> Written:
-    """The texts of a roll-out, with what was computed of them then."""
-    written = lay_out(rollout.prompts, rollout.responses)
+def restore_rows(rollout: Rollout, network: Network) -> ResponseRows:
+    """The texts of a roll-out, with the shared states that were computed when it was sampled."""
+    rows = lay_out(rollout.prompts, rollout.responses)
     depth = adapted_from(network.model)
     if depth is None or rollout.below is None:
-        return written
-    states = written.packed.collect(rollout.below)
-    below = Below(network.model.base_model, depth, states)
-    return replace(written, packed=replace(written.packed, below=below))
+        return rows
+    states = rows.packed.repack(rollout.below)
+    shared = SharedStates(network.model.base_model, depth, states)
+    return replace(rows, packed=replace(rows.packed, shared=shared))
 
 
 def texts(prompts: PromptBatch, responses: Responses) -> list[np.ndarray]:
@@ -87,27 +87,27 @@ def texts(prompts: PromptBatch, responses: Responses) -> list[np.ndarray]:
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
 
 
-def response_logprobs(policy: Policy, written: Written, *, temperature: float) -> Tensor:
-    """(B, R) log π(a|s) of each response token in nats; masked places are 0."""
-    out = policy(written.packed, written.places, written.tokens, temperature=temperature)
-    return written.spread(out.logprobs)
+def response_logprobs(policy: Policy, rows: ResponseRows, *, temperature: float) -> Tensor:
+    """(B, R) log π(a|s) of each response token in nats; 0 where masked."""
+    out = policy(rows.packed, rows.positions, rows.tokens, temperature=temperature)
+    return rows.to_rows(out.logprobs)
 
 
-def response_values(critic: ScalarModel, written: Written) -> Tensor:
-    """(B, R) V(s) of the state in which each response token was chosen; masked places are 0."""
-    return written.spread(critic(written.packed, written.places))
+def response_values(critic: ScalarModel, rows: ResponseRows) -> Tensor:
+    """(B, R) V(s) of the state in which each response token was sampled; 0 where masked."""
+    return rows.to_rows(critic(rows.packed, rows.positions))
 
 
-def response_scores(reward_model: ScalarModel, written: Written) -> Tensor:
-    """(B,) normalised reward of each whole text, read at its last token."""
-    return reward_model.scores(written.packed)
+def response_scores(reward_model: ScalarModel, rows: ResponseRows) -> Tensor:
+    """(B,) normalised reward of each text, read at its last token."""
+    return reward_model.scores(rows.packed)
 
 
 def rounding(logprobs: Tensor, precision: Precision) -> float:
-    """How far log-probabilities of the same work may lie apart, in nats.
+    """How much log-probabilities of the same computation may differ, in nats.
 
-    Not at all on the CPU, where the same work gives the same bits in either precision. Elsewhere it
-    may not: bfloat16 logits between 16 and 32 are 1/8 apart, and two of them make a quarter.
+    On the CPU, not at all: the same computation gives the same bits in either precision. Elsewhere
+    they may: bfloat16 logits between 16 and 32 are 1/8 apart, and two of them add up to 1/4.
     """
     if logprobs.device.type == "cpu":
         return 0.0

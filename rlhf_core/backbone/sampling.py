@@ -1,7 +1,7 @@
 """Sampling responses from a policy. Knows token ids; knows nothing about rewards or training.
 
-One forward pass a token over keys and values that are kept in place, no top-k, no top-p: what is
-sampled is the distribution that the update differentiates. Rows that have ended leave the batch.
+Each token takes one forward pass over keys and values kept in place. There is no top-k or top-p:
+the sampled distribution is the one that the update differentiates. Finished rows leave the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,14 @@ from rlhf_core.data.encoding import left_pad
 from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.types import PromptBatch, Responses
 
-BLOCK = 256  # tokens of the vocabulary whose probability is added up first
+BLOCK = 256  # tokens of the vocabulary in one partial sum of probabilities
 
 
 class SamplingConfig(Section):
-    """How responses are drawn in the reward model's normalisation, on-policy stages, evaluation."""
+    """How responses are sampled: in reward normalisation, on-policy stages and evaluation."""
 
     max_prompt_length: int = Field(
-        256, ge=1, description="Longest prompt (tokens); a longer one loses its beginning"
+        256, ge=1, description="Longest prompt (tokens); longer ones are cut at the start"
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
     temperature: float = Field(
@@ -35,33 +35,33 @@ class SamplingConfig(Section):
         gt=0,
         description="Divides the logits, in sampling and in the log-probabilities of samples",
     )
-    batch_size: int = Field(128, ge=1, description="Prompts that are continued side by side")
+    batch_size: int = Field(128, ge=1, description="Prompts sampled in one batch")
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest prompt with the longest response."""
+        """Longest prompt plus longest response (tokens)."""
         return self.max_prompt_length + self.max_new_tokens
 
 
 class Sampler(Protocol):
-    """What continues prompts: the loop below, or another engine behind the same call."""
+    """Samples responses: the loop below, or another engine with the same signature."""
 
     def __call__(
         self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = ...
     ) -> Responses:
-        """Responses (B, R) of the policy as its weights are now, R <= steps.
+        """Sample (B, R) responses from the policy's current weights, R <= steps.
 
         Args:
             prompts: (B, P).
-            draws: (B, steps) in [0, 1), the randomness of each token; an engine that draws its own
-                takes only the number of steps and a seed from it.
+            draws: (B, steps) in [0, 1), the randomness of each token; an engine with its own
+                random numbers uses only the number of steps and a seed from it.
             between: called before each token; it may raise.
         """
 
 
 @dataclass(frozen=True)
 class PolicySampler:
-    """Samples in this process, from the very weights that learn."""
+    """Samples in this process, with the weights that are trained."""
 
     policy: Policy
     temperature: float
@@ -93,7 +93,7 @@ def respond(
 ) -> Iterator[tuple[PromptBatch, Responses]]:
     """Continue encoded prompts, `config.batch_size` at a time, in their order.
 
-    Each batch is a phase called `what`, whose parts are tokens.
+    Each batch is a phase named `what`, whose parts are tokens.
     """
     sampler = PolicySampler(policy, config.temperature)
     starts = range(0, len(prompts), config.batch_size)
@@ -107,7 +107,7 @@ def respond(
 
 
 def prompt_batch(policy: Policy, prompts: Sequence[list[int]], max_length: int) -> PromptBatch:
-    """Encoded prompts side by side, where the policy is; a longer one loses its beginning."""
+    """Encoded prompts as a batch on the policy's device; longer ones are cut at the start."""
     model = policy.model
     return left_pad(prompts, model.config.pad_token_id, max_length).to(model.device)
 
@@ -115,8 +115,8 @@ def prompt_batch(policy: Policy, prompts: Sequence[list[int]], max_length: int) 
 def uniforms(rows: int, steps: int, generator: torch.Generator) -> Tensor:
     """(rows, steps) numbers in [0, 1), one for each token that may be drawn.
 
-    All are drawn beforehand, so that a row's text depends neither on how long its neighbours write
-    nor on the device or process that continues it.
+    They are drawn in advance, so that a row's text depends neither on the length of its neighbours
+    nor on the device or process that samples it.
     """
     return torch.rand(rows, steps, generator=generator, device=generator.device)
 
@@ -132,7 +132,7 @@ def sample(
     pad_token_id: int,
     between: Callable[[], None] = lambda: None,
 ) -> Responses:
-    """Continue each prompt until its end-of-sequence token or as many tokens as there are draws.
+    """Continue each prompt until the end-of-sequence token, or for as many tokens as draws.
 
     a_t = F⁻¹(u_t), F the distribution function of softmax(logits_t / temperature); temperature 0
     takes the likeliest token.
@@ -148,7 +148,7 @@ def sample(
     tokens = torch.full((rows, steps), pad_token_id, device=draws.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     finished = mask.new_zeros(rows)
-    alive = torch.arange(rows, device=draws.device)  # the rows that are still written
+    alive = torch.arange(rows, device=draws.device)  # the unfinished rows
     memory = _KeyValues(prompts.mask, steps)
     step_ids, positions = prompts.input_ids, position_ids(prompts.mask)
     with policy.autocast_once():
@@ -177,10 +177,10 @@ def sample(
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """The token at which the distribution function passes u.
+    """The token at which the distribution function exceeds u.
 
-    Two sums, over blocks of the vocabulary and within one block, instead of one over all of it:
-    faster, and more exact in float32. A token of probability 0 is never drawn.
+    It sums over blocks of the vocabulary and then within one block, which is faster than one sum
+    over all of it, and more exact in float32. A token of probability 0 is never drawn.
 
     Args:
         logits: (B, V).
@@ -201,17 +201,17 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 def _pass(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n) weights and (B, 1) levels -> (B, 1) first place whose running sum is above the level,
-    and how far the level is above the sum before it."""
+    """(B, n) weights and (B, 1) levels -> (B, 1) first index whose running sum exceeds the level,
+    and by how much the level exceeds the sum before it."""
     sums = weights.cumsum(-1)
-    # Rounding may put a level at the very end: step back below it, to a place with weight.
+    # Rounding may put a level at the very end: step back below it, to an index with weight.
     level = torch.minimum(level, torch.nextafter(sums[:, -1:], sums.new_zeros(())))
-    place = torch.searchsorted(sums, level, right=True)
-    return place, level - (sums.gather(1, place) - weights.gather(1, place))
+    index = torch.searchsorted(sums, level, right=True)
+    return index, level - (sums.gather(1, index) - weights.gather(1, index))
 
 
 class _KeyValues(Memory):
-    """Keys and values of all layers, in buffers that have room for the whole text."""
+    """Keys and values of all layers, in buffers sized for the whole text."""
 
     def __init__(self, mask: Tensor, steps: int) -> None:
         self._seen = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
@@ -222,7 +222,7 @@ class _KeyValues(Memory):
     def extend(
         self, layer: int, key: Tensor, value: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write behind what is there."""
+        """Append to the buffers."""
         start = self._filled.get(layer, 0)
         end = self._filled[layer] = start + key.shape[2]
         if layer not in self._buffers:
@@ -238,14 +238,14 @@ class _KeyValues(Memory):
         return keys[:, :, :end], values[:, :, :end], mask
 
     def keep(self, rows: Tensor) -> None:
-        """Forget the other rows."""
+        """Drop the other rows."""
         self._seen = self._seen[rows]
         self._buffers = {n: (k[rows], v[rows]) for n, (k, v) in self._buffers.items()}
 
     def _mask(self, start: int, end: int, window: int | None) -> Tensor:
-        """(B, 1, end - start, end): back to the first token that counts; padding sees itself."""
-        places = torch.arange(end, device=self._seen.device)
-        queries = places[start:].unsqueeze(1)
-        near = (places <= queries) & (places > queries - (window or end))
+        """(B, 1, end - start, end): attend back to the first unmasked token; padding to itself."""
+        positions = torch.arange(end, device=self._seen.device)
+        queries = positions[start:].unsqueeze(1)
+        near = (positions <= queries) & (positions > queries - (window or end))
         seen = self._seen[:, :end].unsqueeze(1) & near
-        return (seen | (places == queries)).unsqueeze(1)
+        return (seen | (positions == queries)).unsqueeze(1)

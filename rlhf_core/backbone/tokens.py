@@ -1,4 +1,4 @@
-"""What a tokenizer needs before a policy can be trained on it."""
+"""Complete a tokenizer so that a policy can be trained with it."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -7,22 +7,22 @@ from rlhf_core.errors import ModelError
 
 
 def complete(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token of its own and a chat template.
+    """The tokenizer with a separate pad token and a chat template.
 
     Raises: ModelError naming the source when it has no vocabulary or no end-of-sequence token.
     """
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise ModelError(
-            f"the tokenizer of '{source}' has no vocabulary; its tokenizer.json is missing "
-            "or empty, so get it from where the model came from"
+            f"the tokenizer of '{source}' has no vocabulary: its tokenizer.json is missing "
+            "or empty; get that file from where the model came from"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of '{source}' has no end-of-sequence token, so no "
-            "response could ever end; choose a model whose tokenizer_config.json names an eos_token"
+            "response could ever end; use a model whose tokenizer_config.json names an eos_token"
         )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # With pad = EOS the end of a response could not be told from padding.
+        # With pad = EOS, the end of a response would look like padding.
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     return tokenizer

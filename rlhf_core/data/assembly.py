@@ -1,7 +1,7 @@
-"""The three tables on their way from parsed sources to the prepared files.
+"""Turn parsed sources into the three tables that are written as the prepared files.
 
-Each is cleaned, split by prompt and, where the user brought none, filled from the others. Knows
-nothing about files and settings.
+Each table is cleaned, split by prompt and, if the user gave no source, derived from the others.
+This module knows nothing about files and settings.
 """
 
 from collections import Counter
@@ -11,17 +11,17 @@ from typing import TypeAlias
 
 import pandas as pd
 
-from rlhf_core.data.formats import Table
+from rlhf_core.data.formats import ParsedSource
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, falls_to_eval, prompt_key
+from rlhf_core.data.prepared import SPLITS, TABLE_KINDS, Split, TableKind, falls_to_eval, prompt_key
 from rlhf_core.data.validation import drop_useless
 
 _LISTED = 20  # bad rows of a table that the report names
 
 
 @dataclass(frozen=True)
-class Assembled:
-    """One table on its way: prepared columns, `split`, and `key` to recognise a prompt by."""
+class CleanTable:
+    """One cleaned table: the prepared columns, `split`, and the `key` of each prompt."""
 
     frame: pd.DataFrame
     source: str
@@ -31,17 +31,17 @@ class Assembled:
     unread: tuple[str, ...] = ()
 
     def side(self, split: Split) -> pd.DataFrame:
-        """The rows of one side."""
+        """The rows of one side of the split."""
         return self.frame[self.frame["split"] == split]
 
 
-Tables: TypeAlias = dict[Kind, Assembled]
+CleanTables: TypeAlias = dict[TableKind, CleanTable]
 
 
-def assemble(kind: Kind, parts: Mapping[str, Table]) -> Assembled:
-    """The sources of one table together, without what teaches nothing.
+def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
+    """Join the sources of one table and drop the rows that teach nothing.
 
-    `parts` names the side of each source: "train", "eval", or "" where its prompts decide.
+    `parts` maps a split to its source: "train", "eval", or "" when the prompts decide.
     """
     frames = [table.frame.assign(split=split) for split, table in parts.items()]
     kept, dropped = drop_useless(pd.concat(frames, ignore_index=True), kind)
@@ -49,7 +49,7 @@ def assemble(kind: Kind, parts: Mapping[str, Table]) -> Assembled:
     dropped.update(fault.category for fault in faults)
     for table in parts.values():
         dropped.update(table.skipped)
-    return Assembled(
+    return CleanTable(
         frame=kept.assign(key=kept["prompt"].map(prompt_key)),
         source=" and ".join(table.source for table in parts.values()),
         rows=sum(table.rows for table in parts.values()),
@@ -59,30 +59,34 @@ def assemble(kind: Kind, parts: Mapping[str, Table]) -> Assembled:
     )
 
 
-def split_by_prompt(tables: Tables, fraction: float, seed: int) -> Tables:
-    """Every row on one side, all rows of a prompt on the same.
+def split_by_prompt(tables: CleanTables, fraction: float, seed: int) -> CleanTables:
+    """Assign every row to train or eval, all rows of a prompt to the same.
 
-    Where the user brought evaluation data, they decide for their prompts in the other tables too;
-    a prompt that they themselves put on both sides stays there, for `shared_prompts` to find.
+    The user's own evaluation data decide for their prompts in the other tables too. A prompt that
+    the user put on both sides stays there, and `shared_prompts` finds it.
     """
     side: dict[str, str] = {}
-    for split in SPLITS:  # evaluation last: where sources disagree, the other tables follow it
+    for split in SPLITS:  # evaluation last, so it wins where sources disagree
         for table in tables.values():
             side |= dict.fromkeys(table.side(split)["key"], split)
     undecided = {key for table in tables.values() for key in table.frame["key"]} - side.keys()
     side |= {k: "eval" if falls_to_eval(k, seed, fraction) else "train" for k in undecided}
     return {
-        kind: replace(table, frame=_placed(table.frame, side)) for kind, table in tables.items()
+        kind: replace(table, frame=_assign_split(table.frame, side))
+        for kind, table in tables.items()
     }
 
 
-def _placed(frame: pd.DataFrame, side: Mapping[str, str]) -> pd.DataFrame:
+def _assign_split(frame: pd.DataFrame, side: Mapping[str, str]) -> pd.DataFrame:
     return frame.assign(split=frame["split"].where(frame["split"] != "", frame["key"].map(side)))
 
 
-def fill(tables: Tables) -> Tables:
-    """Tables that the user did not bring: the answers that won (in no tie) as demonstrations, and
-    the distinct prompts of the other two tables as prompts."""
+def fill(tables: CleanTables) -> CleanTables:
+    """Derive the tables that the user did not provide.
+
+    Demonstrations are the answers that won a vote (no ties); prompts are the distinct prompts of
+    the other two tables.
+    """
     preferences = tables["preferences"].frame
     filled = dict(tables)
     if "demonstrations" not in filled:
@@ -95,16 +99,16 @@ def fill(tables: Tables) -> Tables:
     if "prompts" not in filled:
         both = pd.concat([preferences, filled["demonstrations"].frame])
         filled["prompts"] = _derived(both, "prompts of the other tables")
-    return {kind: filled[kind] for kind in KINDS}
+    return {kind: filled[kind] for kind in TABLE_KINDS}
 
 
-def _derived(frame: pd.DataFrame, source: str, *distinct: str) -> Assembled:
+def _derived(frame: pd.DataFrame, source: str, *distinct: str) -> CleanTable:
     kept = frame.drop_duplicates(["split", "key", *distinct])
-    return Assembled(kept, source, len(kept), Counter())
+    return CleanTable(kept, source, len(kept), Counter())
 
 
-def shared_prompts(tables: Tables) -> list[str]:
-    """The keys of all prompts that stand on both sides, in whichever tables."""
+def shared_prompts(tables: CleanTables) -> list[str]:
+    """The keys of all prompts that are on both sides of the split, across all tables."""
     train, evaluation = (
         {key for table in tables.values() for key in table.side(split)["key"]} for split in SPLITS
     )

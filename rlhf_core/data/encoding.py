@@ -1,7 +1,7 @@
-"""From text to tokens, the same way in every stage. Knows tokenizers; knows nothing about models.
+"""Encode text as tokens, in the same way in every stage. Knows tokenizers, but not models.
 
-A training text is `prompt tokens + response tokens + end of sequence`; prompt and response are
-tokenised apart, so that what a policy is asked is exactly what it was trained on.
+A training text is `prompt tokens + response tokens + end of sequence`. Prompt and response are
+tokenised separately, so that a policy is prompted with exactly the tokens it was trained on.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Prompt: TypeAlias = str | list[Message]
 
 PAD_TOKEN = "<|pad|>"
 
-# For tokenizers that bring no template: the plain dialogue of the HH-RLHF data.
+# For tokenizers without a template: the plain dialogue format of the HH-RLHF data.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}"
@@ -34,7 +34,7 @@ PLAIN_CHAT_TEMPLATE = (
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that a policy continues: a string as it is, messages through the chat template.
 
-    Raises: DataError when the template refuses the messages.
+    Raises: DataError when the template rejects the messages.
     """
     if isinstance(prompt, str):
         return prompt
@@ -46,14 +46,14 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     except TemplateError as error:
         start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in prompt[:3])
         raise DataError(
-            f"the model's chat template refuses the messages ({start} ...): {error}; mend these "
+            f"the model's chat template rejects the messages ({start} ...): {error}; fix these "
             "rows, or leave them out"
         ) from error
     return str(rendered)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one."""
+    """Prompt tokens, with one begin-of-sequence token if the tokenizer uses it."""
     ids: list[int] = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False).input_ids
     bos = tokenizer.bos_token_id
     uses_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
@@ -61,7 +61,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Response tokens, closed by the end-of-sequence token."""
+    """Response tokens, ending with the end-of-sequence token."""
     ids: list[int] = tokenizer(response, add_special_tokens=False).input_ids
     return [*ids, tokenizer.eos_token_id]
 
@@ -71,10 +71,10 @@ def encode_pair(
 ) -> tuple[list[int], int, bool]:
     """Tokens of prompt and response, at most `max_length` of them.
 
-    A text that is too long loses the end of its response, and the start of its prompt where the
-    prompt alone would leave the response less than half of the room.
+    A text that is too long is cut at the end of its response. If the prompt leaves the response
+    less than half of `max_length`, the prompt is cut at its start as well.
 
-    Returns: tokens, how many of them belong to the prompt, and whether anything was cut.
+    Returns: the tokens, how many of them belong to the prompt, and whether anything was cut.
     """
     if not isinstance(prompt, str) and tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE):
         response = " " + response.lstrip()  # the plain template writes "Assistant: " and the text
@@ -93,7 +93,7 @@ def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenize
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, max_length: int) -> PromptBatch:
-    """Prompts as one batch, padded on the left; a longer one keeps its last `max_length` tokens."""
+    """Prompts as one batch, padded on the left; longer ones keep their last `max_length` tokens."""
     kept = [row[-max_length:] for row in rows]
     width = max(map(len, kept))
     ids = [[pad_token_id] * (width - len(row)) + list(row) for row in kept]
@@ -102,7 +102,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, max_length: int) 
 
 
 def right_pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length -> (B, T) tensor filled up on the right, and its (B, T) mask."""
+    """Rows of unequal length -> (B, T) tensor padded on the right, and its (B, T) mask."""
     width = max(map(len, rows))
     ids = [list(row) + [fill] * (width - len(row)) for row in rows]
     mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]

@@ -1,6 +1,6 @@
-"""From the rows that a user brings to the prepared columns of `rlhf_core.data.prepared`.
+"""Convert the rows of a user's source into the prepared columns of `rlhf_core.data.prepared`.
 
-A source of preferences holds one of these, and the first that its fields allow is taken:
+A source of preferences has one of these formats; the first that its fields allow is used:
 
     prompt, chosen, rejected           texts, or the messages of the answer or the whole dialogue
     chosen, rejected                   whole dialogues: messages, or the text format of HH-RLHF
@@ -9,8 +9,8 @@ A source of preferences holds one of these, and the first that its fields allow 
                                        "shown_first", "time", "gold"}; or with one `vote` (or
                                        `preference`)
 
-Each vote becomes a row. Chosen and rejected are the vote "a" on them. How a vote was cast may be
-said too: `rlhf_core.data.vote_details`.
+Each vote becomes a row. Chosen and rejected become response_a and response_b with the vote "a". A
+source may also record how a vote was cast: `rlhf_core.data.vote_details`.
 
 Demonstrations are `prompt`, `response`, or whole dialogues in `messages`; prompts are `prompt`.
 """
@@ -27,13 +27,13 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from rlhf_core.data.encoding import Message, Prompt
-from rlhf_core.data.prepared import COLUMNS, Kind, writable
-from rlhf_core.data.sources import Fault, Row, Rows
+from rlhf_core.data.prepared import COLUMNS, TableKind, writable
+from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.data.vote_details import DETAILS, OF_A_VOTE, READERS, UnlikeError, first_unlike
 from rlhf_core.errors import DataError
 
-# What a source may hold, and so what can be mapped to a field of another name.
-FIELDS: Mapping[Kind, tuple[str, ...]] = {
+# The fields that a source may have, each of which can be mapped to another name.
+FIELDS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("id", "prompt", "response", "messages"),
     "preferences": (
         *("id", "prompt", "chosen", "rejected", "margin", "annotator"),
@@ -44,11 +44,11 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Table:
-    """One source in the prepared columns, and what became of the rows that are not in it.
+class ParsedSource:
+    """One source in the prepared columns, and the rows that were left out of it.
 
-    A source row with several votes gives several examples; `ballot` tells anonymous votes of the
-    same row apart, so that they are not taken for duplicates.
+    A source row with several votes gives several examples; `ballot` distinguishes anonymous votes
+    of the same row, so that they are not dropped as duplicates.
     """
 
     frame: pd.DataFrame  # COLUMNS of its kind, and `ballot`
@@ -56,15 +56,15 @@ class Table:
     rows: int
     faults: Sequence[Fault]
     skipped: Mapping[str, int]  # reason -> rows
-    unread: Sequence[str] = ()  # columns that are ours by their name and not by what is in them
+    unread: Sequence[str] = ()  # notes on columns that have a name of ours but other content
 
 
-def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
-    """Bring the rows of a source into the prepared columns.
+def parse(source: SourceRows, kind: TableKind, names: Mapping[str, str]) -> ParsedSource:
+    """Convert the rows of a source into the prepared columns.
 
-    `names` maps a field of ours to the source's own name for it.
+    `names` maps our field names to those of the source.
 
-    Raises: DataError when the source is empty or lacks a field altogether. Single bad rows are
+    Raises: DataError when the source is empty or lacks a required field. Single bad rows are
     returned as `faults`.
     """
     if not source.rows and not source.unreadable:
@@ -73,14 +73,14 @@ def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
     convert = _converter(source, columns, kind, names)
     details, unread = _details(source, kind, names, sided=convert is not _pair)
     with_prompt = names.get("prompt", "prompt") in columns
-    place = Path(source.source)
+    path = Path(source.source)
     examples: list[Row] = []
     faults, skipped = list(source.unreadable), Counter[str]()
     for number, values in source.rows:
-        row = _Row(values, names, with_prompt, details, place.name)
+        row = _Row(values, names, with_prompt, details, path.name)
         try:
-            own = {"id": row.label("id") or f"{place.stem}-{number}", "ballot": 0}
-            examples += [{**own, **example} for example in convert(row)]
+            common = {"id": row.label("id") or f"{path.stem}-{number}", "ballot": 0}
+            examples += [{**common, **example} for example in convert(row)]
         except _BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
             faults.append(Fault(*where, bad.category, bad.reason))
@@ -89,12 +89,12 @@ def parse(source: Rows, kind: Kind, names: Mapping[str, str]) -> Table:
     frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
-    return Table(frame, source.source, rows, faults, skipped, unread)
+    return ParsedSource(frame, source.source, rows, faults, skipped, unread)
 
 
 _Converter: TypeAlias = Callable[["_Row"], list[Row]]
 _BALLOTS = ("votes", "vote", "preference")
-_NEEDED: Mapping[Kind, str] = {
+_NEEDED: Mapping[TableKind, str] = {
     "demonstrations": "'prompt' and 'response', or 'messages'",
     "preferences": "'chosen' and 'rejected' (with 'prompt', or as whole dialogues), or 'prompt', "
     "'response_a', 'response_b' and 'votes' (or 'vote')",
@@ -103,43 +103,43 @@ _NEEDED: Mapping[Kind, str] = {
 
 
 def _converter(
-    source: Rows, columns: Sequence[str], kind: Kind, names: Mapping[str, str]
+    source: SourceRows, columns: Sequence[str], kind: TableKind, names: Mapping[str, str]
 ) -> _Converter:
     if not columns:
-        return lambda row: []  # not one row could be read: the faults will tell
+        return lambda row: []  # no row could be read: the faults report it
     listed = ", ".join(columns)
     for field, name in names.items():
         in_votes = field in OF_A_VOTE and any(name in vote for _, vote in _votes(source, names))
         if name not in columns and not in_votes:
             raise DataError(
-                f"{source.source} has no field '{name}', which data.{kind}.fields gives for "
+                f"{source.source} has no field '{name}', which data.{kind}.fields maps to "
                 f"'{field}'; its fields are: {listed}"
             )
     here = {field for field in FIELDS[kind] if names.get(field, field) in columns}
     converter = _choose(kind, here, names)
     if converter is None:
         raise DataError(
-            f"{source.source} holds no {kind}: they need {_NEEDED[kind]}, and its fields are: "
-            f"{listed}; name the right ones in data.{kind}.fields"
+            f"{source.source} has no {kind}: they need {_NEEDED[kind]}, but its fields are: "
+            f"{listed}; map the right ones in data.{kind}.fields"
         )
     return converter
 
 
 def _details(
-    source: Rows, kind: Kind, names: Mapping[str, str], *, sided: bool
+    source: SourceRows, kind: TableKind, names: Mapping[str, str], *, sided: bool
 ) -> tuple[frozenset[str], Sequence[str]]:
-    """The details of a vote that are read, and a note of each column that only has such a name."""
+    """The vote details to read, and a note on each column with such a name but other content."""
     if kind != "preferences":
         return frozenset(), ()
     read, notes = set(names) & set(DETAILS), []
     if "shown_first" in names and not sided:
         raise DataError(
             f"data.{kind}.fields names '{names['shown_first']}' of {source.source} as the answer "
-            "that was shown first, but chosen and rejected have no sides; bring 'response_a', "
-            "'response_b' and 'vote', or take shown_first out of the fields"
+            "that was shown first, but chosen and rejected have no sides; use 'response_a', "
+            "'response_b' and 'vote', or remove shown_first from the fields"
         )
     for field in DETAILS:
-        if field in names or field in names.values():  # mapped, or another field's by mapping
+        if field in names or field in names.values():  # mapped, or mapped to another field
             continue
         values = [(number, row[field]) for number, row in source.rows if field in row]
         if field in OF_A_VOTE:
@@ -155,7 +155,7 @@ def _details(
             number, reason = odd
             notes.append(
                 f"{source.source}, {source.unit} {number}, field '{field}': {reason}, so the field "
-                f"is taken for one of another meaning and is not read; if it is meant, map it in "
+                f"is assumed to mean something else and is not read; if it is ours, map it in "
                 f"data.{kind}.fields"
             )
         else:
@@ -163,8 +163,8 @@ def _details(
     return frozenset(read), notes
 
 
-def _votes(source: Rows, names: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
-    """The votes of a source that are objects, each with the number of its row."""
+def _votes(source: SourceRows, names: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+    """The votes of a source that are objects, each with its row number."""
     listed = names.get("votes", "votes")
     for number, row in source.rows:
         votes = row.get(listed)
@@ -173,7 +173,7 @@ def _votes(source: Rows, names: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
                 yield number, vote
 
 
-def _choose(kind: Kind, here: set[str], names: Mapping[str, str]) -> _Converter | None:
+def _choose(kind: TableKind, here: set[str], names: Mapping[str, str]) -> _Converter | None:
     if kind == "prompts":
         return _prompt if "prompt" in here else None
     if kind == "demonstrations":
@@ -182,7 +182,7 @@ def _choose(kind: Kind, here: set[str], names: Mapping[str, str]) -> _Converter 
         return partial(_demonstration, field="messages") if "messages" in here else None
     if {"chosen", "rejected"} <= here:
         return _pair
-    # A field that the user mapped goes before one that happens to be there.
+    # A field that the user mapped takes precedence over one that is merely present.
     ballots = [field for field in _BALLOTS if field in here]
     ballot = min(ballots, key=lambda field: field not in names, default=None)
     if ballot and {"response_a", "response_b"} <= here:
@@ -207,7 +207,7 @@ def _pair(row: "_Row") -> list[Row]:
 
 
 def _voted_pair(row: "_Row", field: str) -> list[Row]:
-    """One preference a vote."""
+    """One preference for each vote."""
     prompt, a, b = _sides(row, "response_a", "response_b")
     answers = {"prompt": prompt, "response_a": a, "response_b": b}
     known, anonymous = {"margin": row.margin(), "source": row.source()}, Counter[str]()
@@ -229,7 +229,7 @@ def _sides(row: "_Row", first: str, second: str) -> tuple[Prompt, str, str]:
 
 
 class _SkippedRowError(Exception):
-    """A sound row that holds nothing to learn from; the message is the reason."""
+    """A valid row with nothing to learn from; the message is the reason."""
 
 
 class _BadRowError(Exception):
@@ -249,16 +249,16 @@ _TYPES: Mapping[type, str] = {
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a source, asked for by our field names; whatever it returns is sound."""
+    """One row of a source, accessed by our field names; every value it returns is validated."""
 
     values: Row
     names: Mapping[str, str]
     with_prompt: bool  # the source has a field for the prompt
-    details: frozenset[str]  # of a vote, that are read
+    details: frozenset[str]  # the details of a vote to read
     file: str  # the name of the source
 
     def label(self, field: str) -> str:
-        """An id or annotator: text or a whole number; empty when not given."""
+        """An id or annotator: text or a whole number; empty when absent."""
         value = self._get(field)
         if value is None or isinstance(value, str):
             return self._writable(value or "", field)
@@ -267,15 +267,15 @@ class _Row:
         raise self._wrong_type(field, value, "text or a whole number")
 
     def source(self) -> str:
-        """Where the row comes from: what it says itself, else the name of the source."""
+        """Where the row comes from: its own field, or else the name of the source."""
         return str(self._detail("source", {})) or self.file
 
     def cast(self, vote: Row) -> Row:
-        """How a vote was cast: what `vote`, its object in `votes`, says of it, else the row."""
+        """How a vote was cast: from `vote`, its object in `votes`, or else from the row."""
         return {field: self._detail(field, vote) for field in OF_A_VOTE}
 
     def margin(self) -> float:
-        """The margin, 0 when not given."""
+        """The margin, 0 when absent."""
         value = self._get("margin")
         if value is None or value == "":
             return 0.0
@@ -288,14 +288,14 @@ class _Row:
         return margin
 
     def prompt(self) -> Prompt:
-        """The prompt: text, or messages that ask for an answer."""
+        """The prompt: text, or messages that end with a user's."""
         value = self._get("prompt")
         if not isinstance(value, list):
             return self._text(value, "prompt")
         return self._question(self._messages(value, "prompt"), "prompt")
 
     def exchange(self, field: str) -> tuple[Prompt, str]:
-        """The prompt and the answer in `field`, which holds the answer or the whole dialogue."""
+        """The prompt and the answer in `field`, which has the answer or the whole dialogue."""
         value = self._get(field)
         if isinstance(value, list):
             dialogue = self._messages(value, field)
@@ -304,13 +304,12 @@ class _Row:
         else:
             dialogue = self._turns(self._text(value, field), field)
         if dialogue[-1]["role"] != "assistant":
-            raise self._bad(field, "bad messages", "does not end with an answer of the assistant")
-        return self._asked(dialogue[:-1], field), dialogue[-1]["content"]
+            raise self._bad(field, "bad messages", "does not end with an assistant message")
+        return self._prompt_of(dialogue[:-1], field), dialogue[-1]["content"]
 
     def votes(self, field: str) -> list[tuple[str, str, Row]]:
-        """Annotator (empty when anonymous), vote and what else its object has, for each vote on a
-        pair."""
-        value = self._given(self._get(field), field)
+        """Annotator (empty when anonymous), vote, and its object's other fields, for each vote."""
+        value = self._required(self._get(field), field)
         if field != "votes":
             return [(self.label("annotator"), self._vote(value, field), {})]
         if not isinstance(value, list):
@@ -337,13 +336,13 @@ class _Row:
         found = _TYPES.get(type(value), f"of type {type(value).__name__}")
         return self._bad(field, "wrong type", f"{where}is {found}, not {wanted}")
 
-    def _given(self, value: Any, field: str, where: str = "") -> Any:
+    def _required(self, value: Any, field: str, where: str = "") -> Any:
         if value is None:
             raise self._bad(field, "missing", f"{where}is missing")
         return value
 
     def _text(self, value: Any, field: str, where: str = "") -> str:
-        if not isinstance(self._given(value, field, where), str):
+        if not isinstance(self._required(value, field, where), str):
             raise self._wrong_type(field, value, "text", where)
         if not value or value.isspace():
             raise self._bad(field, "empty text", f"{where}is empty")
@@ -351,12 +350,12 @@ class _Row:
 
     def _writable(self, text: str, field: str, where: str = "") -> str:
         if not writable(text):
-            raise self._bad(field, "broken text", f"{where}holds half of a surrogate pair")
+            raise self._bad(field, "broken text", f"{where}has half of a surrogate pair")
         return text
 
     def _messages(self, value: Sequence[Any], field: str) -> list[Message]:
         if not value:
-            raise self._bad(field, "empty text", "is a list without messages")
+            raise self._bad(field, "empty text", "is an empty list of messages")
         return [self._message(entry, f"message {n} ", field) for n, entry in enumerate(value, 1)]
 
     def _message(self, entry: Any, where: str, field: str) -> Message:
@@ -373,29 +372,29 @@ class _Row:
         """The messages of a dialogue in the text format of HH-RLHF."""
         before, *turns = _TURN.split("\n\n" + text.lstrip())
         if before or not turns:
-            reason = "is no dialogue (messages, or turns that begin with 'Human:' and 'Assistant:')"
-            raise self._bad(field, "bad messages", f"{reason}, and there is no prompt beside it")
+            reason = "is not a dialogue (messages, or turns that begin with 'Human:'/'Assistant:')"
+            raise self._bad(field, "bad messages", f"{reason}, and the source has no prompt field")
         entries = [
-            {"role": _SPEAKERS[speaker], "content": said.strip()}
-            for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+            {"role": _SPEAKERS[speaker], "content": content.strip()}
+            for speaker, content in zip(turns[::2], turns[1::2], strict=True)
         ]
         return self._messages(entries, field)
 
-    def _asked(self, context: list[Message], field: str) -> Prompt:
-        """What a dialogue says before its answer, if a prompt beside it does not contradict."""
+    def _prompt_of(self, context: list[Message], field: str) -> Prompt:
+        """The dialogue before its answer, checked against the prompt field if there is one."""
         if not self.with_prompt:
             return self._question(context, field)
         prompt = self.prompt()
         if not context or context == prompt:
             return prompt
-        said = [message["content"].strip() for message in context]
-        if isinstance(prompt, list) or prompt.strip() not in said:
+        contents = [message["content"].strip() for message in context]
+        if isinstance(prompt, list) or prompt.strip() not in contents:
             raise self._bad(field, "bad messages", "is a dialogue that does not contain the prompt")
         return self._question(context, field)
 
     def _question(self, context: list[Message], field: str) -> list[Message]:
         if not context or context[-1]["role"] != "user":
-            raise self._bad(field, "bad messages", "has no question of the user to be answered")
+            raise self._bad(field, "bad messages", "does not end with a user message to answer")
         return context
 
     def _ballot(self, entry: Any, field: str) -> tuple[str, str, Row]:

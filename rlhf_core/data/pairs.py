@@ -1,4 +1,4 @@
-"""Preferences as tokens: what the reward model and DPO learn from."""
+"""Preferences as tokens, for the reward model and DPO."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,19 +17,19 @@ class Pair(NamedTuple):
 
     chosen: list[int]
     rejected: list[int]
-    starts: tuple[int, int]  # where the responses begin, at least 1
+    starts: tuple[int, int]  # index of the first token of each response, at least 1
     tie: bool
     margin: float
     truncated: bool
 
 
 def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
-    """The votes of a table with `chosen`, `rejected` and `tie` beside them.
+    """The votes of a table with the added columns `chosen`, `rejected` and `tie`.
 
     vote "a"      chosen = response_a, rejected = response_b
     vote "b"      chosen = response_b, rejected = response_a
     vote "tie"    chosen = response_a, rejected = response_b, tie = True: nobody won, and
-                  whoever learns from a tie gives it the same weight either way round
+                  a loss must be symmetric in the two
     """
     second = votes["vote"] == "b"
     return votes.assign(
@@ -42,9 +42,9 @@ def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
 def encode_pairs(
     table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Pair]:
-    """The votes of a table.
+    """Encode the votes of a table.
 
-    Raises: DataError when there is none.
+    Raises: DataError when there are none.
     """
     if table.empty:
         raise DataError(
@@ -57,7 +57,7 @@ def encode_pairs(
     for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
         chosen, head, cut = encode_pair(prompt, winner, tokenizer, max_length)
         rejected, other_head, also_cut = encode_pair(prompt, loser, tokenizer, max_length)
-        # Nobody won a tie by a margin, whatever the row says of the votes beside it.
+        # A tie has no margin, whatever the row has for its other votes.
         lead = 0.0 if tie else float(margin)
         starts = max(head, 1), max(other_head, 1)
         pairs.append(Pair(chosen, rejected, starts, bool(tie), lead, cut or also_cut))
@@ -65,18 +65,18 @@ def encode_pairs(
 
 
 def smoothing(pairs: Sequence[Pair], label_smoothing: float, device: torch.device) -> Tensor:
-    """(B,) how likely each vote is the wrong way round: a tie is as likely either way."""
+    """(B,) probability that each vote is the wrong way round: 0.5 for a tie."""
     ties = torch.tensor([pair.tie for pair in pairs], device=device)
     return torch.where(ties, 0.5, label_smoothing)
 
 
 def half_for_ties(gap: Tensor) -> Tensor:
-    """1 where the gap is positive, 1/2 where it is 0, 0 elsewhere."""
+    """1 where the gap is positive, 1/2 where it is 0, and 0 where it is negative."""
     return (gap.sign().float() + 1) / 2
 
 
 def prompt_numbers(table: pd.DataFrame) -> Tensor:
-    """(N,) which prompt each vote is about."""
+    """(N,) number of the prompt that each vote is about."""
     return torch.from_numpy(pd.factorize(table["prompt"].map(str))[0]).long()
 
 
@@ -85,5 +85,5 @@ def require_decided(decided: Tensor) -> None:
     if not decided.any():
         raise DataError(
             "the held-out preferences are all ties, so no accuracy can be measured; raise "
-            "data.eval_fraction or bring evaluation pairs with a winner"
+            "data.eval_fraction or add evaluation pairs with a winner"
         )

@@ -1,4 +1,4 @@
-"""The three prepared tables of the pipeline: columns, files, and which prompts are for evaluation.
+"""The three prepared tables of the pipeline: columns, files, and the split by prompt.
 
     demonstrations   {id, prompt, response}
     preferences      {id, prompt, response_a, response_b, vote, shown_first, annotator, gold,
@@ -6,17 +6,17 @@
     prompts          {id, prompt}
 
 A prompt is raw text or a list of chat messages; an answer is always text. A row of the preferences
-is one vote, as it was cast; the votes on one pair are rows that share its id:
+is one vote, as it was cast; the votes on one pair share its id:
 
     vote             "a", "b" or "tie"
-    shown_first      which answer the annotator saw first, "a" or "b"; "" where that is not known
+    shown_first      which answer the annotator saw first, "a" or "b"; "" if unknown
     annotator        who voted; "" for an anonymous vote
-    gold             whether the right answer is known, as for a control question
-    margin           by how much the winner should win, in raw reward; 0 where none was given
-    time             when the vote was cast, as the source has it; "" where that is not known
+    gold             whether the right answer is known, as in a control question
+    margin           by how much the winner should win, in raw reward; 0 if none was given
+    time             when the vote was cast, as the source has it; "" if unknown
     source           where the row comes from
 
-Who won is derived from them where it is needed: `rlhf_core.data.pairs.with_winners`.
+`rlhf_core.data.pairs.with_winners` derives who won.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from rlhf_core.data.encoding import Prompt
 from rlhf_core.digests import tree_digest
 from rlhf_core.errors import DataError
 
-Kind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
+TableKind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Split: TypeAlias = Literal["train", "eval"]
 
-KINDS: tuple[Kind, ...] = ("demonstrations", "preferences", "prompts")
+TABLE_KINDS: tuple[TableKind, ...] = ("demonstrations", "preferences", "prompts")
 SPLITS: tuple[Split, ...] = ("train", "eval")
-COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("id", "prompt", "response"),
     "preferences": (
         *("id", "prompt", "response_a", "response_b", "vote", "shown_first"),
@@ -46,36 +46,36 @@ COLUMNS: Mapping[Kind, tuple[str, ...]] = {
 }
 
 
-def identity(prompt: Prompt) -> str:
-    """A text that is the same for equal prompts and for no others."""
+def canonical_prompt(prompt: Prompt) -> str:
+    """A prompt as text: equal for equal prompts and for no others."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """What two prompts share when a model would be asked the same: white space counts once, and a
-    single user message is its text."""
+    """A key that is equal for prompts that ask the same: runs of white space count as one space,
+    and a single user message counts as its text."""
     if not isinstance(prompt, str):
         single = len(prompt) == 1 and prompt[0]["role"] == "user"
-        prompt = prompt[0]["content"] if single else identity(prompt)
+        prompt = prompt[0]["content"] if single else canonical_prompt(prompt)
     return " ".join(prompt.split())
 
 
 def falls_to_eval(key: str, seed: int, fraction: float) -> bool:
-    """Whether a prompt belongs to evaluation: a hash of seed and prompt key, so the same in every
-    table, row order and process."""
+    """Whether a prompt is for evaluation: decided by a hash of seed and prompt key, so it is the
+    same in every table, row order and process."""
     digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
 def training_texts(demonstrations: pd.DataFrame) -> Iterator[str]:
-    """Prompts and responses as plain texts: what a fresh tokenizer is trained on."""
+    """Prompts and responses as plain texts, for training a fresh tokenizer."""
     for prompt, response in zip(demonstrations["prompt"], demonstrations["response"], strict=True):
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         yield "\n".join([*(message["content"] for message in messages), response])
 
 
 def writable(text: str) -> bool:
-    """Whether a table can hold a text: half of a surrogate pair has no place in UTF-8."""
+    """Whether a text can be written: UTF-8 cannot encode half of a surrogate pair."""
     if text.isascii():
         return True
     try:
@@ -85,7 +85,7 @@ def writable(text: str) -> bool:
     return True
 
 
-def write_table(frame: pd.DataFrame, directory: Path, kind: Kind, split: Split) -> None:
+def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:
     """Write one prepared table as JSON lines."""
     records = frame[list(COLUMNS[kind])].to_dict("records")
     # Not DataFrame.to_json, which rounds numbers to ten digits.
@@ -93,13 +93,12 @@ def write_table(frame: pd.DataFrame, directory: Path, kind: Kind, split: Split) 
     _file(directory, kind, split).write_text(text, encoding="utf-8", newline="\n")
 
 
-def read_table(directory: Path, kind: Kind, split: Split) -> pd.DataFrame:
+def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
     """One prepared table. Texts and messages are objects, `gold` is bool, `margin` float.
 
-    Votes that an earlier version prepared, in which the winner stands first, are brought into the
-    columns of today.
+    Votes prepared by version 0.1.0, with the winner first, are converted to the current columns.
 
-    Raises: DataError when the directory does not hold it.
+    Raises: DataError when the directory does not have it.
     """
     path = _file(directory, kind, split)
     if not path.is_file():
@@ -114,7 +113,7 @@ def read_table(directory: Path, kind: Kind, split: Split) -> pd.DataFrame:
 
 
 def _as_cast(record: dict[str, Any]) -> dict[str, Any]:
-    """A vote in the columns of today; version 0.1.0 wrote `chosen`, `rejected` and `tie`."""
+    """A vote in the current columns; version 0.1.0 wrote `chosen`, `rejected` and `tie`."""
     if "chosen" not in record:
         return record
     answers = {"response_a": record["chosen"], "response_b": record["rejected"]}
@@ -124,12 +123,12 @@ def _as_cast(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(directory: Path) -> str:
-    """Sixteen hexadecimal digits that change with any byte of the prepared tables.
+    """A digest of the prepared tables, sixteen hexadecimal digits.
 
-    `validation.json` is left out: token counts change with the tokenizer, the data do not.
+    `validation.json` is excluded: its token counts change with the tokenizer, the data do not.
     """
     return tree_digest(directory, "*.jsonl")[:16]
 
 
-def _file(directory: Path, kind: Kind, split: Split) -> Path:
+def _file(directory: Path, kind: TableKind, split: Split) -> Path:
     return directory / f"{kind}.{split}.jsonl"

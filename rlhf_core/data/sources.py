@@ -1,7 +1,7 @@
-"""Files, folders and hub data sets as rows, each with the place where it stands.
+"""Read files, folders and hub data sets as numbered rows.
 
-Knows formats; knows nothing about what a row means. Nothing is unpickled, and no code that comes
-with a data set runs.
+This module knows file formats, not what a row means. Nothing is unpickled, and code shipped with a
+data set never runs.
 """
 
 import csv
@@ -29,28 +29,30 @@ Unit = Literal["line", "row"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row, and where it stands."""
+    """What is wrong with a row, and where it is."""
 
     source: str
     unit: Unit
     number: int  # counted from 1
-    field: str  # the file's own name; empty when the whole row is at fault
-    category: str  # what the report counts
+    field: str  # its name in the file; empty when the whole row is bad
+    category: str  # under which the report counts it
     reason: str
 
     def __str__(self) -> str:
-        place = f"{self.source}, {self.unit} {self.number}"
+        where = f"{self.source}, {self.unit} {self.number}"
         return (
-            f"{place}, field '{self.field}': {self.reason}"
+            f"{where}, field '{self.field}': {self.reason}"
             if self.field
-            else f"{place}: {self.reason}"
+            else f"{where}: {self.reason}"
         )
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one source, numbered by the line they begin on, or by row where a format has
-    no lines, and the lines that could not be read."""
+class SourceRows:
+    """The rows of one source, and the lines that could not be read.
+
+    Rows are numbered by the line on which they begin, or by row if the format has no lines.
+    """
 
     source: str
     unit: Unit
@@ -62,13 +64,13 @@ class Rows:
         return list(dict.fromkeys(name for _, row in self.rows for name in row))
 
 
-def read_rows(path: str, *, split: str, subset: str, limit: int) -> Rows:
+def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
     """The rows of a file, a `save_to_disk` folder or a Hugging Face data set.
 
     `path` is a .jsonl, .json, .csv or .parquet file (.gz too), a folder or a hub id; `split` and
-    `subset` choose within the latter two; `limit` keeps the first rows alone, 0 keeps all.
+    `subset` choose within the latter two; `limit` keeps only the first rows, 0 keeps all.
 
-    Raises: DataError when there is nothing at `path`, or it cannot be read.
+    Raises: DataError when `path` does not exist or cannot be read.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -80,7 +82,7 @@ def read_rows(path: str, *, split: str, subset: str, limit: int) -> Rows:
     return _read_hub(path, split, subset, limit)
 
 
-def _format(path: Path) -> Callable[[str, bytes, int], Rows] | None:
+def _format(path: Path) -> Callable[[str, bytes, int], SourceRows] | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
@@ -95,11 +97,11 @@ def _nearest(path: Path) -> str:
     )
 
 
-def _read_file(path: Path, limit: int) -> Rows:
+def _read_file(path: Path, limit: int) -> SourceRows:
     read = _format(path)
     if read is None:
         raise DataError(
-            f"{path}: this kind of file is not understood; "
+            f"{path}: this kind of file is not supported; "
             "use .jsonl, .json, .csv or .parquet, plain or as .gz"
         )
     try:
@@ -123,7 +125,7 @@ def _decode(name: str, data: bytes) -> str:
 
 
 class _Collector:
-    """Rows of a text file as they are read, until the limit."""
+    """Collects the rows of a text file, up to the limit."""
 
     def __init__(self, name: str, unit: Unit, limit: int) -> None:
         self.name, self.unit, self.limit = name, unit, limit
@@ -137,18 +139,18 @@ class _Collector:
         if isinstance(row, dict):
             self.rows.append((number, row))
         else:
-            self.reject(number, "is not a JSON object with the fields of a row")
+            self.reject(number, "is not a JSON object with fields")
 
     def reject(self, number: int, reason: str) -> None:
         self.unreadable.append(Fault(self.name, self.unit, number, "", "unreadable", reason))
 
-    def finish(self) -> Rows:
-        return Rows(self.name, self.unit, self.rows, self.unreadable)
+    def finish(self) -> SourceRows:
+        return SourceRows(self.name, self.unit, self.rows, self.unreadable)
 
 
-def _read_json_lines(name: str, data: bytes, limit: int) -> Rows:
+def _read_json_lines(name: str, data: bytes, limit: int) -> SourceRows:
     found = _Collector(name, "line", limit)
-    # str.splitlines would also split at U+2028, which may stand inside a JSON string.
+    # str.splitlines would also split at U+2028, which may occur inside a JSON string.
     for number, line in enumerate(_decode(name, data).split("\n"), start=1):
         if found.full():
             break
@@ -161,8 +163,8 @@ def _read_json_lines(name: str, data: bytes, limit: int) -> Rows:
     return found.finish()
 
 
-def _read_json(name: str, data: bytes, limit: int) -> Rows:
-    """One array of objects, or JSON lines under another name."""
+def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
+    """One array of objects, or JSON lines."""
     text = _decode(name, data)
     if not text.lstrip().startswith("["):
         return _read_json_lines(name, data, limit)
@@ -183,25 +185,25 @@ def _why(error: Exception) -> str:
     return str(error)
 
 
-def _read_csv(name: str, data: bytes, limit: int) -> Rows:
+def _read_csv(name: str, data: bytes, limit: int) -> SourceRows:
     """Every cell stays text: "NA" and "001" are what the author wrote."""
     found = _Collector(name, "line", limit)
     records = _csv_records(name, _decode(name, data))
     _, header = next(records, (1, []))
     if len(set(header)) < len(header):
-        raise DataError(f"{name}, line 1: a column name stands twice in the header; rename one")
+        raise DataError(f"{name}, line 1: a column name occurs twice in the header; rename one")
     for number, cells in records:
         if found.full():
             break
         if len(cells) == len(header):
             found.add(number, dict(zip(header, cells, strict=True)))
         else:
-            found.reject(number, f"has {len(cells)} cells where the header has {len(header)}")
+            found.reject(number, f"has {len(cells)} cells, but the header has {len(header)}")
     return found.finish()
 
 
 def _csv_records(name: str, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line on which it begins; a quoted cell may span several lines."""
+    """Each record with the line on which it begins, since a quoted cell may span lines."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     begins = 1
     with _long_cells():
@@ -218,7 +220,7 @@ def _csv_records(name: str, text: str) -> Iterator[tuple[int, list[str]]]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Cells of any length; the module's own limit is 128 KiB."""
+    """Allow cells of any length; the default limit of `csv` is 128 KiB."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -226,7 +228,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(name: str, data: bytes, limit: int) -> Rows:
+def _read_parquet(name: str, data: bytes, limit: int) -> SourceRows:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
@@ -234,14 +236,14 @@ def _read_parquet(name: str, data: bytes, limit: int) -> Rows:
     return _numbered(name, table.slice(0, limit or None).to_pylist())
 
 
-def _read_folder(path: Path, split: str, limit: int) -> Rows:
+def _read_folder(path: Path, split: str, limit: int) -> SourceRows:
     import datasets  # takes half a second
 
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is a folder that save_to_disk did not write; "
+            f"{path} is a folder that was not written by save_to_disk; "
             "name a file in it, or save the data set with Dataset.save_to_disk"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
@@ -255,7 +257,7 @@ def _read_folder(path: Path, split: str, limit: int) -> Rows:
     return _from_dataset(f"{path} ({split})", dataset, limit)
 
 
-def _read_hub(path: str, split: str, subset: str, limit: int) -> Rows:
+def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
     import datasets
 
     datasets.disable_progress_bars()
@@ -263,20 +265,20 @@ def _read_hub(path: str, split: str, subset: str, limit: int) -> Rows:
         dataset = datasets.load_dataset(path, subset or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"'{path}' is no file or folder here, and the Hugging Face hub did not give it "
-            f"({_first_line(error)}); check the name, the split '{split}' and the subset, and that "
-            "this machine reaches the hub or has the data set in its cache"
+            f"'{path}' is not a local file or folder, and cannot be loaded from the Hugging Face "
+            f"hub ({_first_line(error)}); check the name, the split '{split}' and the subset, and "
+            "that this machine reaches the hub or has the data set in its cache"
         ) from error
     return _from_dataset(f"{path} ({split})", dataset, limit)
 
 
-def _from_dataset(name: str, dataset: Any, limit: int) -> Rows:
+def _from_dataset(name: str, dataset: Any, limit: int) -> SourceRows:
     count = min(limit or len(dataset), len(dataset))
     return _numbered(name, dataset.select(range(count)).to_list())
 
 
-def _numbered(name: str, rows: Sequence[Row]) -> Rows:
-    return Rows(name, "row", list(enumerate(rows, start=1)))
+def _numbered(name: str, rows: Sequence[Row]) -> SourceRows:
+    return SourceRows(name, "row", list(enumerate(rows, start=1)))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""What the data are worth before anything is trained on them: checks, counts and the report.
+"""Check the data before anything is trained on them: checks, counts and the report.
 
-Knows prepared columns and tokenizers; knows nothing about files.
+This module knows prepared columns and tokenizers, but not files.
 """
 
 from collections import Counter
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.encoding import Prompt, encode_prompt, render_prompt
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import Kind, identity
+from rlhf_core.data.prepared import TableKind, canonical_prompt
 from rlhf_core.metrics import Between, uncounted
 
-ANSWERS: Mapping[Kind, tuple[str, ...]] = {
+ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("response",),
     "preferences": ("chosen", "rejected"),
     "prompts": (),
@@ -28,14 +28,14 @@ class _Facts(BaseModel):
 
 
 class TableSummary(_Facts):
-    """What became of one table: examples = train + eval + all that were dropped."""
+    """The outcome for one table: examples = train + eval + dropped."""
 
     source: str = Field(description="Where the rows come from")
     rows: int = Field(description="Rows of the source")
-    examples: int = Field(description="Rows after each vote on a pair has become one")
+    examples: int = Field(description="Rows, with one for each vote on a pair")
     train: int = Field(description="Examples kept for training")
     eval: int = Field(description="Examples kept for evaluation")
-    eval_prompts: int = Field(description="Distinct prompts of these")
+    eval_prompts: int = Field(description="Distinct prompts of the evaluation examples")
     dropped: Mapping[str, int] = Field(description="Examples left out, by reason")
 
 
@@ -52,20 +52,20 @@ class LengthSummary(_Facts):
 
 
 class Validation(_Facts):
-    """The validation report, as it is written to `validation.json`."""
+    """The validation report, written to `validation.json`."""
 
     tables: Mapping[str, TableSummary]
     bad_rows: Sequence[str] = Field(description="The first bad rows: file, line, field, reason")
-    unread: Sequence[str] = Field(description="Columns with a name of ours and other content")
+    unread: Sequence[str] = Field(description="Columns that have a name of ours but other content")
     ties: int = Field(description="Preferences without a winner")
-    known_sides: int = Field(description="Votes of which it is known which answer was shown first")
-    timed: int = Field(description="Votes of which it is known when they were cast")
+    known_sides: int = Field(description="Votes for which the answer shown first is known")
+    timed: int = Field(description="Votes for which the time is known")
     gold: int = Field(description="Votes on pairs whose right answer is known")
-    contradictory_pairs: int = Field(description="Pairs of answers that won against each other")
+    contradictory_pairs: int = Field(description="Pairs in which each answer won against the other")
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
     truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
-    vocabulary: int = Field(description="Tokens that the tokenizer of the model has")
+    vocabulary: int = Field(description="Vocabulary size of the model's tokenizer")
 
     def rows_table(self) -> pd.DataFrame:
         """One row for each table and outcome: train, eval, or the reason for being dropped."""
@@ -91,14 +91,14 @@ def _outcomes(table: TableSummary) -> dict[str, int]:
     return {"train": table.train, "eval": table.eval, **dropped}
 
 
-def drop_useless(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, Counter[str]]:
-    """Without duplicates and pairs of identical answers, and how many of each there were.
+def drop_useless(frame: pd.DataFrame, kind: TableKind) -> tuple[pd.DataFrame, Counter[str]]:
+    """Drop duplicates and pairs of identical answers; return the rest and the counts.
 
-    A duplicate repeats all that counts: prompt and answers, and for a preference who won and who
-    said so. Anonymous votes on one row (`ballot`) are votes of different people. Rows on different
-    sides of a split (`split`) are not compared: that would hide a prompt on both sides.
+    A duplicate repeats prompt and answers, and for a preference also the winner and the annotator.
+    Anonymous votes on one row (`ballot`) are votes of different people. Rows on different sides of
+    a split (`split`) are not compared: that would hide a prompt on both sides.
     """
-    keys = pd.DataFrame({"split": frame["split"], "prompt": frame["prompt"].map(identity)})
+    keys = pd.DataFrame({"split": frame["split"], "prompt": frame["prompt"].map(canonical_prompt)})
     useless = pd.Series(False, index=frame.index)
     if kind == "preferences":
         useless |= frame["response_a"].map(str.strip) == frame["response_b"].map(str.strip)
@@ -111,15 +111,15 @@ def drop_useless(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, Counter
 
 
 def contradictory_pairs(preferences: pd.DataFrame) -> int:
-    """Pairs of answers to one prompt of which each was chosen over the other at least once."""
+    """Count the pairs of answers to one prompt in which each won against the other."""
     decided = preferences[preferences["vote"] != "tie"]
-    matches = decided.assign(prompt=decided["prompt"].map(identity), **_matches(decided))
+    matches = decided.assign(prompt=decided["prompt"].map(canonical_prompt), **_matches(decided))
     winners = matches.groupby(["prompt", "first", "second"])["winner"].nunique()
     return int((winners > 1).sum())
 
 
 def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
-    """Each pair whichever way round it is written, and its winner (none in a tie)."""
+    """Each pair in a canonical order, and its winner ("" for a tie)."""
     pairs = list(zip(frame["response_a"], frame["response_b"], strict=True))
     voted = with_winners(frame)
     winners = voted["chosen"].mask(voted["tie"], "").tolist()
@@ -131,14 +131,14 @@ def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def count_tokens(
-    tables: Mapping[Kind, pd.DataFrame],
+    tables: Mapping[TableKind, pd.DataFrame],
     tokenizer: PreTrainedTokenizerBase,
     between: Between = uncounted,
-) -> dict[Kind, pd.DataFrame]:
-    """Token counts of `prompt` and of the answers, by row, exactly as the stages encode them:
-    a rendered prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
+) -> dict[TableKind, pd.DataFrame]:
+    """Token counts of `prompt` and of the answers, by row, as the stages encode them: a rendered
+    prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
     """
-    distinct = {identity(p): p for frame in tables.values() for p in frame["prompt"]}
+    distinct = {canonical_prompt(p): p for frame in tables.values() for p in frame["prompt"]}
     prompts = _prompt_lengths(distinct, tokenizer, between)
     columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
     texts = list(dict.fromkeys(text for column in columns for text in column))
@@ -146,7 +146,7 @@ def count_tokens(
     answers = {text: len(ids) + 1 for text, ids in zip(texts, encoded, strict=True)}
     return {
         kind: pd.DataFrame(
-            {"prompt": [prompts[identity(prompt)] for prompt in frame["prompt"]]}
+            {"prompt": [prompts[canonical_prompt(prompt)] for prompt in frame["prompt"]]}
             | {name: [answers[text] for text in frame[name]] for name in ANSWERS[kind]},
             index=frame.index,
         )
@@ -158,7 +158,7 @@ def _prompt_lengths(
     prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, between: Between
 ) -> dict[str, int]:
     rendered = [render_prompt(prompt, tokenizer) for prompt in prompts.values()]
-    begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, where one is used
+    begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, if one is used
     return {
         name: len(ids) + len(begin) * (ids[: len(begin)] != begin)
         for name, ids in zip(prompts, _tokenise(rendered, tokenizer, between), strict=True)
@@ -178,7 +178,7 @@ def _tokenise(
         )["input_ids"]
 
 
-def summarise_lengths(counts: Mapping[Kind, pd.DataFrame]) -> list[LengthSummary]:
+def summarise_lengths(counts: Mapping[TableKind, pd.DataFrame]) -> list[LengthSummary]:
     """Mean, median, 95th percentile and longest of each kind of text."""
     return [
         LengthSummary(
@@ -196,9 +196,9 @@ def summarise_lengths(counts: Mapping[Kind, pd.DataFrame]) -> list[LengthSummary
 
 
 def count_truncated(
-    counts: Mapping[Kind, pd.DataFrame], *, prompt: int, sft: int, reward: int, response: int
+    counts: Mapping[TableKind, pd.DataFrame], *, prompt: int, sft: int, reward: int, response: int
 ) -> dict[str, int]:
-    """How many texts are longer than each limit of the later stages (tokens)."""
+    """Count the texts that are longer than each limit of the later stages (tokens)."""
     demonstrations, pairs = counts["demonstrations"], counts["preferences"]
     imitated = demonstrations["prompt"] + demonstrations["response"]
     compared = pairs["prompt"] + pairs[["chosen", "rejected"]].max(axis=1)

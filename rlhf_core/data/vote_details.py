@@ -1,9 +1,9 @@
-"""What a source may say of how a vote was cast: the side shown first, gold, the time, the source.
+"""Optional details of how a vote was cast: the side shown first, gold, the time, the source.
 
-All of it is optional, and the names are common ones: other people's files have a column `gold` with
-the right answer, or a `time` in seconds. So a column that only happens to have such a name is read
-when everything in it looks like ours, and is left aside otherwise, with a note for the report. One
-that the user has mapped is read in any case, and what is wrong in it is a bad row.
+Their names are common ones: other people's files have a column `gold` with the right answer, or a
+`time` in seconds. So a column with such a name is read only if all of its values look like ours;
+otherwise it is skipped, with a note in the report. A column that the user has mapped is always
+read, and a wrong value in it is a bad row.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 from rlhf_core.data.prepared import writable
 
-OF_A_VOTE = ("shown_first", "gold", "time")  # may also stand in the object of a vote in `votes`
+OF_A_VOTE = ("shown_first", "gold", "time")  # may also be fields of a vote's object in `votes`
 DETAILS = (*OF_A_VOTE, "source")
-# A name that a person gives to a source; what is longer is an article or the like.
+# Characters in the name of a source; longer values are articles or the like.
 LONGEST_NAME = 200
 
 
@@ -28,7 +28,7 @@ class UnlikeError(Exception):
 
 
 def shown_first(value: Any) -> str:
-    """The side that was shown first, "a" or "b"; empty when not given."""
+    """The side that was shown first, "a" or "b"; empty when absent."""
     if _missing(value):
         return ""
     side = value.strip().lower() if isinstance(value, str) else ""
@@ -38,19 +38,19 @@ def shown_first(value: Any) -> str:
 
 
 def gold(value: Any) -> bool:
-    """A truth value, or its name as CSV files have it; False when not given."""
+    """A boolean, or its name as in CSV files; False when absent."""
     if _missing(value):
         return False
     if isinstance(value, bool):
         return value
-    said = value.strip().lower() if isinstance(value, str) else ""
-    if said not in ("true", "false"):
+    name = value.strip().lower() if isinstance(value, str) else ""
+    if name not in ("true", "false"):
         raise UnlikeError("bad gold", f"{quote(value)} is neither true nor false")
-    return said == "true"
+    return name == "true"
 
 
 def time(value: Any) -> str:
-    """A time as it came, text or a number; a date of a Parquet file in ISO 8601."""
+    """A time as it is, text or a number; dates of Parquet files as ISO 8601."""
     if _missing(value):
         return ""
     if isinstance(value, date):
@@ -61,7 +61,7 @@ def time(value: Any) -> str:
 
 
 def source(value: Any) -> str:
-    """The name of a source: text or a whole number; empty when not given."""
+    """The name of a source: text or a whole number; empty when absent."""
     if _missing(value):
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -70,21 +70,21 @@ def source(value: Any) -> str:
 
 
 def _missing(value: Any) -> bool:
-    """Nothing, an empty cell, or what pandas writes for nothing."""
+    """None, an empty cell, or NaN, which pandas uses for missing values."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def quote(value: Any) -> str:
-    """A value in an error message."""
+    """A value as it is shown in an error message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _writable(text: str) -> str:
     if not writable(text):
-        raise UnlikeError("broken text", "holds half of a surrogate pair")
+        raise UnlikeError("broken text", "has half of a surrogate pair")
     return text
 
 
@@ -93,7 +93,7 @@ def _moment(value: Any) -> str:
     if isinstance(value, date) or not text:
         return text
     try:
-        # A number may as well be the seconds that an annotator took.
+        # A number might be the seconds that the annotator took.
         datetime.fromisoformat(text if isinstance(value, str) else "")
     except ValueError as error:
         reason = f"{quote(value)} is not a date and time such as 2026-03-01T12:30"
@@ -115,12 +115,12 @@ READERS: Mapping[str, Reader] = {
     "time": time,
     "source": source,
 }
-# What a column has to hold throughout to be taken for ours by its name.
+# Every value of a column must pass these for the column to be read by its name.
 _LOOKS_LIKE: Mapping[str, Reader] = {**READERS, "time": _moment, "source": _name}
 
 
 def first_unlike(field: str, values: Iterable[tuple[int, Any]]) -> tuple[int, str] | None:
-    """The number of the first row that does not look like a field of ours, and why not."""
+    """The number of the first row whose value does not look like ours, and the reason."""
     for number, value in values:
         try:
             _LOOKS_LIKE[field](value)

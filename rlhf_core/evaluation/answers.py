@@ -1,4 +1,4 @@
-"""What a policy writes to the held-out prompts, and everything that is measured of it."""
+"""Sample a policy's answers to the held-out prompts, and measure them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.responses import Written, lay_out, response_logprobs
+from rlhf_core.backbone.responses import ResponseRows, lay_out, response_logprobs
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import (
     Prompt,
@@ -36,10 +36,10 @@ from rlhf_core.types import PromptBatch, Responses
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of an arm: some to each prompt, prompt by prompt."""
+    """The answers of an arm: several to each prompt, prompt by prompt."""
 
     texts: list[str]
-    prompt: Tensor  # (N,) which prompt
+    prompt: Tensor  # (N,) index of the prompt
     tokens: Tensor  # (N,) length
     proxy: Tensor  # (N,) normalised reward-model score
     true: Tensor | None  # (N,)
@@ -61,7 +61,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every arm is measured with."""
+    """The prompts, models and settings with which every arm is measured."""
 
     prompts: list[Prompt]
     sft: Policy
@@ -101,21 +101,21 @@ def answer(
         policy, rows, bench.sampling, generator=draws, between=between, what="answers"
     ):
         bench.logger.phase("scoring", len(texts), len(rows))
-        said = decode_responses(responses.tokens, responses.mask, tokenizer)
-        asked = prompts[len(texts) : len(texts) + len(said)]
-        written = lay_out(batch, responses)
-        proxy.append(reward(asked, written, responses).total)
+        batch_texts = decode_responses(responses.tokens, responses.mask, tokenizer)
+        batch_prompts = prompts[len(texts) : len(texts) + len(batch_texts)]
+        response_rows = lay_out(batch, responses)
+        proxy.append(reward(batch_prompts, response_rows, responses).total)
         if comparable:
             bench.logger.phase("KL to SFT", len(texts), len(rows))
             at = bench.sampling.temperature
-            kl.append(_sums(policy, written, at) - _sums(bench.sft, written, at))
+            kl.append(_sums(policy, response_rows, at) - _sums(bench.sft, response_rows, at))
         else:
-            batch, responses = _encode_again(bench, asked, said, responses)
-            written = lay_out(batch, responses)
+            batch, responses = _reencode(bench, batch_prompts, batch_texts, responses)
+            response_rows = lay_out(batch, responses)
         bench.logger.phase("perplexity under SFT", len(texts), len(rows))
-        texts += said
+        texts += batch_texts
         tokens.append(responses.mask.sum(-1).float())
-        sft_logprob.append(_sums(bench.sft, written, 1.0))
+        sft_logprob.append(_sums(bench.sft, response_rows, 1.0))
     return Answers(
         texts=texts,
         prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
@@ -127,32 +127,32 @@ def answer(
     )
 
 
-def _sums(policy: Policy, written: Written, temperature: float) -> Tensor:
+def _sums(policy: Policy, response_rows: ResponseRows, temperature: float) -> Tensor:
     """(B,) log-probability of each whole response in nats."""
-    return response_logprobs(policy, written, temperature=temperature).sum(-1)
+    return response_logprobs(policy, response_rows, temperature=temperature).sum(-1)
 
 
-def _encode_again(
-    bench: Bench, prompts: list[Prompt], texts: list[str], said: Responses
+def _reencode(
+    bench: Bench, prompts: list[Prompt], texts: list[str], responses: Responses
 ) -> tuple[PromptBatch, Responses]:
     """Texts of a policy with another tokenizer, in the tokens of the SFT policy."""
     tokenizer, device = bench.tokenizer, bench.sft.model.device
     rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     batch = left_pad(rows, tokenizer.pad_token_id, bench.sampling.max_prompt_length).to(device)
     encoded = [encode_response(text, tokenizer) for text in texts]
-    ended = said.finished.tolist()
+    ended = responses.finished.tolist()
     kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
     context = context_of(bench.sft.model)
-    if context is not None:  # the same text may be longer in these tokens
+    if context is not None:  # the text may be longer in these tokens
         kept = [ids[: context - batch.input_ids.shape[-1]] for ids in kept]
     tokens, mask = right_pad(kept, tokenizer.pad_token_id)
-    return batch, Responses(tokens.to(device), mask.to(device), said.finished)
+    return batch, Responses(tokens.to(device), mask.to(device), responses.finished)
 
 
 def _truth(bench: Bench, prompts: list[Prompt], texts: list[str]) -> Tensor | None:
-    """(N,) true reward of each answer, where a truth is known."""
+    """(N,) true reward of each answer; None if no truth is known."""
     if bench.truth is None:
         return None
     bench.logger.phase("true reward")
-    asked = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
-    return call_function(bench.truth, "evaluation.true_reward", asked, texts)
+    rendered = [render_prompt(prompt, bench.tokenizer) for prompt in prompts]
+    return call_function(bench.truth, "evaluation.true_reward", rendered, texts)

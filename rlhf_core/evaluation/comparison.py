@@ -1,7 +1,6 @@
-"""Arms of an evaluation in numbers, and one against the other. Knows answers, not models.
+"""Measure the arms of an evaluation and compare them. Knows answers, not models.
 
-Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt resemble each
-other.
+Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt are correlated.
 """
 
 from collections.abc import Sequence
@@ -28,8 +27,8 @@ def best_of_each(prompt: Tensor, score: Tensor, n: int) -> Tensor:
 
 
 def measure_arm(name: ArmName, answers: Answers, best_of: int, seed: int) -> Arm:
-    """What an arm achieved; `best_of` is the n of best-of-n."""
-    # A stream of its own: whether a champion takes part must not move another arm's bounds.
+    """The results of an arm; `best_of` is the n of best-of-n."""
+    # A separate stream, so that a champion's presence does not change another arm's bounds.
     draws = generator(seed, f"evaluation/bootstrap/{name}")
 
     def interval(values: Tensor) -> Interval:
@@ -55,7 +54,7 @@ def measure_arm(name: ArmName, answers: Answers, best_of: int, seed: int) -> Arm
 def compare(
     pair: tuple[ArmName, ArmName], answers: dict[ArmName, Answers], seed: int
 ) -> Comparison:
-    """Answer against answer: the i-th of the one to a prompt with the i-th of the other."""
+    """Compare the i-th answer of one arm to a prompt with the i-th answer of the other."""
     ours, theirs = (answers[name] for name in pair)
     k = min(int((arm.prompt == arm.prompt[0]).sum()) for arm in (ours, theirs))
     ours, theirs = (arm.pick(first_of_each(arm.prompt, k)) for arm in (ours, theirs))
@@ -66,7 +65,7 @@ def compare(
     outcome = (gap.sign() + 1) / 2  # a tie is half a win
     counts = [int((outcome == points).sum()) for points in (1, 0.5, 0)]
     draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
-    # Answers to one prompt resemble each other, so the bounds are not Wilson's.
+    # Answers to one prompt are correlated, so Wilson's bounds would be too narrow.
     bounds = clustered_bootstrap(outcome, ours.prompt, generator=draws)
     return Comparison(
         candidate=pair[0],
@@ -81,7 +80,7 @@ def compare(
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams over all word n-grams of the texts together; 0 when there is none.
+    """Distinct word n-grams divided by all word n-grams of the texts; 0 when there are none.
 
     Source: Li et al. 2016, https://arxiv.org/abs/1510.03055.
     """

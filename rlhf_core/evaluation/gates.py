@@ -1,5 +1,5 @@
-"""Rules on what was measured, each answered in a sentence: whether a reward model is good enough to
-train a policy on, and whether a policy may become the champion."""
+"""Rules that decide whether a reward model is good enough to train a policy on, and whether a
+policy may become the champion. Each result is a sentence."""
 
 from typing import Literal
 
@@ -14,52 +14,55 @@ LONGER = '"prefer the longer"'
 
 
 class RewardGateConfig(Section):
-    """What a reward model has to show before a policy is trained on it.
+    """Requirements on a reward model before a policy is trained on it.
 
-    A section of its own: a setting of `reward_model` is part of what that training is, so a new
-    threshold there would train the model again.
+    This is a separate section because the settings of `reward_model` identify that training: a new
+    threshold there would retrain the model.
     """
 
     min_accuracy: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="The lower bound of the held-out accuracy has to exceed this, or the pipeline "
-        "stops before the policy is trained; 0.5 asks for better than chance, 0 = off",
+        description="The lower bound of the held-out accuracy must exceed this, or the pipeline "
+        "stops before policy training; 0.5 requires better than chance, 0 = off",
     )
     beat_longer: bool = Field(
         False,
-        description="Stop there as well unless the held-out accuracy is above that of the rule "
+        description="Also stop unless the held-out accuracy is above that of the rule "
         '"prefer the longer"',
     )
 
 
 class PromotionConfig(Section):
-    """What a policy has to show. A rule that fails keeps the present champion."""
+    """Requirements on a policy. If a rule fails, the current champion stays."""
 
     min_win_rate: float = Field(
-        0.5, ge=0, le=1, description="The lower bound of the win rate over SFT has to exceed this"
+        0.5, ge=0, le=1, description="The lower bound of the win rate over SFT must exceed this"
     )
     min_win_rate_over_champion: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="The lower bound of the win rate over the present champion has to exceed this",
+        description="The lower bound of the win rate over the current champion must exceed this",
     )
     max_kl: float = Field(20.0, gt=0, description="Largest KL to SFT (nats per sequence)")
     max_length_ratio: float = Field(
-        2.0, gt=0, description="Largest length of the answers, as a multiple of SFT's"
+        2.0, gt=0, description="Largest mean length of the answers, as a multiple of SFT's"
     )
     min_distinct_ratio: float = Field(
         0.1, ge=0, le=1, description="Smallest distinct-2 of the answers, as a multiple of SFT's"
     )
     approval: Literal["automatic", "person"] = Field(
         "automatic",
-        description="Who has the last word when every rule allows the promotion; a person is asked "
-        "in Prefect, and the run waits for the answer without holding a worker",
+        description="Who decides when every rule allows the promotion; with `person` the run waits "
+        "for an approval in Prefect without holding a worker",
     )
     approval_days: float = Field(
-        7.0, gt=0, le=365, description="How long the run waits for the person before it fails"
+        7.0,
+        gt=0,
+        le=365,
+        description="How long the run waits for the approval before it fails (days)",
     )
 
 
@@ -71,11 +74,11 @@ class RewardQuality(BaseModel):
     accuracy: Interval  # 95 % bounds
     longer_accuracy: float  # of the rule "prefer the longer"
     votes: int  # with a winner
-    prompts: int | None  # that the votes are on; None = not known
+    prompts: int | None  # of the votes; None = unknown
 
     @property
     def numbers(self) -> str:
-        """What was measured, and on how much."""
+        """The measured accuracies, and the number of votes and prompts."""
         value, low, high = self.accuracy
         over = "" if self.prompts is None else f" on {_count(self.prompts, 'prompt')}"
         return (
@@ -85,7 +88,7 @@ class RewardQuality(BaseModel):
 
     @property
     def doubts(self) -> str:
-        """Why it may be worthless, in a sentence; empty if nothing says so."""
+        """Why it may be worthless, in a sentence; empty if there is no reason."""
         found = []
         if self.accuracy.high < 0.5:
             found.append("is worse than chance")
@@ -98,19 +101,19 @@ class RewardQuality(BaseModel):
         return f"The reward model {', and it '.join(found)}." if found else ""
 
     def exceeds(self, least: float) -> bool:
-        """Whether the votes show that its accuracy is above this."""
+        """Whether the votes show an accuracy above `least`."""
         enough = self.prompts is None or can_show(self.prompts, least)
         return enough and self.accuracy.low > least
 
 
 class Rule(BaseModel):
-    """What one rule looks at, what was measured, what is asked, and whether that is met."""
+    """A rule: its name, the measured value, the requirement, and whether it is met."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     measured: str
-    asked: str
+    required: str
     passed: bool
 
     @property
@@ -120,12 +123,12 @@ class Rule(BaseModel):
 
     @property
     def sentence(self) -> str:
-        """All of it in a line."""
-        return f"{self.answer}: {self.name} {self.measured}; {self.asked}"
+        """The rule and its result in one line."""
+        return f"{self.answer}: {self.name} {self.measured}; {self.required}"
 
 
 class Verdict(BaseModel):
-    """The decision and its reasons, one sentence for each rule."""
+    """The decision about promotion, and one sentence for each rule."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -133,48 +136,48 @@ class Verdict(BaseModel):
     reasons: tuple[str, ...]
 
     def allow(self, reason: str) -> "Verdict":
-        """The verdict of one more rule, which passed."""
+        """The verdict with one more rule, which passed."""
         return Verdict(promote=self.promote, reasons=(*self.reasons, f"pass: {reason}"))
 
     def refuse(self, reason: str) -> "Verdict":
-        """The verdict of one more rule, which failed."""
+        """The verdict with one more rule, which failed."""
         return Verdict(promote=False, reasons=(*self.reasons, f"FAIL: {reason}"))
 
 
 def require_reward_model(
     config: RewardGateConfig, quality: RewardQuality | None, model: str
 ) -> None:
-    """Refuse to train a policy on a reward model that has not shown what is asked for.
+    """Refuse to train a policy on a reward model that does not meet the requirements.
 
-    Raises: ModelError with the numbers, the rules that they break, and the ways out.
+    Raises: ModelError with the numbers, the broken rules, and how to fix it.
     """
     broken = {}
     if config.min_accuracy and not (quality and quality.exceeds(config.min_accuracy)):
-        asked = f"the lower bound of the accuracy has to exceed {config.min_accuracy:g}"
-        broken["reward_gate.min_accuracy"] = asked
+        rule = f"the lower bound of the accuracy must exceed {config.min_accuracy:g}"
+        broken["reward_gate.min_accuracy"] = rule
     if config.beat_longer and not (quality and quality.longer_accuracy < quality.accuracy.value):
-        broken["reward_gate.beat_longer"] = f"the accuracy has to be above that of {LONGER}"
+        broken["reward_gate.beat_longer"] = f"the accuracy must be above that of {LONGER}"
     if not broken:
         return
-    measured = "held-out accuracy not known" if quality is None else quality.numbers
-    rules = ", and ".join(f"{asked} ({setting})" for setting, asked in broken.items())
+    measured = "the held-out accuracy is unknown" if quality is None else quality.numbers
+    rules = ", and ".join(f"{rule} ({setting})" for setting, rule in broken.items())
     raise ModelError(
         f"no policy is trained on the reward model {model}: {measured}, but {rules}. It stays "
-        "registered. Get more or better preferences, train it with other settings, or change "
+        "registered. Collect more or better preferences, train it with other settings, or change "
         f"{' and '.join(broken)}"
     )
 
 
 def can_show(prompts: int, least: float) -> bool:
-    """Whether so many prompts could show a share above `least`, were every one of them won.
+    """Whether this many prompts, if all are won, show a share above `least`.
 
-    By Wilson's interval, as the bootstrap of one prompt is a point, whatever the answer to it.
+    It uses Wilson's interval, since the bootstrap of equal values is a point.
     """
     return win_rate(prompts, 0, 0).low > least
 
 
-def judge(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
-    """Hold the policy of a scorecard against every rule; all have to pass.
+def decide(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
+    """Decide whether to promote the policy of a scorecard: every rule has to pass.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.
     """
@@ -186,7 +189,7 @@ def judge(config: PromotionConfig, scorecard: Scorecard) -> Verdict:
 
 
 def apply_rules(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
-    """Every rule with its answer, in the order in which people read them.
+    """Apply every rule, in the order in which they are shown.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.
     """
@@ -214,7 +217,7 @@ def _win_rate(scorecard: Scorecard, opponent: ArmName, least: float) -> Rule:
         name=f"win rate over {opponent}",
         measured=f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] by {match.judge}, from "
         f"{match.basis}",
-        asked=f"the lower bound has to exceed {least:g}{why_not}",
+        required=f"the lower bound must exceed {least:g}{why_not}",
         passed=enough and rate.low > least,
     )
 
@@ -222,18 +225,22 @@ def _win_rate(scorecard: Scorecard, opponent: ArmName, least: float) -> Rule:
 def _kl(policy: Arm, most: float) -> Rule:
     if policy.kl is None:
         measured = "is unknown, because the tokenizers differ"
-        return Rule(name="KL to SFT", measured=measured, asked=f"at most {most:.2f}", passed=False)
+        return Rule(
+            name="KL to SFT", measured=measured, required=f"at most {most:.2f}", passed=False
+        )
     return _at_most("KL to SFT", policy.kl.value, most, "nats per sequence")
 
 
 def _at_most(name: str, value: float, most: float, unit: str) -> Rule:
     measured = f"{value:.2f} {unit}"
-    return Rule(name=name, measured=measured, asked=f"at most {most:.2f}", passed=value <= most)
+    return Rule(name=name, measured=measured, required=f"at most {most:.2f}", passed=value <= most)
 
 
 def _at_least(name: str, value: float, least: float) -> Rule:
     measured = f"{value:.3f}"
-    return Rule(name=name, measured=measured, asked=f"at least {least:.3f}", passed=value >= least)
+    return Rule(
+        name=name, measured=measured, required=f"at least {least:.3f}", passed=value >= least
+    )
 
 
 def _count(number: int, what: str) -> str:

@@ -1,4 +1,4 @@
-"""The numbers on which a promotion is decided: arms, and arms compared with each other."""
+"""The numbers that decide about promotion: arms, and comparisons of arms."""
 
 from typing import Literal
 
@@ -11,22 +11,22 @@ ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
 
 
 class Arm(BaseModel):
-    """What one way of answering achieved on the held-out prompts."""
+    """The results of one arm on the held-out prompts."""
 
     model_config = ConfigDict(frozen=True)
 
     name: ArmName
     proxy_reward: Interval  # normalised reward-model score
     true_reward: Interval | None
-    kl: Interval | None  # nats per sequence to the SFT policy; None where tokenizers differ
-    perplexity: float  # of its texts under the SFT policy: how fluent they still are
+    kl: Interval | None  # to the SFT policy, nats per sequence; None if the tokenizers differ
+    perplexity: float  # of its texts under the SFT policy: a measure of fluency
     length: float  # tokens
-    distinct_1: float  # share of word n-grams that are different, over one answer to each prompt
+    distinct_1: float  # share of distinct word n-grams, over one answer to each prompt
     distinct_2: float
 
 
 class Comparison(BaseModel):
-    """Two arms, answer against answer on the same prompt."""
+    """Two arms compared answer by answer on the same prompts."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,12 +36,12 @@ class Comparison(BaseModel):
     wins: int
     ties: int
     losses: int
-    prompts: int  # that were answered
+    prompts: int  # answered
     win_rate: Interval  # a tie is half a win
 
     @property
     def basis(self) -> str:
-        """What it rests on, in words: `4 answers to each of 91 held-out prompts`."""
+        """The number of answers and prompts, e.g. `4 answers to each of 91 held-out prompts`."""
         answers = (self.wins + self.ties + self.losses) // self.prompts
         each = (
             "1 held-out prompt" if self.prompts == 1 else f"each of {self.prompts} held-out prompts"
@@ -50,7 +50,7 @@ class Comparison(BaseModel):
 
 
 class Scorecard(BaseModel):
-    """The numbers on which a promotion is decided."""
+    """The numbers that decide about promotion."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +58,7 @@ class Scorecard(BaseModel):
     comparisons: tuple[Comparison, ...]
 
     def arm(self, name: ArmName) -> Arm | None:
-        """The arm of that name, if it took part."""
+        """The arm of that name, if it was evaluated."""
         return next((arm for arm in self.arms if arm.name == name), None)
 
     def comparison(self, candidate: ArmName, opponent: ArmName) -> Comparison | None:

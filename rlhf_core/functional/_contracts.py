@@ -1,4 +1,4 @@
-"""The first line of every function here: are the shapes what the docstring says?"""
+"""The shape check with which every function here begins."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ def check_shapes(**named: tuple[Tensor, str]) -> None:
     `check_shapes(logits=(logits, "BRV"), tokens=(tokens, "BR"))` binds B and R across both.
 
     Raises:
-        ValueError: naming the first tensor that does not fit, and the shape that it should have.
+        ValueError: naming the first tensor that does not fit, and the shape that it must have.
     """
     sizes: dict[str, int] = {}
     for name, (tensor, letters) in named.items():

@@ -1,7 +1,7 @@
-"""How much better a token was than the critic expected, or a response than its siblings.
+"""Advantages: how much better a token was than the critic expected, or a response than its group.
 
-Results have the type of the input, the wider one where there are two. bfloat16 works, with its 8
-bits; hand in float32 for more.
+Results have the type of the input, or the wider of two. bfloat16 works with its 8 bits; pass
+float32 for more.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ GROUP_EPS = 1e-4
 
 
 class Advantages(NamedTuple):
-    """What `gae` gives back; masked places are 0."""
+    """The result of `gae`; masked positions are 0."""
 
     advantages: Tensor  # (B, R) Âₜ, not whitened
     returns: Tensor  # (B, R) Âₜ + V(sₜ), the target of the critic
@@ -28,8 +28,8 @@ def gae(
 
         δₜ = rₜ + γ·V(sₜ₊₁) - V(sₜ),  Âₜ = δₜ + γλ·Âₜ₊₁,  returns = Â + V
 
-    t + 1 is the next place that counts: masked places are stepped over wherever they lie, and V
-    and Â after the last one are 0.
+    t + 1 is the next unmasked position: masked positions are skipped wherever they are, and V and Â
+    after the last one are 0.
 
     Args:
         rewards: (B, R) rₜ.
@@ -65,14 +65,13 @@ def group_relative(scores: Tensor, group_size: int, *, scale: bool = True) -> Te
 
         Aᵢ = (rᵢ - mean(r)) / (std(r) + 1e-4);  without `scale` Aᵢ = rᵢ - mean(r)
 
-    mean and std, the latter with n - 1, are those of the responses to the same prompt. A group that
-    agrees has nothing to learn from: its advantages are exactly 0.
+    mean and std (with n - 1) are over the responses to the same prompt. If all scores of a group
+    are equal, its advantages are exactly 0.
 
     Args:
         scores: (B,) rᵢ, groups of consecutive rows.
         group_size: n, responses to each prompt.
-        scale: False leaves out the division, which favours prompts whose scores are close (Dr.
-            GRPO).
+        scale: False omits the division, which favours prompts whose scores are close (Dr. GRPO).
 
     Returns:
         (B,) without a unit; in that of the scores without `scale`.
@@ -102,7 +101,7 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
         group_size: n, responses to each prompt.
 
     Returns:
-        (B,) in the unit of the scores; exactly 0 in a group that agrees.
+        (B,) in the unit of the scores; exactly 0 in a group with equal scores.
 
     Raises:
         ValueError: if B is not a multiple of the group size, or that is below 2.

@@ -1,8 +1,8 @@
-"""The head of a language model, a chunk of tokens at a time: `token_logprobs` and `entropy` of
-`hidden @ W.T + b` and their gradient, without the (T, V) logits.
+"""The head of a language model, computed a chunk of tokens at a time: `token_logprobs` and
+`entropy` of `hidden @ W.T + b` and their gradient, without the (T, V) logits.
 
-(T, V) is by far the largest tensor of a language model with a small trunk. The functions that are
-meant to be called are `chunked_token_logprobs` and `chunked_token_loss` in `logprobs`.
+(T, V) is by far the largest tensor of a language model with a small trunk. The public functions are
+`chunked_token_logprobs` and `chunked_token_loss` in `logprobs`.
 """
 
 import math
@@ -18,15 +18,15 @@ TokenLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
 class ChunkedLoss(NamedTuple):
-    """What `chunked_token_loss` gives back; only the loss can be differentiated."""
+    """The result of `chunked_token_loss`; only the loss can be differentiated."""
 
     loss: Tensor  # () the sum over the tokens
     logprobs: Tensor  # (N,) nats
-    entropy: Tensor | None  # (N,) nats, if it was asked for
+    entropy: Tensor | None  # (N,) nats, if requested
 
 
 class Chunk(NamedTuple):
-    """A chunk of tokens after the softmax. `weights` lies in a buffer that the next one reuses."""
+    """A chunk of tokens after the softmax. The next chunk reuses the buffer of `weights`."""
 
     span: slice
     tokens: Tensor  # (n,)
@@ -37,10 +37,10 @@ class Chunk(NamedTuple):
 
 
 class Head:
-    """The head of a language model, and the gradients that it has collected, chunk by chunk.
+    """The head of a language model, and its gradients, accumulated chunk by chunk.
 
-    Logits are laid out (V, n): matrix libraries are up to twice as fast there as at (n, V). All
-    chunks share one buffer, as touching fresh memory costs more than the arithmetic on it.
+    Logits have the layout (V, n), in which matrix libraries are up to twice as fast as in (n, V).
+    All chunks share one buffer, since touching fresh memory costs more than the arithmetic on it.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Head:
         narrow = hidden.dtype != self.dtype
         self._logits = hidden.new_empty(room, dtype=self.dtype) if narrow else self._factors
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # The first chunk writes and the others add: clearing it beforehand would cost a pass.
+        # The first chunk writes and the others add: clearing it first would cost a pass.
         self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if wanted[1] else None
         if self.grad_weight is not None and not len(hidden):
             self.grad_weight.zero_()
         self.grad_bias = hidden.new_zeros(len(weight), dtype=self.dtype) if wanted[2] else None
 
     def chunks(self, tokens: Tensor, *, with_entropy: bool = False) -> Iterator[Chunk]:
-        """Log-probabilities of the tokens; a chunk is void when the next is asked for."""
+        """Log-probabilities of the tokens; a chunk is invalid once the next one is requested."""
         for start in range(0, len(tokens), max(self.size, 1)):
             span = slice(start, min(start + self.size, len(tokens)))
             yield self._chunk(span, tokens[span], with_entropy)
@@ -81,11 +81,11 @@ class Head:
         highest = logits.amax(0)
         picked = logits.gather(0, tokens.unsqueeze(0)).squeeze(0) - highest
         total, expected = torch.zeros_like(highest), torch.zeros_like(highest)
-        for part in logits.split(PART):  # small enough to stay in a cache from step to step
+        for part in logits.split(PART):  # small enough to stay in the cache
             part.sub_(highest)
             if with_entropy:
                 weights = part.exp()
-                # An impossible token adds 0·(-∞), which is NaN; other NaN are in the total as well.
+                # An impossible token adds 0·(-∞), which is NaN; any other NaN is in the total too.
                 expected += part.mul_(weights).nansum(0)
                 part.copy_(weights)
             else:
@@ -96,7 +96,7 @@ class Head:
         return Chunk(span, tokens, picked - log_total, entropy, logits, total)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        """(V, n) logits over the temperature, in a buffer."""
+        """(V, n) logits divided by the temperature, in the buffer."""
         shape = torch.Size((len(self.weight), len(hidden)))
         out = _fold(self._factors, shape)
         start = out if self.bias is None else self.bias.unsqueeze(1)
@@ -105,10 +105,11 @@ class Head:
         return out if self._logits is self._factors else _fold(self._logits, shape).copy_(out)
 
     def add_gradient(self, chunk: Chunk, upstream: Tensor) -> None:
-        """Collect what d loss / d logprob of a chunk means for hidden, weight and bias.
+        """Add the gradients of hidden, weight and bias, given d loss / d logprob of a chunk.
 
         With e the weights and s their total, ∂/∂z = -(e - s·1[v = a])·upstream / s. The column
-        factor upstream / s goes to the narrow side of each product: no pass over (V, n) for it.
+        factor upstream / s is applied to the narrow side of each product, which saves a pass over
+        (V, n).
         """
         weights, columns = chunk.weights, torch.arange(len(chunk.tokens), device=chunk.total.device)
         weights[chunk.tokens, columns] -= chunk.total
@@ -138,7 +139,7 @@ class Head:
         *,
         learns: bool = False,
     ) -> ChunkedLoss:
-        """The losses of all chunks, and their gradients collected here."""
+        """The losses of all chunks; accumulates their gradients if `learns`."""
         loss = torch.zeros((), dtype=self.dtype, device=tokens.device)
         logprobs = torch.empty(tokens.shape, dtype=self.dtype, device=tokens.device)
         entropies = torch.empty_like(logprobs) if with_entropy else None
@@ -156,7 +157,7 @@ class Head:
 
 
 class LogprobsInChunks(torch.autograd.Function):
-    """Values now; logits once more, and the gradient, in the backward."""
+    """The forward computes values; the backward computes the logits again, and the gradient."""
 
     @staticmethod
     def forward(
@@ -189,7 +190,7 @@ class LogprobsInChunks(torch.autograd.Function):
 
 
 class LossInChunks(torch.autograd.Function):
-    """Values and gradient now; the backward only scales."""
+    """The forward computes values and gradient; the backward only scales the gradient."""
 
     @staticmethod
     def forward(
@@ -207,7 +208,7 @@ class LossInChunks(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         head = Head(hidden, weight, bias, temperature, chunk_size, wanted)
         out = head.sweep(tokens, token_loss, with_entropy, learns=any(wanted))
-        # Saved tensors are let go after use, so that autograd can take them over without a copy.
+        # Saved tensors are released after use, so that autograd can reuse them without a copy.
         ctx.save_for_backward(head.grad_hidden, head.grad_weight, head.grad_bias)
         ctx.mark_non_differentiable(*(part for part in out[1:] if part is not None))
         return tuple(out)
@@ -217,7 +218,7 @@ class LossInChunks(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of each input of the forward."""
         gradients: Sequence[Tensor | None] = ctx.saved_tensors
-        # On a GPU the question would wait for the device, which costs more than the product.
+        # On a GPU `item` would wait for the device, which costs more than the product.
         if upstream.is_cuda or upstream.item() != 1:
             gradients = [g if g is None else g * upstream for g in gradients]
         return (*gradients, *[None] * 5)

@@ -1,10 +1,10 @@
-"""From logits to log-probabilities, entropy and KL, all in nats.
+"""Log-probabilities, entropy and KL from logits, all in nats.
 
-Half-precision logits are raised to float32 first: bfloat16 keeps 8 bits, and a ratio of two
+Half-precision logits are converted to float32 first: bfloat16 has 8 bits, and a ratio of two
 probabilities needs more.
 
-The chunked functions start from the hidden states instead, and never hold more logits than those of
-a chunk of tokens: `chunked_head` has how.
+The chunked functions start from the hidden states instead and never hold the logits of more than a
+chunk of tokens; see `chunked_head`.
 """
 
 import string
@@ -31,9 +31,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
         log π(aₜ|sₜ) = zₜ[aₜ] / τ - log Σᵥ exp(zₜ[v] / τ)
 
     Args:
-        logits: (B, R, V), where `logits[:, t]` predicts `tokens[:, t]`: the shift is the caller's.
-        tokens: (B, R) int64; a padded place may hold any id of the vocabulary.
-        temperature: τ, the one that the tokens were sampled with.
+        logits: (B, R, V), where `logits[:, t]` predicts `tokens[:, t]`: the caller shifts them.
+        tokens: (B, R) int64; a padded position may have any id of the vocabulary.
+        temperature: τ, with which the tokens were sampled.
 
     Returns:
         (B, R) in nats.
@@ -58,19 +58,19 @@ def chunked_token_logprobs(
 
         log π(aₜ|sₜ) = zₜ[aₜ] - log Σᵥ exp(zₜ[v]),  zₜ = (W·hₜ + b) / τ
 
-    The backward computes the logits again instead of keeping them: four matrix products where the
-    plain way has three. Where the loss is known, `chunked_token_loss` does with three.
+    The backward computes the logits again instead of storing them: four matrix products instead of
+    three. If the loss is known, `chunked_token_loss` needs only three.
 
     Args:
-        hidden: (..., d), where `hidden[t]` predicts `tokens[t]`: the shift is the caller's. In
-            bfloat16 the products are computed in bfloat16, with the weight cast to it, everything
-            between them and the sum of the weight's gradient in float32. In float16 the values are
-            right, but small gradients vanish.
+        hidden: (..., d), where `hidden[t]` predicts `tokens[t]`: the caller shifts them. With
+            bfloat16 the products are computed in bfloat16, with the weight cast to it; everything
+            between them and the sum of the weight's gradient are in float32. With float16 the
+            values are right, but small gradients vanish.
         lm_head_weight: W, (V, d).
         tokens: (...) int64.
         bias: b, (V,).
-        temperature: τ, the one that the tokens were sampled with.
-        chunk_size: tokens whose logits exist at a time, at most.
+        temperature: τ, with which the tokens were sampled.
+        chunk_size: most tokens whose logits exist at a time.
 
     Returns:
         (...) in nats, float32 or wider. Gradients reach hidden, weight and bias.
@@ -102,25 +102,25 @@ def chunked_token_loss(
         loss = Σₜ ℓₜ(log π(aₜ|sₜ)),  zₜ = (W·hₜ + b) / τ
         ∂loss/∂zₜ = ℓₜ'·(1[v = aₜ] - π(v|sₜ))
 
-    A chunk's loss can be differentiated as soon as its logits are there, so they are computed once
-    and kept nowhere: three matrix products, as many as for logits that are stored. The gradient is
-    made in the forward (if gradients are on); the backward only scales it.
+    A chunk's loss is differentiated as soon as its logits are computed, so they are computed once
+    and not stored: three matrix products, as many as with stored logits. The forward computes the
+    gradient (if gradients are enabled); the backward only scales it.
 
     Args:
         hidden: (N, d), where `hidden[t]` predicts `tokens[t]`; bfloat16 as in
             `chunked_token_logprobs`.
         lm_head_weight: W, (V, d).
         tokens: (N,) int64.
-        token_loss: from the (n,) log-probabilities of a chunk, and the slice of the N tokens that
-            they are, to the () sum of their losses. What else it uses is a constant.
+        token_loss: maps the (n,) log-probabilities of a chunk, and their slice of the N tokens, to
+            the () sum of their losses. Anything else it uses is a constant.
         bias: b, (V,).
-        temperature: τ, the one that the tokens were sampled with.
-        chunk_size: tokens whose logits exist at a time, at most.
-        with_entropy: whether to return the entropy of each distribution as well.
+        temperature: τ, with which the tokens were sampled.
+        chunk_size: most tokens whose logits exist at a time.
+        with_entropy: whether to return the entropy of each distribution too.
 
     Returns:
-        The loss, 0 without a token, and constants: log-probabilities and entropies in nats, float32
-        or wider. Gradients reach hidden, weight and bias.
+        The loss (0 without tokens), and as constants log-probabilities and entropies in nats,
+        float32 or wider. Gradients reach hidden, weight and bias.
 
     Raises:
         ValueError: if the shapes do not fit, or temperature or chunk size is not positive.
@@ -156,7 +156,7 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     check_shapes(logits=(logits, "BRV"))
     logprobs = _log_softmax(logits, temperature)
     probs = logprobs.exp()
-    # Filled before the product: 0·(-∞) is NaN, and so would be its gradient.
+    # Fill before the product: 0·(-∞) is NaN, and so is its gradient.
     return -(probs * logprobs.masked_fill(probs == 0, 0)).sum(-1)
 
 
@@ -194,13 +194,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: KLKind = "k1") 
 
 
 def _check_temperature(temperature: float) -> None:
-    """At 0 the distribution is a point, and has no gradient."""
+    """At 0 the distribution is a point and has no gradient."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Log-softmax of the logits over the temperature, in float32 or better."""
+    """Log-softmax of the logits divided by the temperature, in float32 or wider."""
     _check_temperature(temperature)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(wide / temperature, dim=-1)
@@ -214,7 +214,7 @@ def _check_head(
     temperature: float,
     chunk_size: int,
 ) -> None:
-    """What both chunked functions ask of their input."""
+    """Check the input of both chunked functions."""
     leading = string.ascii_lowercase[: tokens.ndim]
     check_shapes(
         tokens=(tokens, leading),

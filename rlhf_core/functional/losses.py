@@ -1,11 +1,10 @@
-"""What each model minimises.
+"""The losses.
 
-Sums and token counts are kept apart, or the count of the whole minibatch is handed in: a mean per
-micro-batch, averaged over micro-batches of unequal length, would be another objective.
+Sums and token counts are returned separately, or the count of the whole minibatch is passed in: a
+mean per micro-batch, averaged over micro-batches of unequal length, would be another objective.
 
-`completion_nll` raises half-precision logits to float32. The other losses have the type of their
-inputs, the widest of them: a ratio of bfloat16 log-probabilities has lost its digits before it gets
-here, so hand in float32.
+`completion_nll` converts half-precision logits to float32. The other losses have the widest type of
+their inputs: a ratio of bfloat16 log-probabilities has already lost its digits, so pass float32.
 """
 
 from typing import NamedTuple
@@ -22,21 +21,21 @@ MAX_LOG_RATIO = 20.0
 
 
 class TokenNLL(NamedTuple):
-    """A sum over tokens and how many they were; divide by the tokens of the whole minibatch."""
+    """A sum over tokens, and their number; divide by the tokens of the whole minibatch."""
 
     total: Tensor  # () nats
     tokens: Tensor  # () int64
 
 
 class ClippedLoss(NamedTuple):
-    """A loss with a clip. Under one `normalizer` both parts add up over micro-batches."""
+    """A clipped loss. With a common `normalizer` both fields add up over micro-batches."""
 
     loss: Tensor  # ()
-    clip_fraction: Tensor  # () share of the tokens whose gradient the clip took away
+    clip_fraction: Tensor  # () share of the tokens with no gradient because of the clip
 
 
 class DPOLoss(NamedTuple):
-    """What `dpo` gives back; only the loss can be differentiated."""
+    """The result of `dpo`; only the loss can be differentiated."""
 
     loss: Tensor  # () nats
     chosen_rewards: Tensor  # (B,) implicit rewards
@@ -44,7 +43,7 @@ class DPOLoss(NamedTuple):
 
 
 def token_nll(logprobs: Tensor, *, normalizer: Tensor | float | None = None) -> Tensor:
-    """Negative log-likelihood of the tokens that are trained on: the loss of SFT.
+    """Negative log-likelihood of the target tokens: the loss of SFT.
 
         loss = -Σₜ log π(yₜ|sₜ) / n
 
@@ -53,7 +52,7 @@ def token_nll(logprobs: Tensor, *, normalizer: Tensor | float | None = None) -> 
         normalizer: n, the tokens of the whole minibatch; N when None. At least 1.
 
     Returns:
-        () in nats; 0 without a token.
+        () in nats; 0 without tokens.
 
     Raises:
         ValueError: if the shape does not fit.
@@ -76,15 +75,15 @@ def completion_nll(logits: Tensor, labels: Tensor) -> TokenNLL:
         labels: (B, T) int64, -100 where a token is not trained on.
 
     Returns:
-        The sum in nats and the number of tokens in it. The sum is returned, and not the mean, so
-        that micro-batches can be added up and divided once.
+        The sum in nats and the number of tokens. It is the sum, not the mean, so that micro-batches
+        can be added up and divided once.
 
     Raises:
         ValueError: if the shapes do not fit.
     """
     check_shapes(logits=(logits, "BTV"), labels=(labels, "BT"))
     keep = labels != IGNORE_INDEX
-    # Only the rows that count are copied: less memory, and nothing else can reach the gradient.
+    # Copy only the labelled rows: less memory, and nothing else can reach the gradient.
     logprobs = token_logprobs(logits[keep].unsqueeze(0), labels[keep].unsqueeze(0)).squeeze(0)
     return TokenNLL(token_nll(logprobs, normalizer=1), keep.sum())
 
@@ -105,10 +104,10 @@ def bradley_terry(
     Args:
         chosen: (B,) reward of the preferred response.
         rejected: (B,) reward of the other response.
-        margin: (B,) by how much the first should win, in the unit of the rewards; 0 for a tie.
+        margin: (B,) by how much chosen should win, in the unit of the rewards; 0 for a tie.
         label_smoothing: ε between 0 and 1, a number or (B,): the probability that the label is the
             wrong way round. 0.5 is a tie and pulls the two rewards together.
-        center_coef: c, how strongly the rewards are held around 0.
+        center_coef: c, how strongly the rewards are kept near 0.
 
     Returns:
         () in nats.
@@ -181,7 +180,7 @@ def dpo(
 
 
 def pointwise_mse(scores: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of scores against ratings: a demonstration, not a way to learn preferences.
+    """Squared error between scores and ratings: for demonstration, not for learning preferences.
 
         loss = mean((score - target)²)
 
@@ -217,7 +216,7 @@ def clipped_policy(
         Lₜ = min(ρₜ·Âₜ, clip(ρₜ, 1 - ε, 1 + ε)·Âₜ);  with a dual clip max(Lₜ, c·Âₜ) where Âₜ < 0
         loss = -Σₜ mₜ·Lₜ / n
 
-    ρ stops at exp(20), far outside every clip, so that no overflow reaches the gradient.
+    ρ is capped at exp(20), far outside every clip, so that no overflow reaches the gradient.
 
     Args:
         logprobs: (B, R) log π of the policy being trained, in nats.
@@ -230,8 +229,8 @@ def clipped_policy(
         normalizer: n, the tokens of the whole minibatch; those of this mask when None. At least 1.
 
     Returns:
-        The loss in the unit of the advantages, and the share of the n tokens for which a clip
-        decided, so that they have no gradient.
+        The loss in the unit of the advantages, and the share of the n tokens that a clip leaves
+        without a gradient.
 
     Raises:
         ValueError: if the shapes differ, or a clip is out of its range.
@@ -284,8 +283,8 @@ def clipped_value(
         normalizer: n, the tokens of the whole minibatch; those of this mask when None. At least 1.
 
     Returns:
-        The loss in the unit of the rewards squared, with the ½ and without the coefficient, and the
-        share of the n tokens for which the clip decided, so that they have no gradient.
+        The loss in the unit of the rewards squared, with the ½ and without a coefficient, and the
+        share of the n tokens that the clip leaves without a gradient.
 
     Raises:
         ValueError: if the shapes differ or the clip is not positive.
@@ -310,7 +309,7 @@ def clipped_value(
 
 
 def _check_clip_range(clip_range: float) -> None:
-    """A clip of 0 would take every gradient away."""
+    """A clip of 0 would remove every gradient."""
     if not clip_range > 0:
         raise ValueError(f"clip_range must be positive, got {clip_range}.")
 

@@ -1,8 +1,8 @@
-"""Means over the places that count. `mask` is True (or 1) where a place counts.
+"""Statistics over unmasked positions. `mask` is True (or 1) where a position counts.
 
-What lies under the mask never matters, NaN and infinity included: it is replaced before any
-arithmetic, so that neither the result nor the gradient can see it. Results have the type of `x`:
-hand in float32 where the 8 bits of bfloat16 are too few.
+Masked values never matter, even NaN and infinity: they are replaced before any arithmetic, so that
+they affect neither the result nor the gradient. Results have the type of `x`: pass float32 where
+the 8 bits of bfloat16 are too few.
 """
 
 import torch
@@ -12,7 +12,7 @@ WHITEN_EPS = 1e-8
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of `x` over the places that count; 0 where none does.
+    """Mean of `x` over the unmasked positions; 0 if there are none.
 
         mean = Σᵢ mᵢ·xᵢ / max(Σᵢ mᵢ, 1)
 
@@ -34,21 +34,21 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True
 ) -> Tensor:
-    """Scale the places that count to variance 1 and, unless told otherwise, shift them to mean 0.
+    """Scale the unmasked positions to variance 1 and, by default, shift them to mean 0.
 
         y = (x - μ) / √(σ² + 1e-8)  [+ μ when the mean is kept]
 
-    μ and σ² are the mean and the variance over all places of the whole tensor that count; σ² is
-    divided by n - 1 (`unbiased`) or by n. A lone place has variance 0.
+    μ and σ² are the mean and the variance over all unmasked positions of the tensor; σ² is divided
+    by n - 1 (`unbiased`) or by n. A single position has variance 0.
 
     Args:
         x: any shape.
         mask: the shape of `x`, bool or 0/1.
-        shift_mean: False keeps the mean where it was.
+        shift_mean: False keeps the mean.
         unbiased: whether the variance is divided by n - 1.
 
     Returns:
-        A tensor like `x`, without a unit; 0 in masked places.
+        A tensor like `x`, without a unit; 0 where masked.
 
     Raises:
         ValueError: if the shapes differ.

@@ -1,4 +1,4 @@
-"""How sure a comparison makes us: win rates, bootstrap intervals, calibration, best-of-n."""
+"""Comparisons and their uncertainty: win rates, bootstrap intervals, calibration, best-of-n."""
 
 import math
 from statistics import NormalDist
@@ -19,7 +19,7 @@ class Interval(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Predicted against observed frequency, one row per bin of [0, 1] from low to high."""
+    """Predicted and observed frequencies in equal bins of [0, 1], from low to high."""
 
     error: float  # expected calibration error, between 0 and 1
     mean_predicted: Tensor  # (bins,) NaN in an empty bin
@@ -28,13 +28,13 @@ class Calibration(NamedTuple):
 
 
 def win_rate(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> Interval:
-    """Share of comparisons won, a tie being half a win, with its Wilson score interval.
+    """Share of comparisons won, where a tie is half a win, with its Wilson score interval.
 
         p = (wins + ties / 2) / n,  z = Φ⁻¹((1 + confidence) / 2)
         bounds = (p + z² / 2n ± z·√(p·(1 - p) / n + z² / 4n²)) / (1 + z² / n)
 
     Ties vary less than the wins and losses that the formula assumes, so with ties the interval is
-    on the wide side. The comparisons must be independent: with several per prompt, use
+    conservative. The comparisons must be independent: with several per prompt, use
     `clustered_bootstrap`.
 
     Raises:
@@ -53,8 +53,8 @@ def win_rate(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> 
     p = (wins + ties / 2) / n
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     centre = p + z2 / (2 * n)
-    spread = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    low, high = ((centre + side * spread) / (1 + z2 / n) for side in (-1, 1))
+    half_width = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    low, high = ((centre + side * half_width) / (1 + z2 / n) for side in (-1, 1))
     return Interval(p, max(low, 0.0), min(high, 1.0))
 
 
@@ -96,12 +96,12 @@ def clustered_bootstrap(
         values: (N,) what is averaged.
         clusters: (N,) int64, which cluster a value belongs to; any ids.
         confidence: probability that the interval should cover.
-        resamples: bootstrap draws.
-        generator: source of the draws, on the CPU.
+        resamples: number of bootstrap draws.
+        generator: random numbers for the draws, on the CPU.
 
     Returns:
-        Mean and bounds in the unit of the values. One cluster alone says nothing about others: its
-        interval is a point.
+        Mean and bounds in the unit of the values. With a single cluster the interval is a point,
+        since it tells nothing about others.
 
     Raises:
         ValueError: if the shapes differ, there is no value, or confidence is not in (0, 1).
@@ -126,7 +126,7 @@ def clustered_bootstrap(
 def expected_calibration_error(
     probabilities: Tensor, outcomes: Tensor, bins: int = 10
 ) -> Calibration:
-    """Gap between what was predicted and what happened, mean over predictions.
+    """Gap between predicted and observed frequency, mean over predictions.
 
         ECE = Σ_b (N_b / N)·|mean predicted_b - observed_b|
 

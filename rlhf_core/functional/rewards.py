@@ -1,7 +1,7 @@
-"""What the policy is paid for each token.
+"""Rewards of the policy, token by token.
 
-Results have the type of the input, the wider one where there are two. bfloat16 works, with its 8
-bits; hand in float32 for more.
+Results have the type of the input, or the wider of two. bfloat16 works with its 8 bits; pass
+float32 for more.
 """
 
 from typing import Literal
@@ -16,11 +16,11 @@ MissingEOS = Literal["replace", "subtract"]
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each token: the KL penalty everywhere, the score on the last token.
+    """Reward of each token: the KL penalty on every token, the score on the last.
 
         rₜ = -β·klₜ + 1[t = T]·score
 
-    T is the last place of the row that counts; a row without one gets nothing.
+    T is the last unmasked position of the row; a row without one gets no score.
 
     Args:
         scores: (B,) score of the whole response.
@@ -29,7 +29,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
         kl_coef: β, score per nat.
 
     Returns:
-        (B, R) in the unit of the scores; 0 in masked places.
+        (B, R) in the unit of the scores; 0 where masked.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -45,7 +45,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) 
 
 
 def combine(parts: Tensor, *, how: Combination, variance_coef: float = 1.0) -> Tensor:
-    """One reward of several: what to believe where they disagree.
+    """Combine several rewards into one; the methods differ in how they treat disagreement.
 
         sum:  Σₖ rₖ      mean:  r̄ = Σₖ rₖ / K      min:  minₖ rₖ
         mean_minus_variance:  r̄ - λ·Σₖ (rₖ - r̄)² / K
@@ -79,15 +79,15 @@ def combine(parts: Tensor, *, how: Combination, variance_coef: float = 1.0) -> T
 
 
 def missing_eos(scores: Tensor, finished: Tensor, *, mode: MissingEOS, value: float) -> Tensor:
-    """Judge the responses that never reached the end-of-sequence token.
+    """Change the scores of responses that never reached the end-of-sequence token.
 
         replace:  score = value          subtract:  score = score - value
 
     Args:
         scores: (B,) score of the whole response.
-        finished: (B,) True where the end-of-sequence token was reached; such scores stay.
-        mode: whether `value` stands in for the score or is taken off it.
-        value: the stand-in, or the penalty (positive lowers the score), in the unit of the scores.
+        finished: (B,) True where the end-of-sequence token was reached; these scores are unchanged.
+        mode: whether `value` replaces the score or is subtracted from it.
+        value: the new score, or the penalty (positive lowers the score), in the unit of the scores.
 
     Returns:
         (B,) in the unit of the scores.

@@ -12,25 +12,24 @@ from rlhf_core.training.learner import TrainingSection
 
 
 class OnPolicySection(TrainingSection):
-    """Settings that PPO, RLOO and GRPO have in common."""
+    """Settings that PPO, RLOO and GRPO share."""
 
     learning_rate: float = Field(3e-6, gt=0, description="Peak learning rate of the policy")
     iterations: int = Field(100, ge=1, description="Roll-outs, each followed by its updates")
     rollout_size: int = Field(128, ge=2, description="Responses sampled in one iteration")
     epochs: int = Field(4, ge=1, description="Passes over the responses of one iteration")
     rewards: tuple[RewardTerm, ...] = Field(
-        (RewardTerm(),), min_length=1, description="What a response is worth: one part or several"
+        (RewardTerm(),), min_length=1, description="The reward of a response: one part or several"
     )
     combine_rewards: Combination = Field(
         "sum",
-        description="How several parts become one reward, each times its weight: their sum, their "
-        "mean, the least of them (min), or mean_minus_variance, which distrusts what they disagree "
-        "about",
+        description="How the weighted parts are combined: their sum, mean, minimum (min), or "
+        "mean_minus_variance, which penalises disagreement",
     )
     variance_coef: float = Field(
         1.0, ge=0, description="λ of mean_minus_variance: price of the parts' variance"
     )
-    clip_range: float = Field(0.2, gt=0, lt=1, description="ε: the ratio counts within 1 ± ε")
+    clip_range: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to 1 ± ε")
     dual_clip: float = Field(
         0.0, ge=0, description="c > 1 bounds the loss of bad actions at c·|advantage|; 0 = off"
     )
@@ -42,20 +41,20 @@ class OnPolicySection(TrainingSection):
     keep_every: int = Field(
         0,
         ge=0,
-        description="The policy of every so-many-th iteration is registered too, as "
-        "PROJECT-milestone; 0 = only the last",
+        description="Register the policy as PROJECT-milestone after every this many iterations; "
+        "0 = only the last policy",
     )
     update_kl_limit: float = Field(
         0.05,
         ge=0,
-        description="The epochs of an iteration end when the policy has moved 1.5 times this far "
-        "from the one that sampled (nats a token); 0 = never",
+        description="The epochs of an iteration end early when the policy has moved 1.5 times this "
+        "far from the one that sampled (nats a token); 0 = never",
     )
     missing_eos: MissingEOS = Field(
-        "subtract", description="What becomes of the score of a response that never ends"
+        "subtract", description="How the score of a response that never ends is changed"
     )
     missing_eos_value: float = Field(
-        1.0, description="The penalty to subtract, or the score to put instead (reward units)"
+        1.0, description="The penalty to subtract, or the score to use instead (reward units)"
     )
 
     @model_validator(mode="after")
@@ -63,16 +62,14 @@ class OnPolicySection(TrainingSection):
         if self.batch_size > self.rollout_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is larger than rollout_size "
-                f"{self.rollout_size}; lower the one or raise the other"
+                f"{self.rollout_size}; lower one or raise the other"
             )
         return self
 
     @model_validator(mode="after")
     def _dual_clip_off_or_above_one(self) -> Self:
         if 0 < self.dual_clip <= 1:
-            raise ValueError(
-                f"dual_clip {self.dual_clip:g} has to be above 1, or 0 for no dual clip"
-            )
+            raise ValueError(f"dual_clip {self.dual_clip:g} must be above 1, or 0 for no dual clip")
         return self
 
     @model_validator(mode="after")
@@ -82,7 +79,7 @@ class OnPolicySection(TrainingSection):
 
     @property
     def reward_roles(self) -> tuple[str, ...]:
-        """The roles of the reward models that are asked while the policy learns."""
+        """The roles of the reward models that score responses during training."""
         return tuple(term.role for term in self.rewards if term.is_model)
 
     @property
@@ -92,14 +89,14 @@ class OnPolicySection(TrainingSection):
 
 
 class KLSection(OnPolicySection):
-    """Settings of a KL penalty within the reward."""
+    """Settings of a KL penalty in the reward."""
 
     kl_control: Literal["fixed", "adaptive"] = Field(
-        "adaptive", description="Whether β stays, or moves to hold kl_target"
+        "adaptive", description="Whether β is fixed, or adapts to hold kl_target"
     )
-    kl_target: float = Field(6.0, gt=0, description="KL that β holds (nats per sequence)")
+    kl_target: float = Field(6.0, gt=0, description="KL that adaptive β holds (nats per sequence)")
     kl_horizon: float = Field(
-        10_000, gt=0, description="Sequences over which β moves by a fifth at most"
+        10_000, gt=0, description="Sequences over which β changes by at most a fifth"
     )
     kl_estimator: KLKind = Field("k1", description="Which estimate of the KL is the penalty")
 
@@ -108,9 +105,7 @@ class KLSection(OnPolicySection):
         if self.kl_control == "fixed":
             return self
         if self.kl_coef == 0:
-            raise ValueError(
-                "kl_coef 0 stays 0 however it is scaled; raise it, or set kl_control to fixed"
-            )
+            raise ValueError("kl_coef 0 cannot adapt; raise it, or set kl_control to fixed")
         if MAX_ERROR * self.rollout_size >= self.kl_horizon:
             raise ValueError(
                 f"kl_horizon {self.kl_horizon:g} is too short for rollout_size "
@@ -119,16 +114,16 @@ class KLSection(OnPolicySection):
         return self
 
     def kl_controller(self) -> KLController:
-        """What owns β."""
+        """The controller that owns β."""
         if self.kl_control == "fixed":
             return FixedKL(self.kl_coef)
         return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_horizon)
 
 
 class GroupSection(OnPolicySection):
-    """Settings of algorithms that compare the responses to one prompt with each other."""
+    """Settings of algorithms that compare the responses to one prompt."""
 
-    group_size: int = Field(4, ge=2, description="Responses to each prompt of an iteration")
+    group_size: int = Field(4, ge=2, description="Responses to each prompt in an iteration")
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:

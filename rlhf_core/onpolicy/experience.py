@@ -1,4 +1,4 @@
-"""Experience: sampled responses, and what every network says about them."""
+"""Experience: sampled responses, with log-probabilities, values and scores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.responses import lay_out, response_logprobs, response_values, share_below
+from rlhf_core.backbone.responses import (
+    lay_out,
+    response_logprobs,
+    response_values,
+    with_shared_states,
+)
 from rlhf_core.backbone.sampling import Sampler, SamplingConfig, prompt_batch, uniforms
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.prepared import read_table
@@ -26,7 +31,7 @@ from rlhf_core.types import PromptBatch, Responses, Rollout
 
 @dataclass(frozen=True)
 class PromptTable:
-    """The prompts to train on, as they were written and as tokens."""
+    """The prompts to train on, as text and as tokens."""
 
     prompts: list[Prompt]
     tokens: list[list[int]]
@@ -35,7 +40,7 @@ class PromptTable:
     def read(cls, data: Path, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The training prompts of prepared data.
 
-        Raises: DataError when there is none.
+        Raises: DataError when there are none.
         """
         table = read_table(data, "prompts", "train")
         if table.empty:
@@ -47,13 +52,13 @@ class PromptTable:
         return cls(prompts, [encode_prompt(prompt, tokenizer) for prompt in prompts])
 
     def pick(self, numbers: Sequence[int]) -> "PromptTable":
-        """Some of them."""
+        """Some of the prompts."""
         return PromptTable([self.prompts[i] for i in numbers], [self.tokens[i] for i in numbers])
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects experience: has responses sampled, and measures them with every network."""
+    """Collects experience: samples responses and scores them with every network."""
 
     policy: Policy
     reference: Policy
@@ -68,20 +73,20 @@ class Collector:
 
     @torch.no_grad()
     def roll_out(self, prompts: PromptTable) -> Rollout:
-        """A response to each prompt, with log-probabilities, values and scores.
+        """Sample a response to each prompt, with log-probabilities, values and scores.
 
-        Log-probabilities are those of a forward pass like that of the update, over the same rows in
-        the same micro-batches, and not those of sampling, which in bfloat16 are rounded otherwise.
+        Log-probabilities come from a forward pass like that of the update, over the same rows in
+        the same micro-batches. Those of sampling would be rounded differently in bfloat16.
 
-        Raises: NumericsError naming what is not finite.
+        Raises: NumericsError naming the tensor that is not finite.
         """
         size = self.config.batch_size
         draws = uniforms(len(prompts.tokens), self.sampling.max_new_tokens, self.draws)
         minibatches = [self.ranks.share(b) for b in chunks(list(range(len(prompts.tokens))), size)]
-        own = [row for minibatch in minibatches for row in minibatch]
+        rows = [row for minibatch in minibatches for row in minibatch]
         with self.ranks.whole(self.policy, self.critic):
-            measured = self._experience(prompts, draws, minibatches, own) if own else []
-        rollout = self.ranks.gather(measured, own, Rollout.join)
+            scored = self._experience(prompts, draws, minibatches, rows) if rows else []
+        rollout = self.ranks.gather(scored, rows, Rollout.join)
         require_finite("the reward-model score", rollout.scores)
         require_finite("the log-probability of a sampled token", rollout.logprobs)
         require_finite("its log-probability under the reference", rollout.ref_logprobs)
@@ -89,10 +94,10 @@ class Collector:
         return rollout
 
     def _experience(
-        self, prompts: PromptTable, draws: Tensor, minibatches: list[list[int]], own: list[int]
+        self, prompts: PromptTable, draws: Tensor, minibatches: list[list[int]], all_rows: list[int]
     ) -> list[Rollout]:
-        """That of this rank's rows, by minibatch."""
-        batches = list(chunks(own, self.sampling.batch_size))
+        """The experience of this rank's rows, one roll-out for each micro-batch."""
+        batches = list(chunks(all_rows, self.sampling.batch_size))
         parts = [
             self._respond(
                 prompts.pick(rows),
@@ -101,17 +106,17 @@ class Collector:
             )
             for number, rows in enumerate(batches)
         ]
-        bare = Rollout.join([Rollout.unmeasured(*part) for part in parts])
-        places = {row: place for place, row in enumerate(own)}
+        unscored = Rollout.join([Rollout.unmeasured(*part) for part in parts])
+        index_of = {row: index for index, row in enumerate(all_rows)}
         micros = [m for rows in minibatches for m in chunks(rows, self.config.micro_batch_size)]
         between = self.between("scoring", len(micros))
-        measured = []
+        scored = []
         for rows in micros:
             between()
-            index = torch.tensor([places[row] for row in rows])
-            part = bare.rows(index.to(bare.responses.tokens.device))
-            measured.append(self._measure(part, prompts.pick(rows).prompts))
-        return measured
+            index = torch.tensor([index_of[row] for row in rows])
+            part = unscored.rows(index.to(unscored.responses.tokens.device))
+            scored.append(self._score(part, prompts.pick(rows).prompts))
+        return scored
 
     def _respond(
         self, prompts: PromptTable, draws: Tensor, between: Callable[[], None]
@@ -119,21 +124,21 @@ class Collector:
         batch = prompt_batch(self.policy, prompts.tokens, self.sampling.max_prompt_length)
         return batch, self.sampler(batch, draws, between=between)
 
-    def _measure(self, bare: Rollout, prompts: list[Prompt]) -> Rollout:
-        written = share_below(lay_out(bare.prompts, bare.responses), self.policy)
+    def _score(self, unscored: Rollout, prompts: list[Prompt]) -> Rollout:
+        rows = with_shared_states(lay_out(unscored.prompts, unscored.responses), self.policy)
         temperature = self.sampling.temperature
-        scores = self.reward(prompts, written, bare.responses)
-        logprobs = response_logprobs(self.policy, written, temperature=temperature)
+        scores = self.reward(prompts, rows, unscored.responses)
+        logprobs = response_logprobs(self.policy, rows, temperature=temperature)
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
-            values = response_values(self.critic, written)
+            values = response_values(self.critic, rows)
         return Rollout(
-            prompts=bare.prompts,
-            responses=bare.responses,
+            prompts=unscored.prompts,
+            responses=unscored.responses,
             logprobs=logprobs,
-            ref_logprobs=response_logprobs(self.reference, written, temperature=temperature),
+            ref_logprobs=response_logprobs(self.reference, rows, temperature=temperature),
             values=values,
             scores=scores.total,
             parts=scores.parts,
-            below=written.below(),
+            below=rows.shared_states(),
         )

@@ -1,6 +1,6 @@
-"""Who owns β, the price of a nat of KL: it stays where it is, or follows a target.
+"""Controllers of β, the price of a nat of KL: fixed, or adapting to a target.
 
-Knows nothing of tensors. What β is multiplied with: `functional.rewards.shaped_rewards`.
+This module knows nothing about tensors. `functional.rewards.shaped_rewards` applies β.
 """
 
 import math
@@ -14,47 +14,47 @@ MAX_ERROR = 0.2
 
 
 class KLController(Protocol):
-    """Owner of the KL coefficient β. `value` is what applies now, and what should be logged."""
+    """Owns the KL coefficient β. `value` is the current β, which should be logged."""
 
     value: float
 
     def update(self, kl: float, n: int) -> None:
-        """Learn that the last `n` sequences had `kl` nats each on average."""
+        """Adapt to the last `n` sequences, which had `kl` nats each on average."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint has to keep."""
+        """The state for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass
 class FixedKL:
-    """A coefficient that stays where it was put."""
+    """A constant coefficient."""
 
     value: float
 
     def update(self, kl: float, n: int) -> None:
-        """Change nothing, whatever the KL."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, float]:
         """The coefficient."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take the coefficient from the checkpoint."""
+        """Restore the coefficient."""
         self.value = state["value"]
 
 
 class AdaptiveKL:
-    """A coefficient that rises while the policy is further than `target` from its reference.
+    """A coefficient that rises while the KL to the reference is above `target`, and falls below it.
 
         β ← β·(1 + clip(KL / target - 1, -0.2, 0.2)·n / horizon)
 
     Args:
         kl_coef: β at the start, score per nat.
         target: KL to hold, nats per sequence.
-        horizon: sequences over which β moves by a fifth at most.
+        horizon: sequences over which β changes by at most a fifth.
 
     Raises:
         ValueError: if a number is not positive.
@@ -91,5 +91,5 @@ class AdaptiveKL:
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take the coefficient from the checkpoint."""
+        """Restore the coefficient."""
         self.value = state["value"]

@@ -1,6 +1,6 @@
-"""The loop of PPO, RLOO and GRPO: sample and score responses, then a few epochs of updates on them.
+"""The loop of PPO, RLOO and GRPO: sample and score responses, then run a few epochs of updates.
 
-The stages differ in what a token's advantage is and in what else learns: each hands over two
+The stages differ in the advantage of a token and in the networks that train; each passes two
 functions, `credit` and `update`.
 """
 
@@ -27,7 +27,7 @@ from rlhf_core.rewards.scoring import load_reward, reward_directories
 from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.training.session import Session
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
@@ -36,14 +36,14 @@ _log = logging.getLogger(__name__)
 
 
 class Credit(Protocol):
-    """How an algorithm divides the reward among the tokens."""
+    """How an algorithm assigns the reward to tokens."""
 
     def __call__(self, rollout: Rollout, kl_coef: float) -> tuple[Any, dict[str, float]]:
-        """What an update moves towards, and metrics."""
+        """The targets of the updates, and metrics."""
 
 
 class Update(Protocol):
-    """How an algorithm learns from it."""
+    """How an algorithm updates its networks."""
 
     def __call__(
         self,
@@ -54,23 +54,24 @@ class Update(Protocol):
         first: bool,
         check: Callable[[], None],
     ) -> dict[str, float] | None:
-        """One update on the picked rows, and its metrics; `check` comes before each micro-batch.
+        """Update on the picked rows and return metrics; calls `check` before each micro-batch.
 
-        None, and no update, when the policy has moved too far from the one that sampled.
+        Returns None, without an update, when the policy has moved too far from the one that
+        sampled.
         """
 
 
 @dataclass
 class Iteration:
-    """Where an on-policy run stands. All of it goes into a checkpoint, the roll-out included."""
+    """The position of an on-policy run. A checkpoint has all of it, including the roll-out."""
 
     config: OnPolicySection
     order: torch.Generator
     device: str
     number: int = 1
-    rollout: Rollout | None = None  # of this iteration, once it is there
-    used: list[dict[str, float]] = field(default_factory=list)  # of the updates done with it
-    samples: list[dict[str, Any]] = field(default_factory=list)  # texts to look at
+    rollout: Rollout | None = None  # of this iteration, once sampled
+    used: list[dict[str, float]] = field(default_factory=list)  # metrics of its updates so far
+    samples: list[dict[str, Any]] = field(default_factory=list)  # texts for the report
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -78,32 +79,32 @@ class Iteration:
 
     @property
     def experience(self) -> Rollout:
-        """The roll-out of this iteration, which has begun."""
+        """The roll-out of this iteration; only after `begin`."""
         assert self.rollout is not None
         return self.rollout
 
     def begin(self, rollout: Rollout) -> None:
-        """New experience to learn from.
+        """Start an iteration with new experience.
 
-        Raises: NumericsError when it is the first and the policy is not yet its reference.
+        Raises: NumericsError when it is the first and the policy differs from its reference.
         """
         if self.number == 1:
             require_kl_zero(rollout, self.config.precision)
         self.rollout, self.used, self.minibatches = rollout, [], self._all_minibatches()
 
     def means(self) -> dict[str, float]:
-        """The metrics of its updates, averaged over them, and how many there were."""
+        """The metrics averaged over the updates, and the number of updates."""
         count = len(self.used)
         means = {name: sum(used[name] for used in self.used) / count for name in self.used[0]}
         return means | {"optimizer/updates": float(count)}
 
     def finish(self, *, last: bool) -> None:
-        """The experience is used up."""
+        """End the iteration and drop its experience."""
         self.rollout, self.used, self.ended = None, [], last
         self.number += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """The state for a checkpoint."""
         return {
             "number": self.number,
             "rollout": self.rollout,
@@ -114,7 +115,7 @@ class Iteration:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there."""
+        """Restore what `state_dict` returned."""
         rollout = state["rollout"]
         self.rollout = None if rollout is None else rollout.to(self.device)
         self.number, self.used = state["number"], state["used"]
@@ -123,7 +124,7 @@ class Iteration:
         self.minibatches.load_state_dict(state["minibatches"])
 
     def _all_minibatches(self) -> Batches:
-        # The first epoch takes the rows as they were scored, so that its first ratio is exactly 1.
+        # The first epoch takes the rows in scoring order, so that its first ratio is exactly 1.
         size, epochs = self.config.rollout_size, self.config.epochs
         return Batches(size, self.config.batch_size, epochs, self.order, first_in_order=True)
 
@@ -141,11 +142,11 @@ def iterate(
     observers: Sequence[Observer] = (),
     sampler: Sampler | None = None,
 ) -> OnPolicyReport:
-    """The iterations of an on-policy stage, from the last checkpoint on if there is one.
+    """Run the iterations of an on-policy stage, resuming from the last checkpoint if there is one.
 
     Args:
-        observers: what looks at each iteration beside the KL budget, and may stop the run.
-        sampler: what continues the prompts; by default the policy itself, in this process.
+        observers: look at each iteration in addition to the KL budget, and may stop the run.
+        sampler: samples the responses; by default with the policy in this process.
     """
     sampling = work.section(SamplingConfig)
     require_context(actors.policy.model, sampling.max_length, SAMPLING_LENGTH)
@@ -156,10 +157,10 @@ def iterate(
     stream = PromptStream(len(table.tokens), config.rollout_size // group, order)
     draws = generator(work.seed, f"{stage}/sampling")
     now = Iteration(config, generator(work.seed, f"{stage}/order"), work.device)
-    watching = (kl_budget(config), *observers)
+    all_observers = (kl_budget(config), *observers)
     with work.recovery.open(
         work.logger,
-        identity=identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
+        identity=run_identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
         learners=learners,
         positions={"prompts": stream, "draws": draws, "kl": controller, "iteration": now},
         ranks=work.ranks,
@@ -177,7 +178,7 @@ def iterate(
                 work.device,
                 config.precision,
                 max_length=sampling.max_length,
-                ready=actors.rewards,
+                loaded=actors.rewards,
                 combination=config.combine_rewards,
                 variance_coef=config.variance_coef,
             ),
@@ -209,7 +210,7 @@ def iterate(
                 now.used.append(metrics)
                 session.safe_point()
             controller.update(stats["objective/kl"], config.rollout_size)
-            finish_iteration(now, stats, session, actors, work, watching)
+            finish_iteration(now, stats, session, actors, work, all_observers)
             session.safe_point()
         history = [values for _, values in session.history]
     return OnPolicyReport.of(stage, config, history, now.samples)
@@ -223,8 +224,10 @@ def finish_iteration(
     work: Work,
     observers: Sequence[Observer],
 ) -> None:
-    """Log an iteration whose updates are done, keep some of its texts and, where asked for, its
-    policy; and see whether it is the last: the planned number is reached, or an observer stops."""
+    """Log a finished iteration, keep some of its texts, and save a milestone if one is due.
+
+    Ends the run if the planned number of iterations is reached or an observer stops it.
+    """
     number, config, rollout = now.number, now.config, now.experience
     metrics = {**stats, **now.means()}
     history = [values for _, values in session.history]
@@ -239,12 +242,12 @@ def finish_iteration(
         save_milestone(actors, work, number)
     now.finish(last=last)
     session.metrics(metrics, number)
-    said = f"score {metrics['objective/score']:+.2f}, KL {metrics['objective/kl']:.2f} nats"
-    session.progress(number, config.iterations, said)
+    note = f"score {metrics['objective/score']:+.2f}, KL {metrics['objective/kl']:.2f} nats"
+    session.progress(number, config.iterations, note)
 
 
 def save_milestone(actors: Actors, work: Work, number: int) -> None:
-    """Write the policy as it is after an iteration, to stay when later checkpoints replace it."""
+    """Write the policy after an iteration, to keep it when later ones replace it."""
     actors.save(work.outputs["milestones"] / f"{number:06d}", work, number)
 
 
@@ -253,10 +256,12 @@ def require_kl_zero(rollout: Rollout, precision: Precision) -> None:
 
     Raises: NumericsError naming it.
     """
-    apart = (rollout.logprobs - rollout.ref_logprobs)[rollout.responses.mask].abs().max().item()
-    if apart > rounding(rollout.logprobs, precision):
+    difference = (
+        (rollout.logprobs - rollout.ref_logprobs)[rollout.responses.mask].abs().max().item()
+    )
+    if difference > rounding(rollout.logprobs, precision):
         raise NumericsError(
             f"a broken invariant: the KL to the reference is not 0 at step 0 (log-probabilities "
-            f"differ by {apart:.3g}); policy and reference must be the same model. This is a "
+            f"differ by {difference:.3g}); policy and reference must be the same model. This is a "
             "defect: please report it with the config"
         )

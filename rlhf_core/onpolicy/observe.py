@@ -1,8 +1,7 @@
-"""What looks at an iteration once its updates are done, and may stop the run.
+"""Observers look at each finished iteration and may stop the run.
 
-An observer is a function from an `Observation` to an `Action`, or to None when it has nothing to
-say. It keeps no state of its own: `history` is in the checkpoint, so that a resumed run decides the
-same.
+An observer is a function from an `Observation` to an `Action`, or to None. It has no state:
+`history` is in the checkpoint, so that a resumed run decides the same.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from rlhf_core.types import Rollout
 
 @dataclass(frozen=True)
 class Observation:
-    """An iteration that has been learnt from."""
+    """A finished iteration."""
 
     number: int  # from 1
     rollout: Rollout
@@ -25,7 +24,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Action:
-    """What an observer asks for: a warning in the log, or that as the last word of the run."""
+    """A request of an observer: to log a warning, or to log it and stop the run."""
 
     kind: Literal["warn", "stop"]
     reason: str  # a sentence
@@ -35,12 +34,12 @@ Observer: TypeAlias = Callable[[Observation], Action | None]
 
 
 def observe(observers: Iterable[Observer], seen: Observation) -> list[Action]:
-    """What all observers ask for."""
+    """The actions of all observers."""
     return [action for observer in observers if (action := observer(seen)) is not None]
 
 
 def kl_budget(config: OnPolicySection) -> Observer:
-    """Stops or warns, as `at_kl_budget` says, when the KL to the reference is over `kl_budget`."""
+    """Stop or warn, as set by `at_kl_budget`, when the KL to the reference exceeds `kl_budget`."""
 
     def observer(seen: Observation) -> Action | None:
         if not over_kl_budget(seen.metrics, config):

@@ -1,4 +1,4 @@
-"""What an on-policy run tells: metrics of an iteration, texts to read, and the report."""
+"""The output of an on-policy run: metrics of an iteration, sample texts, and the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from rlhf_core.types import Report, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyReport(Report):
-    """Where the policy came to, as means over the last iteration."""
+    """The final policy, as means over the last iteration."""
 
-    score: float  # what the responses are worth, before the penalty for missing ends
+    score: float  # reward of the responses, before the penalty for missing ends
     kl: float  # nats per sequence
     kl_coef: float
     response_length: float  # tokens
@@ -34,7 +34,7 @@ class OnPolicyReport(Report):
         history: Sequence[dict[str, float]],
         samples: list[dict[str, Any]],
     ) -> Self:
-        """What the metrics of all iterations come to."""
+        """The report on the metrics of all iterations."""
         last = history[-1]
         path = [(point["objective/kl"], point["objective/score"]) for point in history]
         return cls(
@@ -53,7 +53,7 @@ class OnPolicyReport(Report):
 
 
 def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """What a roll-out says about the policy."""
+    """The metrics of a roll-out."""
     mask = rollout.responses.mask
     stats = {
         "objective/score": rollout.scores.mean().item(),
@@ -70,19 +70,19 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 
 def kl_to_reference(rollout: Rollout) -> Tensor:
     """(B,) log π - log π_ref of each whole response, in nats."""
-    apart = rollout.logprobs - rollout.ref_logprobs
-    return apart.masked_fill(~rollout.responses.mask, 0).sum(-1)
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    return log_ratio.masked_fill(~rollout.responses.mask, 0).sum(-1)
 
 
 def group_std(scores: Tensor, group_size: int) -> float:
-    """Mean standard deviation of the scores of one prompt; at 0 there is nothing to learn from."""
+    """Standard deviation of the scores of one prompt, mean over prompts; at 0 nothing is learnt."""
     return scores.view(-1, group_size).std(1).mean().item()
 
 
 def sample_rows(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, iteration: int, rows: int = 8
 ) -> list[dict[str, Any]]:
-    """Some texts of a roll-out with their scores, to read what the numbers mean."""
+    """Some texts of a roll-out with their scores, for people to read."""
     prompts, responses = rollout.prompts, rollout.responses
     table = pd.DataFrame(
         {

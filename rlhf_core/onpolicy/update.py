@@ -1,5 +1,5 @@
-"""The clipped update of a policy, which PPO, RLOO and GRPO share. Knows nothing of where advantages
-come from, and nothing of critics."""
+"""The clipped policy update shared by PPO, RLOO and GRPO. It does not know where advantages come
+from, nor critics."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, cast
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.backbone.networks import Precision
-from rlhf_core.backbone.responses import Written, read_again, rounding
+from rlhf_core.backbone.responses import ResponseRows, restore_rows, rounding
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_policy
@@ -19,32 +19,35 @@ from rlhf_core.types import Rollout
 
 
 class Surrogate:
-    """The policy loss of a micro-batch as the head asks for it, a chunk of tokens at a time.
+    """The policy loss of a micro-batch, computed a chunk of tokens at a time for the chunked head.
 
-    A chunk lies in its rows of the micro-batch with every other place masked. Under one normalizer
-    the losses of the chunks add up to that of the minibatch, and so do the shares that are clipped.
+    A chunk is put into the rows of the micro-batch, with all other tokens masked. With a common
+    normalizer the losses of the chunks add up to that of the minibatch; so do the clip fractions.
     """
 
     def __init__(
         self,
-        written: Written,
+        response_rows: ResponseRows,
         experience: Rollout,
         advantages: Tensor,  # (B, R)
         normalizer: float,
         config: OnPolicySection,
         kl_coef: float,
     ) -> None:
-        self._written = written
+        self._response_rows = response_rows
         self._experience = experience
         self._advantages = advantages
         self._normalizer = normalizer
         self._config = config
         self._kl_coef = kl_coef
-        self.clipped = advantages.new_zeros(())  # so far: tokens that a clip decided / normalizer
+        self.clipped = advantages.new_zeros(())  # so far: clipped tokens / normalizer
 
     def __call__(self, logprobs: Tensor, span: slice) -> Tensor:
         """() the loss of the tokens in `span`, from their (n,) log-probabilities."""
-        rows, mask = self._written.spread(logprobs, span), self._written.part(span)
+        rows, mask = (
+            self._response_rows.to_rows(logprobs, span),
+            self._response_rows.span_mask(span),
+        )
         loss, clipped = clipped_policy(
             rows,
             self._experience.logprobs,
@@ -82,9 +85,9 @@ def update_policy(
     Args:
         advantages: (B, R) of the whole roll-out.
         picked: the rows of the minibatch.
-        normalizer: what the sum is divided by: the tokens of the minibatch, or its responses.
+        normalizer: divides the sum: the tokens of the minibatch, or its responses.
         kl_coef: β of a KL term that is differentiated, 0 for none.
-        first: no update has come between the roll-out and this one, so every ratio must be 1.
+        first: whether this is the first update since the roll-out, so every ratio must be 1.
 
     Raises: NumericsError when the loss is not finite, or a first ratio is not 1.
     """
@@ -95,13 +98,15 @@ def update_policy(
         rows = torch.tensor(micro.rows, device=advantages.device)
         experience = rollout.rows(rows)
         mask = experience.responses.mask
-        written = read_again(experience, learner.network)
-        surrogate = Surrogate(written, experience, advantages[rows], normalizer, config, kl_coef)
+        response_rows = restore_rows(experience, learner.network)
+        surrogate = Surrogate(
+            response_rows, experience, advantages[rows], normalizer, config, kl_coef
+        )
         with learner.accumulate(last=micro.last):
             out = learner(
-                written.packed,
-                written.places,
-                written.tokens,
+                response_rows.packed,
+                response_rows.positions,
+                response_rows.tokens,
                 temperature=temperature,
                 token_loss=surrogate,
                 with_entropy=True,
@@ -109,7 +114,7 @@ def update_policy(
             learner.backward(out.loss * micro.weight, "the policy loss")
         if first and micro.weight:
             _require_ratio_one(out.logprobs, experience.logprobs[mask], config.precision)
-        kl = kl_estimate(experience.logprobs, written.spread(out.logprobs), kind="k3")
+        kl = kl_estimate(experience.logprobs, response_rows.to_rows(out.logprobs), kind="k3")
         means = {
             "policy/loss": out.loss.item(),
             "policy/clip_fraction": surrogate.clipped.item() * normalizer / tokens,
@@ -135,7 +140,7 @@ def optimise_policy(
     mean_over: Literal["tokens", "responses"] = "tokens",
     kl_coef: float = 0.0,
 ) -> dict[str, float] | None:
-    """One update of the policy on the picked rows; None when it has already moved too far."""
+    """Update the policy on the picked rows; None, without an update, if it has moved too far."""
     tokens = float(rollout.responses.mask[picked].sum())
     stats = update_policy(
         learner,
@@ -158,15 +163,15 @@ def optimise_policy(
 
 
 def went_too_far(stats: Mapping[str, float], config: OnPolicySection) -> bool:
-    """Whether the policy has moved so far from the one that sampled that the epochs end."""
+    """Whether the policy has moved so far from the one that sampled that the epochs must end."""
     return 0 < 1.5 * config.update_kl_limit < stats["policy/approx_kl"]
 
 
 def _require_ratio_one(logprobs: Tensor, old_logprobs: Tensor, precision: Precision) -> None:
-    apart = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
-    if apart > rounding(logprobs, precision):
+    difference = (logprobs - old_logprobs).abs().max().item() if len(logprobs) else 0.0
+    if difference > rounding(logprobs, precision):
         raise NumericsError(
             "a broken invariant: the ratio is not 1 on the first minibatch of an iteration "
-            f"(log-probabilities differ by {apart:.3g}), though the policy is the one that "
+            f"(log-probabilities differ by {difference:.3g}), though the policy is the one that "
             "sampled. This is a defect: please report it with the config"
         )

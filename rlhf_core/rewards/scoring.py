@@ -1,9 +1,9 @@
-"""What a text is worth: one reward model, or several parts combined.
+"""The reward of a text: one reward model, or several parts combined.
 
     total = combine(weight · part),   part = the normalised score of a model, or of a function
 
-A model that has the policy's tokens reads the very tokens that were sampled. To any other the text
-goes as text: the response is decoded, and both are encoded as that model was trained on them.
+A model with the policy's tokenizer reads the sampled tokens themselves. For any other, the response
+is decoded, and prompt and response are encoded as that model was trained on them.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_cont
 from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
 from rlhf_core.backbone.networks import Precision, ScalarModel
 from rlhf_core.backbone.packing import pack
-from rlhf_core.backbone.responses import Written
+from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
     PLAIN_CHAT_TEMPLATE,
@@ -42,7 +42,7 @@ from rlhf_core.types import Responses
 
 RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
-PIPELINE_REWARD = "reward_model"  # the source that stands for the one of this pipeline
+PIPELINE_REWARD = "reward_model"  # the source that means this pipeline's reward model
 _REGISTERED = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]*)(?:/([1-9]\d*)|@([A-Za-z0-9_-]+))")
 _FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:([A-Za-z_][A-Za-z0-9_]*)")
 
@@ -53,11 +53,11 @@ class RewardTerm(Section):
     source: str = Field(
         PIPELINE_REWARD,
         description="reward_model = the one that this pipeline trained; models:/NAME/VERSION or "
-        "models:/NAME@ALIAS = another of the registry; package.module:function = a Python "
-        "function, called with prompts and responses (lists of str), returning one number each",
+        "models:/NAME@ALIAS = another in the registry; package.module:function = a Python "
+        "function, called with prompts and responses (lists of str), returns one number each",
     )
     weight: float = Field(
-        1.0, allow_inf_nan=False, description="Factor of this part; below 0 for a penalty, not 0"
+        1.0, allow_inf_nan=False, description="Factor of this part; negative for a penalty, never 0"
     )
 
     @field_validator("source")
@@ -70,7 +70,7 @@ class RewardTerm(Section):
         ):
             return source
         raise ValueError(
-            f"'{source}' names no reward; write reward_model, models:/NAME/VERSION, "
+            f"'{source}' is not a reward; write reward_model, models:/NAME/VERSION, "
             "models:/NAME@ALIAS or package.module:function"
         )
 
@@ -83,58 +83,60 @@ class RewardTerm(Section):
 
     @property
     def is_model(self) -> bool:
-        """Whether a reward model gives this part, not a function."""
+        """Whether this part is a reward model and not a function."""
         return not _FUNCTION.fullmatch(self.source)
 
     @property
     def role(self) -> str:
-        """What the model of this part is called among the inputs of a stage: reward, reward.NAME"""
+        """The role of this part's model among the inputs of a stage: reward or reward.NAME."""
         return "reward" if self.source == PIPELINE_REWARD else f"reward.{self.name}"
 
     @property
     def name(self) -> str:
-        """What its metric is called: reward_model, NAME-VERSION, NAME-ALIAS or the function."""
+        """The name of its metric: reward_model, NAME-VERSION, NAME-ALIAS or the function."""
         if registered := _REGISTERED.fullmatch(self.source):
             return "-".join(filter(None, registered.groups()))
         return self.source.rpartition(":")[2]
 
 
 def check_terms(terms: Sequence[RewardTerm]) -> None:
-    """Raise ValueError unless there are parts, and each has a name of its own."""
+    """Raise ValueError unless there are parts and their names are distinct."""
     if not terms:
-        raise ValueError("a reward needs at least one part; the least is source: reward_model")
+        raise ValueError("a reward needs at least one part; add source: reward_model")
     name, count = Counter(term.name for term in terms).most_common(1)[0]
     if count == 1:
         return
     sources = {term.source: None for term in terms if term.name == name}
     if len(sources) == 1:
-        raise ValueError(f"{next(iter(sources))} is {count} parts of the reward; add their weights")
+        raise ValueError(
+            f"{next(iter(sources))} is listed {count} times; merge them and add the weights"
+        )
     raise ValueError(
-        f"{' and '.join(sources)} would both be logged as '{name}'; give one of them another name"
+        f"{' and '.join(sources)} would both be logged as '{name}'; rename one of them"
     )
 
 
 class Scores(NamedTuple):
-    """What some texts are worth."""
+    """The rewards of some texts."""
 
-    total: Tensor  # (B,) all parts together, with their weights
+    total: Tensor  # (B,) weighted parts combined
     parts: dict[str, Tensor]  # (B,) each, unweighted, by name
 
 
 class Reward:
-    """Some parts, each with its weight, as one number.
+    """Combines several weighted parts into one reward.
 
     Args:
         terms: the parts.
         models: by source, for the terms that are models.
         tokenizers: of these models, by source.
-        policy_tokenizer: of what is scored.
+        policy_tokenizer: of the texts to score.
         max_length: tokens of the longest text that the policy writes.
-        combination: how the weighted parts become one.
+        combination: how the weighted parts are combined.
         variance_coef: λ of mean_minus_variance.
 
-    Raises: ConfigError when a function cannot be imported, or a model with the policy's tokens
-    reads only shorter texts. A model with other tokens gets them cut.
+    Raises: ConfigError when a function cannot be imported, or when the context of a model with the
+    policy's tokenizer is too short. For a model with another tokenizer, texts are cut.
     """
 
     def __init__(
@@ -165,22 +167,24 @@ class Reward:
             self._scorers[term.name] = scorer
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], written: Written, responses: Responses) -> Scores:
-        """Score B texts: `written` is the tokens of `responses` to `prompts`.
+    def __call__(
+        self, prompts: Sequence[Prompt], response_rows: ResponseRows, responses: Responses
+    ) -> Scores:
+        """Score B texts: `response_rows` are the tokens of `responses` to `prompts`.
 
-        Functions, and models with other tokens, read the whole prompt, also where `written` has
-        lost its beginning.
+        Functions, and models with another tokenizer, read the whole prompt even if it was cut in
+        `response_rows`.
 
-        Raises: ConfigError when a function fails, or does not return one finite number each.
+        Raises: ConfigError when a function fails or does not return one finite number each.
         """
-        answers = _Answers(prompts, written, responses, self._tokenizer)
+        answers = _Answers(prompts, response_rows, responses, self._tokenizer)
         parts = {name: scorer(answers) for name, scorer in self._scorers.items()}
         weighted = [self._weights[name] * part for name, part in parts.items()]
         return Scores(self._combine(torch.stack(weighted)), parts)
 
 
 def reward_directories(terms: Sequence[RewardTerm], inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Of the inputs of a stage, by role, the reward models of these terms, by source."""
+    """The directories of the terms' reward models by source, from a stage's inputs by role."""
     return {term.source: inputs[term.role] for term in terms if term.role in inputs}
 
 
@@ -192,25 +196,25 @@ def load_reward(
     precision: Precision = "float32",
     *,
     max_length: int,
-    ready: Mapping[str, ScalarModel] | None = None,
+    loaded: Mapping[str, ScalarModel] | None = None,
     combination: Combination = "sum",
     variance_coef: float = 1.0,
 ) -> Reward:
-    """The reward whose models are in these directories, by source.
+    """Load a reward whose models are in these directories, by source.
 
-    Models that are `ready` share the policy's trunk, and so its tokens; they need no directory.
+    Models in `loaded` share the policy's trunk, and so its tokenizer; they need no directory.
 
-    Raises: ConfigError when a term has no directory, or as `Reward` does; ModelError when one holds
-    no reward model.
+    Raises: ConfigError when a term has no directory, or as `Reward` does; ModelError when a
+    directory has no reward model.
     """
-    models = dict(ready or {})
+    models = dict(loaded or {})
     tokenizers = dict.fromkeys(models, policy_tokenizer)
     for source in (term.source for term in terms if term.is_model and term.source not in models):
         if source not in directories:
-            given = ", ".join(directories) or "none"
+            known = ", ".join(directories) or "none"
             raise ConfigError(
-                f"the reward '{source}' has no model directory (given: {given}); hand its "
-                "directory over, or leave this part out"
+                f"the reward '{source}' has no model directory (got: {known}); pass its "
+                "directory, or remove this part"
             )
         require_kind(directories[source], "reward")
         models[source] = ScalarModel.load(directories[source], device, precision)
@@ -227,16 +231,16 @@ def load_reward(
 
 
 def reach_working_dir() -> None:
-    """Let modules of the working folder be found, after all others: none takes another's place."""
+    """Make modules in the working folder importable, after all others, so that none is shadowed."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
 
 
 def load_function(path: str, *, setting: str) -> RewardFunction:
-    """The function that `module:name` stands for; `setting` is where the path was given.
+    """Import the function `module:name`; `setting` names the setting with the path.
 
-    Raises: ConfigError when the module cannot be imported or has no such function in it.
+    Raises: ConfigError when the module cannot be imported or has no such function.
     """
     module, _, name = path.partition(":")
     reach_working_dir()
@@ -244,12 +248,11 @@ def load_function(path: str, *, setting: str) -> RewardFunction:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{setting} '{path}' is not a function that can be imported ({error}); "
-            "write it as package.module:function"
+            f"{setting} '{path}' cannot be imported ({error}); write it as package.module:function"
         ) from error
     if not callable(function):
         raise ConfigError(
-            f"{setting} '{path}' is no function but a {type(function).__name__}; "
+            f"{setting} '{path}' is a {type(function).__name__}, not a function; "
             "write it as package.module:function"
         )
     return cast(RewardFunction, function)
@@ -258,9 +261,9 @@ def load_function(path: str, *, setting: str) -> RewardFunction:
 def call_function(
     function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str]
 ) -> Tensor:
-    """(B,) what a function gives for each response; `name` is what messages call it.
+    """(B,) the value of a function for each response; `name` is its name in error messages.
 
-    Raises: ConfigError when it fails, or does not return one finite number each.
+    Raises: ConfigError when it fails or does not return one finite number each.
     """
     try:
         values: list[object] = list(function(prompts, responses))
@@ -269,18 +272,20 @@ def call_function(
             f"{name} failed on {len(responses)} texts ({type(error).__name__}: {error}); fix the "
             "function"
         ) from error
-    wanted = f"{name} has to return one finite number for each of the {len(responses)} responses"
+    wanted = f"{name} must return one finite number for each of the {len(responses)} responses"
     if len(values) != len(responses):
-        raise ConfigError(f"{wanted}; it gave {len(values)}")
+        raise ConfigError(f"{wanted}; it returned {len(values)}")
     numbers = torch.tensor([_number(value) for value in values])
     if not numbers.isfinite().all():
         row = int(numbers.isfinite().logical_not().nonzero()[0])
-        raise ConfigError(f"{wanted}; it gave {values[row]!r} for number {row}: {responses[row]!r}")
+        raise ConfigError(
+            f"{wanted}; it returned {values[row]!r} for number {row}: {responses[row]!r}"
+        )
     return numbers
 
 
 def _number(value: object) -> float:
-    """A value as a float; NaN where it is no number."""
+    """A value as a float; NaN if it is not a number."""
     try:
         return float(value) if isinstance(value, SupportsFloat) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):  # arrays of several, 10**400
@@ -289,10 +294,10 @@ def _number(value: object) -> float:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What a policy wrote, as tokens and as text."""
+    """The answers of a policy, as tokens and as text."""
 
     prompts: Sequence[Prompt]
-    written: Written
+    response_rows: ResponseRows
     responses: Responses
     tokenizer: PreTrainedTokenizerBase
 
@@ -306,7 +311,7 @@ _Scorer: TypeAlias = Callable[[_Answers], Tensor]  # -> (B,)
 
 
 def _by_tokens(model: ScalarModel, answers: _Answers) -> Tensor:
-    return model.scores(answers.written.packed)
+    return model.scores(answers.response_rows.packed)
 
 
 def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Tensor:
@@ -316,9 +321,9 @@ def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _A
     finished = answers.responses.finished.tolist()
     for prompt, text, ended in zip(answers.prompts, answers.texts, finished, strict=True):
         if spaced and not isinstance(prompt, str):
-            text = text.removeprefix(" ")  # of the policy's template, not of the answer
+            text = text.removeprefix(" ")  # from the policy's template, not part of the answer
         ids, _, _ = encode_pair(prompt, text, tokenizer, room)
-        closed = ids[-1] == tokenizer.eos_token_id  # not if it was cut
+        closed = ids[-1] == tokenizer.eos_token_id  # False if it was cut
         rows.append(ids if ended or not closed else ids[:-1] or ids)
     return model.scores(pack(rows, model.model.device))
 

@@ -1,11 +1,11 @@
-"""A small RLHF problem whose true reward is known, so that learning can be proved.
+"""A small RLHF problem with a known true reward, so that learning can be verified.
 
     grammar      writes short reviews of hotels, films and phones: demonstrations and pairs
-    truth        the hidden reward: VADER sentiment less penalties that annotators hardly notice
-    annotators   simulated people who compare two reviews, each with failings of their own
+    truth        the hidden reward: VADER sentiment minus penalties that annotators hardly notice
+    annotators   simulated people who compare two reviews, each with individual biases
     tables       draws the three data tables of the pipeline from one seed
 
-The reward model sees the votes alone; `true_reward` is for evaluation. Where the two part (length,
+The reward model sees only the votes; `true_reward` is for evaluation. Where the two differ (length,
 repetition, features of the wrong kind) a policy can over-optimise, as it can against real people.
 Every draw comes from a `random.Random` seeded by the run's seed and a purpose.
 """

@@ -1,4 +1,4 @@
-"""Simulated annotators: how a person with failings compares two texts.
+"""Simulated annotators: how a fallible person compares two texts.
 
 An annotator's utility of a text, in units of sentiment:
 
@@ -6,10 +6,10 @@ An annotator's utility of a text, in units of sentiment:
     v       = Σ over clauses of taste(feature of the clause) · valence(clause)
 
 where valence is VADER's sum of word valences; with taste 1 throughout, the first term is VADER's
-compound score, but for intensifiers that reach across the end of a clause. Shown `a` first and
+compound score, except for intensifiers that reach across the end of a clause. Shown `a` first and
 `b` second, the annotator
 
-    votes by the toss of a coin                 with probability 1 - reliability, and otherwise by
+    votes at random                             with probability 1 - reliability, and otherwise by
     d = u(a) - u(b) + side_bias + noise · z     with z from the standard logistic distribution:
     "a" if d > tie_margin, "b" if d < -tie_margin, else "tie".
 
@@ -40,7 +40,7 @@ Preference = Literal["a", "b", "tie"]
 
 
 class AnnotatorsConfig(Section):
-    """How many simulated annotators there are, and how much they differ from perfect judges."""
+    """The number of simulated annotators, and their reliability and biases."""
 
     count: int = Field(12, ge=1, description="Simulated annotators (persons)")
     lowest_reliability: float = Field(
@@ -50,13 +50,17 @@ class AnnotatorsConfig(Section):
         1.0, ge=0, le=1, description="Reliability of the most careful annotator (share of votes)"
     )
     side_bias: float = Field(
-        0.1, ge=0, description="Largest liking for either side; each gets ± up to it (sentiment)"
+        0.1,
+        ge=0,
+        description="Largest side bias; each annotator's is uniform in ± this (sentiment)",
     )
     length_bias: float = Field(
-        0.1, ge=0, description="Mean liking for length; each gets 0 to 2 x it (sentiment/10 words)"
+        0.1,
+        ge=0,
+        description="Mean length bias; each annotator's is 0 to 2 x this (sentiment/10 words)",
     )
     taste_spread: float = Field(
-        0.3, ge=0, description="Standard deviation of the log weight that each gives to a feature"
+        0.3, ge=0, description="Standard deviation of the log weights of features"
     )
     care: float = Field(
         0.5, ge=0, le=1, description="Share of the repetition penalty that annotators notice"
@@ -78,10 +82,10 @@ class AnnotatorsConfig(Section):
 
 @dataclass(frozen=True)
 class Annotator:
-    """One simulated person. The defaults are a perfect judge of sentiment: no bias and no noise."""
+    """A simulated person. By default an unbiased, noiseless measure of sentiment."""
 
     name: str
-    reliability: float = 1.0  # share of the votes that are given with attention
+    reliability: float = 1.0  # share of the votes cast with attention
     side_bias: float = 0.0  # added to the text shown first, sentiment
     length_bias: float = 0.0  # sentiment per 10 words
     care: float = 0.0  # share of the repetition penalty that is noticed
@@ -90,14 +94,14 @@ class Annotator:
     taste: Mapping[str, float] = field(default_factory=dict)  # feature -> weight, 1 where absent
 
     def utility(self, text: str) -> float:
-        """How much this person likes a text (module docstring), in units of sentiment."""
+        """This person's utility of a text (module docstring), in units of sentiment."""
         valence = sum(self._weight(feature) * v for feature, v in _clause_valences(text))
         liking = valence / math.sqrt(valence**2 + VADER_ALPHA)
         words = len(words_of(text))
         return liking + self.length_bias * words / 10 - self.care * repetition(text)
 
     def prefers(self, text_a: str, text_b: str, rng: Random) -> Preference:
-        """The verdict on two texts, `text_a` shown first (module docstring)."""
+        """The vote on two texts, `text_a` shown first (module docstring)."""
         if rng.random() >= self.reliability:
             return rng.choice(("a", "b"))
         difference = self.utility(text_a) - self.utility(text_b) + self.side_bias
@@ -111,7 +115,7 @@ class Annotator:
 
 
 class Vote(NamedTuple):
-    """What an annotator made of a pair."""
+    """An annotator's vote on a pair."""
 
     response_a: str  # shown first
     response_b: str
@@ -119,7 +123,7 @@ class Vote(NamedTuple):
 
 
 def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
-    """Annotators of varied reliability, biases and taste, as the config bounds them."""
+    """Draw annotators with reliability, biases and taste within the bounds of the config."""
     return [
         Annotator(
             name=f"annotator-{number:02d}",
@@ -138,13 +142,13 @@ def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
 
 
 def vote(annotator: Annotator, texts: tuple[str, str], rng: Random) -> Vote:
-    """Show two texts to an annotator in random order, and note the verdict."""
+    """Show two texts to an annotator in random order, and return the vote."""
     first, second = rng.sample(texts, 2)
     return Vote(first, second, annotator.prefers(first, second, rng))
 
 
 def _clause_valences(text: str) -> list[tuple[str, float]]:
-    """The feature that each clause speaks of ("" for none) and the clause's VADER valence."""
+    """The feature that each clause mentions ("" for none) and the clause's VADER valence."""
     return [_clause_valence(clause.strip()) for clause in _CLAUSE_END.split(text)]
 
 

@@ -1,12 +1,12 @@
-"""The seeded grammar: prompts, and reviews of every mood. Knows nothing about rewards.
+"""The grammar of the simulation: prompts, and reviews of every mood. Knows nothing about rewards.
 
 A review is two to five clauses about features of the thing reviewed, and often a closing sentence:
 
     prompt    "Review of the hotel in Rome, visited in winter:"
     response  " The room was very charming, though the bed was dull. I recommend it to everyone."
 
-Each review has a mood of its own, from bad to good, so sentiment varies far more between reviews
-than within one. Some reviews repeat a word, ramble or stray to features of another kind of thing.
+Each review has a mood, from bad to good, so sentiment varies far more between reviews than within
+one. Some reviews repeat a word, ramble or stray to features of another kind of thing.
 """
 
 import re
@@ -68,7 +68,7 @@ def all_prompts() -> list[str]:
 
 
 def kind_of(prompt: str) -> str:
-    """The kind of thing that a prompt asks about, or "" where it names none of them."""
+    """The kind of thing that a prompt asks about, or "" if it names none."""
     words = set(words_of(prompt))
     return next((kind for kind in FEATURES if kind in words), "")
 
@@ -124,7 +124,7 @@ def _sentences(kind: str, count: int, mood: float, rng: Random) -> list[str]:
 
 
 def _features(kind: str, count: int, rng: Random) -> list[str]:
-    """Distinct features of the kind; now and then one is replaced by a feature of another kind."""
+    """Distinct features of the kind; occasionally one is replaced by a feature of another kind."""
     others = [feature for feature, other in KIND_OF_FEATURE.items() if other != kind]
     return [
         rng.choice(others) if rng.random() < _STRAY_SHARE else feature

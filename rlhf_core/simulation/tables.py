@@ -1,4 +1,4 @@
-"""Draws the three tables of the pipeline (demonstrations, preferences, prompts) from one seed."""
+"""Draw the three tables of the pipeline (demonstrations, preferences, prompts) from one seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rlhf_core.simulation.grammar import all_prompts, write_review
 
 
 class SimulationConfig(Section):
-    """How much simulated data there is, and who votes on it."""
+    """The amount of simulated data, and its annotators."""
 
     prompts: int = Field(
         480, ge=2, le=len(all_prompts()), description="Distinct prompts, shared by the three tables"
@@ -29,7 +29,7 @@ class SimulationConfig(Section):
 
 @dataclass(frozen=True)
 class SimulatedTables:
-    """The raw data of a pipeline, as a user would bring it, and who voted on it."""
+    """The raw data of a pipeline, as a user would provide it, and its annotators."""
 
     demonstrations: pd.DataFrame  # id, prompt, response
     preferences: pd.DataFrame  # the columns of `rlhf_core.data.prepared`, response_a shown first
@@ -38,10 +38,9 @@ class SimulatedTables:
 
 
 def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
-    """The simulated data of a seed: the same in every process, whatever else has been drawn.
+    """Simulate the data of a seed: the same in every process, whatever else has been drawn.
 
-    Each table draws from a stream of its own, so that asking for more demonstrations leaves the
-    preferences as they are.
+    Each table has its own random stream, so that more demonstrations do not change the preferences.
     """
     prompts = _stream(seed, "prompts").sample(all_prompts(), config.prompts)
     annotators = draw_annotators(config.annotators, _stream(seed, "annotators"))

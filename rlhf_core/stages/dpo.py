@@ -3,15 +3,15 @@
     d = β·(log π(y_w|x) - log π_ref(y_w|x)) - β·(log π(y_l|x) - log π_ref(y_l|x))
     L(θ) = mean(-(1 - ε)·log σ(d) - ε·log σ(-d))
 
-y_w is the chosen and y_l the rejected response, β the price of moving away from the reference. What
-β multiplies is an implicit reward. Papers: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290;
-ε (votes that are wrong): Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
+y_w is the chosen and y_l the rejected response, and β is the price of moving away from the
+reference. Each product with β is an implicit reward. Papers: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290;
+ε (share of wrong votes): Mitchell 2023, https://ericmitchell.ai/cdpo.pdf.
 
-Deviations from those, each on purpose (the long version is docs/algorithms/dpo.md):
+Deliberate deviations from the papers (details in docs/algorithms/dpo.md):
 1. A tie is a pair with ε = 0.5: it pulls the two implicit rewards together.
-2. The reference is the policy before its first update, so its log-probabilities are taken from it
-   then, once, and no second network is kept.
-3. Prompt tokens that a pair has in common are computed once; the update is that of each text alone.
+2. The reference is the policy before its first update, so its log-probabilities are computed once,
+   before training, and no second network is kept.
+3. The prompt that a pair shares is computed once; the update equals that of separate texts.
 """
 
 import math
@@ -46,7 +46,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
 from rlhf_core.work import Work
@@ -61,21 +61,19 @@ class DPOConfig(TrainingSection):
     beta: float = Field(
         0.1, gt=0, description="β: price of moving away from the reference (reward per nat)"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="ε: share of the votes that are taken to be wrong"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="ε: assumed share of wrong votes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOReport(Report):
-    """How well the implicit reward predicts held-out votes; ties are left out of the accuracy."""
+    """How well the implicit reward predicts held-out votes; the accuracy excludes ties."""
 
     accuracy: float
     accuracy_low: float  # 95 % bounds, bootstrapped over prompts
     accuracy_high: float
     held_out_loss: float  # nats a pair
-    margin: float  # implicit reward of the chosen less that of the rejected, held out
-    chosen_reward: float  # implicit, held out; below 0 the chosen text became less likely
+    margin: float  # implicit reward of chosen minus rejected, held out
+    chosen_reward: float  # implicit, held out; below 0 the chosen text has become less likely
     train_pairs: int
     held_out_pairs: int
     truncated: int  # pairs with a text cut to max_length
@@ -84,14 +82,14 @@ class DPOReport(Report):
 def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     """Optimise the SFT policy on the prepared preferences; write the policy.
 
-    With a recovery, a run that was killed continues to the same bits.
+    With a recovery, a run that was killed resumes bit for bit.
 
     Args:
         work: inputs sft and data; output policy.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
-    or gradient is no longer finite, or an invariant is broken; CheckpointError when the checkpoints
-    are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    loss or gradient is not finite, or an invariant is broken; CheckpointError when the checkpoints
+    are from another run.
     """
     sft, data, seed, ranks = work.inputs["sft"], work.inputs["data"], work.seed, work.ranks
     logger = work.logger
@@ -112,7 +110,7 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     held_out_reference = _sums_of_all(policy, held_out, config, ranks, tell, "held-out reference")
     with work.recovery.open(
         logger,
-        identity=identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
+        identity=run_identity("dpo", seed, {"dpo": config}, {"sft": sft, "data": data}),
         learners={"policy": learner},
         positions={"batches": batches},
         ranks=ranks,
@@ -152,8 +150,8 @@ def _accumulate(
         rows = [pairs[i] for i in micro.rows]
         share = len(rows) * micro.weight / len(pairs)
         with learner.accumulate(last=micro.last):
-            said = _sums(learner, rows, learner.network.model.device)
-            out = _loss(said, reference[micro.rows].to(said.device), rows, config)
+            logprobs = _sums(learner, rows, learner.network.model.device)
+            out = _loss(logprobs, reference[micro.rows].to(logprobs.device), rows, config)
             learner.backward(out.loss * share, "the DPO loss")
         gap = out.chosen_rewards - out.rejected_rewards
         sums["loss"] += out.loss.item() * share
@@ -181,7 +179,7 @@ def _sums_of_all(
     between: Between,
     what: str,
 ) -> Tensor:
-    """(N, 2) the same of many pairs, on the CPU; a phase called `what`."""
+    """(N, 2) `_sums` of many pairs, on the CPU; a phase named `what`."""
     return ranks.collect(
         len(pairs),
         config.micro_batch_size,
@@ -190,21 +188,23 @@ def _sums_of_all(
     )
 
 
-def _loss(said: Tensor, reference: Tensor, pairs: list[Pair], config: DPOConfig) -> losses.DPOLoss:
+def _loss(
+    logprobs: Tensor, reference: Tensor, pairs: list[Pair], config: DPOConfig
+) -> losses.DPOLoss:
     return losses.dpo(
-        *said.unbind(1),
+        *logprobs.unbind(1),
         *reference.unbind(1),
         beta=config.beta,
-        label_smoothing=smoothing(pairs, config.label_smoothing, said.device),
+        label_smoothing=smoothing(pairs, config.label_smoothing, logprobs.device),
     )
 
 
 def leeway(pairs: list[Pair], config: DPOConfig) -> float:
-    """How far rounding may take the first loss from log 2, in nats a pair.
+    """How far rounding may move the first loss from log 2, in nats a pair.
 
-    The reference was asked about the pairs in other micro-batches. In bfloat16 that moves the
-    log-probability of a token by 0.02 nats (root mean square, SmolLM2), so the mean of d / 2 by
-    β·0.01·√tokens / pairs; five times as much is allowed.
+    The reference was computed in other micro-batches. In bfloat16 this moves the log-probability of
+    a token by 0.02 nats (root mean square, SmolLM2), and so the mean of d / 2 by
+    β·0.01·√tokens / pairs; five times that is allowed.
     """
     if config.precision == "float32":
         return 1e-3
@@ -225,13 +225,13 @@ def _report(
     table: pd.DataFrame,
     train: list[Pair],
     held_out: list[Pair],
-    said: Tensor,
+    logprobs: Tensor,
     reference: Tensor,
     config: DPOConfig,
     history: list[tuple[int, dict[str, float]]],
     seed: int,
 ) -> DPOReport:
-    out = _loss(said, reference, held_out, config)
+    out = _loss(logprobs, reference, held_out, config)
     gap = out.chosen_rewards - out.rejected_rewards
     decided = torch.tensor([not pair.tie for pair in held_out])
     require_decided(decided)

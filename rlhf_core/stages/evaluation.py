@@ -1,12 +1,12 @@
 """Evaluation: SFT, the policy, best-of-n and the champion answer the same held-out prompts.
 
-Every arm is judged by the texts it writes, with the same reward model, at the same temperature.
-Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt resemble each
-other. Where a hidden truth is known (`true_reward`), it decides who wins; elsewhere the reward
-model does, and its verdict on a policy trained against it is to be read with that in mind.
+Every arm is measured by the texts it writes, with the same reward model, at the same temperature.
+Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt are correlated.
+If a hidden truth is known (`true_reward`), it decides who wins; otherwise the reward model does,
+which is biased in favour of a policy that was trained on it.
 
-Best-of-n is the reference point for over-optimisation: n samples of the SFT policy, the best under
-the reward model kept, at the known price of log n - (n - 1)/n nats.
+Best-of-n is the reference point for over-optimisation: of n samples of the SFT policy it keeps the
+best under the reward model, at the known cost of log n - (n - 1)/n nats.
 """
 
 from dataclasses import dataclass
@@ -41,19 +41,19 @@ from rlhf_core.work import Work
 class EvaluationConfig(Section):
     """Settings of the evaluation."""
 
-    prompts: int = Field(128, ge=2, description="Held-out prompts to answer, at most")
+    prompts: int = Field(128, ge=2, description="Most held-out prompts to answer")
     samples_per_prompt: int = Field(2, ge=1, description="Answers of each policy to each prompt")
     best_of: int = Field(8, ge=1, description="n of best-of-n: SFT samples to choose from")
     true_reward: str = Field(
         "",
         description="Import path module:function of the known truth, called with prompts and "
-        "responses (lists of str), returning one number each; empty = there is none",
+        "responses (lists of str), returns one number each; empty = none",
     )
     sample_rows: int = Field(32, ge=1, description="Prompts shown in the table of samples")
     precision: Precision = Field(
         "float32",
-        description="What matrix products are computed in, in every arm and in the reward model; "
-        "bfloat16 is faster on GPUs and on CPUs that have instructions for it",
+        description="Type of matrix products in every arm and in the reward model; "
+        "bfloat16 is faster on GPUs and on CPUs with instructions for it",
     )
 
 
@@ -65,7 +65,7 @@ class EvaluationReport(Report):
 
     @property
     def result(self) -> Scorecard:
-        """The scorecard, on which a promotion is decided."""
+        """The scorecard, which decides about promotion."""
         return self.scorecard
 
     def summary(self) -> dict[str, float]:
@@ -83,13 +83,13 @@ class EvaluationReport(Report):
 
 
 def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
-    """Let every arm answer the held-out prompts, and compare.
+    """Let every arm answer the held-out prompts, and compare the answers.
 
     Args:
         work: inputs sft, policy, reward and data, and the champion if there is one; section
             sampling.
 
-    Raises: ModelError, DataError, ConfigError for what a user can fix.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
     reward_model = work.inputs["reward"]
@@ -175,7 +175,7 @@ def _report(
 def _samples(
     config: EvaluationConfig, bench: Bench, answers: dict[ArmName, Answers]
 ) -> pd.DataFrame:
-    """The first answer of every arm to some prompts, side by side."""
+    """The first answer of every arm to some prompts."""
     rows = []
     for p, prompt in enumerate(bench.prompts[: config.sample_rows]):
         for name, arm in answers.items():

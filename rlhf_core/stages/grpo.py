@@ -1,17 +1,17 @@
-"""GRPO: a response is as good as it is better than the others to the same prompt, in their spread.
+"""GRPO: compare each response with its group, in units of the group's standard deviation.
 
     Aᵢ = (scoreᵢ - mean of the group) / (standard deviation of the group)
     maximise E[Σₜ min(ρᵢₜ·Aᵢ, clip(ρᵢₜ, 1 - ε, 1 + ε)·Aᵢ) - β·k3ᵢₜ]
 
-No critic; the KL to the reference is part of the loss and not of the reward, and is differentiated.
-Papers: Shao et al. 2024, https://arxiv.org/abs/2402.03300; without the division by the spread Liu
-et al. 2025, https://arxiv.org/abs/2503.20783.
+There is no critic. The KL to the reference is part of the loss, not of the reward, and is
+differentiated. Papers: Shao et al. 2024, https://arxiv.org/abs/2402.03300; without the division by
+the standard deviation: Liu et al. 2025, https://arxiv.org/abs/2503.20783.
 
-Deviations from those, each on purpose (the long version is docs/algorithms/grpo.md):
-1. Every mean runs over the tokens of the minibatch, as in PPO here and as Yu et al. 2025 do
+Deliberate deviations from the papers (details in docs/algorithms/grpo.md):
+1. Every mean runs over the tokens of the minibatch, as in our PPO and in Yu et al. 2025
    (https://arxiv.org/abs/2503.14476), and not first over each response.
-2. Log-probabilities are those at `sampling.temperature`, at which the responses were drawn.
-3. A response that never ends is judged by `missing_eos`, as in PPO.
+2. Log-probabilities use `sampling.temperature`, at which the responses were sampled.
+3. `missing_eos` penalises a response that never ends, as in PPO.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ class GRPOConfig(GroupSection):
     """Settings of GRPO."""
 
     scale: bool = Field(
-        True, description="Divide by the spread of the group; off is known as Dr. GRPO"
+        True, description="Divide by the group's standard deviation; false is Dr. GRPO"
     )
 
 
@@ -46,11 +46,11 @@ def train_grpo(config: GRPOConfig, work: Work) -> OnPolicyReport:
 
     Args:
         work: inputs sft, data and the models of `config.rewards`; output policy, and milestones if
-            `config.keep_every` asks for them; section sampling.
+            `config.keep_every` is set; section sampling.
 
-    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
-    loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
-    checkpoints are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    score, loss or gradient is not finite, or an invariant is broken; CheckpointError when the
+    checkpoints are from another run.
     """
     actors = Actors.load(config, work)
     learner = Learner(actors.policy, config, config.updates, ranks=work.ranks)
@@ -79,7 +79,7 @@ def train_grpo(config: GRPOConfig, work: Work) -> OnPolicyReport:
 def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: GRPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """(B, R) advantages, the same for every token of a response, and what they say."""
+    """(B, R) advantages, the same for every token of a response, and metrics."""
     scores = missing_eos(
         rollout.scores,
         rollout.responses.finished,

@@ -1,19 +1,19 @@
-"""PPO: the policy learns to write what the reward model likes without leaving its reference.
+"""PPO: maximise the reward of the policy's responses without moving far from the reference.
 
     rₜ = -β·(log π(aₜ|sₜ) - log π_ref(aₜ|sₜ)) + 1[t = T]·score
     maximise E[min(ρₜ·Âₜ, clip(ρₜ, 1 - ε, 1 + ε)·Âₜ)],  ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ)
 
-An iteration samples responses, scores them, estimates advantages, and takes a few epochs of clipped
+An iteration samples responses, scores them, estimates advantages, and runs a few epochs of clipped
 updates. Papers: Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Ziegler et al. 2019,
-https://arxiv.org/abs/1909.08593; details after Huang et al. 2024,
+https://arxiv.org/abs/1909.08593; details from Huang et al. 2024,
 https://arxiv.org/abs/2403.17031.
 
-Deviations from those, each on purpose (the long version is docs/algorithms/ppo.md):
-1. The critic is a network of its own, started from the reward model, with its own optimizer.
-   A value-loss coefficient would therefore change nothing; `critic_learning_rate` is the knob. With
-   LoRA it is an adapter and a head on the trunk that the other three share.
+Deliberate deviations from the papers (details in docs/algorithms/ppo.md):
+1. The critic is a separate network, initialised from the reward model, with its own optimizer. A
+   value-loss coefficient would therefore have no effect; tune `critic_learning_rate` instead. With
+   LoRA the critic is an adapter and a head on the trunk that the other three share.
 2. Every mean runs over the tokens of the minibatch, whatever the micro-batches.
-3. The KL term comes from the roll-out and is not back-propagated.
+3. The KL term comes from the roll-out and is not differentiated.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.backbone.directory import require_same_tokenizer
-from rlhf_core.backbone.networks import ScalarModel, on_trunk
-from rlhf_core.backbone.responses import read_again
+from rlhf_core.backbone.networks import ScalarModel, load_as_adapter
+from rlhf_core.backbone.responses import restore_rows
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import gae
 from rlhf_core.functional.logprobs import kl_estimate
@@ -52,23 +52,23 @@ class PPOConfig(KLSection):
 
     critic_learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the critic")
     value_clip_range: float = Field(
-        0.2, gt=0, description="New values may leave the old ones by this much (reward units)"
+        0.2, gt=0, description="New values are clipped to this distance from the old (reward units)"
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards, per token")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
 
     @property
     def reward_roles(self) -> tuple[str, ...]:
-        """Those of the reward; the critic starts from the pipeline's, whatever the reward is."""
+        """Those of the reward, and the pipeline's reward model, from which the critic starts."""
         return tuple(dict.fromkeys(("reward", *super().reward_roles)))
 
 
 def load_networks(config: PPOConfig, work: Work) -> Actors:
-    """The four networks of PPO: policy and critic learn, reference and reward model do not.
+    """The four networks of PPO: policy and critic train, reference and reward model do not.
 
-    They come from the two models that training starts with, as networks of their own or, with
-    LoRA, as adapters on their transformers. Where the reward model was trained as an adapter of
-    this very SFT policy, one transformer carries all four.
+    They are loaded from the SFT policy and the reward model: as separate networks or, with LoRA, as
+    adapters on those two transformers. If the reward model was trained as an adapter of this SFT
+    policy, all four share one transformer.
     """
     actors = Actors.load(config, work)
     directory, precision = work.inputs["reward"], config.precision
@@ -78,18 +78,18 @@ def load_networks(config: PPOConfig, work: Work) -> Actors:
         critic, reward = (ScalarModel.load(directory, work.device, precision) for _ in range(2))
     elif reward is not None:
         trunk = actors.policy.model
-        found = on_trunk(directory, work.inputs["sft"], trunk, "critic", precision)
+        found = load_as_adapter(directory, work.inputs["sft"], trunk, "critic", precision)
         critic = cast(ScalarModel, found)
     else:
         reward = ScalarModel.load(directory, work.device, precision)
-        critic = reward.twin()
+        critic = reward.with_own_head()
         config.adapt(critic, "critic", seed=work.seed, stream="ppo/critic")
     return replace(actors, critic=critic, rewards={PIPELINE_REWARD: reward})
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What an update moves towards; constants."""
+    """The constants that an update moves towards."""
 
     advantages: Tensor  # (B, R) whitened
     returns: Tensor  # (B, R)
@@ -102,11 +102,11 @@ def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
 
     Args:
         work: inputs sft, data, reward and the models of `config.rewards`; outputs policy and
-            critic, and milestones if `config.keep_every` asks for them; section sampling.
+            critic, and milestones if `config.keep_every` is set; section sampling.
 
-    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
-    loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
-    checkpoints are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    score, loss or gradient is not finite, or an invariant is broken; CheckpointError when the
+    checkpoints are from another run.
     """
     actors = load_networks(config, work)
     critic_network = cast(ScalarModel, actors.critic)
@@ -150,7 +150,7 @@ def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
 def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: PPOConfig
 ) -> tuple[Targets, dict[str, float]]:
-    """Advantages and returns of a roll-out, and what it says about the policy."""
+    """Advantages and returns of a roll-out, and metrics of the policy."""
     mask, finished = rollout.responses.mask, rollout.responses.finished
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(
@@ -161,10 +161,10 @@ def assign_credit(
         rewards, rollout.values, mask, gamma=config.gamma, lam=config.gae_lambda
     )
     error = masked_mean((returns - rollout.values).square(), mask)
-    spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
     stats = describe(rollout, kl_coef) | {
         "objective/reward": rewards.sum(-1).mean().item(),
-        "value/explained_variance": (1 - error / spread.clamp(min=1e-8)).item(),
+        "value/explained_variance": (1 - error / variance.clamp(min=1e-8)).item(),
     }
     return Targets(masked_whiten(advantages, mask), returns), stats
 
@@ -183,9 +183,9 @@ def optimise(
     ranks: Ranks,
     between: Between = uncounted,
 ) -> dict[str, float] | None:
-    """One update of policy and critic on the picked rows, and its means over the tokens.
+    """Update policy and critic on the picked rows; return token means.
 
-    None, and no update, when the policy has already moved too far from the one that sampled.
+    Returns None, without an update, when the policy has moved too far from the one that sampled.
     """
     stats = optimise_policy(
         rollout,
@@ -200,7 +200,7 @@ def optimise(
     )
     if stats is None:
         return None
-    # From here to the next safe point nothing may stop: the policy is a step ahead of its record.
+    # Nothing may stop from here to the next safe point: the policy is ahead of the positions.
     tell = between("updating the critic", ranks.passes(len(picked), config.micro_batch_size))
     stats |= _update_critic(critic, rollout, targets, picked, config, ranks, tell)
     stats["optimizer/critic_learning_rate"] = critic.learning_rate
@@ -224,9 +224,9 @@ def _update_critic(
         tell()
         rows = torch.tensor(micro.rows, device=targets.returns.device)
         experience = rollout.rows(rows)
-        written = read_again(experience, learner.network)
+        response_rows = restore_rows(experience, learner.network)
         with learner.accumulate(last=micro.last):
-            values = written.spread(learner(written.packed, written.places))
+            values = response_rows.to_rows(learner(response_rows.packed, response_rows.positions))
             loss, clipped = clipped_value(
                 values,
                 experience.values,

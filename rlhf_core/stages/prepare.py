@@ -1,13 +1,13 @@
-"""Prepare: bring the user's data, or simulated data, into the three tables of the pipeline.
+"""Prepare: convert the user's data, or simulated data, into the three tables of the pipeline.
 
-1. read each source and check every row (`sources`, `formats`)
-2. drop what teaches nothing: pairs of identical answers, duplicates
-3. split by prompt: a row goes where its prompt was put by a source with an evaluation set of its
-   own, and else where a hash of seed and prompt says; so a prompt is on one side in all tables
-4. fill what was not given: demonstrations are the answers that were chosen, prompts are the
-   distinct prompts of the other two tables
-5. measure lengths with the model's tokenizer, and count what the later stages will cut
-6. write the tables and `validation.json`
+1. Read each source and check every row (`sources`, `formats`).
+2. Drop rows that teach nothing: pairs of identical answers, duplicates.
+3. Split by prompt. A source with its own evaluation data decides for its prompts; a hash of seed
+   and prompt decides for the others. So a prompt is on the same side in all tables.
+4. Derive missing tables: demonstrations are the chosen answers, prompts are the distinct prompts of
+   the other two tables.
+5. Measure lengths with the model's tokenizer, and count the texts that later stages will cut.
+6. Write the tables and `validation.json`.
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,24 @@ from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
 from rlhf_core.config import Section
 from rlhf_core.data.assembly import (
-    Assembled,
-    Tables,
+    CleanTable,
+    CleanTables,
     assemble,
     fill,
     shared_prompts,
     split_by_prompt,
 )
 from rlhf_core.data.encoding import Prompt
-from rlhf_core.data.formats import FIELDS, Table, parse
+from rlhf_core.data.formats import FIELDS, ParsedSource, parse
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import KINDS, SPLITS, Kind, Split, training_texts, write_table
+from rlhf_core.data.prepared import (
+    SPLITS,
+    TABLE_KINDS,
+    Split,
+    TableKind,
+    training_texts,
+    write_table,
+)
 from rlhf_core.data.sources import read_rows
 from rlhf_core.data.validation import (
     TableSummary,
@@ -53,30 +60,28 @@ if TYPE_CHECKING:
 
 
 class TableConfig(Section):
-    """Where one table comes from."""
+    """The source of one table."""
 
     path: str = Field(
         "",
         description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
-        "the hub id of a data set; empty = not given",
+        "the hub id of a data set; empty = none",
     )
     split: str = Field("train", description="Split of a Hugging Face data set")
     subset: str = Field("", description="Subset (configuration) of a hub data set")
     eval_path: str = Field(
-        "", description="Evaluation data of their own; empty = `path`, split by prompt"
+        "", description="Separate evaluation data; empty = `path`, split by prompt"
     )
     eval_split: str = Field(
-        "", description="Split that holds the evaluation data; empty = split by prompt"
+        "", description="Split with the evaluation data; empty = split by prompt"
     )
-    fields: dict[str, str] = Field(
-        {}, description="Field names where they differ: ours -> the source's"
-    )
+    fields: dict[str, str] = Field({}, description="Field names that differ: ours -> the source's")
     limit: int = Field(
-        0, ge=0, description="Use the first rows of each source alone (rows; 0 = all)"
+        0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
     )
 
     def evaluation(self) -> tuple[str, str] | None:
-        """Path and split of the evaluation data, None where they are split off by prompt."""
+        """Path and split of the evaluation data; None if the data are split by prompt."""
         if not self.eval_path and not self.eval_split:
             return None
         return self.eval_path or self.path, self.eval_split or self.split
@@ -84,9 +89,7 @@ class TableConfig(Section):
     @model_validator(mode="after")
     def _evaluation_apart(self) -> "TableConfig":
         if self.evaluation() and not self.path:
-            raise ValueError(
-                "evaluation data are named but `path` is empty: name the training data"
-            )
+            raise ValueError("evaluation data are set but `path` is empty: set the training data")
         if self.evaluation() == (self.path, self.split) and self.path:
             raise ValueError("the evaluation data are the training data: change one of the two")
         return self
@@ -103,7 +106,7 @@ class DataConfig(Section):
     )
     demonstrations: TableConfig = Field(
         default_factory=TableConfig,
-        description="prompt, response; not given = the answers that were chosen in a preference",
+        description="prompt, response; if absent, the chosen answers of the preferences",
     )
     preferences: TableConfig = Field(
         default_factory=TableConfig,
@@ -111,37 +114,37 @@ class DataConfig(Section):
     )
     prompts: TableConfig = Field(
         default_factory=TableConfig,
-        description="prompt; not given = the prompts of the other two tables",
+        description="prompt; if absent, the prompts of the other two tables",
     )
     prompt_style: Literal["text", "chat"] = Field(
         "text",
-        description="What becomes of a prompt that is a text: `text` continues it as it is, `chat` "
-        "asks it as a user's message, by the model's chat template",
+        description="How a text prompt is used: `text` continues it as it is, `chat` "
+        "sends it as a user message through the model's chat template",
     )
     prompt_template: str = Field(
-        "{prompt}", description="How a text prompt is worded; {prompt} stands for the text"
+        "{prompt}", description="Template of a text prompt; {prompt} stands for the text"
     )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
     )
     allow_shared_prompts: bool = Field(
-        False, description="Go on when a prompt is in training and evaluation data alike"
+        False, description="Allow a prompt to be in both training and evaluation data"
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="Stop at a bad row, or leave it out and count it"
     )
 
-    def table(self, kind: Kind) -> TableConfig:
+    def table(self, kind: TableKind) -> TableConfig:
         """The settings of one table."""
-        tables: dict[Kind, TableConfig] = {
+        tables: dict[TableKind, TableConfig] = {
             "demonstrations": self.demonstrations,
             "preferences": self.preferences,
             "prompts": self.prompts,
         }
         return tables[kind]
 
-    def worded(self, prompt: Prompt) -> Prompt:
-        """A prompt as the model is asked; messages stay as they are."""
+    def apply_template(self, prompt: Prompt) -> Prompt:
+        """Apply the template and style to a prompt; messages are not changed."""
         if not isinstance(prompt, str):
             return prompt
         text = self.prompt_template.replace("{prompt}", prompt)
@@ -151,23 +154,25 @@ class DataConfig(Section):
     def _template_takes_the_prompt(self) -> "DataConfig":
         if "{prompt}" not in self.prompt_template:
             raise ValueError(
-                f"prompt_template {self.prompt_template!r} has no place for the text: write "
-                "{prompt} where it belongs"
+                f"prompt_template {self.prompt_template!r} does not contain {{prompt}}: write it "
+                "where the text belongs"
             )
         return self
 
     @model_validator(mode="after")
     def _known_fields(self) -> "DataConfig":
-        for kind in KINDS:
+        for kind in TABLE_KINDS:
             for field in self.table(kind).fields:
                 if field not in FIELDS[kind]:
                     known = ", ".join(FIELDS[kind])
-                    raise ValueError(f"{kind}.fields: '{field}' is none of the fields: {known}")
+                    raise ValueError(
+                        f"{kind}.fields: unknown field '{field}'; the fields are: {known}"
+                    )
         return self
 
 
 class LengthLimits(Section):
-    """Where the later stages cut: what the truncation counts of the report are counted against."""
+    """The lengths at which later stages cut; the report counts longer texts."""
 
     prompt: int = Field(ge=1, description="Longest prompt in sampling (tokens)")
     sft: int = Field(ge=1, description="Longest prompt and response in fine-tuning (tokens)")
@@ -177,7 +182,7 @@ class LengthLimits(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport(Report):
-    """How much data there is, and what is wrong with it; in full in `validation`."""
+    """How much data there is, and what is wrong with it; `validation` has the details."""
 
     validation: Validation
     demonstrations_train: int
@@ -197,9 +202,9 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     """Write the prepared tables and the validation report.
 
     Args:
-        work: output data; sections model, in whose tokens lengths are measured, and limits.
+        work: output data; sections model, whose tokenizer measures lengths, and limits.
 
-    Raises: ConfigError or DataError, which name file, line and field, before anything is written.
+    Raises: ConfigError or DataError naming file, line and field, before anything is written.
     """
     output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
@@ -226,7 +231,7 @@ def inspect(
     seed: int,
     logger: StageLogger | None = None,
 ) -> Validation:
-    """The validation report alone; nothing is written.
+    """Compute only the validation report; nothing is written.
 
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
@@ -234,11 +239,11 @@ def inspect(
     return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
 
 
-def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
+def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> CleanTables:
     simulated = config.source == "simulated"
-    given = _simulated(config, seed) if simulated else _from_files(config, logger)
+    sources = _simulated(config, seed) if simulated else _from_files(config, logger)
     logger.phase("splitting by prompt")
-    tables = fill(split_by_prompt(given, config.eval_fraction, seed))
+    tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
     _check_sides(tables, config)
     _check_shared(tables, config)
     return tables
@@ -247,9 +252,9 @@ def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> Tables:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _simulated(config: DataConfig, seed: int) -> Tables:
+def _simulated(config: DataConfig, seed: int) -> CleanTables:
     drawn = simulate(config.simulation, seed)
-    frames: dict[Kind, pd.DataFrame] = {
+    frames: dict[TableKind, pd.DataFrame] = {
         "demonstrations": drawn.demonstrations,
         "preferences": drawn.preferences,
         "prompts": drawn.prompts,
@@ -257,27 +262,31 @@ def _simulated(config: DataConfig, seed: int) -> Tables:
     return {
         kind: assemble(
             kind,
-            {"": Table(frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {})},
+            {
+                "": ParsedSource(
+                    frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {}
+                )
+            },
         )
         for kind, frame in frames.items()
     }
 
 
-def _from_files(config: DataConfig, logger: StageLogger) -> Tables:
+def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
     if not config.preferences.path:
         raise ConfigError(
-            "data.source is 'files' but no preferences are given; name them in "
+            "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    tables: Tables = {}
-    for kind in KINDS:
+    tables: CleanTables = {}
+    for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
             tables[kind] = _read(config, kind)
     return tables
 
 
-def _read(config: DataConfig, kind: Kind) -> Assembled:
+def _read(config: DataConfig, kind: TableKind) -> CleanTable:
     settings = config.table(kind)
     evaluation = settings.evaluation()
     train = _parse(config, kind, settings.path, settings.split)
@@ -286,7 +295,7 @@ def _read(config: DataConfig, kind: Kind) -> Assembled:
     return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
 
 
-def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
+def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
     table = parse(source, kind, settings.fields)
@@ -294,22 +303,24 @@ def _parse(config: DataConfig, kind: Kind, path: str, split: str) -> Table:
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
         raise DataError(
-            f"{table.faults[0]}; mend the row, or set data.on_bad_row to 'drop' to leave {them} out"
+            f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return replace(table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.worded)))
+    return replace(
+        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
+    )
 
 
 # --- checking ------------------------------------------------------------------------------------
 
 
-def _check_sides(tables: Tables, config: DataConfig) -> None:
+def _check_sides(tables: CleanTables, config: DataConfig) -> None:
     for kind, table in tables.items():
         for split in SPLITS:
             if table.side(split).empty:
                 raise DataError(_nothing_left(kind, table, split, config))
 
 
-def _nothing_left(kind: Kind, table: Assembled, split: Split, config: DataConfig) -> str:
+def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: DataConfig) -> str:
     purpose = {"train": "training", "eval": "evaluation"}[split]
     start = f"no {kind} are left for {purpose}: of {table.rows} rows ({table.source}) "
     if table.frame.empty:
@@ -318,19 +329,19 @@ def _nothing_left(kind: Kind, table: Assembled, split: Split, config: DataConfig
     prompts = table.frame["key"].nunique()
     return (
         f"{start}{len(table.frame)} with {prompts} distinct prompts are all on the "
-        f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or give "
-        f"evaluation data of their own (data.{kind}.eval_path or eval_split)"
+        f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or add "
+        f"separate evaluation data (data.{kind}.eval_path or eval_split)"
     )
 
 
-def _check_shared(tables: Tables, config: DataConfig) -> None:
+def _check_shared(tables: CleanTables, config: DataConfig) -> None:
     shared = shared_prompts(tables)
     if shared and not config.allow_shared_prompts:
         examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in shared[:3])
         count = "1 prompt is" if len(shared) == 1 else f"{len(shared)} prompts are"
         raise DataError(
-            f"{count} in the training and in the evaluation data, for example {examples}; take "
-            "them out of one of the two, or set data.allow_shared_prompts to true"
+            f"{count} in both training and evaluation data, for example {examples}; remove "
+            "them from one of the two, or set data.allow_shared_prompts to true"
         )
 
 
@@ -338,8 +349,8 @@ def _check_shared(tables: Tables, config: DataConfig) -> None:
 
 
 def _validate(
-    tables: Tables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
-) -> tuple[dict[Kind, pd.DataFrame], Validation]:
+    tables: CleanTables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
+) -> tuple[dict[TableKind, pd.DataFrame], Validation]:
     """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
@@ -363,7 +374,7 @@ def _validate(
     return counts, validation
 
 
-def _summary(table: Assembled) -> TableSummary:
+def _summary(table: CleanTable) -> TableSummary:
     return TableSummary(
         source=table.source,
         rows=table.rows,
@@ -399,8 +410,8 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
     )
 
 
-def _length_histograms(counts: Mapping[Kind, pd.DataFrame]) -> "Figure":
-    """How long the texts are, one panel for each table."""
+def _length_histograms(counts: Mapping[TableKind, pd.DataFrame]) -> "Figure":
+    """Histograms of text lengths, one panel for each table."""
     figure = figures.blank(9.6, 3.2)
     panels = figure.subplots(1, len(counts))
     for axes, (kind, lengths) in zip(panels, counts.items(), strict=True):

@@ -1,15 +1,15 @@
-"""Reward model: one number for a text, learnt from which of two texts people preferred.
+"""Reward model: a score for each text, learnt from votes on which of two texts is better.
 
     P(chosen ≻ rejected) = σ(r(chosen) - r(rejected) - margin)          (Bradley-Terry)
 
-The SFT model with a scalar head at the last token, trained for one epoch by default, as more
-overfits. Afterwards the reward is shifted and scaled so that samples of the SFT policy have mean 0
-and standard deviation 1; the constants travel with the model.
+It is the SFT model with a scalar head at the last token, trained for one epoch by default, since
+more overfits. The reward is then shifted and scaled so that samples of the SFT policy have mean 0
+and standard deviation 1; the constants are saved with the model.
 
-Deviations from the literature, each on purpose:
+Deliberate deviations from the literature:
 1. A tie is a pair with label smoothing 0.5: it pulls the two rewards together.
-2. Beside the accuracy stands that of the rule "prefer the longer": a model that does not beat it
-   has learnt nothing but length.
+2. The accuracy is reported with that of the rule "prefer the longer": a model that does not beat it
+   may have learnt only length.
 """
 
 import math
@@ -51,7 +51,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -63,23 +63,23 @@ class RewardModelConfig(TrainingSection):
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
     loss: Literal["bradley_terry", "pointwise_mse"] = Field(
         "bradley_terry",
-        description="bradley_terry learns from comparisons; pointwise_mse is a demonstration: it "
-        "regresses chosen texts to 1 and rejected ones to 0",
+        description="bradley_terry learns from comparisons; pointwise_mse, for demonstration, "
+        "regresses chosen texts to 1 and rejected texts to 0",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the votes that are taken to be wrong"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong votes")
     center_coef: float = Field(
-        0.0, ge=0, description="Weight of (r_chosen + r_rejected)², which holds rewards around 0"
+        0.0, ge=0, description="Weight of (r_chosen + r_rejected)², which keeps rewards near 0"
     )
     normalization_samples: int = Field(
-        256, ge=2, description="SFT samples that fix mean 0 and standard deviation 1 of the reward"
+        256,
+        ge=2,
+        description="SFT samples used to normalise the reward to mean 0 and standard deviation 1",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelReport(Report):
-    """How well the reward model predicts held-out votes; ties are left out of the accuracies."""
+    """How well the reward model predicts held-out votes; accuracies exclude ties."""
 
     accuracy: float
     accuracy_low: float  # 95 % bounds, bootstrapped over prompts
@@ -91,21 +91,21 @@ class RewardModelReport(Report):
     reward_std: float
     train_pairs: int
     held_out_pairs: int
-    held_out_votes: int  # those with a winner: what the accuracies are measured on
-    held_out_prompts: int  # of these votes: what the interval draws
+    held_out_votes: int  # with a winner; the accuracies are measured on these
+    held_out_prompts: int  # of these votes; the bootstrap draws these
     truncated: int  # pairs with a text cut to max_length
 
 
 def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelReport:
     """Train a reward model on the prepared preferences, normalise it, and write it.
 
-    With a recovery, a run that was killed continues to the same bits.
+    With a recovery, a run that was killed resumes bit for bit.
 
     Args:
         work: inputs sft and data; output reward; section sampling, for the normaliser's samples.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a loss
-    or gradient is no longer finite; CheckpointError when the checkpoints are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    loss or gradient is not finite; CheckpointError when the checkpoints are from another run.
     """
     sft, data, seed, ranks = work.inputs["sft"], work.inputs["data"], work.seed, work.ranks
     sampling, logger = work.section(SamplingConfig), work.logger
@@ -127,7 +127,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
     with work.recovery.open(
         logger,
-        identity=identity(
+        identity=run_identity(
             "reward_model",
             seed,
             {"reward_model": config, "sampling": sampling},
@@ -166,12 +166,12 @@ def _sft_scores(
     seed: int,
     logger: StageLogger,
 ) -> Tensor:
-    """(normalization_samples,) raw scores of what the SFT policy says to the prompts, each of them
-    once before any comes again."""
+    """(normalization_samples,) raw scores of SFT samples; each prompt is used once before any
+    repeats."""
     logger.phase("normaliser: loading the SFT policy")
     device = str(reward_model.model.device)
     policy, tokenizer = Policy.load(sft, device, config.precision)
-    # A dict, as a pair with several votes names its prompt several times.
+    # Distinct prompts, since a pair with several votes repeats its prompt.
     distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer)) for p in prompts))
     order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
     rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
@@ -195,7 +195,7 @@ def _report(
     std: float,
     seed: int,
 ) -> RewardModelReport:
-    """Accuracy, its baseline and calibration on the held-out votes; scores are raw logits."""
+    """Accuracy, baseline and calibration on the held-out votes; the scores are raw logits."""
     decided = torch.tensor([not pair.tie for pair in held_out])
     require_decided(decided)
     prompts = prompt_numbers(table)
@@ -207,7 +207,7 @@ def _report(
     accuracy = ranking.clustered_bootstrap(
         correct, prompts[decided], generator=generator(seed, "reward/bootstrap")
     )
-    # Each pair counts from both sides: the order in which it is written down carries no meaning.
+    # Each pair counts in both orders, since the order has no meaning.
     probabilities = torch.sigmoid(torch.cat([gap, -gap]))
     outcomes = torch.cat([torch.ones_like(gap), torch.zeros_like(gap)])
     calibration = ranking.expected_calibration_error(probabilities, outcomes)
@@ -302,10 +302,10 @@ def _scores(
     """(N,) raw scores of all chosen and all rejected texts, on the CPU."""
     device = reward_model.model.device
 
-    def ask(rows: list[int]) -> Tensor:
+    def score(rows: list[int]) -> Tensor:
         return reward_model.scores(pack_pairs([pairs[i] for i in rows], device)).view(-1, 2)
 
     size = config.micro_batch_size
     between = counted(logger, "held-out votes", ranks.passes(len(pairs), size))
-    chosen, rejected = ranks.collect(len(pairs), size, ask, between).unbind(1)
+    chosen, rejected = ranks.collect(len(pairs), size, score, between).unbind(1)
     return chosen, rejected

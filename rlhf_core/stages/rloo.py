@@ -1,4 +1,4 @@
-"""RLOO: each response is compared with the others to the same prompt; no critic is needed.
+"""RLOO: compare each response with the others to the same prompt; no critic is needed.
 
     Rᵢ = scoreᵢ - β·Σₜ klᵢₜ,   Aᵢ = Rᵢ - mean of the Rⱼ, j ≠ i, of the same prompt
     maximise E[Σₜ min(ρᵢₜ·Aᵢ, clip(ρᵢₜ, 1 - ε, 1 + ε)·Aᵢ)]
@@ -7,10 +7,10 @@ The other responses are an unbiased baseline for REINFORCE on whole responses. P
 al. 2024, https://arxiv.org/abs/2402.14740; Kool et al. 2019,
 https://openreview.net/forum?id=r1lgTGL5DE.
 
-Deviations from those, each on purpose (the long version is docs/algorithms/rloo.md):
+Deliberate deviations from the papers (details in docs/algorithms/rloo.md):
 1. Ratios are clipped token by token as in PPO, so that several epochs are safe; in the first update
-   of a roll-out every ratio is 1, and its gradient is that of REINFORCE.
-2. The KL estimate of a response is priced within its reward, as there, and β may adapt.
+   of a roll-out every ratio is 1, and the gradient is that of REINFORCE.
+2. The KL penalty is part of the reward, as in the papers, but β may adapt.
 3. Advantages are not whitened over the batch.
 """
 
@@ -41,11 +41,11 @@ def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
 
     Args:
         work: inputs sft, data and the models of `config.rewards`; output policy, and milestones if
-            `config.keep_every` asks for them; section sampling.
+            `config.keep_every` is set; section sampling.
 
-    Raises: ModelError, DataError, ConfigError for what a user can fix; NumericsError when a score,
-    loss or gradient is no longer finite, or an invariant is broken; CheckpointError when the
-    checkpoints are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    score, loss or gradient is not finite, or an invariant is broken; CheckpointError when the
+    checkpoints are from another run.
     """
     actors = Actors.load(config, work)
     learner = Learner(actors.policy, config, config.updates, ranks=work.ranks)
@@ -74,7 +74,7 @@ def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
 def assign_credit(
     rollout: Rollout, kl_coef: float, *, config: RLOOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """(B, R) advantages, the same for every token of a response, and what they say."""
+    """(B, R) advantages, the same for every token of a response, and metrics."""
     mask = rollout.responses.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(

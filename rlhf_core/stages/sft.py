@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: the policy learns to answer as the demonstrations do.
+"""Supervised fine-tuning: train the policy to imitate the demonstrations.
 
     L(θ) = -Σₜ log π_θ(yₜ | x, y₍<ₜ₎) / number of response tokens
 
-over the responses y and not the prompts x. Deviations from common trainers, each on purpose:
+over the responses y, not the prompts x. Deliberate deviations from common trainers:
 1. The mean runs over all response tokens of an optimizer step, whatever micro-batches and ranks.
-2. Texts lie behind one another without padding; the update is that of each text alone.
-3. Dropout is off, so the policy that is trained is the policy that later samples.
+2. Texts are packed without padding; the update equals that of separate texts.
+3. Dropout is off, so training and sampling use the same policy.
 """
 
 import math
@@ -35,7 +35,7 @@ from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import identity
+from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -53,9 +53,9 @@ class SFTConfig(TrainingSection):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTReport(Report):
-    """What supervised fine-tuning reached."""
+    """The results of supervised fine-tuning."""
 
-    held_out_loss: float  # nats a token, at the weights that were kept
+    held_out_loss: float  # nats a token, of the saved weights
     held_out_perplexity: float  # exp(held_out_loss)
     best_step: int
     steps: int
@@ -64,20 +64,20 @@ class SFTReport(Report):
 
 
 class Example(NamedTuple):
-    """One training text: its tokens, and how many at the start are not trained on, at least 1."""
+    """A training text: its tokens, and how many at the start are not targets, at least 1."""
 
     ids: list[int]
     untrained: int
 
     @property
     def targets(self) -> int:
-        """Tokens that the loss counts."""
+        """The number of tokens in the loss."""
         return len(self.ids) - self.untrained
 
 
 @dataclass
 class _Best:
-    """The lowest held-out loss so far; its weights lie in the output folder."""
+    """The lowest held-out loss so far; its weights are in the output folder."""
 
     step: int = 0
     loss: float = math.inf
@@ -93,13 +93,13 @@ class _Best:
 def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     """Fine-tune the base model on the prepared demonstrations, and write the best policy.
 
-    With a recovery, a run that was killed continues to the same bits, given the same output.
+    With a recovery, a run that was killed resumes bit for bit, given the same output folder.
 
     Args:
         work: input data; output sft; section model, the base model.
 
-    Raises: ModelError, DataError, ConfigError for what a user can mend; NumericsError when a
-    gradient is no longer finite; CheckpointError when the checkpoints are of another run.
+    Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
+    gradient is not finite; CheckpointError when the checkpoints are from another run.
     """
     data, output, seed, ranks = work.inputs["data"], work.outputs["sft"], work.seed, work.ranks
     model, logger = work.section(ModelConfig), work.logger
@@ -121,15 +121,15 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     best = _Best()
     with work.recovery.open(
         logger,
-        identity=identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
+        identity=run_identity("sft", seed, {"sft": config, "model": model}, {"data": data}),
         learners={"policy": learner},
         positions={"batches": batches, "best": best},
         ranks=ranks,
     ) as session:
         if session.resume() and best.step and not (output / CARD).is_file():
             raise CheckpointError(
-                f"the best weights, of step {best.step}, are not in {output} any more; put them "
-                "back, or delete the checkpoints to start from the beginning"
+                f"the best weights, of step {best.step}, are no longer in {output}; restore them, "
+                "or delete the checkpoints to start over"
             )
 
         def add(picked: list[int], check: Callable[[], None]) -> dict[str, float]:
@@ -214,7 +214,7 @@ def _mean_nll(
     ranks: Ranks,
     logger: StageLogger,
 ) -> float:
-    """Nats a token over held-out examples."""
+    """Mean loss over held-out examples, nats a token."""
     nll, targets = 0.0, sum(example.targets for example in examples)
     micros = ranks.micro_batches(range(len(examples)), config.micro_batch_size)
     between = counted(logger, "held-out loss", len(micros))
@@ -229,7 +229,7 @@ def _mean_nll(
 def _predictions(
     examples: Sequence[Example], device: torch.device
 ) -> tuple[Packed, Tensor, Tensor]:
-    """The texts packed, where their trained tokens are predicted, and which those are."""
+    """The packed texts, the positions that predict their target tokens, and these tokens."""
     packed = pack([example.ids for example in examples], device)
     starts = torch.tensor([example.untrained for example in examples], device=device)
     return packed, *packed.predictions(starts)

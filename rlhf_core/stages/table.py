@@ -1,7 +1,7 @@
-"""The contract of each stage, in one place: whoever runs, plans or shows a stage reads it here.
+"""The contract of each stage, used by everything that runs, plans or shows a stage.
 
-A new stage is a file beside this one and a row. A new way to optimise the policy makes the kind
-`policy`, and so becomes a value of the setting `algorithm`, whose section bears its name.
+A new stage is a file in this folder and a row in `STAGES`. A stage with the output `policy` is a
+value of the setting `algorithm`, and its section has the same name.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.data.prepared import Kind
+from rlhf_core.data.prepared import TableKind
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
@@ -26,23 +26,23 @@ from rlhf_core.stages.sft import SFTConfig, train_sft
 from rlhf_core.types import Report
 from rlhf_core.work import StageFunction, Work
 
-OTHER_REWARDS = "reward."  # how the roles of reward models beside the pipeline's begin
+OTHER_REWARDS = "reward."  # prefix of the roles of reward models other than the pipeline's
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """What a stage is called with, and what it leaves."""
+    """The arguments and outputs of a stage."""
 
     config: type[Section]
     function: StageFunction
-    sections: Mapping[str, type[Section]] = field(default_factory=dict)  # settings it shares
-    inputs: tuple[str, ...] = ()  # roles that it needs; a form asks for them in this order
-    optional_inputs: tuple[str, ...] = ()  # roles that it takes if they are there
-    outputs: tuple[str, ...] = ()  # kinds that it always writes; none: its report is all
-    optional_outputs: tuple[str, ...] = ()  # kinds that some settings ask for
+    sections: Mapping[str, type[Section]] = field(default_factory=dict)  # shared settings
+    inputs: tuple[str, ...] = ()  # required roles, in the order of the form
+    optional_inputs: tuple[str, ...] = ()  # roles that it uses if present
+    outputs: tuple[str, ...] = ()  # kinds that it always writes; empty: only a report
+    optional_outputs: tuple[str, ...] = ()  # kinds that it writes with some settings
     result: type[BaseModel] | None = None  # of its report, for later stages
     learns: Mapping[str, Literal["policy", "scalar"]] = field(default_factory=dict)  # networks
-    passes_over: Kind | None = None  # the table whose rows are the samples of an epoch
+    passes_over: TableKind | None = None  # the table whose rows are the samples of an epoch
 
     @property
     def trains(self) -> bool:
@@ -51,7 +51,7 @@ class StageSpec:
 
     @property
     def optimises(self) -> bool:
-        """Whether it is a way to optimise the policy: a value of `algorithm`."""
+        """Whether it optimises the policy, and so is a value of `algorithm`."""
         return "policy" in self.outputs
 
 
@@ -140,7 +140,7 @@ def algorithms() -> list[str]:
 def run_stage(name: str, config: Section, work: Work) -> Report:
     """Call a stage.
 
-    Raises: ValueError when it is called with other inputs, outputs or settings than it has.
+    Raises: ValueError when an input, output or section is missing or unexpected.
     """
     spec = STAGES[name]
     _require(name, "inputs", set(work.inputs), spec.inputs, spec.optional_inputs)
@@ -153,11 +153,11 @@ def _require(
     stage: str, what: str, given: set[str], needed: tuple[str, ...], allowed: tuple[str, ...]
 ) -> None:
     known = {*needed, *allowed}
-    others = {name for name in given - known if not any(_stands_for(a, name) for a in allowed)}
+    others = {name for name in given - known if not any(_matches(a, name) for a in allowed)}
     if (missing := set(needed) - given) or others:
         wrong = ", ".join([*(f"no {m}" for m in sorted(missing)), *sorted(others)])
-        raise ValueError(f"{stage} has the {what} {', '.join(needed) or 'none'}; given: {wrong}")
+        raise ValueError(f"{stage} has the {what} {', '.join(needed) or 'none'}; got: {wrong}")
 
 
-def _stands_for(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str) -> bool:
     return pattern.endswith("*") and name.startswith(pattern[:-1])

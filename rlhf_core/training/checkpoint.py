@@ -1,12 +1,12 @@
-"""States of a training run on disk: whole or not there, of this run or refused.
+"""States of a training run on disk. A state is complete or absent; one of another run is refused.
 
     step-00000123/
     ├── state.pt         the state, by torch.save
     └── manifest.json    format, step, size and SHA-256 of state.pt, identity of the run
 
 A folder is written under a temporary name, synced and renamed, and renamed before it is removed,
-so a process that is killed at any moment leaves only whole checkpoints under their own names.
-What the disk does to them later, the digest shows. Knows files and tensors, nothing of training.
+so a process killed at any moment leaves only complete checkpoints under their final names. The
+digest detects later damage. This module knows files and tensors, nothing about training.
 """
 
 import hashlib
@@ -29,31 +29,31 @@ from rlhf_core.errors import CheckpointError
 
 FORMAT = 1
 STATE, MANIFEST = "state.pt", "manifest.json"
-# What a damaged disk, damaged JSON, and a pickle that does not fit raise.
+# The errors of a damaged disk, damaged JSON, and a pickle that does not fit.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError)
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The last `keep` states of a training run in a folder, each whole or not there.
+    """The last `keep` states of a training run in a folder, each complete or absent.
 
-    A state is made of dict, list, tuple, str, int, float, bool, None, tensors, and the dataclasses
-    in `records`; loading it runs no code from the file. The identity says what the run is
-    (settings, seed, digests of its inputs): a state of another run is refused.
+    A state consists of dict, list, tuple, str, int, float, bool, None, tensors, and the dataclasses
+    in `records`; loading it runs no code from the file. The identity defines the run (settings,
+    seed, digests of its inputs): a state of another run is refused.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, records: Sequence[type] = ()) -> None:
         self.directory = directory
         self._keep = keep
         self._records: list[Any] = list(records)
-        self._damaged: set[Path] = set()  # found by `latest`; they do not count as kept
+        self._damaged: set[Path] = set()  # found by `latest`; not counted in `keep`
 
     def save(self, step: int, state: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-        """Add the state after `step`; drop all but the last `keep`, and any later than `step`.
+        """Save the state after `step`; delete all but the last `keep`, and any later than `step`.
 
-        Raises: OSError when the disk does not take it, TypeError when the state holds what could
-        not be loaded again; the older checkpoints are then as they were.
+        Raises: OSError when writing fails; TypeError when the state contains a type that could not
+        be loaded again. In both cases the older checkpoints are not changed.
         """
         self._sweep()
         folder = self.directory / f"step-{step:08d}"
@@ -61,7 +61,7 @@ class Checkpoints:
         new.mkdir(parents=True)
         try:
             self._write(new, step, state, identity)
-            if folder.exists():  # damaged, or of a run that was not continued
+            if folder.exists():  # damaged, or from a run that was not resumed
                 _remove(folder)
             new.rename(folder)
         except BaseException:
@@ -75,12 +75,12 @@ class Checkpoints:
                 _remove(other)
 
     def latest(self, identity: Mapping[str, str]) -> dict[str, Any] | None:
-        """The newest state that is whole, on the CPU; None when nothing was ever saved.
+        """The newest intact state, on the CPU; None when nothing was saved.
 
-        A damaged checkpoint is logged and the one before it is used.
+        A damaged checkpoint is logged, and the one before it is used.
 
-        Raises: CheckpointError when all are damaged, or when the newest whole one is of another run
-        or another format.
+        Raises: CheckpointError when all are damaged, or when the newest intact one is from another
+        run or has another format.
         """
         folders = self._folders()
         for folder in reversed(folders):
@@ -92,12 +92,12 @@ class Checkpoints:
         if folders:
             raise CheckpointError(
                 f"none of the {len(folders)} checkpoints in {self.directory} is intact; delete "
-                "that folder to start from the beginning"
+                "that folder to start over"
             )
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints, the oldest first, and the folder if it is then empty."""
+        """Remove all checkpoints, oldest first, and then the folder if it is empty."""
         self._sweep()
         for folder in self._folders():
             _remove(folder)
@@ -108,7 +108,7 @@ class Checkpoints:
         return sorted(self.directory.glob("step-" + 8 * "[0-9]"))
 
     def _sweep(self) -> None:
-        """Remove what a process left behind that was killed while it wrote or removed."""
+        """Remove leftovers of a process that was killed while writing or removing."""
         for pattern in ("step-*.new", "step-*.old"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
@@ -122,8 +122,8 @@ class Checkpoints:
             if file.error is not None:
                 raise file.error
         with safe_globals(self._records):
-            if alien := get_unsafe_globals_in_checkpoint(path):
-                raise TypeError(f"a state cannot hold {', '.join(sorted(alien))}")
+            if unsafe := get_unsafe_globals_in_checkpoint(path):
+                raise TypeError(f"a state cannot contain {', '.join(sorted(unsafe))}")
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -132,27 +132,25 @@ class Checkpoints:
             "identity": dict(identity),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for written in (path, folder / MANIFEST, folder):
-            _sync(written)
+        for target in (path, folder / MANIFEST, folder):
+            _sync(target)
 
     def _read(self, folder: Path, identity: Mapping[str, str]) -> dict[str, Any]:
         path = folder / STATE
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"checkpoint {folder} has format {manifest['format']} and this version reads "
-                f"{FORMAT}; use the version that wrote it, or delete {self.directory} to start "
-                "from the beginning"
+                f"checkpoint {folder} has format {manifest['format']}, but this version reads "
+                f"{FORMAT}; use the version that wrote it, or delete {self.directory} to start over"
             )
         if (size := path.stat().st_size) != manifest["size"]:
             raise ValueError(f"{STATE} has {size} of {manifest['size']} bytes")
         if content_digest([path]) != manifest["sha256"]:
-            raise ValueError(f"the SHA-256 of {STATE} is not that of what was written")
+            raise ValueError(f"the SHA-256 of {STATE} does not match the manifest")
         if differing := _differences(manifest["identity"], identity):
             raise CheckpointError(
-                f"the checkpoints in {self.directory} are of another run: {'; '.join(differing)}. "
-                "Undo the difference to continue it, or delete that folder to start from the "
-                "beginning"
+                f"the checkpoints in {self.directory} are from another run: {'; '.join(differing)}"
+                ". Undo the difference to resume it, or delete that folder to start over"
             )
         with safe_globals(self._records):
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -160,7 +158,7 @@ class Checkpoints:
 
 
 class _HashingWriter(io.BufferedWriter):
-    """A new file that knows size and SHA-256 of what was written, without reading it again."""
+    """A new file that computes size and SHA-256 while it is written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.open("wb", buffering=0))
@@ -169,10 +167,10 @@ class _HashingWriter(io.BufferedWriter):
         self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of it; after an error, nothing any more.
+        """Write all data; after an error, write nothing.
 
         torch.save calls this from C++, where an exception would become a RuntimeError about an
-        unexpected position: the caller raises `error` afterwards.
+        unexpected position, so the caller raises `error` afterwards.
         """
         if self.error is None:
             try:
@@ -186,7 +184,7 @@ class _HashingWriter(io.BufferedWriter):
 
 def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     return [
-        f"{key} is {saved.get(key, 'missing')} there and {current.get(key, 'missing')} here"
+        f"{key} was {saved.get(key, 'missing')} and is now {current.get(key, 'missing')}"
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key)
     ]

@@ -1,4 +1,4 @@
-"""The loop of SFT, reward model and DPO: one optimizer step after another over rows."""
+"""The training loop of SFT, reward model and DPO: one optimizer step after another."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
@@ -8,8 +8,8 @@ from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.session import Session
 
 Accumulate: TypeAlias = Callable[[list[int], Callable[[], None]], dict[str, float]]
-"""Adds the gradient of the picked rows and returns its metrics; calls the second argument before
-each micro-batch."""
+"""Adds the gradient of the picked rows and returns metrics; calls the second argument before each
+micro-batch."""
 
 
 def optimizer_steps(
@@ -22,10 +22,10 @@ def optimizer_steps(
     *,
     total: int,
 ) -> Iterator[int]:
-    """Take a step for each batch that is left; log its metrics, gradient norm and learning rate.
+    """Take a step for each remaining batch; log its metrics, gradient norm and learning rate.
 
-    Yields: the number of the step, from 1, before its safe point: what is done then is in the
-    checkpoint with it.
+    Yields: the number of the step, from 1, before its safe point, so that whatever the caller does
+    with it is in the same checkpoint.
     """
     for picked in batches:
         step, rate = session.step + 1, learner.learning_rate

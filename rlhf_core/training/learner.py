@@ -1,4 +1,4 @@
-"""What every training stage shares: its settings, a learner, a schedule, one safe step."""
+"""What all training stages share: settings, and a learner with a schedule and one safe step."""
 
 import math
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ from rlhf_core.training.ranks import Ranks, full, shard_like
 
 
 class TrainingSection(Section):
-    """Settings of gradient descent that all training stages have."""
+    """Settings of gradient descent that all training stages share."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="How the learning rate falls to 0 after warm-up"
     )
     warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="Share of all steps in which the rate rises from 0"
+        0.05, ge=0, lt=1, description="Share of all steps over which the rate rises from 0"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, on matrices alone")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, only on matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
     batch_size: int = Field(32, ge=1, description="Samples in one optimizer step")
     micro_batch_size: int = Field(
@@ -36,32 +36,32 @@ class TrainingSection(Section):
     )
     precision: Precision = Field(
         "float32",
-        description="What matrix products are computed in. bfloat16 is faster on GPUs and on CPUs "
-        "that have instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
+        description="Type of matrix products. bfloat16 is faster on GPUs and on CPUs "
+        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
         "their gradients and the optimizer stay in float32",
     )
     lora_rank: int = Field(
         0,
         ge=0,
-        description="Rank of LoRA adapters beside every linear layer; 0 = all weights learn",
+        description="Rank of LoRA adapters beside every linear layer; 0 = train all weights",
     )
     lora_layers: int = Field(
         0,
         ge=0,
-        description="Adapters in the last so many blocks alone; what lies below is then computed "
+        description="Adapters only in this many of the last blocks; those below are then computed "
         "once for all networks and epochs. 0 = in every block",
     )
     lora_alpha: int = Field(
-        32, gt=0, description="What the adapter adds is scaled by this over its rank"
+        32, gt=0, description="The output of the adapter is scaled by this / lora_rank"
     )
 
     def adapt(self, network: Network, name: str, *, seed: int, stream: str) -> None:
-        """Let an adapter learn in place of all weights, if `lora_rank` asks for it.
+        """Train an adapter instead of all weights, if `lora_rank` is set.
 
         Args:
             name: of the adapter.
             seed: of the run.
-            stream: the random stream that its weights are drawn from.
+            stream: the random stream for its initial weights.
         """
         if self.lora_rank:
             start_adapter(
@@ -75,9 +75,9 @@ class TrainingSection(Section):
 
 
 class Learner:
-    """A network with AdamW and a schedule, and a step that refuses what is not finite.
+    """A network with AdamW and a schedule, and a step that refuses values that are not finite.
 
-    Called, it is the network's `forward`, over all ranks.
+    Calling it runs the network's `forward`, wrapped for all ranks.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Learner:
         self.network = network
         self._ranks = ranks or Ranks()
         self._module = self._ranks.prepare(network, network.learnable().values(), network.blocks())
-        self._named = network.learnable()  # after that, as they may have become shards
+        self._named = network.learnable()  # after `prepare`, which may turn them into shards
         parameters = list(self._named.values())
         self._max_grad_norm = config.max_grad_norm
         self._adamw = AdamW(
@@ -118,11 +118,11 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next step applies."""
+        """The rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """One forward and backward pass; at the last of a step the ranks' gradients meet."""
+        """Context of one forward and backward pass; the last of a step sums over the ranks."""
         return self._ranks.accumulate(self._module, last=last)
 
     def backward(self, loss: Tensor, name: str) -> None:
@@ -140,12 +140,12 @@ class Learner:
         Raises: NumericsError naming the first tensor whose gradient is not finite.
         """
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
-        # Measured before it is clipped: scaling by a norm of NaN would leave NaN in every tensor.
+        # Check the norm before clipping: scaling by NaN would put NaN into every tensor.
         norm = full(nn.utils.get_total_norm(gradients))
         if not bool(norm.isfinite()):
             raise NumericsError(
-                f"the gradient of {self._first_bad()} is not finite; training has stopped before "
-                "the update. Lower learning_rate, or look at the batch that was logged last"
+                f"the gradient of {self._first_bad()} is not finite; training stopped before "
+                "the update. Lower learning_rate, or check the batch that was logged last"
             )
         nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
         self._adamw.step()
@@ -154,13 +154,13 @@ class Learner:
         return norm.item()
 
     def drop_gradient(self) -> None:
-        """Forget what has been accumulated since the last step."""
+        """Discard the gradient accumulated since the last step."""
         self._adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that learn, AdamW's moments, and the place in the schedule.
+        """The trainable weights, AdamW's moments, and the state of the schedule.
 
-        With FSDP all ranks have to ask, and the main one is told: the others keep no whole tensor.
+        With FSDP all ranks have to call this, and only the main one gets whole tensors.
         """
         adamw = self._adamw.state_dict()
         moments = {number: self._whole(kept) for number, kept in adamw["state"].items()}
@@ -171,7 +171,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(shard_like(state["parameters"][name], parameter))
@@ -210,9 +210,9 @@ def learning_rate_factor(schedule: str, step: int, warmup: int, total: int) -> f
 
 
 def require_finite(name: str, value: Tensor) -> None:
-    """Raise NumericsError naming the tensor unless all of it is finite."""
+    """Raise NumericsError naming the tensor unless all values are finite."""
     if not bool(value.isfinite().all()):
         raise NumericsError(
-            f"{name} is not finite; training has stopped before the update. Lower learning_rate, "
-            "or look at the batch that was logged last"
+            f"{name} is not finite; training stopped before the update. Lower learning_rate, "
+            "or check the batch that was logged last"
         )

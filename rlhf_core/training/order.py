@@ -1,4 +1,4 @@
-"""In which order a training takes its rows, and where it is in that order."""
+"""The order in which training takes its rows, and the position in it, which can be saved."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 
 
 class Batches(Iterator[list[int]]):
-    """Indices of one batch after another, each epoch in its own order; its last may be short.
+    """Yields the indices of one batch after another, shuffled anew in each epoch.
 
-    Its state is its place: what is left of the epoch, how many epochs follow, and the generator.
+    The last batch of an epoch may be short. The state is the rest of the epoch, the number of
+    epochs that follow, and the generator.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Batches(Iterator[list[int]]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """The position in the order."""
         return {
             "waiting": list(self._waiting),
             "epochs": self._epochs,
@@ -48,13 +49,13 @@ class Batches(Iterator[list[int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there."""
+        """Restore what `state_dict` returned."""
         self._waiting, self._epochs = list(state["waiting"]), state["epochs"]
         self._generator.set_state(state["generator"])
 
 
 class PromptStream(Iterator[list[int]]):
-    """Numbers of prompts for ever, every prompt once before any comes again."""
+    """Yields numbers of prompts forever, each prompt once before any repeats."""
 
     def __init__(self, prompts: int, size: int, order: torch.Generator) -> None:
         self._prompts = prompts
@@ -69,16 +70,16 @@ class PromptStream(Iterator[list[int]]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """The position in the order."""
         return {"waiting": list(self._waiting), "order": self._order.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there."""
+        """Restore what `state_dict` returned."""
         self._waiting = list(state["waiting"])
         self._order.set_state(state["order"])
 
 
 def chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    """Consecutive pieces of at most `size` items: the micro-batches of a batch."""
+    """Consecutive chunks of at most `size` items: the micro-batches of a batch."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

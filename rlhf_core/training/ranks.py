@@ -1,8 +1,8 @@
-"""The processes that train together, each with its share of every batch. Knows nothing of losses.
+"""The processes that train together, each on its share of every batch. Knows nothing about losses.
 
-One process alone is the same with a world of one, so a stage is written once. With several, torch
-brings the process group and wraps the networks (DDP), or spreads them over the ranks (FSDP); every
-number that a stage computes is then that of the whole batch, whatever the number of ranks.
+A single process is a world of one, so a stage is written only once. With several, torch provides
+the process group and wraps the networks (DDP) or shards them over the ranks (FSDP). Every number
+that a stage computes is that of the whole batch, whatever the number of ranks.
 """
 
 import os
@@ -22,44 +22,48 @@ from torch.nn.parallel import DistributedDataParallel
 from rlhf_core.errors import ConfigError
 
 Strategy = Literal["ddp", "fsdp"]
-PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others, while one writes a file
+PATIENCE = timedelta(
+    minutes=30
+)  # how long a rank waits for the others, e.g. while one writes a file
 
 
-class Rows(Protocol):
-    """Records that can be picked by row."""
+class RowIndexed(Protocol):
+    """Records that can be indexed by row."""
 
     def rows(self, index: Tensor) -> Self:
-        """Some of them."""
+        """Some of the rows."""
 
     def to(self, device: str) -> Self:
-        """The same on another device."""
+        """The same records on another device."""
 
 
-Part = TypeVar("Part", bound=Rows)
+Part = TypeVar("Part", bound=RowIndexed)
 Item = TypeVar("Item")
 
 
 class Micro(NamedTuple):
-    """Some rows of a batch that go through the network together."""
+    """A micro-batch: rows of a batch that go through the network together."""
 
     rows: list[int]
     weight: float  # 0 for rows that only keep this rank in step with the others
-    last: bool  # of this rank's rows: gradients meet
+    last: bool  # of this rank: gradients are summed over the ranks
 
 
 class Ranks:
-    """This process among those that share the work; by itself without a group."""
+    """This process among those that share the work; without a group it is the only one."""
 
     def __init__(self, device: torch.device | None = None, strategy: Strategy = "ddp") -> None:
-        self._device = device  # of this rank, when there are others
+        self._device = device  # of this rank; None without a group
         self._strategy = strategy
         self.rank = 0 if device is None else dist.get_rank()
         self.world = 1 if device is None else dist.get_world_size()
 
     @classmethod
     def meet(cls, *, cpu: bool, strategy: Strategy = "ddp") -> tuple[Self, str]:
-        """Join the processes that a launcher such as torchrun has started; also says which device
-        is this rank's."""
+        """Join the processes that a launcher such as torchrun started.
+
+        Returns: the ranks, and the device of this one.
+        """
         found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
         device = torch.device("cpu")
         if found is not None:
@@ -76,31 +80,31 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and talks to people."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
-    # --- whose rows ---
+    # --- rows ---
 
     def share(self, rows: Sequence[int]) -> list[int]:
-        """The rows of a batch that this rank works on: neighbours, which may share a prompt."""
+        """The rows of a batch that this rank works on; they are adjacent and may share a prompt."""
         number = len(rows)
         return list(rows[number * self.rank // self.world : number * (self.rank + 1) // self.world])
 
     def micro_batches(self, rows: Sequence[int], size: int) -> list[Micro]:
-        """This rank's rows, at most `size` at a time; every rank has as many micro-batches.
+        """This rank's rows, at most `size` at a time; every rank gets equally many micro-batches.
 
-        A rank that has run out of rows goes through one of them again, at weight 0.
+        A rank that runs out of rows repeats one of the batch at weight 0.
         """
-        own = self.share(rows)
+        share = self.share(rows)
         number = self.passes(len(rows), size)
-        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        parts = [share[start : start + size] for start in range(0, len(share), size)]
         micros = [Micro(part, 1.0, last=False) for part in parts]
         micros += [Micro([rows[0]], 0.0, last=False)] * (number - len(micros))
         return [*micros[:-1], micros[-1]._replace(last=True)]
 
     def passes(self, rows: int, size: int) -> int:
-        """Micro-batches of at most `size` rows that every rank has of so many rows."""
-        largest = -(-rows // self.world)  # rows that a rank may have
+        """The number of micro-batches of at most `size` rows that every rank runs."""
+        largest = -(-rows // self.world)  # rows of a rank, at most
         return -(-largest // size)
 
     # --- networks ---
@@ -108,39 +112,39 @@ class Ranks:
     def prepare(
         self, network: nn.Module, learns: Iterable[nn.Parameter], blocks: Iterable[nn.Module]
     ) -> nn.Module:
-        """The network as it is called in training; the optimizer is made afterwards.
+        """Wrap the network for training; create the optimizer afterwards.
 
-        What does not learn is frozen. With FSDP all parameters of the network are shards from here
-        on, those of each block gathered for themselves.
+        Parameters that do not train are frozen. With FSDP all parameters of the network become
+        shards, which are gathered block by block.
 
-        Raises: ConfigError when FSDP would have to spread a transformer a second time.
+        Raises: ConfigError when FSDP would have to shard a transformer a second time.
         """
         if self._device is None:
             return network
-        held = {id(parameter) for parameter in learns}
+        trainable = {id(parameter) for parameter in learns}
         for parameter in network.parameters():
-            parameter.requires_grad_(id(parameter) in held)
+            parameter.requires_grad_(id(parameter) in trainable)
         if self._strategy == "ddp":
-            places = None if self._device.type == "cpu" else [self._device.index]
-            return DistributedDataParallel(network, device_ids=places)
+            devices = None if self._device.type == "cpu" else [self._device.index]
+            return DistributedDataParallel(network, device_ids=devices)
         if next(_shards(network), None) is not None:
             raise ConfigError(
-                "FSDP cannot spread a transformer that two networks learn on; take strategy ddp, "
+                "FSDP cannot shard a transformer on which two networks train; use strategy ddp, "
                 "set lora_rank to 0, or train the reward model without LoRA"
             )
         mesh = init_device_mesh(self._device.type, (self.world,))
         for module in (*blocks, network):
-            # No copy of the weights outlives a forward pass, so none can be older than the shards.
+            # No gathered weights outlive a forward pass, so none can be older than the shards.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         _join_shards(network)
         return network
 
     @contextmanager
     def whole(self, *networks: nn.Module | None) -> Iterator[None]:
-        """All weights of the networks on every rank: meanwhile each may call them as often as it
-        likes, without the others, and save them. They must not learn meanwhile.
+        """Gather all weights of the networks on every rank. Inside the block each rank may call and
+        save them independently of the others, but must not train them.
 
-        Nothing happens without FSDP.
+        Does nothing without FSDP.
         """
         shards = [shard for network in networks if network for shard in _shards(network)]
         for shard in shards:
@@ -150,23 +154,23 @@ class Ranks:
         try:
             yield
         finally:
-            for parameter, learns in flags:  # adapters may have been switched
+            for parameter, learns in flags:  # enabling adapters may have changed them
                 parameter.requires_grad_(learns)
             for shard in shards:
                 shard.reshard()
                 shard.set_reshard_after_forward(True, recurse=False)
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients stay on this rank until the last micro-batch, and then are summed over all.
+        """Keep gradients on this rank until the last micro-batch, which sums them over all ranks.
 
-        With FSDP they are summed each time, as no rank has room for all of them.
+        With FSDP they are summed each time, since no rank has memory for all of them.
         """
         if last or not isinstance(module, DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[None], module.no_sync())
 
     def backward(self, loss: Tensor) -> None:
-        """Add this rank's part of a gradient; the ranks' parts are summed and not averaged."""
+        """Add this rank's part of a gradient; the parts are summed, not averaged."""
         (loss * self.world).backward()
 
     # --- numbers ---
@@ -183,23 +187,26 @@ class Ranks:
         self,
         rows: int,
         size: int,
-        ask: Callable[[list[int]], Tensor],
+        compute: Callable[[list[int]], Tensor],
         between: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """(rows, ...) what `ask` says of each row, on the CPU; it is asked about this rank's share,
-        at most `size` rows at a time, and as often on every rank, with `between` before each."""
-        said = []
+        """(rows, ...) the result of `compute` for each row, on the CPU.
+
+        Each rank computes its share, at most `size` rows at a time and equally often on every rank,
+        and calls `between` before each time.
+        """
+        results = []
         for micro in self.micro_batches(range(rows), size):
             between()
-            said.append((micro, ask(micro.rows).cpu()))
-        return torch.cat(self._all([tensor for micro, tensor in said if micro.weight]))
+            results.append((micro, compute(micro.rows).cpu()))
+        return torch.cat(self._all([tensor for micro, tensor in results if micro.weight]))
 
     def gather(
         self, parts: Sequence[Part], rows: Sequence[int], join: Callable[[Sequence[Part]], Part]
     ) -> Part:
-        """All rows of a batch in order, from the parts that the ranks have worked on.
+        """All rows of a batch in order, from the parts of all ranks.
 
-        `rows` says which rows of the batch this rank's `parts` hold; both may be empty.
+        `rows` are the rows of the batch in this rank's `parts`; both may be empty.
         """
         if self._device is None:
             return join(parts)
@@ -217,13 +224,13 @@ class Ranks:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over the ranks, which have to ask together, on the CPU; any
-    other tensor as it is."""
+    """A sharded tensor as a whole on the CPU, for which all ranks have to call this together; any
+    other tensor unchanged."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, spread as another one is, if that is."""
+    """This rank's part of a whole tensor, sharded like `tensor` if that is sharded."""
     if not isinstance(tensor, DTensor) or whole.shape != tensor.shape:
         return whole
     mesh, local = tensor.device_mesh, whole.to(tensor.device)
@@ -235,10 +242,10 @@ def _shards(network: nn.Module) -> Iterator[FSDPModule]:
 
 
 def _join_shards(network: nn.Module) -> None:
-    """Have FSDP take the network as the root of its shards, whichever of them is called first.
+    """Make the network the root of its FSDP shards, whichever of them is called first later.
 
-    The root is what runs the first forward pass, so the network runs one that does nothing. A block
-    that came first, when texts are sampled, would be a root of its own.
+    FSDP takes the module with the first forward pass as the root, so the network runs one that does
+    nothing. Otherwise a block that sampling calls first would become a root.
     """
     root = cast(Any, network)
     root.join_shards = lambda: None

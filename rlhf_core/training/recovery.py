@@ -1,4 +1,4 @@
-"""How a stage is made to survive: which run this is, and where its checkpoints lie."""
+"""How a stage resumes: which run it is, and where its checkpoints are."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rlhf_core.types import PromptBatch, Responses, Rollout
 
 @dataclass(frozen=True)
 class Recovery:
-    """Where a stage keeps its checkpoints, and how often; without a folder it keeps none."""
+    """Where and how often a stage saves checkpoints; without a folder it saves none."""
 
     directory: Path | None = None
     every_seconds: float = 60.0
@@ -35,14 +35,14 @@ class Recovery:
         positions: Mapping[str, Stateful | torch.Generator],
         ranks: Ranks,
     ) -> Session:
-        """The session of a stage. One rank saves, and every rank continues from what it saved."""
-        kept = None
+        """The session of a stage. One rank saves, and every rank resumes from what it saved."""
+        checkpoints = None
         if self.directory is not None:
             records = (PromptBatch, Responses, Rollout)
-            kept = Checkpoints(self.directory, keep=self.keep, records=records)
+            checkpoints = Checkpoints(self.directory, keep=self.keep, records=records)
         return Session(
             logger,
-            checkpoints=kept,
+            checkpoints=checkpoints,
             identity=identity,
             learners=learners,
             positions=positions,
@@ -54,12 +54,12 @@ class Recovery:
 NO_RECOVERY = Recovery()
 
 
-def identity(
+def run_identity(
     stage: str, seed: int, sections: Mapping[str, BaseModel], inputs: Mapping[str, Path]
 ) -> dict[str, str]:
-    """What a run is: its settings, its seed, and the digests of the data and models it starts from.
+    """What defines a run: its settings, its seed, and the digests of its input data and models.
 
-    The number of ranks is no part of it: a run may continue on more or fewer.
+    The number of ranks is not part of it: a run may resume on more or fewer.
     """
     facts = {"stage": stage, "seed": str(seed), "torch": torch.__version__}
     for name, section in sections.items():
@@ -76,7 +76,7 @@ def _flat(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _digest(path: Path) -> str:
-    """Of prepared tables, of a model's weights, or of one file."""
+    """The digest of prepared tables, of a model's weights, or of one file."""
     if path.is_file():
         return content_digest([path])[:16]
     if next(path.glob("*.safetensors"), None) is None:

@@ -1,4 +1,4 @@
-"""A trained policy as a model directory."""
+"""Save a trained policy as a model directory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +19,9 @@ def save_policy(
     sft: Path,
     ranks: Ranks,
 ) -> None:
-    """Write a policy that was trained from `sft`: it answers messages if that one did.
+    """Write a policy that was trained from `sft`, and copy that policy's fact `chat`.
 
-    One rank writes; with an adapter, `sft` is the base that the adapter belongs to.
+    Only the main rank writes. `sft` is also the base of an adapter, if there is one.
     """
     with ranks.whole(policy):
         if ranks.main:

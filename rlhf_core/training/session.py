@@ -1,20 +1,20 @@
-"""One training run that can be stopped at any moment and continued to the bit.
+"""A training run that can be stopped at any moment and resumes bit for bit.
 
     with Session(logger, checkpoints=..., identity=..., learners=..., positions=...) as session:
         session.resume()
         while there is work left:
             between = session.between("updating", micro_batches)
             for each micro-batch:
-                between()  # progress is told, and a request to stop is heard here
+                between()  # reports progress, and handles a request to stop
                 ...
             optimizer.step()
             session.metrics(...)
-            session.safe_point()  # what can be continued from
+            session.safe_point()  # the run can resume from here
 
 Learners (weights, optimizers) are large and change only in an optimizer step, so they are saved as
 they are. Positions (data order, generators, progress) are small and change all the time, so each
-safe point copies them. Together they are the last safe point, whenever a signal comes.
-Knows when to save and how to stop; nothing of losses or models.
+safe point copies them. Together they form the last safe point, whenever a signal comes. This module
+knows when to save and how to stop, but nothing about losses or models.
 """
 
 import copy
@@ -42,28 +42,28 @@ log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """What has a state that can be taken and put back: modules, optimizers, controllers."""
+    """An object whose state can be saved and restored: a module, optimizer or controller."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """What a checkpoint has to keep."""
+        """The state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> object:
-        """Continue where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the training to stop, and it has. No Exception, like KeyboardInterrupt."""
+    """Training stopped because of a signal. Like KeyboardInterrupt, not an Exception."""
 
 
 class StopRequest:
-    """Holds SIGTERM and SIGINT back until it suits, if this is the main thread.
+    """Defers SIGTERM and SIGINT until the caller handles them, if this is the main thread.
 
     Args:
-        heard: called at once when one comes.
+        heard: called immediately when a signal comes.
     """
 
     def __init__(self, heard: Callable[[signal.Signals], None] = lambda number: None) -> None:
-        self.number: signal.Signals | None = None  # which one has come
+        self.number: signal.Signals | None = None  # the signal received
         self._heard = heard
         self._previous: dict[int, _Handler] = {}
 
@@ -71,7 +71,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.getsignal(number)
-                # Ignored stays ignored; None was installed from outside of Python.
+                # Keep SIG_IGN; None means a handler that was not installed from Python.
                 if previous is not None and previous is not signal.SIG_IGN:
                     self._previous[number] = previous
                     signal.signal(number, self._request)
@@ -83,9 +83,9 @@ class StopRequest:
                 signal.signal(number, previous)
 
     def stop(self, message: str) -> NoReturn:
-        """Stop as whoever asked would have it.
+        """Stop the way the previous signal handler would.
 
-        Raises: what the handler of the signal before this one raises, else Interrupted.
+        Raises: whatever the previous handler of the signal raises, else Interrupted.
         """
         self._stop(self.number or signal.SIGTERM, None, message)
 
@@ -93,8 +93,8 @@ class StopRequest:
         again = self.number is not None and number == signal.SIGINT
         self.number = signal.Signals(number)
         self._heard(self.number)
-        if again:  # at once, whatever is under way
-            self._stop(self.number, frame, "interrupted twice; what was under way is lost")
+        if again:  # stop immediately
+            self._stop(self.number, frame, "interrupted twice; unsaved progress is lost")
 
     def _stop(self, number: signal.Signals, frame: FrameType | None, message: str) -> NoReturn:
         self.__exit__()
@@ -105,19 +105,19 @@ class StopRequest:
 
 
 class Session:
-    """One training run that can be stopped at any moment and continued to the bit.
+    """A training run that can be stopped at any moment and resumes bit for bit.
 
-    Several ranks save and stop together: at safe points, when any of them was asked to. One writes.
+    Several ranks save and stop together at safe points, when any of them got a signal. One writes.
 
     Args:
-        logger: where metrics and progress go.
-        checkpoints: where states are kept; None saves nothing.
-        identity: what the run is: settings, seed, digests of its inputs.
+        logger: receives metrics and progress.
+        checkpoints: where states are saved; None saves nothing.
+        identity: what defines the run: settings, seed, digests of its inputs.
         learners: change only in an optimizer step; saved as they are.
         positions: change all the time; copied at each safe point.
-        every_seconds: least time between two saves, which also take 5 % of the time at most;
-            0 saves at every safe point, whatever it takes.
-        ranks: who else is in the run.
+        every_seconds: least time between two saves, which take at most 5 % of the time; 0 saves at
+            every safe point, whatever the cost.
+        ranks: the processes of the run.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Session:
         self._request = StopRequest()
 
     def __enter__(self) -> Self:
-        """From here on SIGTERM and SIGINT wait for a `check`, if this is the main thread."""
+        """Defer SIGTERM and SIGINT to the next `check`, if this is the main thread."""
         self._request.__enter__()
         return self
 
@@ -158,17 +158,17 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the signals back; a request that came after the last `check` is not forgotten."""
+        """Restore the signal handlers; handle a request that came after the last `check`."""
         self._request.__exit__()
         if error is None and self._any(self._request.number is not None):
             self._end()
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one; say whether there was.
+        """Resume from the newest checkpoint, if there is one; return whether there was.
 
-        The history goes to the logger once more, as its end may not have got there.
+        The history is logged again, since its end may not have reached the logger.
 
-        Raises: CheckpointError when the checkpoint is of another run, or does not fit.
+        Raises: CheckpointError when the checkpoint is from another run, or does not fit.
         """
         if self._checkpoints is None:
             return False
@@ -184,37 +184,37 @@ class Session:
         except ValueError as error:
             raise CheckpointError(
                 f"the newest checkpoint in {self._checkpoints.directory} does not fit: {error}. "
-                "Use the version that wrote it, or delete that folder to start from the beginning"
+                "Use the version that wrote it, or delete that folder to start over"
             ) from error
         self.step = self._saved = state["step"]
         self.history = state["history"]
         for step, values in self.history:
             if self._ranks.main:
                 self._logger.metrics(values, step)
-        set_rng_state(state["rng"])  # last, as whatever comes before may draw
+        set_rng_state(state["rng"])  # last, since the lines above may draw random numbers
         return True
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record named values at a step, and keep them in the history."""
-        # numpy's float64 is a float as well, but a checkpoint takes plain ones.
+        # numpy's float64 is a float too, but a checkpoint accepts only plain ones.
         plain = {name: float(value) for name, value in values.items()}
         self.history.append((step, plain))
         if self._ranks.main:
             self._logger.metrics(plain, step)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` units of work are finished."""
+        """Report that `done` of `total` units of work are finished."""
         if self._ranks.main:
             self._logger.progress(done, total, note)
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Say what goes on until the next unit is finished, and how many of its parts are done."""
+        """Report the current phase of a unit, and how many of its parts are done."""
         if self._ranks.main:
             self._logger.phase(what, done, total)
 
     def between(self, what: str, total: int) -> Callable[[], None]:
-        """What is called before each of `total` parts of a phase: tells, and hears a request to
-        stop as `check` does."""
+        """A callback to run before each of `total` parts of a phase: it reports progress, and stops
+        like `check`."""
         tell = counted(self, what, total)
 
         def call() -> None:
@@ -224,7 +224,8 @@ class Session:
         return call
 
     def safe_point(self) -> None:
-        """After an optimizer step, when all is consistent: save if it is time, stop if asked to."""
+        """Call after an optimizer step, when all state is consistent: saves if due, and stops if
+        asked to."""
         self.step += 1
         if self._checkpoints is not None:
             if self._ranks.main:
@@ -236,11 +237,11 @@ class Session:
             self._end()
 
     def check(self) -> None:
-        """Within an optimizer step: stop when asked to, with the last safe point saved.
+        """Call within an optimizer step: stops if asked to, after saving the last safe point.
 
         Does nothing with several ranks: one that stopped here would leave the others waiting.
 
-        Raises: what the handler of the signal before this session raises, else Interrupted.
+        Raises: whatever the previous handler of the signal raises, else Interrupted.
         """
         if self._ranks.world == 1 and self._request.number is not None:
             self._end()
@@ -248,30 +249,30 @@ class Session:
     def _end(self) -> NoReturn:
         if self._checkpoints is not None and self._saved < self.step:
             self._save(self._checkpoints)
-        way_on = "continue" if self._saved else "start over, as nothing was saved"
+        next_run = "resume" if self._saved else "start over, since nothing was saved"
         name = (self._request.number or signal.SIGTERM).name
         self._request.stop(
-            f"training was stopped by {name} at step {self.step}; run again to {way_on}"
+            f"training was stopped by {name} at step {self.step}; run again to {next_run}"
         )
 
-    def _any(self, said: bool) -> bool:
-        """Whether any rank says so; all ask together."""
-        return self._ranks.sum({"said": float(said)})["said"] > 0
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks have to call this."""
+        return self._ranks.sum({"flag": float(flag)})["flag"] > 0
 
     def _take(self) -> dict[str, Any]:
         rng = rng_state()
-        if self._ranks.world > 1:  # of devices that the next run may not have; nothing draws there
+        if self._ranks.world > 1:  # the next run may have other devices; nothing draws on them
             rng["cuda"] = []
         positions = {name: _copy(p) for name, p in self._positions.items()}
         return {"step": self.step, "rng": rng, "positions": positions}
 
     def _require_same(self, step: int) -> None:
-        """Raise CheckpointError unless every rank has found the same."""
+        """Raise CheckpointError unless every rank found the same checkpoint."""
         if self._ranks.sum({"step": step})["step"] != step * self._ranks.world:
             assert self._checkpoints is not None
             raise CheckpointError(
-                f"the ranks do not find the same checkpoints in {self._checkpoints.directory}; "
-                "it has to be a folder that all machines share"
+                f"the ranks found different checkpoints in {self._checkpoints.directory}; "
+                "use a folder that all machines share"
             )
 
     def _due(self) -> bool:
@@ -282,7 +283,7 @@ class Session:
     def _save(self, checkpoints: Checkpoints) -> None:
         start = time.monotonic()
         self.phase("saving a checkpoint")
-        # Asked on every rank, as each may have but a part of it.
+        # Called on every rank, since each may have only a shard.
         learners = {name: learner.state_dict() for name, learner in self._learners.items()}
         saved = self._ranks.main
         if self._ranks.main:

@@ -125,7 +125,7 @@ def describe(
     """The text above the form, as Markdown."""
     replaces = f"It would replace `{champion.uri}`." if champion else "There is no champion yet."
     # The form is narrow: a fourth column would not be visible.
-    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.asked} |" for r in rules)
+    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.required} |" for r in rules)
     return "\n".join(
         [
             f"### Promote `{candidate.uri}` to champion?",

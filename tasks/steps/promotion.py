@@ -86,7 +86,7 @@ def promote(
         if stage.cached:
             return stage.kept(Verdict)
         rules = gates.apply_rules(config, scorecard)
-        verdict = gates.judge(config, scorecard)
+        verdict = gates.decide(config, scorecard)
         present = champion_of(record, candidate.name)
         if answer is not None:
             verdict = _with_answer(verdict, answer)

@@ -9,7 +9,7 @@ from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
-from rlhf_core.plan import Learnt, Sections, make_plan
+from rlhf_core.plan import NetworkPlan, Sections, make_plan
 from rlhf_core.seeding import generator
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
@@ -84,7 +84,7 @@ def plan(found=None, **changes):
 
 
 def learnt(name, parameters, rank=0, frozen=0):
-    return Learnt(network=name, parameters=parameters, lora_rank=rank, frozen=frozen)
+    return NetworkPlan(network=name, parameters=parameters, lora_rank=rank, frozen=frozen)
 
 
 def test_steps_and_parameters_by_hand():
@@ -99,9 +99,9 @@ def test_steps_and_parameters_by_hand():
     assert stages["evaluation"].work == (
         "20 prompts: 8 answers of SFT, 2 of the policy and of a champion"
     )
-    assert stages["sft"].learnt == (learnt("policy", BODY),)
-    assert stages["reward_model"].learnt == (learnt("reward model", BODY + 16),)
-    assert stages["ppo"].learnt == (learnt("policy", BODY), learnt("critic", BODY + 16))
+    assert stages["sft"].networks == (learnt("policy", BODY),)
+    assert stages["reward_model"].networks == (learnt("reward model", BODY + 16),)
+    assert stages["ppo"].networks == (learnt("policy", BODY), learnt("critic", BODY + 16))
 
 
 def test_adapters_by_hand():
@@ -111,10 +111,10 @@ def test_adapters_by_hand():
         reward_model=RewardModelConfig(**lora, lora_layers=2),
         policy=PPOConfig(lora_rank=2, lora_layers=1),
     ).stages
-    assert found[0].learnt == (learnt("policy", 3 * 4 * ADAPTERS, 4, BODY),)
+    assert found[0].networks == (learnt("policy", 3 * 4 * ADAPTERS, 4, BODY),)
     # A scalar head learns beside its adapter.
-    assert found[1].learnt == (learnt("reward model", 2 * 4 * ADAPTERS + 16, 4, BODY),)
-    assert found[2].learnt == (
+    assert found[1].networks == (learnt("reward model", 2 * 4 * ADAPTERS + 16, 4, BODY),)
+    assert found[2].networks == (
         learnt("policy", 2 * ADAPTERS, 2, BODY),
         learnt("critic", 2 * ADAPTERS + 16, 2, BODY),
     )
@@ -135,16 +135,16 @@ def test_adapters_by_hand():
 def test_the_other_algorithms_have_no_critic(algorithm, policy, steps, work):
     found = plan(algorithm=algorithm, policy=policy).stages[2]
     assert (found.stage, found.steps, found.work) == (algorithm, steps, work)
-    assert found.learnt == (learnt("policy", BODY),)
+    assert found.networks == (learnt("policy", BODY),)
 
 
 def test_models_that_are_there_already_are_not_trained():
     found = plan(sft=None, reward_model=None).stages
     assert [stage.stage for stage in found] == ["ppo", "evaluation"]
-    assert found[0].learnt == ()  # it depends on a model that nobody has looked at
+    assert found[0].networks == ()  # it depends on a model that nobody has looked at
     found = plan(reward_model=None)
     assert [stage.stage for stage in found.stages] == ["sft", "ppo", "evaluation"]
-    assert found.stages[1].learnt == (learnt("policy", BODY),)
+    assert found.stages[1].networks == (learnt("policy", BODY),)
     assert len(found.certainty) == 1
 
 
@@ -167,7 +167,7 @@ def test_the_count_is_that_of_what_the_stages_train(tmp_path):
     save_model(model, tokenizer, tmp_path, kind="policy")
     networks: list[Network] = [Policy(model), ScalarModel.from_policy(tmp_path, generator(0, "x"))]
     found = validation().model_copy(update={"vocabulary": len(tokenizer)})
-    counted = [stage.learnt[0].parameters for stage in plan(found).stages[:2]]
+    counted = [stage.networks[0].parameters for stage in plan(found).stages[:2]]
     assert counted == [sum(p.numel() for p in n.learnable().values()) for n in networks]
 
 
@@ -188,7 +188,7 @@ def test_how_much_can_be_known():
     assert plan(evaluation=few).certainty[0].startswith("Verdict: 2 held-out prompts, 1 answer")
 
 
-MORE = "(data.eval_fraction, or evaluation data of their own)"
+MORE = "(raise data.eval_fraction, or add evaluation data)"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {},
             [
                 "No policy can be promoted: 1 held-out prompt cannot show promotion.min_win_rate "
-                f"0.5, even if every one of them is won; it takes 4 {MORE}."
+                f"0.5, even if every one of them is won; at least 4 are needed {MORE}."
             ],
         ),
         (
@@ -209,7 +209,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"evaluation": EvaluationConfig(prompts=5), "promotion": {"min_win_rate": 0.6}},
             [
                 "No policy can be promoted: 5 held-out prompts cannot show promotion.min_win_rate "
-                "0.6, even if every one of them is won; it takes 6 (evaluation.prompts)."
+                "0.6, even if every one of them is won; at least 6 are needed (raise "
+                "evaluation.prompts)."
             ],
         ),
         (
@@ -217,8 +218,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"promotion": {"min_win_rate_over_champion": 0.6}},
             [
                 "No champion can be replaced: 5 held-out prompts cannot show "
-                "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; it "
-                f"takes 6 {MORE}."
+                "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; at "
+                f"least 6 are needed {MORE}."
             ],
         ),
         (
@@ -226,16 +227,16 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"promotion": {"min_win_rate": 1.0}, "evaluation": EvaluationConfig(prompts=999)},
             [
                 "No policy can be promoted: 999 held-out prompts cannot show "
-                "promotion.min_win_rate 1, even if every one of them is won; no number of them can "
-                "(evaluation.prompts)."
+                "promotion.min_win_rate 1, even if every one of them is won; no number of them "
+                "can; lower it."
             ],
         ),
         (
             validation(voted=3),
             {},
             [
-                "The reward model cannot be told from chance by held-out votes on 3 prompts; it "
-                f"takes 4 {MORE}."
+                "Held-out votes on 3 prompts cannot show that the reward model is better than "
+                f"chance; at least 4 are needed {MORE}."
             ],
         ),
         (
@@ -243,8 +244,8 @@ MORE = "(data.eval_fraction, or evaluation data of their own)"
             {"reward_gate": RewardGateConfig(min_accuracy=0.6)},
             [
                 "No policy will be trained: held-out votes on 5 prompts cannot show "
-                "reward_gate.min_accuracy 0.6, even if all of them are predicted; it takes 6 "
-                f"{MORE}."
+                "reward_gate.min_accuracy 0.6, even if all are predicted correctly; at least 6 are "
+                f"needed {MORE}."
             ],
         ),
         (validation(voted=1), {"reward_model": None}, []),

@@ -350,7 +350,7 @@ def test_a_reward_of_several_parts_names_each(client, store, first):
     [
         ("models:/nobody/3", ModelError, "there is no model 'nobody'"),
         ("models:/tiny-reward@none", ModelError, "points to no version"),
-        ("no_such_module:f", ConfigError, "'no_such_module:f' is not a function"),
+        ("no_such_module:f", ConfigError, "'no_such_module:f' cannot be imported"),
     ],
 )
 def test_a_reward_that_is_not_there_is_said_before_anything_trains(

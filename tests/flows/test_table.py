@@ -163,7 +163,7 @@ def test_the_plan_has_its_steps_and_the_config_its_name(config):
     plan = {stage.stage: stage for stage in make_plan(config.plan_sections, validation).stages}
     assert list(plan) == ["sft", "reward_model", "toy", "evaluation"]
     assert plan["toy"].steps == 2
-    assert [learnt.network for learnt in plan["toy"].learnt] == ["policy"]
+    assert [learnt.network for learnt in plan["toy"].networks] == ["policy"]
     with pytest.raises(ValidationError, match="must be one of ppo, rloo, grpo, dpo, toy"):
         ToyPipelineConfig(algorithm="tay")
     schema = PipelineConfig.model_json_schema()["properties"]["algorithm"]

@@ -242,7 +242,7 @@ def test_template_of_the_model_is_kept(bare):
 def test_folder_without_a_card(saved):
     (saved / CARD).unlink()
     for load in (load_policy, ScalarModel.load):
-        with pytest.raises(ModelError, match="no model directory of this pipeline"):
+        with pytest.raises(ModelError, match="not a model directory of this pipeline"):
             load(saved)
 
 
@@ -250,7 +250,7 @@ def test_pickled_weights_are_refused(saved):
     state = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     (saved / "model.safetensors").unlink()
     torch.save(state, saved / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"could not be loaded .*safetensors.*; give a folder"):
+    with pytest.raises(ModelError, match=r"could not be loaded .*safetensors.*; name a folder"):
         load_policy(saved)
 
 
@@ -300,7 +300,7 @@ def test_model_that_cannot_write_is_refused(gpt2, tmp_path):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**size, intermediate_size=16, vocab_size=400)).save_pretrained(tmp_path)
     gpt2[1].save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"not complete: .* is missing, one of 6"):
+    with pytest.raises(ModelError, match=r"incomplete: .* is missing, one of 6"):
         load_base(ModelConfig(source=str(tmp_path)), (), 0)
 
 
@@ -359,7 +359,9 @@ def test_other_tokenizer(gpt2, saved, toy_corpus):
     require_same_tokenizer(gpt2[1], saved, "reward model")
     fresh = FreshModelConfig(vocab_size=270)
     other = load_tokenizer(ModelConfig(fresh=fresh), toy_corpus)
-    with pytest.raises(ConfigError, match="the reward model has another tokenizer than the SFT"):
+    with pytest.raises(
+        ConfigError, match="the reward model and the SFT policy have different tokenizers"
+    ):
         require_same_tokenizer(other, saved, "reward model")
 
 

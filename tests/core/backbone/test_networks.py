@@ -22,7 +22,7 @@ from transformers import (
 
 from rlhf_core.backbone import networks
 from rlhf_core.backbone.directory import load_policy, read_card, save_model, weights_digest
-from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, on_trunk, start_adapter
+from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, load_as_adapter, start_adapter
 from rlhf_core.backbone.packing import ATTENTION, pack, position_ids
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError, NumericsError
@@ -177,7 +177,7 @@ def test_head_that_says_something_else_than_the_formulas_is_a_broken_invariant(
 
     Policy(causal[0])
     monkeypatch.setattr(networks, "chunked_token_loss", wrong)
-    with pytest.raises(NumericsError, match="the head that trains gives other log-probabilities"):
+    with pytest.raises(NumericsError, match="different log-probabilities or entropies"):
         Policy(causal[0])
 
 
@@ -252,7 +252,7 @@ def test_score_is_the_normalised_logit_of_plain_transformers(scalar, causal, tmp
 def test_value_of_a_place_is_the_score_of_the_text_up_to_it(scalar):
     packed = pack(TEXTS, "cpu")
     values = scalar(packed, torch.arange(packed.input_ids.shape[1]))
-    for rows, text in zip(packed.rows, TEXTS, strict=True):
+    for rows, text in zip(packed.unpack_index, TEXTS, strict=True):
         prefixes = [text[: end + 1] for end in range(len(text))]
         scores = torch.cat([scalar.scores(pack([prefix], "cpu")) for prefix in prefixes])
         assert_close(values[rows[: len(text)]], scores, **CLOSE)
@@ -273,7 +273,7 @@ def test_scalar_model_comes_back_from_disk(scalar, causal, tmp_path):
 
 @torch.no_grad()
 def test_twin_says_the_same_until_one_of_them_learns(scalar):
-    twin = scalar.twin()
+    twin = scalar.with_own_head()
     before = scalar.scores(pack(TEXTS, "cpu"))
     assert torch.equal(twin.scores(pack(TEXTS, "cpu")), before)
     twin.head.weight *= 2
@@ -289,16 +289,16 @@ def test_model_without_a_scalar_head_is_refused():
 
 
 def test_policy_in_place_of_a_reward_model(saved):
-    with pytest.raises(ModelError, match="kind 'policy'; reward or critic is needed"):
+    with pytest.raises(ModelError, match="kind 'policy', but reward or critic is needed"):
         ScalarModel.load(saved)
 
 
 def test_reward_model_in_place_of_a_policy(scalar, causal, tmp_path):
     scalar.save(causal[1], tmp_path / "reward", kind="reward")
     for load in (load_policy, partial(Policy.load, device="cpu")):
-        with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
+        with pytest.raises(ModelError, match="kind 'reward', but policy is needed"):
             load(tmp_path / "reward")
-    with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
+    with pytest.raises(ModelError, match="kind 'reward', but policy is needed"):
         ScalarModel.from_policy(tmp_path / "reward", torch.Generator())
 
 
@@ -362,7 +362,7 @@ def test_reward_model_on_a_trunk_says_what_it_says_alone(lora_reward, saved, cau
 
     policy = Policy(causal[0])
     before = policy(*predictions()).logprobs
-    found = on_trunk(directory, saved, policy.model, "reward", "float32")
+    found = load_as_adapter(directory, saved, policy.model, "reward", "float32")
     assert found.model is policy.model
     assert (found.mean, found.std) == (-0.2, 1.5)
     assert_close(found.scores(pack(TEXTS, "cpu")), expected, **CLOSE)
@@ -374,16 +374,19 @@ def test_reward_model_of_another_base_is_not_put_on_a_trunk(
 ):
     teach(Policy(causal[0]))
     save_model(*causal, tmp_path / "other", kind="policy")
-    assert on_trunk(lora_reward[1], tmp_path / "other", causal[0], "reward", "float32") is None
+    assert (
+        load_as_adapter(lora_reward[1], tmp_path / "other", causal[0], "reward", "float32") is None
+    )
     scalar.save(causal[1], tmp_path / "whole", kind="reward")  # no adapter at all
-    assert on_trunk(tmp_path / "whole", saved, causal[0], "reward", "float32") is None
+    assert load_as_adapter(tmp_path / "whole", saved, causal[0], "reward", "float32") is None
 
 
 def four_on_one_trunk(lora_reward, saved, model):
     policy = Policy(model)
     start_adapter(policy, "policy", **LORA)
     reward, critic = (
-        on_trunk(lora_reward[1], saved, model, name, "float32") for name in ("reward", "critic")
+        load_as_adapter(lora_reward[1], saved, model, name, "float32")
+        for name in ("reward", "critic")
     )
     return {"policy": policy, "reference": Policy(model), "reward": reward, "critic": critic}
 
@@ -433,8 +436,12 @@ def test_learnable_is_exactly_what_training_changes(causal, saved, kind, adapter
     learnable = network.learnable()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     learner = Learner(network, TrainingSection(learning_rate=0.1), 5)
-    packed, places, tokens = predictions()
-    said = learner(packed, places, tokens).logprobs if kind == "policy" else learner(packed, places)
+    packed, positions, tokens = predictions()
+    said = (
+        learner(packed, positions, tokens).logprobs
+        if kind == "policy"
+        else learner(packed, positions)
+    )
     learner.backward(said.square().sum(), "it")
     learner.step()
     changed = {id(p) for name, p in network.named_parameters() if not torch.equal(p, before[name])}
@@ -450,10 +457,10 @@ def test_learnable_is_exactly_what_training_changes(causal, saved, kind, adapter
 @pytest.mark.parametrize("kind", ["policy", "scalar"])
 def test_bfloat16_stays_close_and_keeps_its_weights_in_float32(causal, saved, kind):
     network = network_of(kind, causal, saved, adapter=False)
-    packed, places, tokens = predictions()
+    packed, positions, tokens = predictions()
 
     def say():
-        out = network(packed, places, tokens) if kind == "policy" else network(packed, places)
+        out = network(packed, positions, tokens) if kind == "policy" else network(packed, positions)
         return out.logprobs if kind == "policy" else out
 
     exact = say()

@@ -41,7 +41,9 @@ def packed_states(body, texts):
     """Hidden states of each text, out of a packed row."""
     packed = pack(texts, "cpu")
     states = hidden_states(body, packed)
-    return [states[rows[: len(text)]] for rows, text in zip(packed.rows, texts, strict=True)]
+    return [
+        states[rows[: len(text)]] for rows, text in zip(packed.unpack_index, texts, strict=True)
+    ]
 
 
 def states_alone(body, texts):
@@ -99,7 +101,7 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=8), min_si
 @settings(max_examples=60, deadline=None)
 def test_any_texts_come_back_whole_and_read_as_if_alone(plain, texts):
     packed = pack(texts, "cpu")
-    at = [rows[: len(text)] for rows, text in zip(packed.rows, texts, strict=True)]
+    at = [rows[: len(text)] for rows, text in zip(packed.unpack_index, texts, strict=True)]
     assert [packed.input_ids[0, rows].tolist() for rows in at] == texts
     assert [packed.position_ids[0, rows].tolist() for rows in at] == [
         list(range(len(text))) for text in texts
@@ -129,8 +131,8 @@ def test_layout_by_hand():
     packed = pack([[5, 6, 7], [5, 6, 8, 9], [4]], "cpu")
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
-    assert packed.rows.tolist() == [[0, 1, 2, 0], [0, 1, 3, 4], [5, 0, 0, 0]]
-    assert packed.home.tolist() == [0, 1, 2, 6, 7, 8]
+    assert packed.unpack_index.tolist() == [[0, 1, 2, 0], [0, 1, 3, 4], [5, 0, 0, 0]]
+    assert packed.pack_index.tolist() == [0, 1, 2, 6, 7, 8]
     assert packed.lengths.tolist() == [3, 4, 1]
     assert packed.last().tolist() == [2, 4, 5]
 
@@ -138,15 +140,15 @@ def test_layout_by_hand():
 def test_predictions_by_hand():
     # 7 is predicted by the 6 at place 1, as are 8 and, from 8 at place 3, 9; 4 stands alone.
     packed = pack([[5, 6, 7], [5, 6, 8, 9], [4]], "cpu")
-    places, tokens = packed.predictions(torch.tensor([2, 2, 1]))
-    assert (places.tolist(), tokens.tolist()) == ([1, 1, 3], [7, 8, 9])
-    places, tokens = packed.predictions(torch.tensor([1, 3, 1]))
-    assert (places.tolist(), tokens.tolist()) == ([0, 1, 3], [6, 7, 9])
+    positions, tokens = packed.predictions(torch.tensor([2, 2, 1]))
+    assert (positions.tolist(), tokens.tolist()) == ([1, 1, 3], [7, 8, 9])
+    positions, tokens = packed.predictions(torch.tensor([1, 3, 1]))
+    assert (positions.tolist(), tokens.tolist()) == ([0, 1, 3], [6, 7, 9])
 
 
 def test_nothing_is_predicted_in_a_text_of_one_token():
-    places, tokens = pack([[5], [6]], "cpu").predictions(torch.tensor([1, 1]))
-    assert places.numel() == tokens.numel() == 0
+    positions, tokens = pack([[5], [6]], "cpu").predictions(torch.tensor([1, 1]))
+    assert positions.numel() == tokens.numel() == 0
 
 
 # --- what is refused, and what stays as it was ---

@@ -78,14 +78,14 @@ def padded_on_the_right(prompts, responses):
 def test_some_of_the_response_tokens_go_to_their_places(batch):
     written, mask = lay_out(*batch), batch[1].mask
     values = torch.arange(1.0, 1 + int(mask.sum())).requires_grad_()
-    whole = written.spread(values)
+    whole = written.to_rows(values)
     assert whole[mask].tolist() == values.tolist()
     assert (whole[~mask] == 0).all()
     span = slice(2, 5)  # the end of the first row and the start of the second
-    part = written.part(span)
+    part = written.span_mask(span)
     assert part.nonzero().tolist() == [[0, 2], [1, 0], [1, 1]]
-    assert torch.equal(written.spread(values[span], span), torch.where(part, whole, 0))
-    (written.spread(values[span], span) * torch.arange(25.0).view(5, 5)).sum().backward()
+    assert torch.equal(written.to_rows(values[span], span), torch.where(part, whole, 0))
+    (written.to_rows(values[span], span) * torch.arange(25.0).view(5, 5)).sum().backward()
     assert values.grad[span].tolist() == [2.0, 5.0, 6.0]
 
 
@@ -101,14 +101,14 @@ def test_tokens_are_the_response_tokens_each_predicted_one_place_before_it(batch
     row = written.packed.input_ids[0]
     before = [(p + s)[len(p) - 1 + t] for p, s in zip(PROMPTS, SAID, strict=True)
               for t in range(len(s))]  # fmt: skip
-    assert row[written.places].tolist() == before
+    assert row[written.positions].tolist() == before
     assert len(row) == sum(map(len, PROMPTS + SAID)) - 5  # [20, 30, 40, 50, 21] is there once
 
 
 def test_spread_puts_values_where_their_tokens_are(batch):
     written = lay_out(*batch)
     values = torch.arange(1.0, len(written.tokens) + 1)
-    assert written.spread(values).tolist() == [
+    assert written.to_rows(values).tolist() == [
         [1, 2, 3, 0, 0],
         [4, 5, 6, 7, 8],
         [9, 0, 0, 0, 0],

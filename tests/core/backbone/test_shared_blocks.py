@@ -9,14 +9,14 @@ from torch.testing import assert_close
 
 from rlhf_core.backbone.adapters import adapted_from, adapter_parameters, add_adapter, save_adapter
 from rlhf_core.backbone.networks import Policy, ScalarModel, start_adapter
-from rlhf_core.backbone.packing import Below, hidden_states, pack, states_below
+from rlhf_core.backbone.packing import SharedStates, hidden_states, pack, shared_states
 from rlhf_core.backbone.responses import (
     lay_out,
-    read_again,
     response_logprobs,
     response_scores,
     response_values,
-    share_below,
+    restore_rows,
+    with_shared_states,
 )
 from rlhf_core.errors import ConfigError
 from rlhf_core.types import PromptBatch, Responses, Rollout
@@ -75,8 +75,8 @@ def test_states_from_below_give_what_the_whole_body_gives(policy, texts):
     body, packed = policy.model.base_model, pack(texts, "cpu")
     policy.switch()
     whole = hidden_states(body, packed)
-    below = states_below(body, packed, 1)
-    again = hidden_states(body, replace(packed, below=below))
+    below = shared_states(body, packed, 1)
+    again = hidden_states(body, replace(packed, shared=below))
     assert torch.equal(again, whole)
     assert len(body.get_submodule(next(n for n in ("h", "layers") if hasattr(body, n)))) == 2
     assert torch.equal(hidden_states(body, packed), whole)  # and leave nothing behind
@@ -86,16 +86,16 @@ def test_wrong_states_below_are_seen(policy):
     """The blocks below are really not run: what is handed in is what counts."""
     body, packed = policy.model.base_model, pack(TEXTS, "cpu")
     policy.switch()
-    zero = Below(body, 1, torch.zeros_like(states_below(body, packed, 1).states))
+    zero = SharedStates(body, 1, torch.zeros_like(shared_states(body, packed, 1).states))
     whole = hidden_states(body, packed)
-    assert not torch.allclose(hidden_states(body, replace(packed, below=zero)), whole, atol=1e-3)
+    assert not torch.allclose(hidden_states(body, replace(packed, shared=zero)), whole, atol=1e-3)
 
 
 def test_another_body_takes_no_notice(scalar, policy):
     packed = pack(TEXTS, "cpu")
-    zero = Below(policy.model.base_model, 1, torch.zeros(packed.input_ids.shape[1], 32))
+    zero = SharedStates(policy.model.base_model, 1, torch.zeros(packed.input_ids.shape[1], 32))
     alone = scalar.scores(packed)
-    assert torch.equal(scalar.scores(replace(packed, below=zero)), alone)
+    assert torch.equal(scalar.scores(replace(packed, shared=zero)), alone)
 
 
 def test_every_network_of_the_trunk_says_the_same_from_below(policy, written):
@@ -105,8 +105,8 @@ def test_every_network_of_the_trunk_says_the_same_from_below(policy, written):
     start_adapter(critic, "critic", layers=1, **LORA)
     teach(policy.model, "critic")
     plain = lay_out(*written)
-    shared = share_below(plain, policy)
-    assert shared.packed.below is not None
+    shared = with_shared_states(plain, policy)
+    assert shared.packed.shared is not None
     for say in (
         lambda w: response_logprobs(policy, w, temperature=0.7),
         lambda w: response_logprobs(reference, w, temperature=0.7),
@@ -120,14 +120,16 @@ def test_every_network_of_the_trunk_says_the_same_from_below(policy, written):
 def test_gradient_is_the_same_when_the_texts_are_read_again_in_another_order(policy, written):
     prompts, responses = written
     nothing = torch.zeros(3, 3)
-    below = share_below(lay_out(*written), policy).below()
+    below = with_shared_states(lay_out(*written), policy).shared_states()
     rollout = Rollout(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {}, below)
     order = torch.tensor([2, 0])
     gradients = []
     for known in (rollout, replace(rollout, below=None)):
         experience = known.rows(order)
         policy.zero_grad()
-        response_logprobs(policy, read_again(experience, policy), temperature=1.0).sum().backward()
+        response_logprobs(
+            policy, restore_rows(experience, policy), temperature=1.0
+        ).sum().backward()
         gradients.append([p.grad.clone() for p in policy.learnable().values()])
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0])
     for found, expected in zip(*gradients, strict=True):
@@ -139,11 +141,11 @@ def test_rollouts_of_unequal_width_are_joined(policy, written):
     parts = []
     for row in range(3):
         index = torch.tensor([row])
-        part = share_below(lay_out(prompts.rows(index), responses.rows(index)), policy)
+        part = with_shared_states(lay_out(prompts.rows(index), responses.rows(index)), policy)
         bare = Rollout.unmeasured(prompts.rows(index), responses.rows(index))
-        parts.append(replace(bare, below=part.below()))
+        parts.append(replace(bare, below=part.shared_states()))
     joined = Rollout.join(parts)
-    together = share_below(lay_out(*written), policy).below()
+    together = with_shared_states(lay_out(*written), policy).shared_states()
     assert_close(joined.below, together, rtol=1e-5, atol=1e-6)
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import (
     COLUMNS,
+    canonical_prompt,
     digest,
     falls_to_eval,
-    identity,
     prompt_key,
     read_table,
     training_texts,
@@ -115,7 +115,7 @@ def test_prompt_keys_are_equal_where_the_question_is():
     assert prompt_key([USER, GOOD, USER]) != prompt_key([USER])
     assert prompt_key([USER, GOOD, USER]) == prompt_key([dict(reversed(USER.items())), GOOD, USER])
     assert prompt_key("why?") != prompt_key("Why?")
-    assert identity("Why? ") != identity("Why?")
+    assert canonical_prompt("Why? ") != canonical_prompt("Why?")
 
 
 def test_a_side_worked_out_elsewhere():

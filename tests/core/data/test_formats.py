@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.sources import Rows, read_rows
+from rlhf_core.data.sources import SourceRows, read_rows
 from rlhf_core.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -17,7 +17,7 @@ POOR = {"role": "assistant", "content": "It just is."}
 
 
 def table(kind, *rows, names=None):
-    return parse(Rows("my/file.jsonl", "line", list(enumerate(rows, 1))), kind, names or {})
+    return parse(SourceRows("my/file.jsonl", "line", list(enumerate(rows, 1))), kind, names or {})
 
 
 def records(found):
@@ -270,8 +270,8 @@ OTHER = {
 }
 LIKE_OURS = {"shown_first": "a", "gold": True, "time": "2026-03-01", "source": "forum"}
 NOT_READ = (
-    "my/file.jsonl, line 3, field '{field}': {reason}, so the field is taken for one of another "
-    "meaning and is not read; if it is meant, map it in data.preferences.fields"
+    "my/file.jsonl, line 3, field '{field}': {reason}, so the field is assumed to mean "
+    "something else and is not read; if it is ours, map it in data.preferences.fields"
 )
 
 
@@ -305,7 +305,7 @@ def test_the_same_holds_for_the_votes_of_a_list(field):
         ("time", True, "wrong type", "is neither text nor a number"),
         ("source", {"a": 1}, "wrong type", "is neither text nor a whole number"),
         ("source", 0.5, "wrong type", "is neither text nor a whole number"),
-        ("source", "\ud83d", "broken text", "holds half of a surrogate pair"),
+        ("source", "\ud83d", "broken text", "has half of a surrogate pair"),
     ],
 )
 def test_a_mapped_field_is_read_and_what_is_wrong_in_it_is_a_bad_row(
@@ -337,7 +337,7 @@ def test_a_mapped_field_may_be_that_of_the_votes_in_a_list():
     assert [str(fault) for fault in found.faults] == [
         "my/file.jsonl, line 2, field 'left': 'right' is not a side; a side is 'a' or 'b'"
     ]
-    with pytest.raises(DataError, match=r"has no field 'first', which .* gives for 'shown_first'"):
+    with pytest.raises(DataError, match=r"has no field 'first', which .* maps to 'shown_first'"):
         table("preferences", *rows, names={"shown_first": "first"})
 
 
@@ -360,14 +360,14 @@ def test_chosen_and_rejected_have_no_sides():
         table("preferences", row | {"first": "a"}, names={"shown_first": "first"})
     assert str(caught.value) == (
         "data.preferences.fields names 'first' of my/file.jsonl as the answer that was shown "
-        "first, but chosen and rejected have no sides; bring 'response_a', 'response_b' and "
-        "'vote', or take shown_first out of the fields"
+        "first, but chosen and rejected have no sides; use 'response_a', 'response_b' and "
+        "'vote', or remove shown_first from the fields"
     )
 
 
 def test_a_data_set_of_the_hub_is_the_source_of_its_rows():
     row = VOTED | {"vote": "a"}
-    found = parse(Rows("Anthropic/hh-rlhf (train)", "row", [(1, row)]), "preferences", {})
+    found = parse(SourceRows("Anthropic/hh-rlhf (train)", "row", [(1, row)]), "preferences", {})
     assert found.frame["source"].tolist() == ["hh-rlhf (train)"]
 
 
@@ -376,8 +376,8 @@ def test_a_data_set_of_the_hub_is_the_source_of_its_rows():
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 DIALOGUE = {"chosen": [USER, GOOD], "rejected": [USER, POOR]}
 NO_DIALOGUE = (
-    "is no dialogue (messages, or turns that begin with 'Human:' and 'Assistant:'), "
-    "and there is no prompt beside it"
+    "is not a dialogue (messages, or turns that begin with 'Human:'/'Assistant:'), "
+    "and the source has no prompt field"
 )
 
 
@@ -391,14 +391,14 @@ NO_DIALOGUE = (
         (PAIR, {"prompt": {"a": 1}}, "wrong type", "'prompt': is an object, not text"),
         (PAIR, {"prompt": ""}, "empty text", "'prompt': is empty"),
         (PAIR, {"chosen": " \n\t\u00a0"}, "empty text", "'chosen': is empty"),
-        (PAIR, {"chosen": "x\ud83d"}, "broken text", "'chosen': holds half of a surrogate pair"),
+        (PAIR, {"chosen": "x\ud83d"}, "broken text", "'chosen': has half of a surrogate pair"),
         (PAIR, {"annotator": 0.5}, "wrong type",
          "'annotator': is a number, not text or a whole number"),
         (PAIR, {"id": ["x"]}, "wrong type", "'id': is a list, not text or a whole number"),
         (PAIR, {"annotator": "w\ud83d"}, "broken text",
-         "'annotator': holds half of a surrogate pair"),
+         "'annotator': has half of a surrogate pair"),
         (VOTED | {"votes": ["a"]}, {"votes": [["w\ud83d", "a"]]}, "broken text",
-         "'votes': holds half of a surrogate pair"),
+         "'votes': has half of a surrogate pair"),
         (PAIR, {"margin": float("nan")}, "bad margin", "'margin': nan is not a finite number"),
         (PAIR, {"margin": float("inf")}, "bad margin", "'margin': inf is not a finite number"),
         (PAIR, {"margin": "high"}, "bad margin", "'margin': 'high' is not a finite number"),
@@ -416,12 +416,12 @@ NO_DIALOGUE = (
         (VOTED | {"vote": "a"}, {"response_b": ""}, "empty text", "'response_b': is empty"),
         (DIALOGUE, {"chosen": "Hello."}, "bad messages", f"'chosen': {NO_DIALOGUE}"),
         (DIALOGUE, {"chosen": "\n\nHuman: Hi"}, "bad messages",
-         "'chosen': does not end with an answer of the assistant"),
+         "'chosen': does not end with an assistant message"),
         (DIALOGUE, {"chosen": "\n\nHuman: Hi\n\nAssistant: "}, "empty text",
          "'chosen': message 2 is empty"),
         (DIALOGUE, {"chosen": "\n\nAssistant: Hi"}, "bad messages",
-         "'chosen': has no question of the user to be answered"),
-        (DIALOGUE, {"chosen": []}, "empty text", "'chosen': is a list without messages"),
+         "'chosen': does not end with a user message to answer"),
+        (DIALOGUE, {"chosen": []}, "empty text", "'chosen': is an empty list of messages"),
         (DIALOGUE, {"chosen": [USER, "x"]}, "bad messages",
          "'chosen': message 2 is not an object with role and content"),
         (DIALOGUE, {"chosen": [USER, {"role": "assistant"}]}, "bad messages",
@@ -431,9 +431,9 @@ NO_DIALOGUE = (
         (DIALOGUE, {"chosen": [USER, {"role": "assistant", "content": ["x"]}]}, "wrong type",
          "'chosen': message 2 is a list, not text"),
         (DIALOGUE, {"rejected": [USER]}, "bad messages",
-         "'rejected': does not end with an answer of the assistant"),
+         "'rejected': does not end with an assistant message"),
         (DIALOGUE | {"prompt": [USER]}, {"prompt": [USER, GOOD]}, "bad messages",
-         "'prompt': has no question of the user to be answered"),
+         "'prompt': does not end with a user message to answer"),
         (DIALOGUE | {"prompt": [USER]}, {"prompt": "Other?"}, "bad messages",
          "'chosen': is a dialogue that does not contain the prompt"),
     ],
@@ -464,22 +464,22 @@ def test_unreadable_lines_are_faults_too_in_the_order_of_the_file(tmp_path):
     ("kind", "rows", "names", "message"),
     [
         ("prompts", [], {}, "f has no rows; check that it is the right file"),
-        ("prompts", [{"q": "x", "n": 1}], {}, "f holds no prompts: they need 'prompt', and its "
-         "fields are: q, n; name the right ones in data.prompts.fields"),
-        ("preferences", [{"chosen": "x"}], {}, "f holds no preferences: they need 'chosen' and "
+        ("prompts", [{"q": "x", "n": 1}], {}, "f has no prompts: they need 'prompt', but its "
+         "fields are: q, n; map the right ones in data.prompts.fields"),
+        ("preferences", [{"chosen": "x"}], {}, "f has no preferences: they need 'chosen' and "
          "'rejected' (with 'prompt', or as whole dialogues), or 'prompt', 'response_a', "
-         "'response_b' and 'votes' (or 'vote'), and its fields are: chosen; name the right ones in "
+         "'response_b' and 'votes' (or 'vote'), but its fields are: chosen; map the right ones in "
          "data.preferences.fields"),
-        ("demonstrations", [{"response": "x"}], {}, "f holds no demonstrations: they need 'prompt' "
-         "and 'response', or 'messages', and its fields are: response; name the right ones in "
+        ("demonstrations", [{"response": "x"}], {}, "f has no demonstrations: they need 'prompt' "
+         "and 'response', or 'messages', but its fields are: response; map the right ones in "
          "data.demonstrations.fields"),
         ("prompts", [{"q": "x"}], {"prompt": "question"}, "f has no field 'question', which "
-         "data.prompts.fields gives for 'prompt'; its fields are: q"),
+         "data.prompts.fields maps to 'prompt'; its fields are: q"),
     ],
 )  # fmt: skip
 def test_a_source_without_the_fields_says_what_it_has_and_needs(kind, rows, names, message):
     with pytest.raises(DataError) as caught:
-        parse(Rows("f", "line", list(enumerate(rows, 1))), kind, names)
+        parse(SourceRows("f", "line", list(enumerate(rows, 1))), kind, names)
     assert str(caught.value) == message
 
 

@@ -35,7 +35,7 @@ def error(path, **options):
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 NOT_UTF8 = "byte 0x{} is not UTF-8; save the file as UTF-8"
 UNKNOWN = (
-    ": this kind of file is not understood; use .jsonl, .json, .csv or .parquet, plain or as .gz"
+    ": this kind of file is not supported; use .jsonl, .json, .csv or .parquet, plain or as .gz"
 )
 CSV = 'prompt,response\nWhy?,NA\n"1\n2",é“”\n'
 
@@ -136,14 +136,14 @@ def test_a_csv_cell_may_be_long_and_the_module_keeps_its_limit(tmp_path):
             '{"a": 1}\n\n{"a" 2}\n',
             ", line 3: not valid JSON (Expecting ':' delimiter at column 6)",
         ),
-        ("a.jsonl", '{"a": 1}\n["a"]', ", line 2: is not a JSON object with the fields of a row"),
+        ("a.jsonl", '{"a": 1}\n["a"]', ", line 2: is not a JSON object with fields"),
         (
             "a.jsonl",
             '{"a": 1}\n' + "[" * 100_000,
             ", line 2: not valid JSON (maximum recursion depth",
         ),
-        ("a.json", '[{"a": 1}, 3]', ", row 2: is not a JSON object with the fields of a row"),
-        ("a.csv", "a,b\n1,2\n3\n", ", line 3: has 1 cells where the header has 2"),
+        ("a.json", '[{"a": 1}, 3]', ", row 2: is not a JSON object with fields"),
+        ("a.csv", "a,b\n1,2\n3\n", ", line 3: has 1 cells, but the header has 2"),
     ],
 )
 def test_an_unreadable_row_is_named_and_the_others_are_read(tmp_path, name, content, place):
@@ -163,7 +163,7 @@ def test_an_unreadable_row_is_named_and_the_others_are_read(tmp_path, name, cont
             'a,b\n1,2\n3,"4\n5,6\n',
             ", line 3: not valid CSV (unexpected end of data); check the quotes of this record",
         ),
-        ("a.csv", "a,a\n1,2\n", ", line 1: a column name stands twice in the header; rename one"),
+        ("a.csv", "a,a\n1,2\n", ", line 1: a column name occurs twice in the header; rename one"),
         (
             "a.json",
             '[{"a": 1},\n{"a" 2}]',
@@ -198,7 +198,7 @@ def test_a_missing_file_is_answered_with_the_nearest_names(tmp_path):
 
 def test_a_folder_that_is_no_data_set_says_what_to_name(tmp_path):
     assert error(tmp_path) == (
-        f"{tmp_path} is a folder that save_to_disk did not write; "
+        f"{tmp_path} is a folder that was not written by save_to_disk; "
         "name a file in it, or save the data set with Dataset.save_to_disk"
     )
 
@@ -219,8 +219,9 @@ def test_a_hub_data_set_without_network_is_one_sentence(tmp_path):
         check=True,
     )
     assert done.stdout == (
-        "'nobody/nothing' is no file or folder here, and the Hugging Face hub did not give it "
-        "(Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)); check the name, the "
+        "'nobody/nothing' is not a local file or folder, and cannot be loaded from the Hugging "
+        "Face hub (Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)); check the "
+        "name, the "
         "split 'train' and the subset, and that this machine reaches the hub or has the data set "
         "in its cache\n"
     )

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.data.assembly import assemble, fill, shared_prompts, split_by_prompt
-from rlhf_core.data.formats import Table
-from rlhf_core.data.prepared import COLUMNS, KINDS, Kind
+from rlhf_core.data.formats import ParsedSource
+from rlhf_core.data.prepared import COLUMNS, TABLE_KINDS, TableKind
 from rlhf_core.data.sources import Fault
 
 ANSWERS = {
@@ -25,7 +25,7 @@ def source(kind, prompts, name="f"):
     for n, row in enumerate(rows):
         row.update({text: f"{text} {n}" for text in ("response", "response_a") if text in row})
     frame = pd.DataFrame(rows, columns=[*COLUMNS[kind], "ballot"], dtype=object)
-    return Table(frame, name, len(rows), (), {})
+    return ParsedSource(frame, name, len(rows), (), {})
 
 
 def prompt_of(text, chat):
@@ -37,15 +37,15 @@ prompts = st.lists(st.builds(prompt_of, st.sampled_from("abcdefgh"), st.booleans
 
 @settings(deadline=None)  # the machine may be busy
 @given(
-    st.fixed_dictionaries(dict.fromkeys(KINDS, prompts)),
+    st.fixed_dictionaries(dict.fromkeys(TABLE_KINDS, prompts)),
     st.integers(0, 100),
     st.floats(0.05, 0.95),
 )
 def test_a_prompt_is_on_one_side_in_all_tables(given_prompts, seed, fraction):
-    tables = {kind: assemble(kind, {"": source(kind, given_prompts[kind])}) for kind in KINDS}
+    tables = {kind: assemble(kind, {"": source(kind, given_prompts[kind])}) for kind in TABLE_KINDS}
     found = split_by_prompt(tables, fraction, seed)
     assert shared_prompts(found) == []
-    for kind in KINDS:
+    for kind in TABLE_KINDS:
         sides = found[kind].frame.groupby("key")["split"].agg(set)
         assert all(side in ({"train"}, {"eval"}) for side in sides)
         assert len(found[kind].frame) == len(tables[kind].frame)
@@ -56,7 +56,7 @@ def test_a_prompt_is_on_one_side_in_all_tables(given_prompts, seed, fraction):
 def test_evaluation_data_of_the_user_decide_for_the_other_tables(train, evaluation, free, seed):
     held = {prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in evaluation}
     taken = {prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in train}
-    pairs: Kind = "preferences"
+    pairs: TableKind = "preferences"
     parts = {"train": source(pairs, train, "t"), "eval": source(pairs, evaluation, "e")}
     tables = {
         pairs: assemble(pairs, parts),
@@ -84,9 +84,9 @@ def test_tables_that_were_not_brought_come_from_the_preferences():
         ("1", "p", "A", "B", "b", "w3", 0),  # the other one won once: another
         ("2", "q", "C", "D", "tie", "w1", 0),  # nobody won: no demonstration, but a prompt
     ]
-    pairs = Table(pd.DataFrame(rows, columns=columns, dtype=object), "f", 2, (), {})
+    pairs = ParsedSource(pd.DataFrame(rows, columns=columns, dtype=object), "f", 2, (), {})
     found = fill(split_by_prompt({"preferences": assemble("preferences", {"": pairs})}, 0.5, 0))
-    assert list(found) == list(KINDS)
+    assert list(found) == list(TABLE_KINDS)
     answers = found["demonstrations"].frame[["id", "prompt", "response"]].to_numpy().tolist()
     assert answers == [["1", "p", "A"], ["1", "p", "B"]]
     assert found["prompts"].frame[["id", "prompt"]].to_numpy().tolist() == [["1", "p"], ["2", "q"]]
@@ -106,7 +106,7 @@ def test_given_demonstrations_add_their_prompts():
 def test_sources_of_a_table_are_joined_with_all_that_was_dropped():
     fault = Fault("f", "line", 3, "prompt", "empty text", "is empty")
     train = source("prompts", ["a", "b", "a"])
-    train = Table(train.frame, "f", 4, [fault], {"no votes": 2})
+    train = ParsedSource(train.frame, "f", 4, [fault], {"no votes": 2})
     found = assemble("prompts", {"train": train, "eval": source("prompts", ["c"], "g")})
     assert found.source == "f and g"
     assert found.rows == 5

@@ -12,7 +12,7 @@ from rlhf_core.evaluation.gates import (
     RewardQuality,
     Verdict,
     can_show,
-    judge,
+    decide,
     require_reward_model,
 )
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
@@ -73,14 +73,14 @@ def failures(verdict):
 
 
 def test_policy_that_meets_every_rule_is_promoted():
-    verdict = judge(CONFIG, scorecard())
+    verdict = decide(CONFIG, scorecard())
     assert verdict.promote
     assert len(verdict.reasons) == 4
     assert all(reason.startswith("pass: ") for reason in verdict.reasons)
 
 
 def test_champion_adds_a_rule():
-    verdict = judge(CONFIG, scorecard(champion=0.56))
+    verdict = decide(CONFIG, scorecard(champion=0.56))
     assert verdict.promote
     assert len(verdict.reasons) == 5
 
@@ -88,7 +88,7 @@ def test_champion_adds_a_rule():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"low": 0.6}, "win rate over sft 0.800 [0.600, 0.900] by true_reward"),  # has to exceed
+        ({"low": 0.6}, "win rate over sft 0.800 [0.600, 0.900] by true_reward"),  # must exceed
         ({"low": 0.5}, "by true_reward, from 2 answers to each of 10 held-out prompts; the lower"),
         ({"champion": 0.55}, "win rate over champion 0.800 [0.550, 0.900] by true_reward"),
         ({"kl": 10.01}, "KL to SFT 10.01 nats per sequence; at most 10.00"),
@@ -102,7 +102,7 @@ def test_champion_adds_a_rule():
     ],
 )
 def test_each_rule_refuses_alone_and_says_why(change, said):
-    verdict = judge(CONFIG, scorecard(**change))
+    verdict = decide(CONFIG, scorecard(**change))
     assert not verdict.promote
     (failure,) = failures(verdict)
     assert said in failure
@@ -138,11 +138,11 @@ def test_no_champion_is_made_of_one_prompt():
         prompts=1,
         win_rate=exactly(1.0),
     )
-    verdict = judge(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
+    verdict = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
     (failure,) = failures(verdict)
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
-        "prompt; the lower bound has to exceed 0.5, which so few prompts cannot show"
+        "prompt; the lower bound must exceed 0.5, which so few prompts cannot show"
     )
 
 
@@ -191,12 +191,12 @@ def test_the_numbers_of_a_reward_model_name_how_much_they_rest_on():
         ({}, None, ""),
         ({}, quality(0.3, 0.2, 0.4), ""),
         ({"min_accuracy": 0.5}, quality(low=0.501), ""),
-        ({"min_accuracy": 0.6}, quality(), "the lower bound of the accuracy has to exceed 0.6"),
-        ({"min_accuracy": 0.5}, quality(1, 1, 1, prompts=1), "has to exceed 0.5"),
-        ({"min_accuracy": 0.5}, None, "held-out accuracy not known, but the lower bound"),
+        ({"min_accuracy": 0.6}, quality(), "the lower bound of the accuracy must exceed 0.6"),
+        ({"min_accuracy": 0.5}, quality(1, 1, 1, prompts=1), "must exceed 0.5"),
+        ({"min_accuracy": 0.5}, None, "the held-out accuracy is unknown, but the lower bound"),
         ({"beat_longer": True}, quality(longer=0.69), ""),
         ({"beat_longer": True}, quality(longer=0.7), "(reward_gate.beat_longer)"),
-        ({"beat_longer": True}, None, "not known, but the accuracy has to be above that of"),
+        ({"beat_longer": True}, None, "is unknown, but the accuracy must be above that of"),
     ],
 )
 def test_the_gate_of_the_reward_model(config, measured, said):
@@ -217,20 +217,20 @@ def test_a_reward_model_that_is_refused_is_told_with_all_its_numbers_and_the_way
     assert str(refused.value) == (
         "no policy is trained on the reward model models:/demo-reward/3: held-out accuracy 0.436 "
         '[0.180, 0.850] over 39 votes on 12 prompts; the rule "prefer the longer" has 0.641, but '
-        "the lower bound of the accuracy has to exceed 0.5 (reward_gate.min_accuracy), and the "
-        'accuracy has to be above that of "prefer the longer" (reward_gate.beat_longer). It stays '
-        "registered. Get more or better preferences, train it with other settings, or change "
+        "the lower bound of the accuracy must exceed 0.5 (reward_gate.min_accuracy), and the "
+        'accuracy must be above that of "prefer the longer" (reward_gate.beat_longer). It stays '
+        "registered. Collect more or better preferences, train it with other settings, or change "
         "reward_gate.min_accuracy and reward_gate.beat_longer"
     )
 
 
 def test_every_rule_is_answered_even_when_all_fail():
     bad = {"low": 0.1, "champion": 0.1, "kl": 99.0, "length": 99.0, "distinct_2": 0.01}
-    assert len(failures(judge(CONFIG, scorecard(**bad)))) == 5
+    assert len(failures(decide(CONFIG, scorecard(**bad)))) == 5
 
 
 def test_refusal_from_outside_is_added_to_the_reasons():
-    verdict = judge(CONFIG, scorecard())
+    verdict = decide(CONFIG, scorecard())
     refused = verdict.refuse("the champion changed meanwhile")
     assert not refused.promote
     assert refused.reasons == (*verdict.reasons, "FAIL: the champion changed meanwhile")
@@ -246,19 +246,19 @@ def test_scorecard_without_what_is_asked_for():
         (whole.arms, whole.comparisons[:1], "comparison of policy and champion"),
     ):
         with pytest.raises(ValueError, match=said):
-            judge(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
+            decide(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
 
 
 def test_scorecard_and_verdict_survive_json():
     card = scorecard(champion=0.56)
     assert Scorecard.model_validate_json(card.model_dump_json()) == card
-    verdict = judge(CONFIG, card)
+    verdict = decide(CONFIG, card)
     assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
 
 def test_every_setting_is_read(recording):
     config, seen = recording(CONFIG)
-    judge(config, scorecard(champion=0.56))
+    decide(config, scorecard(champion=0.56))
     # Who is asked is no rule: tests/tasks/prefect/test_approval.py.
     assert set(PromotionConfig.model_fields) - seen == {"approval", "approval_days"}
 

@@ -484,7 +484,7 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
         p += 0.02 * torch.randn(p.shape, generator=draws)
     reference_alone = plain(reference.model)
     reference.model.set_attn_implementation(causal[0].config._attn_implementation)
-    critic = scalar.twin()
+    critic = scalar.with_own_head()
     critic.head.weight *= 2
     term = RewardTerm(weight=0.5)
     collector = Collector(
@@ -492,7 +492,7 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
         reference=reference,
         critic=critic,
         reward=load_reward(
-            (term,), {}, tokenizer, "cpu", max_length=20, ready={PIPELINE_REWARD: scalar}
+            (term,), {}, tokenizer, "cpu", max_length=20, loaded={PIPELINE_REWARD: scalar}
         ),
         sampler=PolicySampler(policy, TEMPERATURE),
         config=section(batch_size=4, micro_batch_size=micro),

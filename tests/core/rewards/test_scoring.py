@@ -308,15 +308,15 @@ def test_value_that_is_no_finite_number(tokenizer, functions, name, said):
         reward(*spoken(tokenizer))
     sentence = str(raised.value)
     assert sentence.startswith(
-        f"the reward 'toy_rewards:{name}' has to return one finite number for each of the 4 "
-        f"responses; it gave {said}"
+        f"the reward 'toy_rewards:{name}' must return one finite number for each of the 4 "
+        f"responses; it returned {said}"
     )
     assert sentence.endswith(" for number 2: ' is warm and nice'")
 
 
 def test_wrong_number_of_values(tokenizer, functions):
     reward = loaded(["toy_rewards:too_few"], tokenizer)
-    with pytest.raises(ConfigError, match=r"too_few' .* each of the 4 responses; it gave 3$"):
+    with pytest.raises(ConfigError, match=r"too_few' .* each of the 4 responses; it returned 3$"):
         reward(*spoken(tokenizer))
 
 
@@ -338,11 +338,11 @@ def test_function_that_fails_is_named_and_its_error_kept(tokenizer, functions, n
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("no_such_module:f", "is not a function that can be imported"),
-        ("toy_rewards:missing", "is not a function that can be imported"),
-        ("toy_rewards", "is not a function that can be imported"),
-        (":f", "is not a function that can be imported"),
-        ("toy_rewards:number", "is no function but a int"),
+        ("no_such_module:f", "cannot be imported"),
+        ("toy_rewards:missing", "cannot be imported"),
+        ("toy_rewards", "cannot be imported"),
+        (":f", "cannot be imported"),
+        ("toy_rewards:number", "is a int, not a function"),
     ],
 )
 def test_function_that_cannot_be_imported(functions, path, said):
@@ -351,7 +351,7 @@ def test_function_that_cannot_be_imported(functions, path, said):
 
 
 def test_function_of_a_term_that_cannot_be_imported(tokenizer):
-    with pytest.raises(ConfigError, match=r"^the reward 'no_such_module:f' is not a function"):
+    with pytest.raises(ConfigError, match=r"^the reward 'no_such_module:f' cannot be imported"):
         loaded(["no_such_module:f"], tokenizer)
 
 
@@ -380,7 +380,7 @@ def test_names_of_metrics(source, name, is_model):
     ],
 )
 def test_source_that_names_no_reward(source):
-    with pytest.raises(ValidationError, match=f"'{source}' names no reward; write reward_model"):
+    with pytest.raises(ValidationError, match=f"'{source}' is not a reward; write reward_model"):
         RewardTerm(source=source)
 
 
@@ -397,8 +397,8 @@ def test_weights(tokenizer):
     ("sources", "said"),
     [
         ([], "at least one part"),
-        (["a:f", "reward_model", "a:f"], "^a:f is 2 parts of the reward; add their weights"),
-        (["a:f", "b:f", "a:g"], "^a:f and b:f would both be logged as 'f'; give one of them"),
+        (["a:f", "reward_model", "a:f"], "^a:f is listed 2 times; merge them and add the weights"),
+        (["a:f", "b:f", "a:g"], "^a:f and b:f would both be logged as 'f'; rename one of them"),
         (["reward_model", "a:reward_model"], "would both be logged as 'reward_model'"),
         (["models:/m/1", "models:/m@1"], "would both be logged as 'm-1'"),
     ],
@@ -416,14 +416,14 @@ def test_parts_with_names_of_their_own():
 
 
 def test_term_without_a_directory(own, tokenizer):
-    with pytest.raises(ConfigError, match=rf"'{OTHER}' has no model directory \(given: reward_mod"):
+    with pytest.raises(ConfigError, match=rf"'{OTHER}' has no model directory \(got: reward_mod"):
         loaded(["reward_model", OTHER], tokenizer, own=own)
-    with pytest.raises(ConfigError, match=r"'reward_model' .* \(given: none\)"):
+    with pytest.raises(ConfigError, match=r"'reward_model' .* \(got: none\)"):
         loaded(["reward_model"], tokenizer)
 
 
 def test_model_of_another_kind(own, tokenizer):
-    with pytest.raises(ModelError, match="kind 'policy'; reward is needed"):
+    with pytest.raises(ModelError, match="kind 'policy', but reward is needed"):
         loaded(["reward_model"], tokenizer, own=own.parent / "body")
 
 
@@ -431,7 +431,7 @@ def test_ready_model_needs_no_directory(own, other, tokenizer):
     ready = {"reward_model": ScalarModel.load(own)}
     both = terms("reward_model", OTHER)
     given = {OTHER: other}
-    reward = load_reward(both, given, tokenizer, "cpu", max_length=40, ready=ready)
+    reward = load_reward(both, given, tokenizer, "cpu", max_length=40, loaded=ready)
     expected = loaded(["reward_model", OTHER], tokenizer, own=own, other=other)
     call = spoken(tokenizer)
     assert torch.equal(reward(*call).total, expected(*call).total)

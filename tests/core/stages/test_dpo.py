@@ -217,7 +217,7 @@ def test_no_preferences(train, prepared, tmp_path, split):
 def test_what_is_refused_in_words(train, toy_reward, prepared, tmp_path, logger):
     with pytest.raises(ConfigError, match=r"dpo\.max_length asks for texts of 41"):
         train(change(max_length=41))
-    with pytest.raises(ModelError, match="kind 'reward'; policy is needed"):
+    with pytest.raises(ModelError, match="kind 'reward', but policy is needed"):
         train(sft=toy_reward)
     assert not logger.history
     data = shutil.copytree(prepared, tmp_path / "data")

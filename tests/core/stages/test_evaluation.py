@@ -336,11 +336,11 @@ def test_every_setting_is_read(run, recording, truth, toy_sampling):
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("no_such_module:f", "not a function that can be imported"),
-        ("toy_truth:missing", "not a function that can be imported"),
-        ("toy_truth", "not a function that can be imported"),
-        (":f", "not a function that can be imported"),
-        ("toy_truth:number", "is no function but a int"),
+        ("no_such_module:f", "cannot be imported"),
+        ("toy_truth:missing", "cannot be imported"),
+        ("toy_truth", "cannot be imported"),
+        (":f", "cannot be imported"),
+        ("toy_truth:number", "is a int, not a function"),
     ],
 )
 def test_truth_that_cannot_be_imported(truth, path, said):

@@ -181,7 +181,7 @@ def test_kl_that_is_dear_holds_the_policy(train):
     [
         ({"group_size": 3}, "rollout_size 16 is not a multiple of group_size 3"),
         ({"batch_size": 6}, "batch_size 6 is not a multiple of group_size 4"),
-        ({"dual_clip": 1.0}, "dual_clip 1 has to be above 1"),
+        ({"dual_clip": 1.0}, "dual_clip 1 must be above 1"),
         ({"kl_control": "fixed"}, "Extra inputs are not permitted"),
     ],
 )

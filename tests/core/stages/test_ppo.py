@@ -345,8 +345,8 @@ def test_roll_out_may_be_larger_than_the_prompts():
     ("settings", "said"),
     [
         ({"batch_size": 17}, "batch_size 17 is larger than rollout_size 16"),
-        ({"dual_clip": 0.5}, r"dual_clip 0\.5 has to be above 1"),
-        ({"kl_coef": 0.0}, r"kl_coef 0 stays 0 .* set kl_control to fixed"),
+        ({"dual_clip": 0.5}, r"dual_clip 0\.5 must be above 1"),
+        ({"kl_coef": 0.0}, r"kl_coef 0 cannot adapt; .* set kl_control to fixed"),
         ({"kl_horizon": 3.0}, r"kl_horizon 3 is too short .* raise it above 3\.2"),
     ],
 )
@@ -363,7 +363,9 @@ def test_reward_model_with_another_tokenizer(train, tmp_path, toy_corpus):
     save_model(model, tokenizer, tmp_path / "base", kind="policy")
     scalar = ScalarModel.from_policy(tmp_path / "base", torch.Generator())
     scalar.save(tokenizer, tmp_path / "other", kind="reward")
-    with pytest.raises(ConfigError, match="the reward model has another tokenizer"):
+    with pytest.raises(
+        ConfigError, match="the reward model and the SFT policy have different tokenizers"
+    ):
         train(reward=tmp_path / "other")
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.data.prepared import COLUMNS, KINDS, SPLITS, digest, prompt_key, read_table
+from rlhf_core.data.prepared import COLUMNS, SPLITS, TABLE_KINDS, digest, prompt_key, read_table
 from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import MemoryLogger
@@ -34,7 +34,7 @@ def pairs(count, first=0):
 
 
 def files(**tables):
-    options = {name: tables.pop(name) for name in list(tables) if name not in KINDS}
+    options = {name: tables.pop(name) for name in list(tables) if name not in TABLE_KINDS}
     sources = {
         name: table if isinstance(table, TableConfig) else TableConfig(path=table)
         for name, table in tables.items()
@@ -70,7 +70,7 @@ def test_simulated_data_are_prepared(tmp_path):
     assert logger.notes[0][:2] == (0, 3)
     assert logger.notes[-1][:2] == (3, 3)
     seen = {}
-    for kind in KINDS:
+    for kind in TABLE_KINDS:
         for split in SPLITS:
             table = read_table(tmp_path, kind, split)
             assert list(table.columns) == list(COLUMNS[kind])
@@ -93,12 +93,12 @@ def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
     assert Validation.model_validate_json(text) == report.validation
     assert inspect(config, MODEL, LIMITS, seed=0) == report.validation
     assert set(report.summary()) == {
-        *(f"{kind}_{split}" for kind in KINDS for split in SPLITS),
+        *(f"{kind}_{split}" for kind in TABLE_KINDS for split in SPLITS),
         *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
     }
     assert list(report.tables) == ["data_rows", "data_lengths", "data_truncated"]
     [figure] = report.figures.values()
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(KINDS)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(TABLE_KINDS)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(tmp_path):
@@ -233,8 +233,8 @@ def test_prompts_in_training_and_evaluation_are_an_error_unless_waved_through(tm
     held_out = write(tmp_path / "eval.jsonl", pairs(5, first=8))  # Q8? and Q9? in both
     table = TableConfig(path=train, eval_path=held_out)
     assert error(files(preferences=table)) == (
-        "2 prompts are in the training and in the evaluation data, for example 'Q8?', 'Q9?'; take "
-        "them out of one of the two, or set data.allow_shared_prompts to true"
+        "2 prompts are in both training and evaluation data, for example 'Q8?', 'Q9?'; remove "
+        "them from one of the two, or set data.allow_shared_prompts to true"
     )
     report, _ = prepare(files(preferences=table, allow_shared_prompts=True), tmp_path / "out")
     assert report.shared_prompts == 2
@@ -254,7 +254,7 @@ def test_prompts_are_shared_across_tables_too(tmp_path):
         ),
     )
     assert error(config).startswith(
-        f"1 prompt is in the training and in the evaluation data, for example '{long[:59]}…'; take"
+        f"1 prompt is in both training and evaluation data, for example '{long[:59]}…'; remove"
     )
 
 
@@ -263,13 +263,13 @@ def test_a_bad_row_stops_everything_before_a_file_is_written(tmp_path):
     rows[2]["chosen"] = " "
     path = write(tmp_path / "p.jsonl", rows)
     assert error(files(preferences=path)) == (
-        f"{path}, line 3, field 'chosen': is empty; mend the row, or set data.on_bad_row to 'drop' "
+        f"{path}, line 3, field 'chosen': is empty; fix the row, or set data.on_bad_row to 'drop' "
         "to leave it out"
     )
     rows[4]["prompt"] = None
     write(tmp_path / "p.jsonl", rows)
     assert error(files(preferences=path)) == (
-        f"{path}, line 3, field 'chosen': is empty; mend the row, or set data.on_bad_row to 'drop' "
+        f"{path}, line 3, field 'chosen': is empty; fix the row, or set data.on_bad_row to 'drop' "
         "to leave all 2 bad rows of this source out"
     )
     with pytest.raises(DataError):
@@ -280,7 +280,7 @@ def test_a_bad_row_stops_everything_before_a_file_is_written(tmp_path):
 def test_a_side_without_rows_says_what_to_change(tmp_path):
     path = write(tmp_path / "p.jsonl", pairs(3))
     rest = (
-        "change data.eval_fraction ({}) or the seed, or give evaluation data of their own "
+        "change data.eval_fraction ({}) or the seed, or add separate evaluation data "
         "(data.demonstrations.eval_path or eval_split)"
     )
     assert error(files(preferences=path, eval_fraction=0.001)) == (
@@ -312,11 +312,11 @@ def test_a_table_of_which_nothing_is_left_says_why(tmp_path):
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
     assert error(DataConfig(source="files"), ConfigError) == (
-        "data.source is 'files' but no preferences are given; name them in data.preferences.path, "
+        "data.source is 'files' but there are no preferences; set data.preferences.path, "
         "or set data.source to 'simulated'"
     )
     for settings, message in (
-        ({"eval_path": "x.csv"}, "evaluation data are named but `path` is empty"),
+        ({"eval_path": "x.csv"}, "evaluation data are set but `path` is empty"),
         ({"path": "d", "eval_split": "train"}, "the evaluation data are the training data"),
         ({"path": "x.csv", "eval_path": "x.csv"}, "the evaluation data are the training data"),
     ):
@@ -324,7 +324,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
             TableConfig(**settings)
     with pytest.raises(
         ValidationError,
-        match=r"prompts\.fields: 'promt' is none of the fields: id, prompt",
+        match=r"prompts\.fields: unknown field 'promt'; the fields are: id, prompt",
     ):
         files(prompts=TableConfig(fields={"promt": "q"}))
 

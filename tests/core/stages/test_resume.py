@@ -259,19 +259,19 @@ def test_another_run_is_refused_with_what_differs(again, stage):
 
 
 def test_another_seed_is_refused(again):
-    with pytest.raises(CheckpointError, match="another run: seed is 0 there and 1 here"):
+    with pytest.raises(CheckpointError, match="another run: seed was 0 and is now 1"):
         again("rloo", seed=1)
 
 
 def test_other_sampling_is_refused(again):
     other = change(SAMPLING, temperature=1.0)
-    with pytest.raises(CheckpointError, match=r"sampling\.temperature is 0\.9 there and 1\.0 here"):
+    with pytest.raises(CheckpointError, match=r"sampling\.temperature was 0\.9 and is now 1\.0"):
         again("grpo", sampling=other)
 
 
 def test_another_base_model_is_refused(again):
     fresh = change(MODEL.fresh, width=32)
-    with pytest.raises(CheckpointError, match=r"model\.fresh\.width is 16 there and 32 here"):
+    with pytest.raises(CheckpointError, match=r"model\.fresh\.width was 16 and is now 32"):
         again("sft", model=change(MODEL, fresh=fresh))
 
 
@@ -280,7 +280,7 @@ def test_other_data_are_refused(again, world, tmp_path, stage):
     data = shutil.copytree(world.data, tmp_path / "data")
     for kind in ("prompts", "demonstrations", "preferences"):
         write_table(read_table(data, kind, "train").iloc[1:], data, kind, "train")
-    with pytest.raises(CheckpointError, match=r"another run: digest of data is .* there and"):
+    with pytest.raises(CheckpointError, match=r"another run: digest of data was .* and is now"):
         again(stage, world=change_world(world, data=data))
 
 
@@ -299,7 +299,7 @@ def test_another_model_is_refused(again, world, left_behind, tmp_path, stage, mo
     other = (
         left_behind("dpo") / "output" if model == "sft" else left_behind("reward_model") / "output"
     )
-    with pytest.raises(CheckpointError, match=f"another run: {said} is .* there and"):
+    with pytest.raises(CheckpointError, match=f"another run: {said} was .* and is now"):
         again(stage, world=change_world(world, **{model: other}))
 
 

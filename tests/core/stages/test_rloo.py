@@ -167,9 +167,9 @@ def test_run_stops_at_the_kl_budget(train, logger, tmp_path, caplog):
         ({"group_size": 3}, "rollout_size 16 is not a multiple of group_size 3"),
         ({"batch_size": 6}, "batch_size 6 is not a multiple of group_size 4"),
         ({"batch_size": 20}, "batch_size 20 is larger than rollout_size 16"),
-        ({"dual_clip": 0.5}, r"dual_clip 0\.5 has to be above 1"),
-        ({"kl_coef": 0.0}, r"kl_coef 0 stays 0 .* set kl_control to fixed"),
-        ({"rewards": (RewardTerm(), RewardTerm())}, "reward_model is 2 parts of the reward"),
+        ({"dual_clip": 0.5}, r"dual_clip 0\.5 must be above 1"),
+        ({"kl_coef": 0.0}, r"kl_coef 0 cannot adapt; .* set kl_control to fixed"),
+        ({"rewards": (RewardTerm(), RewardTerm())}, "reward_model is listed 2 times"),
         ({"gamma": 0.9}, "Extra inputs are not permitted"),
     ],
 )
@@ -181,11 +181,11 @@ def test_settings_that_contradict_each_other(settings, said):
 def test_what_is_refused_in_words(train, toy_sft, prepared, tmp_path, logger):
     with pytest.raises(ConfigError, match=r"sampling\.max_prompt_length \+ max_new_tokens asks"):
         train(sampling=SamplingConfig(max_prompt_length=30, max_new_tokens=11))
-    with pytest.raises(ModelError, match="kind 'policy'; reward is needed"):
+    with pytest.raises(ModelError, match="kind 'policy', but reward is needed"):
         train(reward=toy_sft)
     with pytest.raises(ConfigError, match="the reward 'reward_model' has no model directory"):
         train(CONFIG, "sft", "data")
-    with pytest.raises(ConfigError, match="'tiny:missing' is not a function that can be imported"):
+    with pytest.raises(ConfigError, match="'tiny:missing' cannot be imported"):
         train(change(rewards=(RewardTerm(source="tiny:missing"),)))
     (tmp_path / "prompts.train.jsonl").write_text("")
     with pytest.raises(DataError, match="no prompts to train on"):

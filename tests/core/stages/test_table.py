@@ -47,9 +47,9 @@ def test_a_stage_is_named_after_its_file(name):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"inputs": {}}, "sft has the inputs data; given: no data"),
-        ({"outputs": {"policy": "x"}}, "sft has the outputs sft; given: no sft, policy"),
-        ({"sections": {}}, "sft has the sections model; given: no model"),
+        ({"inputs": {}}, "sft has the inputs data; got: no data"),
+        ({"outputs": {"policy": "x"}}, "sft has the outputs sft; got: no sft, policy"),
+        ({"sections": {}}, "sft has the sections model; got: no model"),
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(world, tmp_path, changes, said):

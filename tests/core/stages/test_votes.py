@@ -13,12 +13,12 @@ from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import read_table
-from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import generator
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
 from rlhf_core.stages.reward_model import RewardModelConfig, accumulate
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
+from rlhf_core.work import Work
 
 MARGIN = 0.25
 ROW = {
@@ -44,11 +44,13 @@ def prepared(tmp_path):
     paths = {"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "eval.jsonl")}
     report = prepare_data(
         DataConfig(source="files", preferences=TableConfig(**paths)),
-        model=MODEL,
-        limits=LengthLimits(prompt=16, sft=32, reward=32, response=16),
-        output=tmp_path / "data",
-        seed=0,
-        logger=MemoryLogger(),
+        Work(
+            outputs={"data": tmp_path / "data"},
+            sections={
+                "model": MODEL,
+                "limits": LengthLimits(prompt=16, sft=32, reward=32, response=16),
+            },
+        ),
     )
     assert (report.validation.known_sides, report.validation.timed) == (1, 1)
     return tmp_path / "data"

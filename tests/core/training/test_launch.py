@@ -81,7 +81,7 @@ def test_stopped_by_sigterm_and_continued_on_any_number_of_ranks(data, tmp_path,
     job = job_of(data, tmp_path / "two")
     logger = Acting(5, lambda: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to continue"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to resume"):
         launch(job, logger)
     assert signal.getsignal(signal.SIGTERM) is before
     (saved,) = (tmp_path / "two" / "checkpoints").iterdir()  # every_seconds is 60
@@ -131,7 +131,7 @@ def kill_a_rank():
 
 
 def test_when_a_rank_is_killed_all_end(data, tmp_path, no_process_left):
-    with pytest.raises(RuntimeError, match="the sft stage has failed"):
+    with pytest.raises(RuntimeError, match="the sft stage failed"):
         launch(job_of(data, tmp_path), Acting(3, kill_a_rank))
 
 

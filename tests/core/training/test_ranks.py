@@ -237,7 +237,7 @@ def test_only_the_main_rank_speaks(both):
 
 
 def test_a_request_that_reaches_one_rank_stops_both_at_the_same_safe_point(both):
-    message = "training was stopped by SIGTERM at step 3; run again to continue"
+    message = "training was stopped by SIGTERM at step 3; run again to resume"
     assert both[0]["stopped"] == (3, 1, message)  # the one that saves
     assert both[1]["stopped"] == (3, 0, message)
 
@@ -255,7 +255,7 @@ def test_fsdp_spreads_parameters_gradients_and_optimizer(both):
 
 def test_fsdp_refuses_a_trunk_that_two_networks_learn_on(both):
     for found in both:
-        assert "take strategy ddp, set lora_rank to 0" in found["refused"]
+        assert "use strategy ddp, set lora_rank to 0" in found["refused"]
 
 
 # --- whose rows ---

@@ -23,7 +23,7 @@ from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import Recovery, identity
+from rlhf_core.training.recovery import Recovery, run_identity
 
 SECTIONS = [SFTConfig, RewardModelConfig, PPOConfig, RLOOConfig, GRPOConfig, DPOConfig]
 SECTIONS += [SamplingConfig, ModelConfig]
@@ -38,7 +38,7 @@ def inputs(saved, prepared, tmp_path):
 
 
 def run_of(config, inputs=(), *, stage="sft", seed=0):
-    return identity(stage, seed, {"section": config}, dict(inputs))
+    return run_identity(stage, seed, {"section": config}, dict(inputs))
 
 
 def other(value):
@@ -126,7 +126,7 @@ def batches():
 def open_session(folder, position, seed=0):
     return Recovery(folder, every_seconds=0).open(
         MemoryLogger(),
-        identity=identity("sft", seed, {"sft": SFTConfig()}, {}),
+        identity=run_identity("sft", seed, {"sft": SFTConfig()}, {}),
         learners={},
         positions={"batches": position},
         ranks=Ranks(),
@@ -148,7 +148,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         session.safe_point()
     with (
         open_session(tmp_path, batches(), seed=7) as session,
-        pytest.raises(CheckpointError, match="seed is 0 there and 7 here"),
+        pytest.raises(CheckpointError, match="seed was 0 and is now 7"),
     ):
         session.resume()
 

@@ -12,11 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from rlhf_core.kl_control import AdaptiveKL
 from torch import nn
 
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy.kl_control import AdaptiveKL
 from rlhf_core.seeding import rng_state, set_rng_state
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.session import Interrupted, Session
@@ -177,7 +177,7 @@ def test_sigterm_saves_the_last_safe_point_and_ends_at_once(tmp_path, uninterrup
     child.start()
     child.join()
     assert child.exitcode == 1
-    end = "training was stopped by SIGTERM at step 7; run again to continue"
+    end = "training was stopped by SIGTERM at step 7; run again to resume"
     assert (tmp_path / "end").read_text() == end
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert folder.name == "step-00000007"  # every_seconds is 60: nothing was saved before
@@ -244,7 +244,7 @@ def test_a_handler_that_returns_does_not_keep_it_running(checkpoints, number):
     heard = []
     before = signal.signal(number, lambda number, frame: heard.append(number))
     try:
-        with pytest.raises(Interrupted, match=f"by {number.name} at step 1; run again to continue"):
+        with pytest.raises(Interrupted, match=f"by {number.name} at step 1; run again to resume"):
             stopped(session_of(checkpoints), number)
     finally:
         signal.signal(number, before)
@@ -261,7 +261,7 @@ def test_without_checkpoints_it_says_that_nothing_was_saved():
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         assert not session_of().resume()
-        with pytest.raises(Interrupted, match="run again to start over, as nothing was saved"):
+        with pytest.raises(Interrupted, match="run again to start over, since nothing was saved"):
             stopped(session_of())
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -459,7 +459,7 @@ def test_a_state_without_a_part_is_refused(checkpoints):
 
 
 def test_another_run_is_refused(saved):
-    with pytest.raises(CheckpointError, match="seed is 0 there and 1 here"):
+    with pytest.raises(CheckpointError, match="seed was 0 and is now 1"):
         session_of(saved, identity={"seed": "1"}).resume()
 
 

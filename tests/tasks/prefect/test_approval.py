@@ -160,7 +160,7 @@ def test_the_form_shows_every_rule_and_leads_to_mlflow(prefect, client, new_vers
         candidate.uri,
         "| pass | win rate over sft | 0.800 [0.610, 0.900] by true_reward, from 1 answer to each "
         "of 10 held-out prompts<br>"
-        "the lower bound has to exceed 0.5 |",
+        "the lower bound must exceed 0.5 |",
         "| pass | KL to SFT | 4.00 nats per sequence<br>at most 20.00 |",
         "| pass | length | 20.00 tokens<br>at most 40.00 |",
         "| pass | distinct-2 | 0.800<br>at least 0.080 |",

@@ -1,0 +1,97 @@
+"""The process of the command: its exit status, how it is stopped, and the Prefect of its flows."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from flows.cli.failures import explain
+from flows.cli.printing import err, show_report, warn_on_terminal
+from flows.local import serve
+from flows.local.supervisor import ServiceError
+from rlhf_core.errors import NumericsError, UserError
+
+if TYPE_CHECKING:
+    from flows.config import PipelineConfig
+    from tasks.settings import Settings
+
+FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Commands(TyperGroup):
+    """Turns errors that a user can fix into one sentence and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a defect propagates with its traceback."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise end("Interrupted.", INTERRUPTED) from None
+        except (ServiceError, NumericsError) as error:
+            raise end(str(error), FAILED) from None
+        except UserError as error:
+            raise end(str(error), USER_ERROR) from None
+        except Exception as error:
+            if sentence := explain(error):
+                raise end(sentence, FAILED) from None
+            raise
+
+
+def end(sentence: str, status: int) -> typer.Exit:
+    """Print a sentence, and return what ends the command with this status."""
+    err.print(f"[bold red]rlhf:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    return typer.Exit(status)
+
+
+def run_here(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
+    """Run a pipeline in this process."""
+    with stoppable(), own_prefect(settings):
+        from flows.rlhf import Forceable, rlhf
+
+        stages: tuple[Forceable, ...] = get_args(Forceable)
+        if unknown := sorted(set(force) - set(stages)):
+            raise UserError(f"--force takes {', '.join(stages)}; not '{unknown[0]}'")
+        result = rlhf(pipeline, force=tuple(stage for stage in stages if stage in force))
+    show_report(result.report)
+
+
+@contextmanager
+def own_prefect(settings: "Settings") -> Iterator[None]:
+    """Start a Prefect server for the flows of this process if none is set, while imports run."""
+    with serve.prefect_server(settings, warn_on_terminal) as ready:
+        from flows.cli import logs
+
+        logs.quiet_terminal()
+        ready()
+        try:
+            yield
+        finally:
+            logs.deliver()
+
+
+class Terminated(BaseException):
+    """The command received SIGTERM. Like KeyboardInterrupt, it is not an Exception."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Make SIGTERM end the block as Ctrl-C does, and tell the user how to resume."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    how_to_resume = "repeat the command to resume from the last checkpoint."
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
+    except Terminated:
+        raise end(f"Terminated; {how_to_resume}", TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
