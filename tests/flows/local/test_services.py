@@ -652,7 +652,9 @@ def test_a_port_in_use_is_named_with_its_option(up, tmp_path, option):
         "up", option, str(up.prefect), other, str(free_port()), home=tmp_path
     )
     assert (code, output) == (2, "")
-    sentence = f"Port {up.prefect} is already in use: free it, or choose another one with {option}."
+    sentence = (
+        f"Port {up.prefect} is already in use: free it, or choose another port with {option}."
+    )
     assert sentence in errors
     assert "Traceback" not in errors
 
@@ -662,14 +664,14 @@ def test_both_ports_the_same(tmp_path):
     port = str(free_port())
     code, _, errors = captured("up", "--prefect-port", port, "--mlflow-port", port, home=tmp_path)
     assert code == 2
-    assert "choose two different ones" in errors
+    assert "choose different ports" in errors
 
 
 @pytest.mark.integration
 def test_a_folder_without_configs_is_named_at_once(tmp_path):
     code, _, errors = captured("up", "--configs", str(tmp_path), home=tmp_path / "home")
     assert code == 2
-    assert f"{tmp_path} has no .yaml file: name the folder of the configs." in errors
+    assert f"{tmp_path} has no .yaml file: pass the folder of the configs." in errors
 
 
 @pytest.mark.integration
