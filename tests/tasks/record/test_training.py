@@ -337,7 +337,7 @@ def test_a_run_with_other_settings_is_refused(client, training):
     first = stop(training)
     client.log_batch(first.run_id, params=[Param("sft.momentum", "0.9")])
     with (
-        pytest.raises(ConfigError, match=r"has another sft\.momentum \(0\.9\); delete that run"),
+        pytest.raises(ConfigError, match=r"has another sft\.momentum \(0\.9\); delete it"),
         training(),
     ):
         pytest.fail("the block must not run")
