@@ -48,7 +48,9 @@ def test_it_goes_to_the_folder_of_the_deployment_or_to_that_of_the_run(start, tm
 
 
 def test_a_folder_that_this_machine_does_not_have_is_named(start):
-    with pytest.raises(UserError, match=r"cannot go to /no/such/folder .*: make it, or change"):
+    with pytest.raises(
+        UserError, match=r"cannot change to .*/no/such/folder .*: create it, or change"
+    ):
         start({"working_dir": "/no/such/folder"})
 
 

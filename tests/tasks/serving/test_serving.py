@@ -167,7 +167,7 @@ def test_a_critic_is_not_served(store, run_id, tmp_path, reward_dir):
     scalar = ScalarModel.load(reward_dir)
     scalar.save(load_saved_tokenizer(reward_dir), critic, kind="critic")
     ref = store.publish(critic, "demo-critic", run_id=run_id, tags={})
-    with pytest.raises(ModelError, match="is a critic; only policy and reward models can be served"):
+    with pytest.raises(ModelError, match="only policy and reward models can be served"):
         export_servable(store, ref, tmp_path / "servable")
 
 
