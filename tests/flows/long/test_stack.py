@@ -252,7 +252,7 @@ def test_any_secret_of_the_example_keeps_it_closed(name, way_in):
 
 @pytest.mark.parametrize("secret", ["p@ss", "a/b", "a b", "a:b", "50%", "a$b", ""])
 def test_a_secret_that_would_break_an_address_is_refused(secret):
-    with pytest.raises(ConfigError, match="POSTGRES_PASSWORD becomes a part of addresses"):
+    with pytest.raises(ConfigError, match="POSTGRES_PASSWORD becomes part of addresses"):
         check(stack_settings(POSTGRES_PASSWORD=secret))
 
 
@@ -303,7 +303,7 @@ def local(home: Path, **variables: str) -> Settings:
 
 def test_a_password_that_is_too_short_is_refused_at_once(tmp_path):
     short, enough = "eleven-char", "twelve-chars"
-    with pytest.raises(ConfigError, match="RLHF_PASSWORD needs 12 characters at least"):
+    with pytest.raises(ConfigError, match="RLHF_PASSWORD needs at least 12 characters"):
         check(stack_settings(RLHF_PASSWORD=short))
     check(stack_settings(RLHF_PASSWORD=enough))
     done = rlhf("up", home=tmp_path, RLHF_PASSWORD=short)
@@ -373,7 +373,7 @@ def test_a_home_that_is_served_is_not_restored_into(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         done = rlhf("restore", tmp_path / "monday", home=tmp_path)
     assert done.returncode == 2
-    assert f"`rlhf up` runs for {tmp_path} (process 7): stop it" in done.stderr
+    assert f"`rlhf up` is running for {tmp_path} (process 7): stop it" in done.stderr
 
 
 # ---- the same as plain processes ----

@@ -221,7 +221,7 @@ def test_a_server_that_fails_again_and_again_is_not_healthy(served):
         logger.error("Can't evaluate bulk DML statement")
     assert health(f"{address}/health") == (0, "")
     logger.error("Can't evaluate bulk DML statement")
-    said = "it logs again and again: docket.of-tests: Can't evaluate bulk DML statement\n"
+    said = "it keeps logging the same error: docket.of-tests: Can't evaluate bulk DML statement\n"
     assert health(f"{address}/health") == (1, said)
     errors._lines.clear()
     logging.getLogger("uvicorn.error").error("Exception in ASGI application")  # once, not twice
