@@ -26,8 +26,6 @@ from rlhf_core.stages.sft import SFTConfig, train_sft
 from rlhf_core.types import Report
 from rlhf_core.work import StageFunction, Work
 
-OTHER_REWARDS = "reward."  # prefix of the roles of reward models other than the pipeline's
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
@@ -56,7 +54,7 @@ class StageSpec:
 
 
 _ON_POLICY = {"sampling": SamplingConfig}
-_REWARDS = ("reward", f"{OTHER_REWARDS}*")
+_REWARDS = ("reward", "reward.*")  # the pipeline's reward model, and others by name
 
 STAGES: dict[str, StageSpec] = {
     "prepare": StageSpec(
