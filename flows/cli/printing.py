@@ -99,12 +99,23 @@ def show_validation(validation: "Validation") -> None:
     ]
     _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
     _table("Truncated by a stage", ("Limit", "Texts"), validation.truncated.items())
+    _table("Answer tokens cut off", ("Limit", "Tokens"), validation.lost.items())
     for note in (*validation.bad_rows, *validation.unread):
         line(note)
     line(
         f"{validation.ties} ties, {validation.contradictory_pairs} contradictory pairs, "
         f"{validation.shared_prompts} prompts shared by training and evaluation."
     )
+    if validation.same_after_cut:
+        line(
+            f"{validation.same_after_cut} preferences are the same tokens in both answers once "
+            "they are cut, and are left out of training."
+        )
+    if validation.written_controls:
+        line(
+            f"{validation.written_controls} texts write out a control token of the model; it is "
+            "read as text there."
+        )
     line(
         f"Votes: {validation.known_sides} record which response was shown first, "
         f"{validation.timed} have a time, {validation.gold} are on pairs with a known answer."

@@ -57,6 +57,7 @@ class ParsedSource:
     faults: Sequence[Fault]
     skipped: Mapping[str, int]  # reason -> rows
     unread: Sequence[str] = ()  # notes on columns that have a name of ours but other content
+    numbers: Sequence[int] = ()  # of the row in the source, for each example
 
 
 def parse(source: SourceRows, kind: TableKind, names: Mapping[str, str]) -> ParsedSource:
@@ -75,12 +76,14 @@ def parse(source: SourceRows, kind: TableKind, names: Mapping[str, str]) -> Pars
     with_prompt = names.get("prompt", "prompt") in columns
     path = Path(source.source)
     examples: list[Row] = []
+    numbers: list[int] = []
     faults, skipped = list(source.unreadable), Counter[str]()
     for number, values in source.rows:
         row = _Row(values, names, with_prompt, details, path.name)
         try:
             common = {"id": row.label("id") or f"{path.stem}-{number}", "ballot": 0}
             examples += [{**common, **example} for example in convert(row)]
+            numbers += [number] * (len(examples) - len(numbers))
         except _BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
             faults.append(Fault(*where, bad.category, bad.reason))
@@ -89,7 +92,7 @@ def parse(source: SourceRows, kind: TableKind, names: Mapping[str, str]) -> Pars
     frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
-    return ParsedSource(frame, source.source, rows, faults, skipped, unread)
+    return ParsedSource(frame, source.source, rows, faults, skipped, unread, numbers)
 
 
 _Converter: TypeAlias = Callable[["_Row"], list[Row]]

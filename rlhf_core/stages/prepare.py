@@ -12,11 +12,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
@@ -29,24 +31,35 @@ from rlhf_core.data.assembly import (
     shared_prompts,
     split_by_prompt,
 )
+from rlhf_core.data.chat_tokens import (
+    TextError,
+    asks_for_the_date,
+    encode_prompt,
+    encode_response,
+    set_date,
+)
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.formats import FIELDS, ParsedSource, parse
-from rlhf_core.data.pairs import with_winners
+from rlhf_core.data.pairs import all_the_same, with_winners
 from rlhf_core.data.prepared import (
+    COLUMNS,
     SPLITS,
     TABLE_KINDS,
     Split,
     TableKind,
+    canonical_prompt,
     training_texts,
     write_table,
 )
-from rlhf_core.data.sources import read_rows
+from rlhf_core.data.sources import Fault, SourceRows, read_rows
 from rlhf_core.data.validation import (
     TableSummary,
     Validation,
     contradictory_pairs,
     count_tokens,
     count_truncated,
+    count_written_controls,
+    measure_cut,
     summarise_lengths,
 )
 from rlhf_core.errors import ConfigError, DataError
@@ -196,6 +209,8 @@ class DataReport(Report):
     contradictory_pairs: int
     shared_prompts: int
     truncated: int
+    lost_tokens: int  # of answers, cut off by a later stage
+    same_after_cut: int  # preferences whose answers are the same tokens then
 
 
 def prepare_data(config: DataConfig, work: Work) -> DataReport:
@@ -208,9 +223,9 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     """
     output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
-    tables = _assemble(config, work.seed, logger)
-    logger.progress(1, 3, "measuring lengths")
     model, limits = work.section(ModelConfig), work.section(LengthLimits)
+    tables = _assemble(config, model, work.seed, logger)
+    logger.progress(1, 3, "measuring lengths")
     counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)
@@ -236,12 +251,14 @@ def inspect(
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
     logger = logger or SilentLogger()
-    return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
+    return _validate(_assemble(config, model, seed, logger), model, limits, logger)[1]
 
 
-def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> CleanTables:
+def _assemble(
+    config: DataConfig, model: ModelConfig, seed: int, logger: StageLogger
+) -> CleanTables:
     simulated = config.source == "simulated"
-    sources = _simulated(config, seed) if simulated else _from_files(config, logger)
+    sources = _simulated(config, seed) if simulated else _from_files(config, model, logger)
     logger.phase("splitting by prompt")
     tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
     _check_sides(tables, config)
@@ -272,42 +289,97 @@ def _simulated(config: DataConfig, seed: int) -> CleanTables:
     }
 
 
-def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
+def _from_files(config: DataConfig, model: ModelConfig, logger: StageLogger) -> CleanTables:
     if not config.preferences.path:
         raise ConfigError(
             "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
+    # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
+    tokenizer = load_tokenizer(model, ()) if model.source else None
     tables: CleanTables = {}
     for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
-            tables[kind] = _read(config, kind)
+            tables[kind] = _read(config, kind, tokenizer)
     return tables
 
 
-def _read(config: DataConfig, kind: TableKind) -> CleanTable:
+def _read(
+    config: DataConfig, kind: TableKind, tokenizer: PreTrainedTokenizerBase | None
+) -> CleanTable:
     settings = config.table(kind)
     evaluation = settings.evaluation()
-    train = _parse(config, kind, settings.path, settings.split)
+    train = _parse(config, kind, settings.path, settings.split, tokenizer)
     if evaluation is None:
         return assemble(kind, {"": train})
-    return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
+    apart = _parse(config, kind, *evaluation, tokenizer)
+    return assemble(kind, {"train": train, "eval": apart})
 
 
-def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
+def _parse(
+    config: DataConfig,
+    kind: TableKind,
+    path: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
     table = parse(source, kind, settings.fields)
+    table = replace(
+        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
+    )
+    if tokenizer is not None:
+        table = _without_unreadable(table, source, kind, settings, tokenizer)
     if table.faults and config.on_bad_row == "error":
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
         raise DataError(
             f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return replace(
-        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
-    )
+    return table
+
+
+def _without_unreadable(
+    table: ParsedSource,
+    source: SourceRows,
+    kind: TableKind,
+    settings: TableConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ParsedSource:
+    """The source without the rows that the model's template or tokenizer rejects, which are bad
+    rows like others."""
+    columns = source.columns()
+    seen: dict[str, str] = {}  # text -> why it is rejected; empty if it is not
+    faults: dict[int, Fault] = {}
+    for number, record in zip(table.numbers, table.frame.to_dict("records"), strict=True):
+        chat = not isinstance(record["prompt"], str)
+        for field in ("prompt", *(name for name in COLUMNS[kind] if name.startswith("response"))):
+            key = canonical_prompt(record[field])
+            if key not in seen:
+                seen[key] = _why_rejected(record[field], field, chat, tokenizer)
+            if seen[key]:
+                place = settings.fields.get(field, field)
+                where = (source.source, source.unit, number, place if place in columns else "")
+                faults.setdefault(number, Fault(*where, "rejected by the template", seen[key]))
+    kept = [number not in faults for number in table.numbers]
+    every = sorted([*table.faults, *faults.values()], key=lambda fault: fault.number)
+    left = [number for number in table.numbers if number not in faults]
+    return replace(table, frame=table.frame[kept], numbers=left, faults=every)
+
+
+def _why_rejected(
+    text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    try:
+        if field == "prompt":
+            encode_prompt(text, tokenizer)
+        else:
+            encode_response(str(text), tokenizer, chat=chat)
+    except TextError as error:
+        return str(error)
+    return ""
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -354,9 +426,17 @@ def _validate(
     """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
+    day = date.today()
+    set_date(tokenizer, day)
     preferences = with_winners(tables["preferences"].frame)
     frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
     counts = count_tokens(frames, tokenizer, partial(counted, logger))
+    logger.phase("measuring what is cut")
+    lost, same = measure_cut(frames, counts, tokenizer, sft=limits.sft, reward=limits.reward)
+    for split in SPLITS:
+        side = same[preferences["split"] == split]
+        if side.all():
+            raise DataError(all_the_same(len(side), limits.reward, "reward_model.max_length"))
     validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
@@ -369,6 +449,10 @@ def _validate(
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
         truncated=count_truncated(counts, **limits.model_dump()),
+        lost=lost,
+        same_after_cut=int(same.sum()),
+        written_controls=count_written_controls(frames, tokenizer),
+        template_date=day.isoformat() if asks_for_the_date(tokenizer) else "",
         vocabulary=len(tokenizer),
     )
     return counts, validation
@@ -401,6 +485,8 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
         contradictory_pairs=validation.contradictory_pairs,
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),
+        lost_tokens=sum(validation.lost.values()),
+        same_after_cut=validation.same_after_cut,
         tables={
             "data_rows": validation.rows_table(),
             "data_lengths": validation.lengths_table(),
