@@ -81,11 +81,7 @@ def encode_prompt(
         control token of plain text.
     """
     ids = _encode_whole(prompt, tokenizer)
-    if max_length is None or len(ids) <= max_length:
-        return ids
-    if not isinstance(prompt, str):
-        ids = _fit_messages(prompt, tokenizer, max_length) or ids
-    return _keep_end(ids, tokenizer, max_length)
+    return ids if max_length is None else _cut(ids, prompt, tokenizer, max_length)
 
 
 def encode_response(
@@ -120,13 +116,16 @@ def fit(
     """
     chat = not isinstance(prompt, str)
     head = _encode_whole(prompt, tokenizer)
-    tails = [encode_response(text, tokenizer, chat=chat, ended=ended) for text in responses]
+    tails = [encode_response(text, tokenizer, chat=chat) for text in responses]
     longest = max(map(len, tails))
-    if len(head) + longest <= max_length:
-        return Fitted(head, tails, cut=False, lost=0)
-    head = encode_prompt(prompt, tokenizer, max_length - min(longest, max(max_length // 2, 1)))
-    kept = [tail[: max_length - len(head)] for tail in tails]
-    return Fitted(head, kept, cut=True, lost=sum(map(len, tails)) - sum(map(len, kept)))
+    cut = len(head) + longest > max_length
+    if cut:
+        room = max_length - min(longest, max(max_length // 2, 1))
+        head = _cut(head, prompt, tokenizer, room)
+    # A response that did not end is cut like one that did, and leaves the place of its end empty.
+    kept = [tail[: min(max_length - len(head), len(tail) - (not ended))] for tail in tails]
+    lost = sum(len(tail) - (not ended) for tail in tails) - sum(map(len, kept))
+    return Fitted(head, kept, cut, lost)
 
 
 def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -294,6 +293,15 @@ def _find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # --- cutting -------------------------------------------------------------------------------------
+
+
+def _cut(
+    ids: list[int], prompt: Prompt, tokenizer: PreTrainedTokenizerBase, room: int
+) -> list[int]:
+    """The tokens of a prompt, cut to the room."""
+    if len(ids) > room and not isinstance(prompt, str):
+        ids = _fit_messages(prompt, tokenizer, room) or ids
+    return _keep_end(ids, tokenizer, room)
 
 
 def _keep_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:

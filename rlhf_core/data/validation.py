@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.data.chat_tokens import written_controls
+from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import TableKind, canonical_prompt
@@ -206,11 +206,15 @@ def measure_cut(
         long = counts[kind]["prompt"] + lengths.max(axis=1) > limit
         # Answers of one length may be the same tokens without a cut, too.
         look = long | ((lengths.nunique(axis=1) == 1) & (len(columns) > 1))
-        for index, row in tables[kind][look].iterrows():
-            found = encode_answers(row["prompt"], [row[n] for n in columns], tokenizer, limit)
-            lost[f"{kind} over {limit} tokens"] += found.lost
+        cut: dict[tuple[str, ...], Fitted] = {}  # a pair has several votes
+        for row in tables[kind].index[look]:
+            prompt, *answers = (tables[kind].at[row, name] for name in ("prompt", *columns))
+            key = (canonical_prompt(prompt), *answers)
+            if key not in cut:
+                cut[key] = encode_answers(prompt, answers, tokenizer, limit)
+            lost[f"{kind} over {limit} tokens"] += cut[key].lost
             if kind == "preferences":
-                same[index] = found.responses[0] == found.responses[1]
+                same[row] = cut[key].responses[0] == cut[key].responses[1]
     return lost, same
 
 
