@@ -326,7 +326,10 @@ def generate(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same texts.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**64 - 1, help="Seed; the same seed gives the same texts."),
+    ] = 0,
     chat: Annotated[
         bool,
         typer.Option(

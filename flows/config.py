@@ -9,6 +9,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Sections
+from rlhf_core.seeding import LARGEST_SEED
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
@@ -31,7 +32,10 @@ class RunConfig(Section):
         "demo-policy (lower-case letters, digits, dashes)",
     )
     seed: int = Field(
-        0, ge=0, description="Random seed; on the same machine the same seed gives the same result"
+        0,
+        ge=0,
+        le=LARGEST_SEED,
+        description="Random seed; on the same machine the same seed gives the same result",
     )
 
 

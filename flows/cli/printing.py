@@ -99,7 +99,8 @@ def show_validation(validation: "Validation") -> None:
     ]
     _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
     _table("Truncated by a stage", ("Limit", "Texts"), validation.truncated.items())
-    _table("Answer tokens cut off", ("Limit", "Tokens"), validation.lost.items())
+    lost = [(limit, tokens) for limit, tokens in validation.lost.items() if tokens]
+    _table("Answer tokens cut off", ("Limit", "Tokens"), lost)
     for note in (*validation.bad_rows, *validation.unread):
         line(note)
     line(
@@ -108,13 +109,13 @@ def show_validation(validation: "Validation") -> None:
     )
     if validation.same_after_cut:
         line(
-            f"{validation.same_after_cut} preferences are the same tokens in both answers once "
-            "they are cut, and are left out of training."
+            "Preferences whose answers are the same tokens once they are cut, and which are left "
+            f"out: {validation.same_after_cut}."
         )
     if validation.written_controls:
         line(
-            f"{validation.written_controls} texts write out a control token of the model; it is "
-            "read as text there."
+            "Texts in which a control token of the model is written out; it is read as text: "
+            f"{validation.written_controls}."
         )
     line(
         f"Votes: {validation.known_sides} record which response was shown first, "

@@ -83,12 +83,14 @@ def encode_pairs(
     return EncodedPairs(pairs, table.iloc[kept], len(table) - len(pairs))
 
 
-def all_the_same(votes: int, max_length: int, setting: str) -> str:
+def all_the_same(
+    votes: int, max_length: int, setting: str, purpose: str = "training or for evaluation"
+) -> str:
     """Why no vote of a side can be used."""
+    which = "the only preference" if votes == 1 else f"each of the {votes} preferences"
     return (
-        f"both answers of {'the only' if votes == 1 else f'each of the {votes}'} preferences for "
-        f"training or for evaluation are the same tokens once they are cut to {max_length} tokens, "
-        f"so nothing can be learnt or measured; raise {setting}"
+        f"both answers of {which} for {purpose} are the same tokens once they are cut to "
+        f"{max_length} tokens, so nothing can be learnt or measured; raise {setting}"
     )
 
 

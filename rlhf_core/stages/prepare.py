@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_PURPOSE: Mapping[Split, str] = {"train": "training", "eval": "evaluation"}
+
+
 class TableConfig(Section):
     """The source of one table."""
 
@@ -393,8 +396,7 @@ def _check_sides(tables: CleanTables, config: DataConfig) -> None:
 
 
 def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: DataConfig) -> str:
-    purpose = {"train": "training", "eval": "evaluation"}[split]
-    start = f"no {kind} are left for {purpose}: of {table.rows} rows ({table.source}) "
+    start = f"no {kind} are left for {_PURPOSE[split]}: of {table.rows} rows ({table.source}) "
     if table.frame.empty:
         reasons = ", ".join(f"{reason} {count}" for reason, count in table.dropped.items())
         return f"{start}all were dropped ({reasons}); check the fields and the data"
@@ -436,7 +438,8 @@ def _validate(
     for split in SPLITS:
         side = same[preferences["split"] == split]
         if side.all():
-            raise DataError(all_the_same(len(side), limits.reward, "reward_model.max_length"))
+            setting = "reward_model.max_length"
+            raise DataError(all_the_same(len(side), limits.reward, setting, _PURPOSE[split]))
     validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],

@@ -292,7 +292,7 @@ def roll_out(world, config):
         draws=generator(3, "draws"),
         ranks=Ranks(),
     )
-    prompts = PromptTable.read(world.data, tokenizer, 64)
+    prompts = PromptTable.read(world.data, tokenizer, SAMPLING.max_prompt_length)
     rollout = collector.roll_out(prompts.pick(range(config.rollout_size)))
     draws, mask = torch.Generator().manual_seed(0), rollout.responses.mask
     noise = [0.2 * torch.randn(mask.shape, generator=draws) * mask for _ in range(2)]
