@@ -10,7 +10,6 @@ import torch
 
 from rlhf_core.errors import CheckpointError
 
-
 LARGEST_SEED = 2**64 - 1  # that torch takes
 
 

@@ -133,9 +133,7 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     if len(ids) and ids[-1] in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
         ids = ids[:-1]
     # Spaces are part of what was written, so nothing is cleaned up.
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -190,8 +188,10 @@ def _dated(template: str, day: date) -> str:
     template = _DATED.sub("", template, count=1)
     if "strftime_now" not in template:
         return template
-    codes = "-d -m -j a A b B c d D e F h H I j m M p S T u U V w W x X y Y".split()
-    written = ["format | string", *(f"replace('%{code}', {day.strftime(f'%{code}')!r})" for code in codes)]
+    codes = re.findall("-?.", "-d-m-jaAbBcdDeFhHIjmMpSTuUVwWxXyY")  # %% comes last
+    written = ["format | string"]
+    for code in [*codes, "%"]:
+        written.append(f"replace('%{code}', {day.strftime(f'%{code}')!r})")
     return (
         f"{{#- the date of the run: {day.isoformat()} #}}"
         f"{{% macro strftime_now(format) %}}{{{{ {' | '.join(written)} }}}}{{% endmacro %}}\n"
@@ -230,7 +230,11 @@ def _encode_whole(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     else:
         # Without written control tokens these are the tokens of the rendered text.
         ids = _apply(
-            prompt, tokenizer, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True
+            prompt,
+            tokenizer,
+            tokenize=True,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
         )
     begin = _begin(tokenizer)
     return ids if ids[: len(begin)] == begin else [*begin, *ids]
@@ -246,13 +250,13 @@ def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def refuse_controls(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise TextError when the tokens of a text have a special token, other than for the unknown."""
+    """Raise TextError when the tokens of a text have a special one, other than for the unknown."""
     forged = _traits(tokenizer).special.intersection(ids)
     if forged:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(forged))))
         raise TextError(
-            f"the text has {names} written out, and this model's tokenizer makes a control token of "
-            "it, so it would not be read as text"
+            f"the text has {names} written out, and this model's tokenizer makes a control token "
+            "of it, so it would not be read as text"
         )
 
 
@@ -280,7 +284,9 @@ def _find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     eos: int = tokenizer.eos_token_id
     question = [{"role": "user", "content": "A question?"}]
     try:
-        text = _apply([*question, {"role": "assistant", "content": _PROBE}], tokenizer, tokenize=False)
+        text = _apply(
+            [*question, {"role": "assistant", "content": _PROBE}], tokenizer, tokenize=False
+        )
     except TextError:
         return eos
     _, answered, after = str(text).rpartition(_PROBE)
@@ -341,17 +347,25 @@ def _fit_messages(
     # The last message keeps an eighth of the room, whatever the system message takes.
     least = places[max(len(places) - 1 - max(room // 8, 1), 0)]
     while system and not fits(system, least):
-        shown, ends = system[-1], _token_starts(system[-1]["content"], tokenizer)
-        kept = _last(
-            range(1, len(ends)),
-            lambda n: fits([*system[:-1], {**shown, "content": shown["content"][: ends[n]]}], least),
-        )
-        if kept is None:
-            system = system[:-1]
-            continue
-        system[-1] = {**shown, "content": shown["content"][: ends[kept]]}
-    start = _last(range(len(places)), lambda n: fits(system, places[len(places) - 1 - n]))
-    return encoded(system, least if start is None else places[len(places) - 1 - start])
+        system = _shorter(system, tokenizer, lambda head: fits(head, least))
+    tokens = _last(range(len(places)), lambda n: fits(system, places[len(places) - 1 - n]))
+    return encoded(system, least if tokens is None else places[len(places) - 1 - tokens])
+
+
+def _shorter(
+    system: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    fits: Callable[[list[Message]], bool],
+) -> list[Message]:
+    """System messages without the end of the last, or without all of it if no start of it fits."""
+    last = system[-1]
+    ends = _token_starts(last["content"], tokenizer)
+
+    def cut(n: int) -> list[Message]:
+        return [*system[:-1], {**last, "content": last["content"][: ends[n]]}]
+
+    kept = _last(range(1, len(ends)), lambda n: fits(cut(n)))
+    return system[:-1] if kept is None else cut(kept)
 
 
 def _last(numbers: Sequence[int], holds: Callable[[int], bool]) -> int | None:

@@ -207,8 +207,9 @@ def measure_cut(
         # Answers of one length may be the same tokens without a cut, too.
         look = long | ((lengths.nunique(axis=1) == 1) & (len(columns) > 1))
         cut: dict[tuple[str, ...], Fitted] = {}  # a pair has several votes
-        for row in tables[kind].index[look]:
-            prompt, *answers = (tables[kind].at[row, name] for name in ("prompt", *columns))
+        long_rows = tables[kind][look]
+        texts = [long_rows[name].tolist() for name in ("prompt", *columns)]
+        for row, prompt, *answers in zip(long_rows.index, *texts, strict=True):
             key = (canonical_prompt(prompt), *answers)
             if key not in cut:
                 cut[key] = encode_answers(prompt, answers, tokenizer, limit)

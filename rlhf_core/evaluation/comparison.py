@@ -45,7 +45,7 @@ def measure_arm(name: ArmName, answers: Answers, best_of: int, seed: int) -> Arm
     if name == "best_of_n":
         kl = Interval(*[best_of_n_kl(best_of)] * 3)
     one_each = answers.pick(first_of_each(answers.prompt, 1)).texts
-    nats = -answers.sft_logprob.sum() / answers.tokens.sum()
+    nats = -answers.sft_logprob.double().sum() / answers.tokens.sum()
     return Arm(
         name=name,
         proxy_reward=interval(answers.proxy),

@@ -372,9 +372,7 @@ def _without_unreadable(
     return replace(table, frame=table.frame[kept], numbers=left, faults=every)
 
 
-def _why_rejected(
-    text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         if field == "prompt":
             encode_prompt(text, tokenizer)

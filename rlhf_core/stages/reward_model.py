@@ -56,7 +56,6 @@ from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
-
 _LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
 
 _log = logging.getLogger(__name__)

@@ -41,7 +41,6 @@ from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -147,14 +147,18 @@ def test_no_champion_is_made_of_one_prompt():
     )
 
 
-@pytest.mark.parametrize(("prompts", "least", "passes"), [(4, 5, False), (5, 5, True), (1, 1, True)])
+@pytest.mark.parametrize(
+    ("prompts", "least", "passes"), [(4, 5, False), (5, 5, True), (1, 1, True)]
+)
 def test_a_promotion_rests_on_enough_prompts(prompts, least, passes):
     config = PromotionConfig(min_win_rate=0.0, min_prompts=least)
     card = scorecard()
     few = card.comparisons[0].model_copy(update={"prompts": prompts})
     verdict = decide(config, Scorecard(arms=card.arms, comparisons=(few,)))
     assert verdict.promote is passes
-    assert [reason[:22] for reason in failures(verdict)] == ["FAIL: held-out prompts"] * (not passes)
+    assert [reason[:22] for reason in failures(verdict)] == ["FAIL: held-out prompts"] * (
+        not passes
+    )
 
 
 def quality(value=0.7, low=0.6, high=0.8, longer=0.55, votes=200, prompts=90):

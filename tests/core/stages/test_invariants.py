@@ -180,9 +180,7 @@ def test_c_padded_computations_by_hand_give_the_first_losses(history, world, mor
     nll = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert history("sft", **whole)[0]["loss"] == pytest.approx(nll.item(), rel=1e-5)
 
-    votes = encode_pairs(
-        read_table(world.data, "preferences", "train"), tokenizer, 14
-    ).pairs
+    votes = encode_pairs(read_table(world.data, "preferences", "train"), tokenizer, 14).pairs
     scalar = ScalarModel.from_policy(world.sft, generator(0, "reward/head"))
     plain = AutoModelForSequenceClassification.from_pretrained(
         world.sft, num_labels=1, attn_implementation="eager"
