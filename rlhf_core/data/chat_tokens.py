@@ -212,6 +212,11 @@ def _apply(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **op
     except Exception as error:  # a template is code of the model's, which may fail in any way
         start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in messages[:3])
         why = str(error).strip().partition("\n")[0] or type(error).__name__
+        if why.startswith("Can't sanitize"):
+            raise TextError(
+                f"the messages ({start} ...) have a control token written out, and this model's "
+                f"tokenizer makes a token of it ({why})"
+            ) from error
         raise TextError(
             f"the model's chat template rejects the messages ({start} ...): {why}"
         ) from error
