@@ -264,6 +264,12 @@ def test_scorecard_without_what_is_asked_for():
             decide(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
 
 
+def test_a_perplexity_beyond_any_number_survives_json():
+    worn_out = arm("sft").model_copy(update={"perplexity": math.inf})
+    card = Scorecard(arms=(worn_out,), comparisons=())
+    assert Scorecard.model_validate_json(card.model_dump_json()) == card
+
+
 def test_scorecard_and_verdict_survive_json():
     card = scorecard(champion=0.56)
     assert Scorecard.model_validate_json(card.model_dump_json()) == card
