@@ -10,6 +10,9 @@ from torch import Tensor
 from rlhf_core.functional._contracts import check_shapes
 
 
+FEW_CLUSTERS, FEW_EITHER_WAY = 50, 5  # below these a bootstrap is too narrow
+
+
 class Interval(NamedTuple):
     """An estimate with its confidence bounds, in the unit of the estimate."""
 
@@ -139,9 +142,10 @@ def clustered_share(
 
         bounds = the wider of clustered_bootstrap and Wilson's at n,  n = (Σ N)² / Σ N²
 
-    N is the size of a cluster; n, Kish's effective number, is the number of clusters when they are
-    of one size. The bootstrap alone has no width when all clusters agree, and is too narrow for few
-    of them; Wilson's interval counts a whole cluster as one trial.
+    if n < 50 or n·min(p, 1 - p) < 5, and those of clustered_bootstrap otherwise. N is the size of a
+    cluster; n, Kish's effective number, is the number of clusters when they are of one size. The
+    bootstrap has no width when all clusters agree, and is too narrow for few of them; Wilson's
+    interval counts a whole cluster as one trial.
 
     Args:
         values: (N,) in [0, 1]: 1 for a win, 0.5 for a tie.
@@ -163,7 +167,10 @@ def clustered_share(
         values, clusters, confidence=confidence, resamples=resamples, generator=generator
     )
     sizes = torch.unique(clusters, return_counts=True)[1].double()
-    score = _wilson(drawn.value, (sizes.sum() ** 2 / (sizes**2).sum()).item(), confidence)
+    n, p = (sizes.sum() ** 2 / (sizes**2).sum()).item(), drawn.value
+    if n >= FEW_CLUSTERS and n * min(p, 1 - p) >= FEW_EITHER_WAY:
+        return drawn
+    score = _wilson(p, n, confidence)
     return Interval(drawn.value, min(drawn.low, score.low), max(drawn.high, score.high))
 
 

@@ -194,6 +194,17 @@ def test_a_share_is_never_narrower_than_either_interval():
             assert abs(bound - found.value) >= z * math.sqrt(bound * (1 - bound) / k) - 1e-6
 
 
+@pytest.mark.parametrize(
+    ("k", "won", "drawn_alone"), [(60, 50, True), (60, 57, False), (60, 60, False)]
+)
+def test_many_clusters_that_differ_are_drawn_alone(k, won, drawn_alone):
+    outcome, clusters = (torch.arange(k) < won).float(), torch.arange(k)
+    found = clustered_share(outcome, clusters, generator=seeded())
+    drawn = clustered_bootstrap(outcome, clusters, generator=seeded())
+    assert (found == drawn) is drawn_alone
+    assert found.low < found.value
+
+
 def test_a_cluster_with_most_of_the_values_counts_for_most():
     # 96 values of one cluster and one of each of four: (100)² / (96² + 4) = 1.08 clusters.
     clusters = torch.tensor([0] * 96 + [1, 2, 3, 4])
