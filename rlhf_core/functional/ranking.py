@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlhf_core.functional._contracts import check_shapes
 
-
 FEW_CLUSTERS, FEW_EITHER_WAY = 50, 5  # below these a bootstrap is too narrow
 
 
