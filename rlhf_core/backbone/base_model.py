@@ -85,7 +85,7 @@ def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             return _fresh_model(config.fresh, vocabulary)
         found = read_pretrained(AutoConfig, config.source, config.revision)
         try:
-            model = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
+            model = AutoModelForCausalLM.from_config(found)
         except (ValueError, ImportError) as error:
             raise ModelError(
                 f"the model '{config.source}' cannot be built ({str(error).splitlines()[0]}); take "

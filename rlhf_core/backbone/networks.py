@@ -42,6 +42,7 @@ from rlhf_core.backbone.directory import (
     save_model,
     weights_digest,
 )
+from rlhf_core.backbone.load_check import settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
 from rlhf_core.backbone.pretrained import load_weights
 from rlhf_core.errors import ModelError, NumericsError
@@ -68,7 +69,7 @@ class Network(nn.Module):
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = settle(model)
         self.adapter = adapter
         self.precision = precision
 
@@ -130,7 +131,7 @@ class Policy(Network):
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
     ) -> None:
         super().__init__(model, adapter, precision)
-        _require_plain_head(model)
+        self.logit_scale = _logit_scale(model)
 
     @classmethod
     def load(
@@ -167,7 +168,7 @@ class Policy(Network):
                 head.weight,
                 tokens,
                 bias=head.bias,
-                temperature=temperature,
+                temperature=temperature / self.logit_scale,
                 chunk_size=CHUNK,
             )
             return ChunkedLoss(logprobs.new_zeros(()), logprobs, None)
@@ -177,10 +178,15 @@ class Policy(Network):
             tokens,
             token_loss,
             bias=head.bias,
-            temperature=temperature,
+            temperature=temperature / self.logit_scale,
             chunk_size=CHUNK,
             with_entropy=with_entropy,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, d) last hidden states -> (B, V) logits of the next token."""
+        raw: Tensor = self.model.get_output_embeddings()(hidden)
+        return raw if self.logit_scale == 1 else raw * self.logit_scale
 
     def save(
         self,
@@ -378,11 +384,13 @@ def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:
 
 
 @torch.no_grad()
-def _require_plain_head(model: PreTrainedModel) -> None:
-    """Raise ModelError unless logits are W·h + b, which is what the chunked head computes.
+def _logit_scale(model: PreTrainedModel) -> float:
+    """The factor s of a model whose logits are s·(W·h + b), which is what the chunked head computes.
 
     A few tokens are computed both by the formulas and by the chunked head that trains; a difference
     is a NumericsError.
+
+    Raises: ModelError for any other head, or a factor that is no number of the model's config.
     """
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
@@ -390,22 +398,41 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         text = torch.arange(min(8, head.out_features), device=model.device)
         hidden = cast(Any, model.base_model)(input_ids=text[None], use_cache=False)
         logits = model(input_ids=text[None], use_cache=False).logits
-        if _close(head(hidden.last_hidden_state), logits):
-            _require_same_head(head, hidden.last_hidden_state[0], text, logits)
-            return
+        raw = head(hidden.last_hidden_state)
+        for scale in _factors(model):
+            if float((scale * raw - logits).abs().max()) <= 1e-4 * float(logits.abs().max()):
+                _require_same_head(head, scale, hidden.last_hidden_state[0], text, logits)
+                return scale
     raise ModelError(
         f"{type(model).__name__} does more to its logits than a linear head, which is not "
         "supported; use another family (GPT-2, Llama, Qwen, SmolLM, Mistral, ...)"
     )
 
 
-def _require_same_head(head: nn.Linear, hidden: Tensor, tokens: Tensor, logits: Tensor) -> None:
+def _factors(model: PreTrainedModel) -> Iterator[float]:
+    """1, and the numbers of the config that may scale logits, or divide them."""
+    yield 1.0
+    for name, value in model.config.get_text_config(decoder=True).to_dict().items():
+        if "logit" in name or "lm_head" in name:
+            if isinstance(value, int | float) and value > 0:
+                yield from (float(value), 1 / value)
+
+
+def _require_same_head(
+    head: nn.Linear, scale: float, hidden: Tensor, tokens: Tensor, logits: Tensor
+) -> None:
     """Invariant: the chunked head agrees with `token_logprobs` and `entropy` of (1, n, V) logits.
 
     Shapes: hidden (n, d), tokens (n,).
     """
     chunked = chunked_token_loss(
-        hidden, head.weight, tokens, lambda x, _: x.sum(), bias=head.bias, with_entropy=True
+        hidden,
+        head.weight,
+        tokens,
+        lambda x, _: x.sum(),
+        bias=head.bias,
+        temperature=1 / scale,
+        with_entropy=True,
     )
     expected = token_logprobs(logits, tokens[None])[0], entropy(logits)[0]
     if not (_close(chunked.logprobs, expected[0]) and _close(chunked.entropy, expected[1])):
