@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf_core.backbone.context import require_rope
 from rlhf_core.backbone.packing import UNMASKED, Memory, is_packed, with_positions
 
 
@@ -33,7 +34,10 @@ def continuation(body: PreTrainedModel, mask: Tensor, steps: int) -> Continuatio
 
     Args:
         mask: (B, P) bool, False where a prompt is padded.
+
+    Raises: ConfigError when the texts may become longer than the body's rope allows.
     """
+    require_rope(body.config, mask.shape[1] + steps)
     return _KeyValues(body, mask, steps) if is_packed(body) else _ModelCache(body, mask)
 
 
@@ -46,6 +50,7 @@ class _KeyValues(Memory):
         self._padded = not bool(mask.all())
         self._filled: dict[int, int] = {}
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int | None, Tensor] = {}  # of this step, by window; layers share them
 
     @property
     def layers(self) -> int:
@@ -54,6 +59,7 @@ class _KeyValues(Memory):
 
     def read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Run the body on the new tokens."""
+        self._masks.clear()
         states = self._body(
             input_ids=input_ids,
             position_ids=positions,
@@ -88,11 +94,13 @@ class _KeyValues(Memory):
 
     def _mask(self, start: int, end: int, window: int | None) -> Tensor:
         """(B, 1, end - start, end): attend back to the first unmasked token; padding to itself."""
-        positions = torch.arange(end, device=self._seen.device)
-        queries = positions[start:].unsqueeze(1)
-        near = (positions <= queries) & (positions > queries - (window or end))
-        seen = self._seen[:, :end].unsqueeze(1) & near
-        return (seen | (positions == queries)).unsqueeze(1)
+        if window not in self._masks:
+            positions = torch.arange(end, device=self._seen.device)
+            queries = positions[start:].unsqueeze(1)
+            near = (positions <= queries) & (positions > queries - (window or end))
+            seen = self._seen[:, :end].unsqueeze(1) & near
+            self._masks[window] = (seen | (positions == queries)).unsqueeze(1)
+        return self._masks[window]
 
 
 class _ModelCache:

@@ -217,12 +217,12 @@ class ScalarModel(Network):
         adapter: str | None = None,
         precision: Precision = "float32",
     ) -> None:
-        super().__init__(model, adapter, precision)
         if head is None and not hasattr(model, "score"):
             raise ModelError(
                 f"{type(model).__name__} has no scalar head named 'score'; use a decoder-only "
                 "model (GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma, ...)"
             )
+        super().__init__(model, adapter, precision)
         self.head = cast(nn.Linear, model.score) if head is None else head
         self.mean = mean
         self.std = std

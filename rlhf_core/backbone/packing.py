@@ -314,7 +314,10 @@ def _require_known(module: nn.Module, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         known = name in _FOLLOWED or name in _WITHOUT_EFFECT
         if not (known or any(value is off for off in _OFF)):
-            raise ModelError(f"{type(module).__name__} asks for '{name}' in its attention")
+            raise ModelError(
+                f"{type(module).__name__} has the option '{name}', which packed attention does not "
+                "follow"
+            )
     if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} also attends to later tokens")
 
