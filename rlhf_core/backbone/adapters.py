@@ -50,8 +50,8 @@ def add_adapter(
     depth = number - layers if layers else 0
     if not (targets := _linear_layers(model.base_model, depth)):
         raise ModelError(
-            f"the blocks of {type(model).__name__} have no linear layers for adapters; set lora_rank "
-            "to 0, or take another family"
+            f"the blocks of {type(model).__name__} have no linear layers for adapters; set "
+            "lora_rank to 0, or take another family"
         )
     _add(model, name, targets, rank=rank, alpha=alpha, seed=seed)
 
@@ -202,9 +202,16 @@ def _linear_layers(body: PreTrainedModel, depth: int) -> list[str]:
         found += [
             f"{name}.{number}.{n}"
             for n, m in block.named_modules()
-            if isinstance(m, (nn.Linear, Conv1D, Linear)) and not n.startswith(carriers)
+            if (_is_linear(m) or isinstance(m, Linear)) and not n.startswith(carriers)
         ]
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W·x + b; the routers of some mixtures inherit from `nn.Linear`."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and isinstance(module(module.weight[:1]), Tensor)
 
 
 def _layers(model: nn.Module) -> Iterator[Linear]:

@@ -11,7 +11,6 @@ rope allows are refused elsewhere: `context.require_rope`.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -21,96 +20,109 @@ from transformers import PreTrainedModel
 
 from rlhf_core.backbone.context import context_of
 from rlhf_core.backbone.memory import continuation
-from rlhf_core.backbone.packing import ATTENTION, blocks, hidden_states, is_packed, pack, position_ids
+from rlhf_core.backbone.packing import (
+    ATTENTION,
+    blocks,
+    hidden_states,
+    is_packed,
+    pack,
+    position_ids,
+)
 from rlhf_core.backbone.pretrained import quiet
 from rlhf_core.errors import ModelError, UserError
 
 CLOSE = 1e-3  # largest difference of hidden states, relative to their root mean square
 WINDOW = 4  # tokens; shorter than every text of the check
-WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that bound how far back a layer looks
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+)  # settings that bound how far back a layer looks
 TESTED = "GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma 3, Phi, OLMo, ..."
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a family is computed, and why not in a faster way."""
-
-    attention: str  # of transformers; ATTENTION computes packed rows
-    reasons: tuple[str, ...]  # why each faster way was wrong
-    error: str = ""  # why every way was
-
-
-_ways: dict[tuple[str, ...], Way] = {}  # by class, config and device
+_ways: dict[tuple[str, ...], str] = {}  # the attention that is right, by class, config and device
 
 
 @torch.no_grad()
 def settle(model: PreTrainedModel) -> PreTrainedModel:
     """Make the model compute packed rows if that is right for it, else padded blocks.
 
-    A family is checked once a process.
+    A family is checked once a process, since its class and config decide what it computes.
 
-    Raises: ModelError when neither is right, or its body cannot be called alone.
+    Raises: ModelError when neither is right.
     """
     if model.device.type == "meta":
         return model
     key = (type(model).__qualname__, model.config.to_json_string(), model.device.type)
     if key not in _ways:
         _ways[key] = _find(model)
-        if not is_packed(model) and not _ways[key].error:
-            _log.info("%s", explain(model, _ways[key]))
-    way = _ways[key]
-    if way.error:
-        raise ModelError(way.error)
-    _attend(model, way.attention)
+    _attend(model, _ways[key])
     return model
 
 
-def explain(model: PreTrainedModel, way: Way) -> str:
-    """Why a model is not computed packed."""
-    return (
-        f"{type(model).__name__} is computed without packing, which is slower: "
-        f"{'; '.join(way.reasons)}"
-    )
-
-
-def _find(model: PreTrainedModel) -> Way:
-    body, name = model.base_model, type(model).__name__
-    was = model.config._attn_implementation
-    plain = "eager" if model._can_set_attn_implementation() else was
-    reasons: list[str] = []
+def _find(model: PreTrainedModel) -> str:
+    """The first attention that is right, and leave the model as it was."""
+    body: Any = model.base_model
+    was: str = model.config._attn_implementation
+    if body is model:
+        raise _refused(model, "its body cannot be called without its head")
     texts = _texts(model)
-    with quiet(), _short_windows(model):
-        try:
-            _attend(model, plain)
-            wanted = _one_by_one(body, texts)
-        except Exception as error:
-            return _refused(model, f"a plain forward pass fails ({_line(error)})", was)
-        shared = len(_common(texts))
-        if not _same(wanted[0][:shared], wanted[1][:shared]):
-            return _refused(model, "the states of a token depend on later tokens", was)
-        for attention in dict.fromkeys((ATTENTION, "sdpa", plain)):
-            if attention != plain and not model._can_set_attn_implementation():
-                continue
-            try:
-                _attend(model, attention)
-                _require_equal(body, texts, wanted)
-            except Exception as error:
-                reasons.append(f"{_label(attention)}: {_line(error)}")
-                continue
-            return Way(attention, tuple(reasons))
-    return _refused(model, "; ".join(reasons), was)
+    try:
+        with quiet(), _short_windows(model):
+            plain = "eager" if model._can_set_attn_implementation() else was
+            wanted = _plain_states(model, plain, texts)
+            wrong = []
+            for attention in dict.fromkeys(
+                (ATTENTION, "sdpa", plain) if plain == "eager" else (was,)
+            ):
+                try:
+                    _attend(model, attention)
+                    _require_equal(body, texts, wanted)
+                except Exception as error:  # whatever a family raises when it is called this way
+                    wrong.append(f"{_label(attention)}, {_line(error)}")
+                    continue
+                if wrong:
+                    _log.info(
+                        "%s is computed without packing, which is slower: %s",
+                        type(model).__name__,
+                        wrong[0],
+                    )
+                return attention
+    finally:
+        _attend(model, was)
+    raise _refused(model, "; ".join(wrong))
 
 
-def _refused(model: PreTrainedModel, reason: str, was: str) -> Way:
-    _attend(model, was)
-    return Way(
-        was,
-        (),
-        error=f"{type(model).__name__} (model_type {model.config.model_type}) cannot be trained here, "
-        f"because its log-probabilities would not be those of the plain model: {reason}; "
-        f"use another family ({TESTED})",
+def _plain_states(
+    model: PreTrainedModel, attention: str, texts: Sequence[list[int]]
+) -> list[Tensor]:
+    """The states of each text as transformers computes it, after checking that a policy has such.
+
+    Raises: ModelError when the forward pass fails, is not finite, or looks ahead.
+    """
+    body: Any = model.base_model
+    try:
+        _attend(model, attention)
+        rows = (torch.tensor([text], device=model.device) for text in texts)
+        states = [body(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
+    except Exception as error:
+        raise _refused(model, f"a plain forward pass fails ({_line(error)})") from error
+    if not all(state.isfinite().all() for state in states):
+        raise _refused(model, "a plain forward pass gives NaN or infinity")
+    one, other = texts[:2]
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    if not _same(states[0][:same], states[1][:same]):
+        raise _refused(model, "the states of a token depend on later tokens")
+    return states
+
+
+def _refused(model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} (model_type {model.config.model_type}) cannot be used, because "
+        f"what is computed here would not be what transformers computes: {reason}; take another "
+        f"family ({TESTED})"
     )
 
 
@@ -160,16 +172,11 @@ def _continued(
         alive = [row for row in alive if step < steps[row]]
         following = [[texts[row][prompts[row] + step]] for row in alive]
         ids, positions = torch.tensor(following, device=device), positions[going, -1:] + 1
-    if is_packed(body) and reader.layers != len(blocks(body)[1]):
+    if is_packed(body) and reader.layers != (number := len(blocks(body)[1])):
         raise ModelError(
-            f"{reader.layers} of its {len(blocks(body)[1])} blocks attend by transformers' functions"
+            f"{reader.layers} of its {number} blocks attend by transformers' functions"
         )
     return [torch.stack(states) for states in found]
-
-
-def _one_by_one(body: Any, texts: Sequence[list[int]]) -> list[Tensor]:
-    rows = (torch.tensor([text], device=body.device) for text in texts)
-    return [body(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
 
 
 def _require_same(got: Tensor, wanted: Tensor, what: str) -> None:
@@ -186,19 +193,18 @@ def _same(got: Tensor, wanted: Tensor) -> bool:
 def _texts(model: PreTrainedModel) -> list[list[int]]:
     """Two texts that begin alike, longer than `WINDOW`, and a third; as long as the context allows.
 
-    Their ids come from the middle of the vocabulary, away from pad tokens and markers of images.
+    Their ids are from the middle of the vocabulary, away from pad tokens and markers of images.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     room = min(context_of(model) or 24, 24)
     first, width = vocabulary // 3, max(vocabulary // 3, 1)
     ids = [first + 7 * i * (i + 3) % width for i in range(2 * room)]
     begin = ids[: room // 2]
-    return [begin + ids[room : room + room // 4], begin + ids[-(room // 2) :], ids[5 : 5 + room // 3]]
-
-
-def _common(texts: Sequence[list[int]]) -> list[int]:
-    pairs = zip(*texts[:2], strict=False)
-    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return [
+        begin + ids[room : room + room // 4],
+        begin + ids[-(room // 2) :],
+        ids[5 : 5 + room // 3],
+    ]
 
 
 def _attend(model: PreTrainedModel, attention: str) -> None:

@@ -19,11 +19,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.backbone.adapters import (
     adapter_parameters,
@@ -33,6 +29,7 @@ from rlhf_core.backbone.adapters import (
     save_adapter,
     use_adapter,
 )
+from rlhf_core.backbone.classifiers import classifiers
 from rlhf_core.backbone.directory import (
     ModelKind,
     add_facts,
@@ -44,7 +41,7 @@ from rlhf_core.backbone.directory import (
 )
 from rlhf_core.backbone.load_check import settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
-from rlhf_core.backbone.pretrained import load_weights
+from rlhf_core.backbone.pretrained import load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
@@ -259,6 +256,17 @@ class ScalarModel(Network):
         return found | head
 
     @classmethod
+    def outline(cls, policy: PreTrainedModel) -> Self:
+        """A scalar model on the body of a policy, without weights, on the device meta.
+
+        Raises: ModelError when the family has no scalar head.
+        """
+        config = type(policy.config).from_dict(policy.config.to_dict())
+        config.num_labels = 1
+        with torch.device("meta"):
+            return cls(classifiers(config).from_config(config))
+
+    @classmethod
     def from_policy(cls, directory: Path, generator: torch.Generator) -> Self:
         """The trunk of a policy with a new head: weights N(0, 1/(d+1)), no bias.
 
@@ -268,7 +276,7 @@ class ScalarModel(Network):
         """
         require_kind(directory, "policy")
         model = load_weights(
-            AutoModelForSequenceClassification,
+            classifiers(read_pretrained(AutoConfig, str(directory))),
             str(directory),
             new=("score.weight",),
             num_labels=1,
@@ -287,7 +295,8 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no scalar model.
         """
         card = require_kind(directory, "reward", "critic")
-        model = load_weights(AutoModelForSequenceClassification, str(directory)).to(device)
+        config = read_pretrained(AutoConfig, str(directory))
+        model = load_weights(classifiers(config), str(directory)).to(device)
         return cls(model, mean=card["reward_mean"], std=card["reward_std"], precision=precision)
 
     def save(
@@ -300,7 +309,7 @@ class ScalarModel(Network):
     ) -> None:
         """Write a model directory, normaliser included, and the adapter if there is one."""
         constants = {"reward_mean": self.mean, "reward_std": self.std}
-        whole = _plain(self, AutoModelForSequenceClassification.from_config)
+        whole = _plain(self, classifiers(self.model.config).from_config)
         for name, value in constants.items():
             setattr(whole.config, name, value)
         save_model(whole, tokenizer, directory, kind=kind, facts=constants)
@@ -385,7 +394,7 @@ def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:
 
 @torch.no_grad()
 def _logit_scale(model: PreTrainedModel) -> float:
-    """The factor s of a model whose logits are s·(W·h + b), which is what the chunked head computes.
+    """The factor s of a model whose logits are s·(W·h + b), as the chunked head computes them.
 
     A few tokens are computed both by the formulas and by the chunked head that trains; a difference
     is a NumericsError.
@@ -413,9 +422,9 @@ def _factors(model: PreTrainedModel) -> Iterator[float]:
     """1, and the numbers of the config that may scale logits, or divide them."""
     yield 1.0
     for name, value in model.config.get_text_config(decoder=True).to_dict().items():
-        if "logit" in name or "lm_head" in name:
-            if isinstance(value, int | float) and value > 0:
-                yield from (float(value), 1 / value)
+        scales = "logit" in name or "lm_head" in name
+        if scales and isinstance(value, int | float) and value > 0:
+            yield from (float(value), 1 / value)
 
 
 def _require_same_head(

@@ -15,7 +15,6 @@ computed separately, to rounding.
 """
 
 import inspect
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,12 @@ from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import ModelError
 
 ATTENTION = "rlhf_packed"
-UNMASKED = (1, 1, 1, 1)  # transformers takes a 4-d mask as it is, and builds none over the whole row
+UNMASKED = (
+    1,
+    1,
+    1,
+    1,
+)  # transformers takes a 4-d mask as it is, and builds none over the whole row
 
 
 @dataclass(frozen=True)
@@ -298,8 +302,8 @@ def packed_attention(
         return mixed, None
     if attention_mask is not None and attention_mask.shape != UNMASKED:
         raise ModelError(f"{type(module).__name__} makes a mask of its own")
-    unpacked = (_unpack_heads(x, packed) for x in (query, key, value))
-    mixed = _causal(module, *unpacked, window, options)
+    q, k, v = (_unpack_heads(x, packed) for x in (query, key, value))
+    mixed = _causal(module, q, k, v, window, options)
     if packed.dense:
         return mixed.reshape(1, -1, *mixed.shape[2:]), None
     repacked = embedding(packed.pack_index, mixed.flatten(2).flatten(0, 1))

@@ -1,7 +1,8 @@
 """Sampling responses from a policy. Knows token ids; knows nothing about rewards or training.
 
-Each token takes one forward pass over what the layers remember of the earlier ones. There is no top-k or top-p:
-the sampled distribution is the one that the update differentiates. Finished rows leave the batch.
+Each token takes one forward pass over what the layers remember of the earlier ones. There is no
+top-k or top-p: the sampled distribution is the one that the update differentiates. Finished rows
+leave the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_core.backbone.adapters import adapted_from, adapter_parameters
 from rlhf_core.backbone.directory import save_model
@@ -29,7 +36,9 @@ SMALL = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd"], 64),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"], 96),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "n_layers"], 4),
-    **dict.fromkeys(["num_attention_heads", "n_head", "num_heads", "attention_heads", "n_heads"], 4),
+    **dict.fromkeys(
+        ["num_attention_heads", "n_head", "num_heads", "attention_heads", "n_heads"], 4
+    ),
     **dict.fromkeys(["num_key_value_heads", "num_kv_heads"], 2),
     **dict.fromkeys(["max_position_embeddings", "n_positions"], 256),
     "head_dim": 16,
@@ -37,9 +46,7 @@ SMALL = {
     "pad_token_id": PAD,
     "bos_token_id": BEGIN,
     "eos_token_id": END,
-    **dict.fromkeys(
-        ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4
-    ),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     "num_experts_per_tok": 2,
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
@@ -182,7 +189,9 @@ def build(family: str):
     options = FAMILIES[family]
     if "text_config" not in options:
         default = AutoConfig.for_model(family)
-        options = {k: v for k, v in SMALL.items() if hasattr(default, k)} | options
+        read_only = {k for k in SMALL if isinstance(getattr(type(default), k, None), property)}
+        known = {k: v for k, v in SMALL.items() if hasattr(default, k) and k not in read_only}
+        options = known | options
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).eval()
@@ -207,7 +216,7 @@ def examine(family: str, tokenizer, folder: Path) -> Row:
         family,
         computed,
         _policy(policy, folder / "model"),
-        _reward_model(folder / "model"),
+        _reward_model(folder / "model", tokenizer, folder / "reward"),
         _adapters(policy, tokenizer, folder / "adapted"),
     )
 
@@ -235,20 +244,24 @@ def _policy(policy: Policy, folder: Path) -> str:
 
 
 @torch.no_grad()
-def _reward_model(folder: Path) -> str:
+def _reward_model(folder: Path, tokenizer, saved: Path) -> str:
     try:
         scalar = ScalarModel.from_policy(folder, torch.Generator().manual_seed(0))
     except UserError as error:
         return f"refused: {_reason(error)}"
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, num_labels=1, attn_implementation="eager"
-    ).eval()
-    plain.score.weight.copy_(scalar.head.weight)
-    expected = [
-        plain(input_ids=torch.tensor([text]), use_cache=False).logits[0] for text in TEXTS
-    ]
-    _require(scalar.scores(pack(TEXTS, "cpu")), torch.cat(expected))
-    return "yes"
+    scores = scalar.scores(pack(TEXTS, "cpu"))
+    scalar.save(tokenizer, saved, kind="reward")
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if scalar.model.config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        plain = AutoModelForSequenceClassification.from_pretrained(saved, **options).eval()
+        rows = [plain(input_ids=torch.tensor([t]), use_cache=False).logits[0] for t in TEXTS]
+        _require(scores, torch.cat(rows))
+        return "yes"
+    body = AutoModel.from_pretrained(saved, **options).eval()
+    (head,) = (f["score.weight"] for f in map(load_file, saved.glob("*.safetensors")))
+    last = [body(torch.tensor([t]), use_cache=False).last_hidden_state[0, -1] for t in TEXTS]
+    _require(scores, torch.stack(last) @ head[0])
+    return "body and `score.weight`"
 
 
 def _adapters(policy: Policy, tokenizer, folder: Path) -> str:
@@ -302,11 +315,10 @@ def _reason(error: UserError) -> str:
     """The reason of a refusal, in the words of the table."""
     message = str(error)
     for part, reason in {
-        "does more to its logits": "logits beyond a linear head and a factor",
-        "no class for sequence classification": "no class in transformers",
-        "cannot be called without its head": "its body cannot be called alone",
-        "token by token": "its cache gives other states",
-        "has no stack of blocks": "its blocks are not found",
+        "does more to its logits": "its logits are more than a linear head times a factor",
+        "without its head": "its body cannot be called without its head",
+        "NaN or infinity": "transformers' generic classifier does not initialise it",
+        "no attribute 'past_key_values'": "it has no cache of transformers' own kind",
     }.items():
         if part in message:
             return reason
