@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_core.errors import ModelError
 
@@ -28,6 +29,11 @@ def classifiers(config: PreTrainedConfig) -> Any:
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         AutoModelForSequenceClassification.register(kind, _classifier(kind))
     return AutoModelForSequenceClassification
+
+
+def has_classifier(config: PreTrainedConfig) -> bool:
+    """Whether transformers itself has a sequence classifier for this config."""
+    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _classifier(kind: Any) -> type[PreTrainedModel]:

@@ -41,7 +41,7 @@ from rlhf_core.backbone.directory import (
 )
 from rlhf_core.backbone.load_check import settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
-from rlhf_core.backbone.pretrained import load_weights, read_pretrained
+from rlhf_core.backbone.pretrained import MAIN, load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
@@ -256,6 +256,15 @@ class ScalarModel(Network):
         return found | head
 
     @classmethod
+    def on_body_of(cls, source: str, revision: str = MAIN) -> Self:
+        """A scalar model on the body of a pretrained model; the head is not trained.
+
+        Raises: ModelError when the source cannot be read, or its family has no such head.
+        """
+        kind = classifiers(read_pretrained(AutoConfig, source, revision))
+        return cls(load_weights(kind, source, revision, new=("score.weight",), num_labels=1))
+
+    @classmethod
     def outline(cls, policy: PreTrainedModel) -> Self:
         """A scalar model on the body of a policy, without weights, on the device meta.
 
@@ -275,13 +284,7 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no policy, or one without such a head.
         """
         require_kind(directory, "policy")
-        model = load_weights(
-            classifiers(read_pretrained(AutoConfig, str(directory))),
-            str(directory),
-            new=("score.weight",),
-            num_labels=1,
-        )
-        scalar = cls(model)
+        scalar = cls.on_body_of(str(directory))
         weight = scalar.head.weight
         std = (weight.shape[-1] + 1) ** -0.5
         with torch.no_grad():
