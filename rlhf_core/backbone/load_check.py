@@ -110,12 +110,21 @@ def _plain_states(
     except Exception as error:
         raise _refused(model, f"a plain forward pass fails ({_line(error)})") from error
     if not all(state.isfinite().all() for state in states):
-        raise _refused(model, "a plain forward pass gives NaN or infinity")
+        raise broken(model)
     one, other = texts[:2]
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     if not _same(states[0][:same], states[1][:same]):
         raise _refused(model, "the states of a token depend on later tokens")
     return states
+
+
+def broken(model: PreTrainedModel) -> ModelError:
+    """The error for a model that computes no numbers."""
+    return ModelError(
+        f"{type(model).__name__} (model_type {model.config.model_type}) computes NaN or infinity "
+        "for a plain text, so its weights are broken or not all of them were read; take intact "
+        "weights"
+    )
 
 
 def _refused(model: PreTrainedModel, reason: str) -> ModelError:

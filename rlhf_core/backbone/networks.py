@@ -39,7 +39,7 @@ from rlhf_core.backbone.directory import (
     save_model,
     weights_digest,
 )
-from rlhf_core.backbone.load_check import settle
+from rlhf_core.backbone.load_check import broken, settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
 from rlhf_core.backbone.pretrained import MAIN, load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
@@ -410,6 +410,8 @@ def _logit_scale(model: PreTrainedModel) -> float:
         text = torch.arange(min(8, head.out_features), device=model.device)
         hidden = cast(Any, model.base_model)(input_ids=text[None], use_cache=False)
         logits = model(input_ids=text[None], use_cache=False).logits
+        if not logits.isfinite().all():
+            raise broken(model)
         raw = head(hidden.last_hidden_state)
         for scale in _factors(model):
             if float((scale * raw - logits).abs().max()) <= 1e-4 * float(logits.abs().max()):

@@ -146,7 +146,6 @@ WRONG = {
         "a text read token by token differs",
     ),
     "looks ahead": (lambda out: out + out.mean(1, keepdim=True), "depend on later tokens"),
-    "is not finite": (lambda out: out / 0, "NaN or infinity"),
     "fails": (lambda out: out[:, 99999], "a plain forward pass fails"),
 }
 
@@ -160,6 +159,11 @@ def test_model_that_no_way_computes_rightly_is_refused(how, reason, network):
     assert "(model_type llama) cannot be used" in str(refused.value)
     assert "take another family" in str(refused.value)
     Policy(llama())  # and a sound model of the same config is not
+
+
+def test_model_with_broken_weights_is_refused_with_that_reason():
+    with pytest.raises(ModelError, match="computes NaN or infinity for a plain text"):
+        Policy(spoiled(lambda out: out / 0))
 
 
 def test_model_with_another_attention_in_some_block_is_not_computed_packed(caplog):
