@@ -27,7 +27,8 @@ def classifiers(config: PreTrainedConfig) -> Any:
     """
     kind = type(config)
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        AutoModelForSequenceClassification.register(kind, _classifier(kind))
+        # Without `exist_ok` a class for a config of transformers' own is ignored.
+        AutoModelForSequenceClassification.register(kind, _classifier(kind), exist_ok=True)
     return AutoModelForSequenceClassification
 
 
