@@ -203,7 +203,6 @@ def apply_rules(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
     if policy is None or sft is None:
         raise ValueError("a promotion needs a scorecard with the arms policy and sft")
     rules = [
-        _prompts(scorecard, config.min_prompts),
         _win_rate(scorecard, "sft", config.min_win_rate),
         _kl(policy, config.max_kl),
         _at_most("length", policy.length, config.max_length_ratio * sft.length, "tokens"),
@@ -211,7 +210,7 @@ def apply_rules(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
     ]
     if scorecard.arm("champion") is not None:
         rules.append(_win_rate(scorecard, "champion", config.min_win_rate_over_champion))
-    return rules
+    return [*rules, _prompts(scorecard, config.min_prompts)]
 
 
 def _prompts(scorecard: Scorecard, least: int) -> Rule:

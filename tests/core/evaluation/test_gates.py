@@ -139,7 +139,7 @@ def test_no_champion_is_made_of_one_prompt():
         win_rate=exactly(1.0),
     )
     verdict = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
-    too_few, failure = failures(verdict)
+    failure, too_few = failures(verdict)
     assert too_few == "FAIL: held-out prompts 1; at least 5 (promotion.min_prompts)"
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
