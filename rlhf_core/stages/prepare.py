@@ -11,12 +11,12 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
@@ -29,8 +29,9 @@ from rlhf_core.data.assembly import (
     shared_prompts,
     split_by_prompt,
 )
-from rlhf_core.data.encoding import Prompt
-from rlhf_core.data.formats import FIELDS, ParsedSource, parse
+from rlhf_core.data.formats import ParsedSource, parse
+from rlhf_core.data.forms.fields import FIELDS, names_in
+from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import (
     SPLITS,
@@ -49,6 +50,7 @@ from rlhf_core.data.validation import (
     count_truncated,
     summarise_lengths,
 )
+from rlhf_core.data.vote_details import word
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.simulation import SimulationConfig, simulate
@@ -75,10 +77,42 @@ class TableConfig(Section):
     eval_split: str = Field(
         "", description="Split with the evaluation data; empty = split by prompt"
     )
-    fields: dict[str, str] = Field({}, description="Field names that differ: ours -> the source's")
+    fields: dict[str, str] = Field(
+        {},
+        description="Fields that are called otherwise: ours -> a column of the source, a dotted path "
+        'such as `data.prompt`, or a template such as `"{instruction}\\n{input}"`',
+    )
+    votes: dict[str, str] = Field(
+        {}, description="Votes that are not `a`, `b` or `tie`: value of the source -> ours"
+    )
+    score_margin: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Margin for each point between the scores or ranks of two answers (raw reward)",
+    )
+    ignore: list[str] = Field(
+        [], description="Columns and keys of messages to leave out on purpose"
+    )
     limit: int = Field(
         0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
     )
+
+    @field_validator("votes", mode="before")
+    @classmethod
+    def _values_as_text(cls, votes: object) -> object:
+        """YAML reads 1 as a number and true as a truth value."""
+        if not isinstance(votes, dict):
+            return votes
+        return {word(value): vote for value, vote in votes.items()}
+
+    @field_validator("votes")
+    @classmethod
+    def _known_votes(cls, votes: dict[str, str]) -> dict[str, str]:
+        for value, vote in votes.items():
+            if vote not in ("a", "b", "tie"):
+                raise ValueError(f"{value!r} is mapped to {vote!r}; a vote is 'a', 'b' or 'tie'")
+        return votes
 
     def evaluation(self) -> tuple[str, str] | None:
         """Path and split of the evaluation data; None if the data are split by prompt."""
@@ -122,7 +156,9 @@ class DataConfig(Section):
         "sends it as a user message through the model's chat template",
     )
     prompt_template: str = Field(
-        "{prompt}", description="Template of a text prompt; {prompt} stands for the text"
+        "{prompt}",
+        description="Template of a text prompt; {prompt} stands for the text, and any other column "
+        "for its text, e.g. {input} or {system}",
     )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
@@ -143,16 +179,20 @@ class DataConfig(Section):
         }
         return tables[kind]
 
-    def apply_template(self, prompt: Prompt) -> Prompt:
-        """Apply the template and style to a prompt; messages are not changed."""
-        if not isinstance(prompt, str):
-            return prompt
-        text = self.prompt_template.replace("{prompt}", prompt)
-        return text if self.prompt_style == "text" else [{"role": "user", "content": text}]
+    def reading(self, kind: TableKind) -> Reading:
+        """How the settings say that one table is to be read."""
+        table = self.table(kind)
+        return Reading(
+            table.votes,
+            frozenset(table.ignore),
+            table.score_margin,
+            self.prompt_template,
+            self.prompt_style,
+        )
 
     @model_validator(mode="after")
-    def _template_takes_the_prompt(self) -> "DataConfig":
-        if "{prompt}" not in self.prompt_template:
+    def _template_takes_a_text(self) -> "DataConfig":
+        if not names_in(self.prompt_template):
             raise ValueError(
                 f"prompt_template {self.prompt_template!r} does not contain {{prompt}}: write it "
                 "where the text belongs"
@@ -298,16 +338,14 @@ def _read(config: DataConfig, kind: TableKind) -> CleanTable:
 def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
-    table = parse(source, kind, settings.fields)
+    table = parse(source, kind, settings.fields, config.reading(kind))
     if table.faults and config.on_bad_row == "error":
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
         raise DataError(
             f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return replace(
-        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
-    )
+    return table
 
 
 # --- checking ------------------------------------------------------------------------------------
