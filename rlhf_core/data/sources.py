@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from rlhf_core.errors import DataError
 
 Row = dict[str, Any]
+_WRAPPERS = ("data", "rows", "examples", "instances", "records")  # keys around the rows of a file
 Unit = Literal["line", "row"]
 
 
@@ -164,12 +165,13 @@ def _read_json_lines(name: str, data: bytes, limit: int) -> SourceRows:
 
 
 def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
-    """One array of objects, or JSON lines."""
+    """One array of objects, also as the value of `data` in an object, or JSON lines."""
     text = _decode(name, data)
-    if not text.lstrip().startswith("["):
+    array = _wrapped(text)
+    if array is None and not text.lstrip().startswith("["):
         return _read_json_lines(name, data, limit)
     try:
-        array = json.loads(text)
+        array = json.loads(text) if array is None else array
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{name}{line}: not valid JSON ({_why(error)})") from error
@@ -177,6 +179,18 @@ def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
     for number, row in enumerate(array[: limit or None], start=1):
         found.add(number, row)
     return found.finish()
+
+
+def _wrapped(text: str) -> list[Any] | None:
+    """The rows of a file that is one object around them; None if it is anything else."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # JSON lines, or damaged
+        return None
+    lists = [found[key] for key in _WRAPPERS if isinstance(found.get(key), list)]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _why(error: Exception) -> str:

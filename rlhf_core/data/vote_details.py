@@ -1,9 +1,10 @@
 """What a vote says: for which side it is, and the optional details of how it was cast.
 
-The details are the side shown first, gold, the time and the source. Their names are common ones: other people's files have a column `gold` with the right answer, or a
-`time` in seconds. So a column with such a name is read only if all of its values look like ours;
-otherwise it is skipped, with a note in the report. A column that the user has mapped is always
-read, and a wrong value in it is a bad row.
+The details are the side shown first, gold, the time and the source. Their names are common ones:
+other people's files have a column `gold` with the right answer, or a `time` in seconds. So a column
+with such a name is read only if all of its values look like ours; otherwise it is skipped, with a
+note in the report. A column that the user has mapped is always read, and a wrong value in it is a
+bad row.
 """
 
 import math

@@ -79,8 +79,8 @@ class TableConfig(Section):
     )
     fields: dict[str, str] = Field(
         {},
-        description="Fields that are called otherwise: ours -> a column of the source, a dotted path "
-        'such as `data.prompt`, or a template such as `"{instruction}\\n{input}"`',
+        description="Fields that are called otherwise: ours -> a column of the source, a dotted "
+        'path such as `data.prompt`, or a template such as `"{instruction}\\n{input}"`',
     )
     votes: dict[str, str] = Field(
         {}, description="Votes that are not `a`, `b` or `tie`: value of the source -> ours"

@@ -153,10 +153,9 @@ def _content(value: Any, where: str) -> Any:
     texts = []
     for part in value:
         kind = part.get("type", "text")
-        if kind != "text" or any(
-            is_filled(v) for k, v in part.items() if k not in ("type", "text")
-        ):
-            other = kind if kind != "text" else next(k for k in part if k not in ("type", "text"))
+        more = [k for k, v in part.items() if k not in ("type", "text") and is_filled(v)]
+        if kind != "text" or more:
+            other = kind if kind != "text" else more[0]
             reason = f"{where}has a part of type {quote(other)}; only parts of text can be read"
             raise UnlikeError("more than text", reason)
         content = required(part.get("text"), f"{where}part of text ")

@@ -1,7 +1,7 @@
 """Published data sets by their columns, each with the settings that read it.
 
-A file of such a set that is read without its settings is refused; the error names them. docs/data.md
-lists the same settings.
+A file of such a set that is read without its settings is refused, and the error names them.
+docs/data.md lists the same settings.
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,8 @@ PUBLISHED: tuple[Published, ...] = (
         "SHP",
         "preferences",
         "history human_ref_A human_ref_B labels",
-        "fields: {prompt: history, response_a: human_ref_A, response_b: human_ref_B, vote: labels}, "
-        "votes: {1: a, 0: b}",
+        "fields: {prompt: history, response_a: human_ref_A, response_b: human_ref_B, "
+        "vote: labels}, votes: {1: a, 0: b}",
     ),
     _of(
         "KTO",

@@ -227,7 +227,8 @@ class SourceRow:
         """By how much the winner of each vote should win, in raw reward.
 
         A margin belongs to the pair. Its sign says which side it favours, if any margin of the
-        source has one; else it favours the side with more votes. Votes for the other side have none.
+        source has one; else it favours the side with more votes. A vote for the
+        other side has none.
         """
         margin, counts = self.margin(), Counter(votes)
         if margin == 0 or not counts["a"] + counts["b"]:
@@ -368,7 +369,7 @@ def _label(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return messages.checked(re.sub(r"^(\d+)\.0$", r"\1", value))
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if math.isfinite(value) and value == int(value):
-            return str(int(value))
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and value == int(value):
+        return str(int(value))
     raise messages.wrong_type(value, "text or a whole number")

@@ -130,9 +130,9 @@ def form_of(
         )
     form = max(forms, key=lambda form: len(form.needs & names.keys()))
     _require_meaning(source, kind, names, reading, form)
-    if form.needs == {"chosen", "rejected"} and "prompt" not in here:
-        if _begin_with_prompts(source, names):
-            return replace(form, convert=examples.implicit_pair, implicit=True)
+    alone = form.needs == {"chosen", "rejected"} and "prompt" not in here
+    if alone and _begin_with_prompts(source, names):
+        return replace(form, convert=examples.implicit_pair, implicit=True)
     return form
 
 
