@@ -49,6 +49,7 @@ class ParsedSource:
     rows: int
     faults: Sequence[Fault]
     skipped: Mapping[str, int]  # reason -> rows
+    lacks: frozenset[str] = frozenset()  # names in the template for which it has no column
     unread: Sequence[str] = ()  # notes on columns that are not read, or are read unasked
 
 
@@ -85,7 +86,8 @@ def parse(
     if form.join:
         examples, left_over = form.join(examples)
         skipped.update(left_over)
+    columns.note_unused_template()
     frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
-    return ParsedSource(frame, source.source, rows, faults, skipped, columns.notes)
+    return ParsedSource(frame, source.source, rows, faults, skipped, columns.lacks, columns.notes)

@@ -10,7 +10,7 @@
 6. Write the tables and `validation.json`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -318,21 +318,36 @@ def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
             "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    tables: CleanTables = {}
+    parts: dict[TableKind, dict[str, ParsedSource]] = {}
     for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
-            tables[kind] = _read(config, kind)
+            parts[kind] = _read(config, kind)
+    _check_template(config, [source for found in parts.values() for source in found.values()])
+    tables = {kind: assemble(kind, found) for kind, found in parts.items()}
+    for kind, table in tables.items():
+        if table.frame.empty:  # before other tables are derived from it
+            raise DataError(_nothing_left(kind, table, "train", config))
     return tables
 
 
-def _read(config: DataConfig, kind: TableKind) -> CleanTable:
+def _read(config: DataConfig, kind: TableKind) -> dict[str, ParsedSource]:
+    """The sources of a table by their split, "" where the prompts decide."""
     settings = config.table(kind)
     evaluation = settings.evaluation()
     train = _parse(config, kind, settings.path, settings.split)
     if evaluation is None:
-        return assemble(kind, {"": train})
-    return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
+        return {"": train}
+    return {"train": train, "eval": _parse(config, kind, *evaluation)}
+
+
+def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None:
+    for name in names_in(config.prompt_template):
+        if all(name in source.lacks for source in sources):
+            raise ConfigError(
+                f"data.prompt_template names {{{name}}}, but no source has such a field; "
+                f"correct the name, or write {{{{{name}}}}} for the text {{{name}}} itself"
+            )
 
 
 def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:

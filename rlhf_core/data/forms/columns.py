@@ -4,6 +4,7 @@ Nothing that a source has is passed over in silence: a column that holds text an
 that has a name of ours but other content, entries of a list beyond those that are mapped.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ class Columns:
     ) -> None:
         self.source, self.kind, self.names, self.form = source, kind, names, form
         self.notes: list[str] = []
+        self.lacks: frozenset[str] = frozenset()  # names in the template that it has no column for
         self.sides = Sides.of(reading.votes, self._name("response_a"), self._name("response_b"))
         self.details: frozenset[str] = frozenset()
         if kind == "preferences":
@@ -52,6 +54,7 @@ class Columns:
                 f"prompt; if that is wrong, map 'prompt' in data.{kind}.fields"
             )
         self.notes += self._unread()
+        self.seen = Counter[str]()
 
     def rows(self, file: str) -> Iterator[tuple[int, SourceRow]]:
         """The rows of the source with their numbers; `file` is its name."""
@@ -66,8 +69,18 @@ class Columns:
             signed=self.signed,
             details=self.details,
             file=file,
+            seen=self.seen,
         )
         return ((number, make(values)) for number, values in self.source.rows)
+
+    def note_unused_template(self) -> None:
+        """After all rows: a note if the template was not needed, so that its columns are unread."""
+        wanted = [name for name in names_in(self.reading.template) if name != "prompt"]
+        if wanted and self.seen["prompts"] and not self.seen["text prompts"]:
+            self.notes.append(
+                f"{self.source.source}: its prompts are messages, to which data.prompt_template is "
+                f"not applied, so {listed(wanted)} is not read"
+            )
 
     def _name(self, field: str) -> str:
         return self.names.get(field, field)
@@ -108,6 +121,7 @@ class Columns:
         """The reading of a source that may lack what the template names."""
         wanted = [name for name in names_in(reading.template) if name != "prompt"]
         missing = [name for name in wanted if not self._can_say(name)]
+        self.lacks = frozenset(missing)
         if not missing:
             return reading
         start = f"{self.source.source} does not have {listed(missing)}, which data.prompt_template"
@@ -163,15 +177,20 @@ class Columns:
             )
 
     def _unread_note(self, unread: Mapping[str, int]) -> str:
-        columns = listed([f"{place} ({self._filled(n)})" for place, n in unread.items()])
-        verb = "the column {} holds" if len(unread) == 1 else "the columns {} hold"
-        example = next(iter(unread))
+        columns = listed(list(unread), [f" ({self._filled(count)})" for count in unread.values()])
+        what = f"column {columns} holds" if len(unread) == 1 else f"columns {columns} hold"
+        example = next(filter(self._is_text, unread), "")
+        template = f' (such as "{{prompt}}\\n{{{shown(example)[1:-1]}}}")' if example else ""
         return (
-            f"{self.source.source}: {verb.format(columns)} text that is not read; a prompt takes "
-            f'it by data.prompt_template, e.g. "{{prompt}}\\n{{{shown(example)[1:-1]}}}", another '
-            f"field by data.{self.kind}.fields, and data.{self.kind}.ignore leaves it out without "
-            "this note"
+            f"{self.source.source}: the {what} text that is not read; "
+            f"data.prompt_template{template} puts it into the prompt, "
+            f"data.{self.kind}.fields reads it as another field, and "
+            f"data.{self.kind}.ignore leaves it out without this note"
         )
+
+    def _is_text(self, place: str) -> bool:
+        values = (find(row, place) for _, row in self.source.rows)
+        return isinstance(next(filter(is_filled, values), None), str)
 
     def _filled(self, count: int) -> str:
         return f"{count} of {len(self.source.rows)} rows filled"

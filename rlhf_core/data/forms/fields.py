@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 from rlhf_core.data.prepared import TableKind
@@ -110,14 +111,17 @@ def shown(name: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]}…'"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first dozen of them."""
-    texts = [shown(name).strip("'") for name in names[:_LISTED]]
+def listed(names: Sequence[str], remarks: Sequence[str] = ()) -> str:
+    """Names for a message, the first dozen of them, each with its remark."""
+    said = zip_longest(names[:_LISTED], remarks[:_LISTED], fillvalue="")
+    texts = [shown(name)[1:-1] + remark for name, remark in said]
     more = len(names) - len(texts)
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
-def unread_texts(source: SourceRows, read: Iterable[str], ignored: Iterable[str]) -> dict[str, int]:
+def unread_texts(
+    source: SourceRows, read: Iterable[str], ignored: Iterable[str] = ()
+) -> dict[str, int]:
     """The columns that hold text and are not read, each with how many rows are filled.
 
     An object of which some keys are read counts by its keys, as dotted paths. Numbers written as

@@ -143,7 +143,11 @@ def _require_no_more(entry: Mapping[Any, Any], known: Sequence[str], where: str)
     else:
         names = ", ".join(shown(str(key)) for key in more[:3])
         reason = f"{where}has {names} beside role and content, which would be lost"
-    raise UnlikeError("more than text", f"{reason}; name it in `ignore` to leave it out")
+    left_out = ", ".join(shown(str(key))[1:-1] for key in more[:3])
+    raise UnlikeError(
+        "more than text",
+        f"{reason}; `ignore: [{left_out}]` among the table's settings leaves it out",
+    )
 
 
 def _content(value: Any, where: str) -> Any:

@@ -65,6 +65,7 @@ class SourceRow:
     signed: bool  # the sign of a margin says which side it favours
     details: frozenset[str]  # the details of a vote to read
     file: str  # the name of the source
+    seen: Counter[str]  # counts prompts, and text prompts
 
     # --- prompts and answers
 
@@ -83,8 +84,10 @@ class SourceRow:
         """The prompt as the model gets it: in the words of the template, in the style that is set,
         and with the system message of the row. Messages get only the latter."""
         system = self._system()
+        self.seen["prompts"] += 1
         if not isinstance(prompt, str):
             return self._after_system(system, prompt)
+        self.seen["text prompts"] += 1
         template = self.reading.template
         if "system" in names_in(template):
             text, system = self._filled(template, prompt, system), ""

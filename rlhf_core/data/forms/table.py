@@ -6,7 +6,16 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from rlhf_core.data.forms import examples, trees
-from rlhf_core.data.forms.fields import FIELDS, find, has, is_template, listed, names_in, shown
+from rlhf_core.data.forms.fields import (
+    FIELDS,
+    find,
+    has,
+    is_template,
+    listed,
+    names_in,
+    shown,
+    unread_texts,
+)
 from rlhf_core.data.forms.messages import begins_a_dialogue, unpacked
 from rlhf_core.data.forms.published import hint
 from rlhf_core.data.forms.rows import Reading, SourceRow
@@ -132,6 +141,7 @@ def form_of(
     _require_meaning(source, kind, names, reading, form)
     alone = form.needs == {"chosen", "rejected"} and "prompt" not in here
     if alone and _begin_with_prompts(source, names):
+        _require_no_prompt_elsewhere(source, kind, names, form)
         return replace(form, convert=examples.implicit_pair, implicit=True)
     return form
 
@@ -157,6 +167,20 @@ def _require_meaning(
             f"data.{kind}.score_margin is set, but {read_by} and has no scores; remove it, or map "
             "'margin'"
         )
+
+
+def _require_no_prompt_elsewhere(
+    source: SourceRows, kind: TableKind, names: Mapping[str, str], form: Form
+) -> None:
+    others = list(unread_texts(source, [names.get(f, f) for f in form.needs | form.reads]))
+    if not others:
+        return
+    remedy = hint(source.columns(), kind) or f"map it in data.{kind}.fields"
+    raise DataError(
+        f"{source.source} has no field 'prompt', and its chosen and rejected are no dialogues, so "
+        f"the prompt may be one of: {listed(others)}; {remedy}, or name in data.{kind}.ignore what "
+        "is no prompt"
+    )
 
 
 def in_source(source: SourceRows, place: str) -> bool:

@@ -369,8 +369,9 @@ def test_the_argument_pairs_keep_every_vote(tmp_path):
     assert {row["response_a"] for row in loads(path)} >= set(frame["response_a"])
     # Its column `gold` is the better answer as its authors see it: no control question of ours.
     assert not frame["gold"].any()
-    [note] = report.validation.unread
-    assert "field 'gold': 'b' is neither true nor false" in note
+    other_gold, unread = report.validation.unread
+    assert "field 'gold': 'b' is neither true nor false" in other_gold
+    assert "the column debate (6447 of 6447 rows filled) holds text that is not read" in unread
     assert report.ties == sum(winner is None for *_, winner in kept)
     assert report.prompts_train + report.prompts_eval == 12  # six debates, two sides
 
