@@ -10,6 +10,7 @@
 6. Write the tables and `validation.json`.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,8 +83,9 @@ class TableConfig(Section):
         description="Fields that are called otherwise: ours -> a column of the source, a dotted "
         'path such as `data.prompt`, or a template such as `"{instruction}\\n{input}"`',
     )
-    votes: dict[str, str] = Field(
-        {}, description="Votes that are not `a`, `b` or `tie`: value of the source -> ours"
+    votes: dict[str, list[str]] = Field(
+        {},
+        description="Values of votes that differ: `a`, `b` or `tie` -> one or several of the source",
     )
     score_margin: float = Field(
         0.0,
@@ -100,18 +102,25 @@ class TableConfig(Section):
 
     @field_validator("votes", mode="before")
     @classmethod
-    def _values_as_text(cls, votes: object) -> object:
-        """YAML reads 1 as a number and true as a truth value."""
+    def _values_as_words(cls, votes: object) -> object:
+        """One value or several, of which YAML reads 1 as a number and yes as a truth value."""
         if not isinstance(votes, dict):
             return votes
-        return {word(value): vote for value, vote in votes.items()}
+        listed = {vote: v if isinstance(v, list) else [v] for vote, v in votes.items()}
+        return {vote: [word(value) for value in values] for vote, values in listed.items()}
 
     @field_validator("votes")
     @classmethod
-    def _known_votes(cls, votes: dict[str, str]) -> dict[str, str]:
-        for value, vote in votes.items():
-            if vote not in ("a", "b", "tie"):
-                raise ValueError(f"{value!r} is mapped to {vote!r}; a vote is 'a', 'b' or 'tie'")
+    def _known_votes(cls, votes: dict[str, list[str]]) -> dict[str, list[str]]:
+        unknown = sorted(votes.keys() - {"a", "b", "tie"})
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is not a vote; write the vote first, 'a', 'b' or 'tie', and then "
+                "the values of the source that mean it"
+            )
+        counts = Counter(value for values in votes.values() for value in values)
+        if twice := [value for value, count in counts.items() if count > 1]:
+            raise ValueError(f"the value {twice[0]!r} is listed twice; it can mean one vote only")
         return votes
 
     def evaluation(self) -> tuple[str, str] | None:
@@ -183,7 +192,7 @@ class DataConfig(Section):
         """How the settings say that one table is to be read."""
         table = self.table(kind)
         return Reading(
-            table.votes,
+            {value: vote for vote, values in table.votes.items() for value in values},
             frozenset(table.ignore),
             table.score_margin,
             self.prompt_template,

@@ -61,7 +61,7 @@ PUBLISHED: tuple[Published, ...] = (
         "preferences",
         "history human_ref_A human_ref_B labels",
         "fields: {prompt: history, response_a: human_ref_A, response_b: human_ref_B, "
-        "vote: labels}, votes: {1: a, 0: b}",
+        "vote: labels}, votes: {a: 1, b: 0}",
     ),
     _of(
         "KTO",
@@ -99,14 +99,14 @@ PUBLISHED: tuple[Published, ...] = (
         "preferences",
         "prompt response_0 response_1 better_response_id",
         "fields: {response_a: response_0, response_b: response_1, vote: better_response_id}, "
-        "votes: {0: a, 1: b}",
+        "votes: {a: 0, b: 1}",
     ),
     _of(
         "OpenAI's summaries",
         "preferences",
         "info summaries choice",
         "fields: {prompt: info.post, response_a: summaries.0.text, response_b: summaries.1.text, "
-        "vote: choice}, votes: {0: a, 1: b}",
+        "vote: choice}, votes: {a: 0, b: 1}",
     ),
     _of(
         "WebGPT",
@@ -121,7 +121,7 @@ PUBLISHED: tuple[Published, ...] = (
         "data annotations",
         "fields: {prompt: data.prompt, response_a: data.answer1, response_b: data.answer2, "
         "votes: annotations, vote: result.0.value.selected, annotator: completed_by}, "
-        "votes: {left: a, right: b}",
+        "votes: {a: left, b: right}",
     ),
     _of(
         "Argilla",

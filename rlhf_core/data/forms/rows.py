@@ -317,8 +317,8 @@ class SourceRow:
         if not vote:
             raise UnlikeError(
                 "unknown vote",
-                f"{quote(value)} is not a vote; a vote is 'a', 'b' or 'tie', and what other values "
-                f"mean is said in data.{self.kind}.votes",
+                f"{quote(value)} is not a vote; a vote is 'a', 'b' or 'tie', and data.{self.kind}."
+                "votes says what other values mean, e.g. {a: 1, b: 0}",
             )
         return vote
 

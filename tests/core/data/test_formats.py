@@ -381,7 +381,10 @@ NO_DIALOGUE = (
 )
 
 
-VOTE = "a vote is 'a', 'b' or 'tie', and what other values mean is said in data.preferences.votes"
+VOTE = (
+    "a vote is 'a', 'b' or 'tie', and data.preferences.votes says what other values mean, e.g. "
+    "{a: 1, b: 0}"
+)
 
 
 @pytest.mark.parametrize(

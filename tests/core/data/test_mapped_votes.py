@@ -2,23 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from pydantic import ValidationError
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.sources import SourceRows, read_rows
-from rlhf_core.stages.prepare import TableConfig
+from rlhf_core.stages.prepare import DataConfig, TableConfig
 
 PAIR = {"prompt": "p", "response_a": "A", "response_b": "B"}
 
 
 def table(*rows, names=None, votes=None, **reading):
-    config = TableConfig(votes=votes or {}, fields=names or {})
+    config = DataConfig(preferences={"votes": votes or {}})
     source = SourceRows("f.jsonl", "line", list(enumerate(rows, 1)))
-    return parse(source, "preferences", config.fields, Reading(config.votes, **reading))
+    known = replace(config.reading("preferences"), **reading)
+    return parse(source, "preferences", names or {}, known)
 
 
 def column(found, name="vote"):
@@ -31,12 +32,16 @@ def column(found, name="vote"):
     [
         (["model_a", "Model_B", "tie (bothbad)"], {}, ["a", "b", "tie"]),
         (["response_a", "response_b"], {}, ["a", "b"]),
-        (["left", "right", "both"], {"left": "a", "right": "b", "both": "tie"}, ["a", "b", "tie"]),
-        ([1, 0, 1.0, "1", "0.0"], {1: "a", 0: "b"}, ["a", "b", "a", "a", "b"]),
-        ([True, False, "True", "false"], {True: "a", False: "b"}, ["a", "b", "a", "b"]),
-        (["yes", "no"], {True: "a", False: "b"}, ["a", "b"]),  # YAML reads yes as true
-        ([-2, 0, 3], {-2: "a", 0: "tie", 3: "b"}, ["a", "tie", "b"]),
-        (["a", "b"], {"a": "b", "b": "a"}, ["b", "a"]),
+        (
+            ["left", "right", "both"],
+            {"a": "left", "b": "right", "tie": ["both"]},
+            ["a", "b", "tie"],
+        ),
+        ([1, 0, 1.0, "1", "0.0"], {"a": 1, "b": 0}, ["a", "b", "a", "a", "b"]),
+        ([True, False, "True", "false"], {"a": True, "b": False}, ["a", "b", "a", "b"]),
+        (["yes", "no"], {"a": True, "b": False}, ["a", "b"]),  # YAML reads yes as true
+        ([-2, 0, 3], {"a": [-3, -2, -1], "tie": 0, "b": [1, 2, 3]}, ["a", "tie", "b"]),
+        (["a", "b"], {"b": "a", "a": "b"}, ["b", "a"]),
     ],
 )
 def test_values_of_votes_are_mapped(values, votes, expected):
@@ -49,7 +54,9 @@ def test_values_of_votes_are_mapped(values, votes, expected):
 def test_a_value_that_is_not_mapped_is_a_bad_row_that_names_the_setting(value):
     [fault] = table(PAIR | {"vote": value}).faults
     assert fault.category == "unknown vote"
-    assert str(fault).endswith("and what other values mean is said in data.preferences.votes")
+    assert str(fault).endswith(
+        "data.preferences.votes says what other values mean, e.g. {a: 1, b: 0}"
+    )
     assert len(str(fault)) < 300
 
 
@@ -73,9 +80,15 @@ def test_a_vote_may_be_the_name_of_a_column(a, b, vote, expected):
     assert column(found, "response_a") == ["A"]
 
 
-def test_a_mapping_of_values_to_no_vote_is_refused_by_the_settings():
-    with pytest.raises(ValidationError, match="'left' is mapped to 'first'; a vote is 'a', 'b' or"):
-        TableConfig(votes={"left": "first"})
+def test_values_that_are_mapped_to_no_vote_or_to_two_are_refused_by_the_settings():
+    with pytest.raises(
+        ValidationError, match="'left' is not a vote; write the vote first, 'a', 'b"
+    ):
+        TableConfig(votes={"left": "a"})
+    with pytest.raises(
+        ValidationError, match="the value '1' is listed twice; it can mean one vote"
+    ):
+        TableConfig(votes={"a": [1, "1.0"]})
 
 
 def test_votes_in_a_list_are_read_by_mapped_names():
