@@ -81,11 +81,11 @@ class TableConfig(Section):
     fields: dict[str, str] = Field(
         {},
         description="Fields that are called otherwise: ours -> a column of the source, a dotted "
-        'path such as `data.prompt`, or a template such as `"{instruction}\\n{input}"`',
+        'path such as `question.text`, or a template such as `"{instruction}\\n{input}"`',
     )
     votes: dict[str, list[str]] = Field(
         {},
-        description="Values of votes that differ: `a`, `b` or `tie` -> one or several of the source",
+        description="Values of votes that differ: `a`, `b` or `tie` -> the source's, one or more",
     )
     score_margin: float = Field(
         0.0,
