@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,11 @@ class SourceRows:
 
     def columns(self) -> list[str]:
         """The field names of all rows, in order of appearance."""
-        return list(dict.fromkeys(name for _, row in self.rows for name in row))
+        return list(self._columns)
+
+    @cached_property
+    def _columns(self) -> dict[str, None]:
+        return dict.fromkeys(name for _, row in self.rows for name in row)
 
 
 def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:

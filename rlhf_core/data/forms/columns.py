@@ -5,7 +5,7 @@ that has a name of ours but other content, entries of a list beyond those that a
 """
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
 
@@ -196,8 +196,10 @@ class Columns:
         return f"{count} of {len(self.source.rows)} rows filled"
 
 
-def without(source: SourceRows, ignored: Container[str]) -> SourceRows:
+def without(source: SourceRows, ignored: Set[str]) -> SourceRows:
     """The source without some of its columns."""
+    if not ignored:
+        return source
     rows = [(n, {k: v for k, v in row.items() if k not in ignored}) for n, row in source.rows]
     return replace(source, rows=rows)
 

@@ -44,11 +44,11 @@ Look = Callable[[str], str]
 
 def find(row: Row, place: str) -> Any:
     """The value at a column or dotted path; None if the row has none."""
-    if place in row:
-        return row[place]
+    if place in row or "." not in place:
+        return row.get(place)
     value: Any = row
     for step in place.split("."):
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             value = value.get(step)
         elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
@@ -157,7 +157,7 @@ def _leaves(row: Row, start: str, prefixes: set[str]) -> Iterator[tuple[str, Any
 def _holds_text(value: Any) -> bool:
     if isinstance(value, str):
         return not _is_number(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, list) and any(_holds_text(entry) for entry in value)
 

@@ -122,7 +122,8 @@ def form_of(
     columns = source.columns()
     if not columns:  # no row could be read: the faults report it
         return FORMS[kind][0]
-    here = {field for field in FIELDS[kind] if _is_here(source, names, field)}
+    top = set(columns)
+    here = {f for f in FIELDS[kind] if names.get(f, f) in top or _is_deeper(source, names, f)}
     for field, name in names.items():
         missing = [place for place in names_in(name) if not in_source(source, place)]
         if field not in here or missing:
@@ -194,18 +195,20 @@ def is_present(source: SourceRows, names: Mapping[str, str], field: str) -> bool
     return in_source(source, name) or (field in names and is_template(name))
 
 
-def _is_here(source: SourceRows, names: Mapping[str, str], field: str) -> bool:
-    """Whether a field is present in the rows, or in the objects of a list of theirs."""
-    if is_present(source, names, field):
+def _is_deeper(source: SourceRows, names: Mapping[str, str], field: str) -> bool:
+    """Whether a field is at a path or a template, or in the objects of a list of the rows."""
+    name = names.get(field, field)
+    if field in names and is_present(source, names, field):
         return True
     lists = [beside for beside, inner in _IN_LISTS.items() if field in inner]
-    name = names.get(field, field)
     return any(has(entry, name) for beside in lists for _, entry in entries(source, names, beside))
 
 
 def entries(source: SourceRows, names: Mapping[str, str], field: str) -> Iterator[tuple[int, Row]]:
     """The objects in the lists of a field, each with its row number."""
     place = names.get(field, field)
+    if "." not in place and place not in source.columns():
+        return
     for number, row in source.rows:
         found = find(row, place)
         for entry in found if isinstance(found, list) else ():
