@@ -168,7 +168,11 @@ class SourceRow:
 
     def _filled(self, template: str, prompt: str, system: str) -> str:
         own = {"prompt": prompt, "system": system}
-        return fill(template, lambda name: own[name] if name in own else self._said(name))
+        text = fill(template, lambda name: own[name] if name in own else self._said(name))
+        if not is_filled(text):
+            reason = "is empty in the words of data.prompt_template"
+            raise BadRowError(self.name("prompt"), "empty text", reason)
+        return text
 
     def _said(self, place: str) -> str:
         """What a column says in a template; nothing if it is missing."""
