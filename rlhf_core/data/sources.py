@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from rlhf_core.errors import DataError
 
 Row = dict[str, Any]
-_WRAPPERS = ("data", "rows", "examples", "instances", "records")  # keys around the rows of a file
+# Keys around the rows of a file.
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "entries", "samples")
 Unit = Literal["line", "row"]
 
 
@@ -187,7 +188,7 @@ def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
 
 
 def _wrapped(text: str) -> list[Any] | None:
-    """The rows of a file that is one object around them; None if it is anything else."""
+    """The rows of a file that is one object, around them or alone; None if it is anything else."""
     if not text.lstrip().startswith("{"):
         return None
     try:
@@ -195,7 +196,7 @@ def _wrapped(text: str) -> list[Any] | None:
     except (ValueError, RecursionError):  # JSON lines, or damaged
         return None
     lists = [found[key] for key in _WRAPPERS if isinstance(found.get(key), list)]
-    return lists[0] if len(lists) == 1 else None
+    return lists[0] if len(lists) == 1 else [found]
 
 
 def _why(error: Exception) -> str:

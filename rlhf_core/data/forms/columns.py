@@ -169,12 +169,16 @@ class Columns:
         unread = unread_texts(source, read, {*self.reading.ignore, *noted})
         if unread:
             yield self._unread_note(unread)
-        for place, count in passed_over(source, read).items():
-            yield (
-                f"{source.source}: the list {shown(place)} has more entries than "
-                f"data.{self.kind}.fields reads in {count} of {len(source.rows)} rows; the others "
-                "are not read"
-            )
+        inside = [
+            e for field in ("votes", "answers") for _, e in entries(source, self.names, field)
+        ]
+        for rows, what in (([row for _, row in source.rows], "rows"), (inside, "objects")):
+            for place, count in passed_over(rows, read).items():
+                yield (
+                    f"{source.source}: the list {shown(place)} has more entries than "
+                    f"data.{self.kind}.fields reads in {count} of {len(rows)} {what}; the others "
+                    "are not read"
+                )
 
     def _unread_note(self, unread: Mapping[str, int]) -> str:
         columns = listed(list(unread), [f" ({self._filled(count)})" for count in unread.values()])

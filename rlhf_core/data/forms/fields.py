@@ -170,7 +170,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def passed_over(source: SourceRows, places: Iterable[str]) -> dict[str, int]:
+def passed_over(rows: Iterable[Row], places: Iterable[str]) -> dict[str, int]:
     """The lists of which mapped paths read single entries, each with how many rows have more."""
     used: dict[str, set[int]] = {}
     for place in places:
@@ -179,7 +179,7 @@ def passed_over(source: SourceRows, places: Iterable[str]) -> dict[str, int]:
             if n and step.isdecimal():
                 used.setdefault(".".join(steps[:n]), set()).add(int(step))
     counts = Counter[str]()
-    for _, row in source.rows:
+    for row in rows if used else ():
         for place, entries in used.items():
             found = find(row, place)
             counts[place] += isinstance(found, list) and len(found) > len(entries)

@@ -9,6 +9,7 @@ HH-RLHF. What a message has beside role and content is refused, since it would b
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -26,8 +27,11 @@ _TYPES: Mapping[type, str] = {
     **{bool: "a truth value", int: "a number", float: "a number"},
     **{str: "text", list: "a list", dict: "an object"},
 }
-_KEYS = ("role", "from", "content", "value")
-_ENCODED = re.compile(rf"\s*\[?\s*\{{\s*(['\"])(?:{'|'.join(_KEYS)})\1\s*:")
+_BESIDE = ("content", "value", "tool_calls", "function_call")  # what a message has beside its role
+_TEXT_PARTS = ("text", "input_text", "output_text")
+# A list of messages that was written as JSON or Python text begins so, also if it breaks off.
+_BEGINS = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|from|content|value)\1\s*:")
+_HAS_ROLE = re.compile(r"(['\"])(?:role|from)\1\s*:")
 # A text in quotes, or the gap between two objects: numpy prints a list of them without commas.
 _GAPS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\}\s+(?=\{)""", re.S)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -37,7 +41,14 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 def wrong_type(value: Any, wanted: str, where: str = "") -> UnlikeError:
     """The error for a value of another type."""
     found = _TYPES.get(type(value), f"of type {type(value).__name__}")
-    return UnlikeError("wrong type", f"{where}is {found}, not {wanted}")
+    entries = value.items() if isinstance(value, dict) else ()
+    texts = [str(key) for key, entry in entries if isinstance(entry, str)]
+    path = (
+        f"; a dotted path in the fields reads a key of it, such as {shown(texts[0])}"
+        if texts
+        else ""
+    )
+    return UnlikeError("wrong type", f"{where}is {found}, not {wanted}{path}")
 
 
 def required(value: Any, where: str = "") -> Any:
@@ -69,30 +80,50 @@ def unpacked(value: Any) -> Any:
     Any other value is returned as it is. Raises: UnlikeError for a text that begins as messages do
     and cannot be read.
     """
-    if isinstance(value, dict) and any(key in value for key in ("role", "from")):
+    if isinstance(value, dict) and _is_message(value):
         return [value]
-    if not isinstance(value, str) or not _ENCODED.match(value):
+    if not isinstance(value, str) or not _may_be_messages(value):
         return value
     found = parsed(value)
     if isinstance(found, dict):
         found = [found]
-    if not isinstance(found, list):
+    if isinstance(found, list):
+        return found if found and all(map(_is_message, found)) else value
+    if _BEGINS.match(value):
         raise UnlikeError(
             "bad messages",
             "begins like messages in JSON or Python, but cannot be read as such; write it as JSON",
         )
-    return found
+    return value
+
+
+def _may_be_messages(text: str) -> bool:
+    return text.lstrip()[:1] in ("[", "{") and bool(_HAS_ROLE.search(text))
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and ("role" in value or "from" in value)
+        and any(key in value for key in _BESIDE)
+    )
 
 
 def parsed(value: str) -> Any:
     """A list or object that was written as JSON or Python text; None if it is neither."""
-    for read in (json.loads, ast.literal_eval, lambda t: ast.literal_eval(_with_commas(t))):
+    for read in (json.loads, _literal, lambda text: _literal(_with_commas(text))):
         try:
             found = read(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             continue
         return found if isinstance(found, list | dict) else None
     return None
+
+
+def _literal(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in the user's text, such as \d
+        return ast.literal_eval(text)
 
 
 def _with_commas(value: str) -> str:
@@ -158,8 +189,8 @@ def _content(value: Any, where: str) -> Any:
     for part in value:
         kind = part.get("type", "text")
         more = [k for k, v in part.items() if k not in ("type", "text") and is_filled(v)]
-        if kind != "text" or more:
-            other = kind if kind != "text" else more[0]
+        if kind not in _TEXT_PARTS or more:
+            other = more[0] if kind in _TEXT_PARTS else kind
             reason = f"{where}has a part of type {quote(other)}; only parts of text can be read"
             raise UnlikeError("more than text", reason)
         content = required(part.get("text"), f"{where}part of text ")

@@ -375,7 +375,7 @@ def _label(value: Any) -> str:
     if is_missing(value) or value in ("nan", "NaN"):
         return ""
     if isinstance(value, str):
-        return messages.checked(re.sub(r"^(\d+)\.0$", r"\1", value))
+        return messages.checked(re.sub(r"^(-?\d+)\.0$", r"\1", value))
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and value == int(value):
         return str(int(value))

@@ -46,7 +46,7 @@ def test_an_empty_system_message_is_none(empty):
 
 
 def test_content_in_parts_is_the_text_of_its_parts():
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}, {"text": "."}]
+    parts = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}, {"text": "."}]
     assert messages([{"role": "user", "content": parts}])[0]["content"] == "one two."
 
 
@@ -58,6 +58,8 @@ def test_content_in_parts_is_the_text_of_its_parts():
         ({"type": "image"}, "message 1 has a part of type 'image'; only parts of text can be read"),
         ({"type": "text", "text": "x", "image": "y"},
          "message 1 has a part of type 'image'; only parts of text can be read"),
+        ({"type": ["text"], "text": "x"},
+         "message 1 has a part of type ['text']; only parts of text can be read"),
         ({"type": "text", "text": None}, "message 1 part of text is missing"),
         ({"type": "text"}, "message 1 part of text is missing"),
         ({"type": "text", "text": 3}, "message 1 part of text is a number, not text"),
@@ -166,6 +168,13 @@ def test_a_csv_file_of_dialogues_is_read_as_one_of_json_lines(tmp_path):
     columns = ["prompt", "response_a", "response_b", "vote"]
     pd.testing.assert_frame_equal(found.frame[columns], expected.frame[columns])
     assert not found.faults
+
+
+def test_an_object_that_is_no_text_names_the_path_to_one():
+    [fault] = table("prompts", {"prompt": {"n": 1, "text": "Why?"}}).faults
+    assert fault.reason == (
+        "is an object, not text; a dotted path in the fields reads a key of it, such as 'text'"
+    )
 
 
 def test_one_message_alone_is_a_dialogue_of_one():
