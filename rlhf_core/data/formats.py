@@ -12,6 +12,7 @@ A source of preferences has one of these forms:
     prompt, answers                    a list of {"answer", "rank"} or {"answer", "score"}
     prompt, response, score            one rated answer a row: answers to one prompt are compared
     id, parent, role, text, rank       one message of a tree a row: replies to one are compared
+    tree                               a whole tree a row, with its replies inside
 
 The first whose fields are there is used, but one whose fields are mapped goes before. Each vote
 becomes a row. Chosen and rejected become response_a and response_b with the vote "a". A source may
@@ -69,15 +70,12 @@ def parse(
     source = without(source, reading.ignore)
     form = form_of(source, kind, names, reading)
     columns = Columns(source, kind, names, form, reading)
-    path = Path(source.source)
     examples: list[Row] = []
     faults, skipped = list(source.unreadable), Counter[str]()
-    for number, row in columns.rows(path.name):
+    for number, row in columns.rows(Path(source.source)):
         try:
-            name = row.label("id") or f"{path.stem}-{number}"
-            for example in form.convert(row):
-                name_of_it = name + example.pop("suffix", "")
-                examples.append({"ballot": 0, **example, "id": name_of_it})
+            common = {"id": row.identity(), "ballot": 0}
+            examples += [{**common, **example} for example in form.convert(row)]
         except BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
             faults.append(Fault(*where, bad.category, bad.reason))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from rlhf_core.data.forms.fields import (
     find,
@@ -56,8 +57,8 @@ class Columns:
         self.notes += self._unread()
         self.seen = Counter[str]()
 
-    def rows(self, file: str) -> Iterator[tuple[int, SourceRow]]:
-        """The rows of the source with their numbers; `file` is its name."""
+    def rows(self, path: Path) -> Iterator[tuple[int, SourceRow]]:
+        """The rows of the source, which is at `path`, with their numbers."""
         make = partial(
             SourceRow,
             kind=self.kind,
@@ -68,10 +69,11 @@ class Columns:
             with_system=self.system,
             signed=self.signed,
             details=self.details,
-            file=file,
+            file=path.name,
             seen=self.seen,
         )
-        return ((number, make(values)) for number, values in self.source.rows)
+        stem = path.stem
+        return ((n, make(values, place=f"{stem}-{n}")) for n, values in self.source.rows)
 
     def note_unused_template(self) -> None:
         """After all rows: a note if the template was not needed, so that its columns are unread."""

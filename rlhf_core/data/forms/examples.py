@@ -1,19 +1,21 @@
 """What a row becomes: demonstrations, prompts, and preferences of votes, scores and ranks.
 
-Each function takes a row and returns examples in the prepared columns. An example may have a
-`suffix`, which tells the examples of one row apart by id.
+Each function takes a row and returns examples in the prepared columns. An example without an id has
+that of its row.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import combinations, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
 
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.forms.rows import SkippedRowError, SourceRow
 from rlhf_core.data.prepared import canonical_prompt
 from rlhf_core.data.sources import Row
 
-_NEIGHBOURS = 15  # later answers to the same prompt that a rated answer is compared with
+Item = TypeVar("Item")
+_NEIGHBOURS = 15  # later answers to the same prompt that an answer is compared with
 _LOOKED_AT = 1000  # later answers that are looked at for them
 
 
@@ -74,17 +76,25 @@ def scored_pair(row: SourceRow, fields: Sequence[str]) -> list[Row]:
 
 
 def answers_compared(row: SourceRow, level: str) -> list[Row]:
-    """Every two answers of a list, by their `rank` or `score`."""
+    """Every two answers of a list that are `near`, by their `rank` or `score`."""
     prompt, known = row.worded(row.prompt()), _known(row)
+    numbered = list(enumerate(row.answers(level), 1))
     return [
         {
-            **{"suffix": f"-{i + 1}-{j + 1}", "prompt": prompt},
+            **{"id": f"{row.identity()}-{i}-{j}", "prompt": prompt},
             **{"response_a": one, "response_b": other},
             **known,
             **_compared(row, score, than),
         }
-        for (i, (one, score)), (j, (other, than)) in combinations(enumerate(row.answers(level)), 2)
+        for (i, (one, score)), (j, (other, than)) in near(numbered)
     ]
+
+
+def near(items: Sequence[Item]) -> Iterator[tuple[Item, Item]]:
+    """Every two items that are at most 15 apart: a long list has no pair for each two of it."""
+    for i, one in enumerate(items):
+        for other in items[i + 1 : i + 1 + _NEIGHBOURS]:
+            yield one, other
 
 
 def _compared(row: SourceRow, a: float, b: float) -> Row:

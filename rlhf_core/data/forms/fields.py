@@ -24,12 +24,12 @@ from rlhf_core.data.vote_details import DETAILS
 FIELDS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": (
         *("id", "prompt", "system", "response", "messages"),
-        *("parent", "role", "text", "rank"),
+        *("parent", "role", "text", "rank", "tree"),
     ),
     "preferences": (
         *("id", "prompt", "system", "chosen", "rejected", "margin", "annotator"),
         *("response_a", "response_b", "votes", "vote", "preference", "score_a", "score_b"),
-        *("answers", "answer", "response", "score", "rank", "parent", "role", "text"),
+        *("answers", "answer", "response", "score", "rank", "parent", "role", "text", "tree"),
         *DETAILS,
     ),
     "prompts": ("id", "prompt", "system"),

@@ -43,6 +43,15 @@ PUBLISHED: tuple[Published, ...] = (
         "message_id parent_id text role",
         "fields: {id: message_id, parent: parent_id}",
     ),
+    *(
+        _of(
+            "OASST trees",
+            kind,
+            "message_tree_id prompt",
+            "fields: {id: message_tree_id, tree: prompt}",
+        )
+        for kind in ("demonstrations", "preferences")
+    ),
     _of(
         "HelpSteer 2",
         "preferences",

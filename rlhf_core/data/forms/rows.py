@@ -56,6 +56,7 @@ class SourceRow:
     """A row and how to read it."""
 
     values: Row
+    place: str  # name of the source and number, which stand for a missing id
     kind: TableKind
     names: Mapping[str, str]  # ours -> the source's
     reading: Reading
@@ -195,6 +196,10 @@ class SourceRow:
         """An id or annotator: text or a whole number; empty when absent."""
         with self._blame(field):
             return _label(self.get(field))
+
+    def identity(self) -> str:
+        """The id, or else the name of the source with the number of the row."""
+        return self.label("id") or self.place
 
     def source(self) -> str:
         """Where the row comes from: its own field, or else the name of the source."""

@@ -57,6 +57,7 @@ FORMS: Mapping[TableKind, tuple[Form, ...]] = {
         Form.of("prompt response", "id system", partial(examples.demonstration, field="response")),
         Form.of("messages", "id prompt system", partial(examples.demonstration, field="messages")),
         Form.of(_TREE, "rank", trees.node, join=trees.best_replies),
+        Form.of("tree", "id", trees.tree, join=trees.best_replies),
     ),
     "preferences": (
         Form.of("chosen rejected", f"{_CAST} margin", examples.chosen_pair, sided=False),
@@ -96,6 +97,7 @@ FORMS: Mapping[TableKind, tuple[Form, ...]] = {
             scored=True,
         ),
         Form.of(_TREE, "rank source", trees.node, join=trees.compare_replies, sided=False),
+        Form.of("tree", "id source", trees.tree, join=trees.compare_replies, sided=False),
     ),
     "prompts": (Form.of("prompt", "id system", examples.prompt_alone),),
 }

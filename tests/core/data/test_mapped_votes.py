@@ -171,6 +171,21 @@ def test_many_answers_to_one_prompt_do_not_become_a_pair_for_each_two():
     found = table(*(rated("p", f"r{n}", n) for n in range(1000)))
     assert len(found.frame) <= 15 * 1000
     assert not found.skipped
+    answers = [{"answer": f"r{n}", "rank": n} for n in range(1000)]
+    assert len(table({"prompt": "p", "answers": answers}).frame) <= 15 * 1000
+    root = {"id": "0", "parent": "", "role": "user", "text": "q"}
+    replies = [
+        {"id": f"{n}", "parent": "0", "role": "assistant", "text": f"r{n}", "rank": n}
+        for n in range(1, 1001)
+    ]
+    assert len(table(root, *replies).frame) <= 15 * 1000
+    chain = [
+        {"id": f"{n}", "parent": f"{n - 1}" if n else "", "text": "t", "rank": 0}
+        | {"role": "assistant" if n % 2 else "user"}
+        for n in range(20_000)
+    ]
+    reasons = table(*chain).skipped
+    assert reasons["replies without a way to the root of their tree"] > 9_000
 
 
 # --- trees
@@ -191,7 +206,7 @@ def test_a_tree_that_is_broken_or_goes_round_is_counted():
     found = table(*rows)
     assert column(found) == ["tie"]
     assert column(found, "id") == ["2+3"]
-    assert found.skipped == {"replies to a message that is not there": 2}
+    assert found.skipped == {"replies without a way to the root of their tree": 2}
     [fault] = table(*rows, node("7", "1", "tool")).faults
     assert str(fault) == (
         "f.jsonl, line 7, field 'role': has the role 'tool'; it must be system, user or assistant"

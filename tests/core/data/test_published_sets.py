@@ -50,6 +50,18 @@ TREE = [
     {"message_id": "z", "parent_id": "y", "text": "And?", "role": "prompter", "rank": None},
     {"message_id": "w", "parent_id": "z", "text": "Light.", "role": "assistant", "rank": None},
 ]
+DEEPER = {"text": "And?", "role": "prompter", "replies": [{"text": "Light.", "role": "assistant"}]}
+REPLIES = [
+    {"text": "No.", "role": "assistant", "rank": 1, "replies": []},
+    {"text": "Air.", "role": "assistant", "rank": 0, "replies": [DEEPER]},
+]
+NESTED = [
+    {
+        "message_tree_id": "t",
+        "tree_state": "ready",
+        "prompt": {"text": "Why?", "role": "prompter", "replies": REPLIES},
+    }
+]
 # Rows in the shape of each set, what becomes of them, and what is left out.
 SHAPES = {
     ("Alpaca", "demonstrations"): (
@@ -163,6 +175,16 @@ SHAPES = {
     ),
     ("OASST", "preferences"): (
         TREE,
+        [pref(CHAT, "Air.", "No.", "a")],
+        {"no other ranked reply to the message": 1},
+    ),
+    ("OASST trees", "demonstrations"): (
+        NESTED,
+        [shown(CHAT, "Air."), shown([ASK, GOOD, said("user", "And?")], "Light.")],
+        {"replies that are not the best": 1},
+    ),
+    ("OASST trees", "preferences"): (
+        NESTED,
         [pref(CHAT, "Air.", "No.", "a")],
         {"no other ranked reply to the message": 1},
     ),
