@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from rlhf_core.data.forms.fields import (
@@ -19,11 +20,15 @@ from rlhf_core.data.forms.fields import (
     shown,
     unread_texts,
 )
+from rlhf_core.data.forms.messages import parsed, unpacked
 from rlhf_core.data.forms.rows import Reading, SourceRow, read_margin
 from rlhf_core.data.forms.table import Form, entries, in_source, is_present
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.data.vote_details import DETAILS, OF_A_VOTE, Sides, UnlikeError, first_unlike
+
+_TEXTS = {"prompt", "response", "chosen", "rejected", "response_a", "response_b", "messages"}
+_SAMPLE = 20  # values of a column that are looked at for how it is written
 
 
 class Columns:
@@ -54,7 +59,7 @@ class Columns:
                 "and rejected share, up to its last end of a sentence or line, is taken as the "
                 f"prompt; if that is wrong, map 'prompt' in data.{kind}.fields"
             )
-        self.notes += self._unread()
+        self.notes += [*self._brackets(), *self._unread()]
         self.seen = Counter[str]()
 
     def rows(self, path: Path) -> Iterator[tuple[int, SourceRow]]:
@@ -182,6 +187,18 @@ class Columns:
                     "are not read"
                 )
 
+    def _brackets(self) -> Iterator[str]:
+        """Notes on columns whose texts are lists or objects that were written as text."""
+        for place in sorted({self._name(field) for field in _TEXTS & self.form.needs}):
+            values = (find(row, place) for _, row in self.source.rows)
+            first = list(islice(filter(is_filled, values), _SAMPLE))
+            if len(first) > 1 and all(_is_bracketed(value) for value in first):
+                yield (
+                    f"{self.source.source}: the column {shown(place)} holds lists or objects in "
+                    "JSON or Python that are no messages, so they are read as text with their "
+                    "brackets and quotes; if people did not write these, convert the column"
+                )
+
     def _unread_note(self, unread: Mapping[str, int]) -> str:
         columns = listed(list(unread), [f" ({self._filled(count)})" for count in unread.values()])
         what = f"column {columns} holds" if len(unread) == 1 else f"columns {columns} hold"
@@ -208,6 +225,13 @@ def without(source: SourceRows, ignored: Set[str]) -> SourceRows:
         return source
     rows = [(n, {k: v for k, v in row.items() if k not in ignored}) for n, row in source.rows]
     return replace(source, rows=rows)
+
+
+def _is_bracketed(value: object) -> bool:
+    try:
+        return isinstance(unpacked(value), str) and parsed(str(value)) is not None
+    except UnlikeError:  # a bad row
+        return False
 
 
 def _negative(margin: object) -> bool:

@@ -170,6 +170,20 @@ def test_a_csv_file_of_dialogues_is_read_as_one_of_json_lines(tmp_path):
     assert not found.faults
 
 
+def test_a_column_of_lists_of_texts_is_read_as_text_and_said():
+    rows = [{"prompt": json.dumps([f"Why {n}?"])} for n in range(3)]
+    found = table("prompts", *rows)
+    assert found.frame["prompt"].tolist() == [row["prompt"] for row in rows]
+    assert list(found.unread) == [
+        "f.jsonl: the column 'prompt' holds lists or objects in JSON or Python that are no "
+        "messages, "
+        "so they are read as text with their brackets and quotes; if people did not write these, "
+        "convert the column"
+    ]
+    assert not table("prompts", *rows, {"prompt": "Why?"}).unread
+    assert not table("prompts", *({"prompt": f"{n}"} for n in range(3))).unread
+
+
 def test_an_object_that_is_no_text_names_the_path_to_one():
     [fault] = table("prompts", {"prompt": {"n": 1, "text": "Why?"}}).faults
     assert fault.reason == (
