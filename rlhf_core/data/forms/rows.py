@@ -238,23 +238,17 @@ class SourceRow:
     def margins(self, votes: Sequence[str]) -> list[float]:
         """By how much the winner of each vote should win, in raw reward.
 
-        A margin belongs to the pair. Its sign says which side it favours, if any margin of the
-        source has one; else it favours the side with more votes. A vote for the
-        other side has none.
+        If any margin of the source is negative, their signs say which side they favour: the margin is
+        that of the votes for this side, which have to be as many as the others at least.
         """
         margin, counts = self.margin(), Counter(votes)
-        if margin == 0 or not counts["a"] + counts["b"]:
-            return [0.0] * len(votes)
-        lead = counts["a"] - counts["b"]
-        side = "a" if (margin if self.signed else lead) > 0 else "b"
-        if not self.signed and lead == 0:
-            self._refuse_margin(margin, "has no sign, and both answers have as many votes")
-        if lead and (lead > 0) != (side == "a"):
-            winner = self.name("response_a" if lead > 0 else "response_b")
+        if not self.signed or margin == 0:
+            return [margin] * len(votes)
+        side, other = ("a", "b") if margin > 0 else ("b", "a")
+        if counts[other] > counts[side]:
+            favoured, winner = (self.name(f"response_{name}") for name in (side, other))
             self._refuse_margin(
-                margin,
-                f"favours '{self.name(f'response_{side}')}' by its sign, but "
-                f"'{winner}' won the vote",
+                margin, f"favours '{favoured}' by its sign, but '{winner}' won the vote"
             )
         return [abs(margin) if vote == side else 0.0 for vote in votes]
 
