@@ -238,8 +238,8 @@ class SourceRow:
     def margins(self, votes: Sequence[str]) -> list[float]:
         """By how much the winner of each vote should win, in raw reward.
 
-        If any margin of the source is negative, their signs say which side they favour: the margin is
-        that of the votes for this side, which have to be as many as the others at least.
+        If any margin of the source is negative, their signs say which side they favour: the margin
+        is that of the votes for this side, which have to be as many as the others at least.
         """
         margin, counts = self.margin(), Counter(votes)
         if not self.signed or margin == 0:

@@ -234,14 +234,8 @@ def test_a_margin_is_for_the_side_that_it_favours(rows, expected):
 
 
 def test_a_margin_against_the_votes_is_a_bad_row():
-    signed = {"vote": "b", "margin": -1}
-    rows = [signed, {"vote": "a", "margin": -2}, {"votes": ["a", "b", "b"], "margin": "1.5"}]
-    faults = table(
-        *(
-            PAIR | {"votes": [row.pop("vote")]} | row if "vote" in row else PAIR | row
-            for row in rows
-        )
-    ).faults
+    cast = [(["b"], -1), (["a"], -2), (["a", "b", "b"], "1.5")]
+    faults = table(*(PAIR | {"votes": votes, "margin": margin} for votes, margin in cast)).faults
     assert [str(fault) for fault in faults] == [
         "f.jsonl, line 2, field 'margin': -2 favours 'response_b' by its sign, but 'response_a' "
         "won the vote",
