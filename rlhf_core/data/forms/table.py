@@ -165,6 +165,11 @@ def _require_meaning(
             f"data.{kind}.fields maps '{unused[0]}', but {read_by}, beside which it has no "
             "meaning; remove one of them from the fields"
         )
+    if reading.votes and not form.needs & {"votes", "vote", "preference"}:
+        raise DataError(
+            f"data.{kind}.votes says what values of votes mean, but {read_by} and has no votes; "
+            "remove it, or map 'vote'"
+        )
     if reading.score_margin and not form.scored:
         raise DataError(
             f"data.{kind}.score_margin is set, but {read_by} and has no scores; remove it, or map "

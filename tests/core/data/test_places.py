@@ -230,6 +230,10 @@ def test_a_mapped_field_that_has_no_meaning_here_is_an_error():
     )
     with pytest.raises(DataError, match=r"score_margin is set, but f\.jsonl is read by chosen"):
         table("preferences", row, score_margin=1.0)
+    with pytest.raises(
+        DataError, match=r"votes says what values .* but f\.jsonl is read by chosen"
+    ):
+        table("preferences", row, votes={"1": "a"})
     # Two answers that are called chosen and rejected, with a vote of their own.
     names = {"response_a": "chosen", "response_b": "rejected", "vote": "who"}
     assert table("preferences", row | {"who": "b"}, names=names).frame["vote"].tolist() == ["b"]
