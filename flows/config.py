@@ -21,17 +21,24 @@ from rlhf_core.stages.table import algorithms
 from rlhf_core.training.learner import TrainingSection
 
 
+NAME_LENGTH = 100  # of a project: it is a folder, and begins the names of models and runs
+
+
 class RunConfig(Section):
     """The settings of every flow: its project and its seed."""
 
     project: str = Field(
         "demo",
         pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        max_length=NAME_LENGTH,
         description="Name of the MLflow experiment, and prefix of the registered models, as in "
         "demo-policy (lower-case letters, digits, dashes)",
     )
     seed: int = Field(
-        0, ge=0, description="Random seed; on the same machine the same seed gives the same result"
+        0,
+        ge=0,
+        le=2**63 - 1,
+        description="Random seed; on the same machine the same seed gives the same result",
     )
 
 

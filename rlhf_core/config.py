@@ -14,7 +14,10 @@ class Section(BaseModel):
 
     # The form labels a field with the name that it has in YAML and in error messages.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", field_title_generator=lambda name, info: name
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        field_title_generator=lambda name, info: name,
     )
 
     @classmethod

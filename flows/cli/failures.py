@@ -8,6 +8,8 @@ import errno
 from collections.abc import Iterator
 from socket import gaierror
 
+from rlhf_core.redaction import masked
+
 UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the host name is unknown
 NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 FORBIDDEN = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
@@ -63,4 +65,4 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    return masked(text.strip().partition("\n")[0])[:300]  # a secret cut in two would not be found

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, UserError
+from rlhf_core.redaction import masked
 
 Config = TypeVar("Config", bound=Section)
 Location = tuple[str | int, ...]
@@ -225,7 +226,12 @@ def _sentence(item: ErrorDetails, schema: type[BaseModel]) -> str:
             text = str(item["ctx"]["error"])
             return f"{name}: {text}" if name else text
     rule = item["msg"].replace("Input should be", "must be")
-    return f"{name} {rule}; it is {reprlib.repr(item['input'])}."
+    return f"{name} {rule}; it is {_shown(item['input'])}."
+
+
+def _shown(value: object) -> str:
+    """A value, short and without secrets."""
+    return reprlib.repr(masked(value) if isinstance(value, str) else value)
 
 
 def _suggestion(location: Location, schema: type[BaseModel]) -> str:

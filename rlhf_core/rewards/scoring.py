@@ -57,7 +57,7 @@ class RewardTerm(Section):
         "function, called with prompts and responses (lists of str), returns one number each",
     )
     weight: float = Field(
-        1.0, allow_inf_nan=False, description="Factor of this part; negative for a penalty, never 0"
+        1.0, description="Factor of this part; negative for a penalty, never 0"
     )
 
     @field_validator("source")

@@ -41,9 +41,15 @@ from rlhf_core.work import Work
 class EvaluationConfig(Section):
     """Settings of the evaluation."""
 
-    prompts: int = Field(128, ge=2, description="Most held-out prompts to answer")
-    samples_per_prompt: int = Field(2, ge=1, description="Answers of each policy to each prompt")
-    best_of: int = Field(8, ge=1, description="n of best-of-n: SFT samples to choose from")
+    prompts: int = Field(
+        128, ge=2, le=1_000_000, description="Most held-out prompts to answer"
+    )
+    samples_per_prompt: int = Field(
+        2, ge=1, le=10_000, description="Answers of each policy to each prompt"
+    )
+    best_of: int = Field(
+        8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
+    )
     true_reward: str = Field(
         "",
         description="Import path module:function of the known truth, called with prompts and "
