@@ -9,6 +9,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Sections
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
@@ -140,6 +141,21 @@ class PipelineConfig(ByAlgorithm):
             sft=self.sft.max_length,
             reward=self.reward_model.max_length,
         )
+
+    @property
+    def reward_functions(self) -> list[tuple[str, str]]:
+        """The import paths of functions that a run calls, each with its setting."""
+        rewards = getattr(self.policy, "rewards", ())
+        found = [("the reward", term.source) for term in rewards if not term.is_model]
+        truth = self.evaluation.true_reward
+        return [*found, ("evaluation.true_reward", truth)] if truth else found
+
+    @property
+    def registered_models(self) -> list[str]:
+        """The addresses of the registered models that a run uses."""
+        terms = getattr(self.policy, "rewards", ())
+        named = [term.source for term in terms if term.is_model and term.source != PIPELINE_REWARD]
+        return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
 
     @property
     def plan_sections(self) -> Sections:

@@ -83,7 +83,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
-    other_rewards = find_rewards(config.policy)
+    other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
     data = prepare_data(config.data, config.model, config.length_limits, run)
 
     if config.sft.reuse:

@@ -5,6 +5,14 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 
+class FileOrHub:
+    """Marks a text as the path of a file or folder, if it is no hub id and no address.
+
+    Put into the type of a field, `Annotated[str, FileOrHub]`: whoever loads a config from a file
+    makes such a path absolute.
+    """
+
+
 class Section(BaseModel):
     """A group of settings. A misspelt key raises; a parsed value never changes.
 

@@ -158,8 +158,14 @@ class Settings(BaseSettings):
     reward_packages: str = Field(
         "",
         validation_alias="RLHF_REWARD_PACKAGES",
-        description="Python packages, and folders of modules, whose functions may be a reward; "
-        "separated by commas, a folder has a slash. `rlhf run` adds the folder of its config",
+        description="Python packages whose functions may be a reward, separated by commas; those "
+        "of the config's folder may be one without",
+    )
+    config_folder: str = Field(
+        "",
+        validation_alias="RLHF_CONFIG_FOLDER",
+        description="The folder of the config, whose modules may be rewards. `rlhf run` and the "
+        "like set it themselves, and so does `rlhf up` for its worker; another worker has none",
     )
     checkpoint_seconds: float = Field(
         60.0,

@@ -49,6 +49,8 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
             f"The disk is full ({_first_line(text)}): free some space, or set RLHF_HOME to a "
             "folder on another disk."
         )
+    if code == errno.ENAMETOOLONG:
+        return f"A name is too long for this disk ({_first_line(text)}): choose a shorter one."
     if code in FORBIDDEN or any(phrase in text for phrase in DATABASE_CLOSED):
         return (
             f"A file cannot be written or read ({_first_line(text)}): fix its permissions, or set "

@@ -1,7 +1,7 @@
 """The model that fine-tuning starts from: a pretrained one, or a small fresh one."""
 
 from collections.abc import Iterable
-from typing import Self, cast
+from typing import Annotated, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -20,7 +20,7 @@ from transformers import (
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import complete
-from rlhf_core.config import Section
+from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
 
@@ -40,7 +40,7 @@ class FreshModelConfig(Section):
 class ModelConfig(Section):
     """The model that fine-tuning starts from."""
 
-    source: str = Field(
+    source: Annotated[str, FileOrHub] = Field(
         "",
         description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
         "Python package; empty = a fresh model",

@@ -13,14 +13,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pandas as pd
 from pydantic import Field, model_validator
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
-from rlhf_core.config import Section
+from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.assembly import (
     CleanTable,
     CleanTables,
@@ -62,14 +62,14 @@ if TYPE_CHECKING:
 class TableConfig(Section):
     """The source of one table."""
 
-    path: str = Field(
+    path: Annotated[str, FileOrHub] = Field(
         "",
         description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
         "the hub id of a data set; empty = none",
     )
     split: str = Field("train", description="Split of a Hugging Face data set")
     subset: str = Field("", description="Subset (configuration) of a hub data set")
-    eval_path: str = Field(
+    eval_path: Annotated[str, FileOrHub] = Field(
         "", description="Separate evaluation data; empty = `path`, split by prompt"
     )
     eval_split: str = Field(

@@ -34,6 +34,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
 from tasks.record import tags
+from tasks.record.runs import NAME_LENGTH
 from tasks.record.terminal import how_far
 from tasks.settings import Settings
 
@@ -45,7 +46,6 @@ SUSPENSION = Pause  # raised in a flow that suspends itself
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
-NAME_LENGTH = 250  # MLflow's limit for the name of a run
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def _load(
     name: str, scratch: Path, settings: Settings
 ) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
     """Load the policy and its tokenizer, and whether it was trained on messages."""
+    if not name.strip():
+        raise ModelError("the name of the model is empty; pass a reference, a folder or a hub id")
     if name.startswith("models:/"):
         store = Record.open(settings).store
         source = str(store.fetch(store.resolve(name), scratch))

@@ -10,7 +10,7 @@ from prefect.flow_engine import run_flow
 
 from flows.working_dir import in_working_dir
 from rlhf_core.errors import UserError
-from rlhf_core.rewards.scoring import load_function
+from rlhf_core.rewards.functions import load_function
 
 pytestmark = pytest.mark.integration
 

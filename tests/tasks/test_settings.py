@@ -50,7 +50,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_DEVICE": "cpu",
         "RLHF_PROCESSES": "4",
         "RLHF_STRATEGY": "fsdp",
-        "RLHF_REWARD_PACKAGES": "rules, /srv/rewards",
+        "RLHF_REWARD_PACKAGES": "rules, judges",
+        "RLHF_CONFIG_FOLDER": "/srv/configs",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
         "RLHF_KEEP_WORK_DAYS": "30",
         "RLHF_OUTAGE_SECONDS": "10",
@@ -69,7 +70,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.prefect_public_url == "https://prefect.example.org"
     assert settings.device == "cpu"
     assert (settings.processes, settings.strategy) == (4, "fsdp")
-    assert settings.reward_packages == "rules, /srv/rewards"
+    assert settings.reward_packages == "rules, judges"
+    assert settings.config_folder == "/srv/configs"
     assert settings.checkpoint_seconds == 0.5
     assert settings.keep_work_days == 30
     assert settings.outage_seconds == 10
