@@ -181,7 +181,8 @@ def up(
     configs: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of YAML presets [default: ./configs, else the presets in the package]."
+            help="Folder of YAML presets [default: ./configs, else the presets in the package]. "
+            "Relative paths in them start from it, and modules in it may be rewards."
         ),
     ] = None,
 ) -> None:
@@ -239,7 +240,9 @@ def deploy(
     ] = None,
     working_dir: Annotated[
         str,
-        typer.Option(help="The folder on the worker that relative paths in a config start from."),
+        typer.Option(
+            help="Where the folder of the presets lies on the worker: relative paths start there."
+        ),
     ] = "",
     owner: Annotated[
         str, typer.Option(help="Who owns the deployments; shown as a tag.")
@@ -292,6 +295,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     settings = read_settings()
     apply_environment(settings)
     pipeline = _load(config, overrides)
+    from rlhf_core.doubts import doubts
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import inspect
@@ -310,6 +314,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         plan = make_plan(pipeline.plan_sections, found)
     show_validation(found)
     show_plan(plan)
+    for sentence in doubts(pipeline.chosen, found):
+        line(f"Warning: {sentence}.")
     if unchecked:
         line(unchecked)
 

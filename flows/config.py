@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
+from rlhf_core.doubts import Chosen
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Sections
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
@@ -160,18 +161,29 @@ class PipelineConfig(ByAlgorithm):
     @property
     def plan_sections(self) -> Sections:
         """The sections that `make_plan` needs."""
+        return Sections(
+            model=self.model,
+            trainings=self._trainings,
+            sampling=self.sampling,
+            evaluation=self.evaluation,
+            reward_gate=self.reward_gate,
+            promotion=self.promotion,
+        )
+
+    @property
+    def chosen(self) -> Chosen:
+        """The sections that `doubts` looks at."""
+        return Chosen(self.model, self.data, self.sampling, self._trainings)
+
+    @property
+    def _trainings(self) -> dict[str, TrainingSection]:
+        """The sections of the stages that train, by stage."""
         trainings: dict[str, TrainingSection] = {
             name: section
             for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
             if not section.reuse
         }
-        return Sections(
-            model=self.model,
-            trainings={**trainings, self.algorithm: self.policy},
-            evaluation=self.evaluation,
-            reward_gate=self.reward_gate,
-            promotion=self.promotion,
-        )
+        return {**trainings, self.algorithm: self.policy}
 
     @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:

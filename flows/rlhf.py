@@ -1,5 +1,6 @@
 """The whole pipeline: data, SFT, reward model, policy, evaluation, promotion."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
+from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
@@ -22,6 +24,9 @@ from tasks.steps.reward_model import check_reward_model, train_reward_model
 from tasks.steps.sft import train_sft
 
 Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
+
+
+log = logging.getLogger("tasks.flow")  # below the loggers that Prefect shows
 
 
 class Trained(BaseModel):
@@ -64,6 +69,8 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         force: stages to run again even if a result can be reused.
     """
     forced = forced_stages(force, config)
+    for sentence in doubts(config.chosen):
+        log.warning("%s", sentence)
     with open_run(config.project, config, config.seed, force=forced) as run:
         trained = train_models(config, run)
         champion = pin_champion(run, trained.policy)

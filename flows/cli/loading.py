@@ -65,7 +65,12 @@ def load_config(
 def presets() -> Path:
     """The folder `./configs`, else the one in the package."""
     here = Path("configs")
-    return here if here.is_dir() else Path(__file__).parents[2] / "configs"
+    return here if here.is_dir() else packaged_presets()
+
+
+def packaged_presets() -> Path:
+    """The folder of presets in the package."""
+    return Path(__file__).parents[2] / "configs"
 
 
 def config_files(folder: Path) -> list[Path]:

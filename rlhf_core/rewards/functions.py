@@ -91,7 +91,7 @@ def refused(module: str, places: RewardPlaces) -> str:
     found = _spec(top)
     if places.folder and found is not None and _lies_in(found, Path(places.folder)):
         return ""
-    where = f"in {places.folder}, the folder of the config" if places.folder else ""
+    where = f"in {places.folder}, the folder of the config," if places.folder else ""
     if found is None:
         also = f"neither {where} nor among the packages" if where else "not among the packages"
         return f"cannot be imported: {top} is {also} installed here; check the name and the folder"
