@@ -22,7 +22,6 @@ from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import algorithms
 from rlhf_core.training.learner import TrainingSection
 
-
 NAME_LENGTH = 100  # of a project: it is a folder, and begins the names of models and runs
 
 

@@ -82,12 +82,13 @@ def _of_optimizer(stage: str, section: TrainingSection) -> Iterator[str]:
         if rate < LOWEST_RATE or rate > HIGHEST_RATE:
             what = "changes no weight" if rate < LOWEST_RATE else "makes training diverge"
             yield (
-                f"{stage}.{name} is {rate:g}, which {what}; the default is {_default(section, name):g}"
+                f"{stage}.{name} is {rate:g}, which {what}; the default is "
+                f"{_default(section, name):g}"
             )
     if section.warmup_ratio >= 0.5:
         yield (
-            f"{stage}.warmup_ratio is {section.warmup_ratio:g}: the learning rate rises for most of "
-            "the training; use 0 to 0.1"
+            f"{stage}.warmup_ratio is {section.warmup_ratio:g}: the learning rate rises for half "
+            "of the training or more; use 0 to 0.1"
         )
     if section.learning_rate * section.weight_decay >= 0.1:
         yield (
@@ -102,8 +103,8 @@ def _of_adapter(stage: str, section: TrainingSection) -> Iterator[str]:
             value = getattr(section, name)
             if value != _default(section, name):
                 yield (
-                    f"{stage}.{name} is {value}, but {stage}.lora_rank is 0, so all weights are "
-                    f"trained without an adapter; set lora_rank, for example to 16, or remove {name}"
+                    f"{stage}.{name} is {value}, but {stage}.lora_rank is 0, so there is no "
+                    f"adapter; set lora_rank, for example to 16, or remove {name}"
                 )
         return
     for name in _rates(section):
@@ -116,8 +117,8 @@ def _of_adapter(stage: str, section: TrainingSection) -> Iterator[str]:
     if section.lora_alpha > 64 * section.lora_rank or 64 * section.lora_alpha < section.lora_rank:
         yield (
             f"{stage}.lora_alpha is {section.lora_alpha} with lora_rank {section.lora_rank}, so "
-            f"the adapter is scaled by {section.lora_alpha / section.lora_rank:.3g}; set lora_alpha "
-            "to one or two times lora_rank"
+            f"the adapter is scaled by {section.lora_alpha / section.lora_rank:.3g}; set "
+            "lora_alpha to one or two times lora_rank"
         )
 
 
@@ -128,9 +129,7 @@ def _of_reward_model(stage: str, section: RewardModelConfig) -> Iterator[str]:
                 yield f"{stage}.{name} has no effect with loss pointwise_mse; remove it"
 
 
-def _of_policy(
-    stage: str, section: OnPolicySection, sampling: SamplingConfig
-) -> Iterator[str]:
+def _of_policy(stage: str, section: OnPolicySection, sampling: SamplingConfig) -> Iterator[str]:
     if section.kl_coef == 0 and section.kl_budget == 0:
         yield (
             f"{stage}.kl_coef and {stage}.kl_budget are 0: nothing holds the policy near SFT, and "
@@ -143,8 +142,8 @@ def _of_policy(
         )
     if 0 < section.update_kl_limit < 1e-5:
         yield (
-            f"{stage}.update_kl_limit is {section.update_kl_limit:g} nats a token, so the epochs of "
-            "an iteration end after their first update; raise it, or set it to 0 for no limit"
+            f"{stage}.update_kl_limit is {section.update_kl_limit:g} nats a token, so the epochs "
+            "of an iteration end after their first update; raise it, or set it to 0 for no limit"
         )
     if section.keep_every > section.iterations:
         yield (
@@ -201,8 +200,8 @@ def _of_data(stage: str, section: TrainingSection, validation: Validation) -> It
         count = _count(validation, table)
         if 2 * cut > count:
             yield (
-                f"{stage}.max_length is {longest}, which cuts {cut:,} of {count:,} {whole}: what is "
-                "cut is not learnt; raise it, or shorten the texts"
+                f"{stage}.max_length is {longest}, which cuts {cut:,} of {count:,} {whole}: what "
+                "is cut is not learnt; raise it, or shorten the texts"
             )
 
 
@@ -220,8 +219,8 @@ def _cut_in_sampling(sampling: SamplingConfig, validation: Validation) -> Iterat
                 else "the policy cannot end answers as long as those it imitates"
             )
             yield (
-                f"sampling.{name} is {limit}, but {cut:,} of {count:,} {what} are longer: {meaning}; "
-                "raise it"
+                f"sampling.{name} is {limit}, but {cut:,} of {count:,} {what} are longer: {meaning}"
+                "; raise it"
             )
 
 
@@ -233,8 +232,8 @@ def _count(validation: Validation, table: str) -> int:
 
 def _too_long(stage: str, steps: int, settings: str) -> str:
     return (
-        f"{stage} takes {steps:,} steps, which at one a second are {steps / 86_400:,.0f} days; lower "
-        f"{stage}.{settings}"
+        f"{stage} takes {steps:,} steps, which at one a second are {steps / 86_400:,.0f} days; "
+        f"lower {stage}.{settings}"
     )
 
 

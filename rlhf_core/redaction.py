@@ -5,9 +5,12 @@ Prefect. What looks like a secret is found by its form; the values of secret var
 this module by whoever reads them.
 """
 
+import logging
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8  # characters: a shorter value would hide common words
@@ -44,12 +47,18 @@ def remember(values: Iterable[str]) -> None:
 
 def masked(text: str) -> str:
     """`text` with every secret replaced by `***`; a text without one comes back as it is."""
-    if "=" in text or ":" in text:
-        for form, hidden in _FORMS:
-            text = form.sub(hidden, text)
+    text = without_forms(text)
     for value in sorted(_known, key=len, reverse=True):
         if value in text:
             text = text.replace(value, HIDDEN)
+    return text
+
+
+def without_forms(text: str) -> str:
+    """`text` without what has the form of a secret; values that are only known stay."""
+    if "=" in text or ":" in text:
+        for form, hidden in _FORMS:
+            text = form.sub(hidden, text)
     return _SHAPES.sub(HIDDEN, text)
 
 
@@ -62,15 +71,41 @@ def mask_error(error: BaseException) -> None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        current.args = tuple(masked(part) if isinstance(part, str) else part for part in current.args)
-        for name, value in list(vars(current).items()):
-            if isinstance(value, str) and masked(value) != value:
-                setattr(current, name, masked(value))
+        with suppress(AttributeError, TypeError):  # an exception that cannot be changed
+            current.args = tuple(
+                masked(part) if isinstance(part, str) else part for part in current.args
+            )
+            for name, value in list(vars(current).items()):
+                if isinstance(value, str) and masked(value) != value:
+                    setattr(current, name, masked(value))
         waiting += [current.__cause__, current.__context__]
         if isinstance(current, BaseExceptionGroup):
             waiting += current.exceptions
 
 
-def masked_traceback(error: BaseException) -> str:
-    """The traceback of an exception as Python prints it, without secrets."""
-    return masked("".join(traceback.format_exception(error)))
+def mask_logs() -> None:
+    """Hide secrets in every log record of this process from now on; repeated calls do no harm."""
+    present = logging.getLogRecordFactory()
+    if not isinstance(present, _Masking):
+        logging.setLogRecordFactory(_Masking(present))
+
+
+class _Masking:
+    """Makes log records whose message and traceback hold no secret, for all loggers."""
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self._make(*args, **kwargs)
+        try:
+            text = record.getMessage()
+        except Exception:  # the handler reports a message that does not fit its arguments
+            return record
+        if (shown := masked(text)) != text:
+            record.msg, record.args = shown, ()
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            trace = "".join(traceback.format_exception(error)).rstrip("\n")
+            if (shown := masked(trace)) != trace:
+                record.exc_text = shown  # formatters use it in place of their own
+        return record

@@ -368,6 +368,7 @@ def read_settings() -> Settings:
     Raises: ConfigError that names the invalid variable.
     """
     redaction.remember(value for name in SECRETS if (value := os.environ.get(name)))
+    redaction.mask_logs()
     try:
         return Settings()
     except ValidationError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlhf_core.config import FileOrHub
+from rlhf_core.config import PathMark
 from rlhf_core.errors import ConfigError
 
 SUFFIXES = frozenset({".jsonl", ".json", ".csv", ".parquet", ".gz", ".gguf"})
@@ -45,7 +45,7 @@ def _anchored(
         value = made.get(name)
         if isinstance(value, Mapping) and (inner := _section(field)):
             made[name] = _anchored(value, inner, folder, f"{prefix}{name}.")
-        elif isinstance(value, str) and FileOrHub in field.metadata:
+        elif isinstance(value, str) and PathMark in field.metadata:
             made[name] = _absolute(value, folder, prefix + name)
     return made
 
@@ -66,8 +66,8 @@ def _absolute(text: str, folder: Path, setting: str) -> str:
         if here.exists():
             better = os.path.relpath(here, folder)
             raise ConfigError(
-                f"{setting} is '{text}', which is in the working folder but not in {folder}: a path "
-                f"starts from the folder of the config; write {better}, or an absolute path"
+                f"{setting} is '{text}', which is in the working folder but not in {folder}: paths "
+                f"start from the folder of the config; write {better}, or an absolute path"
             )
     except OSError:  # a name that is too long: whoever reads it says so
         return text

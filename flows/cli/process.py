@@ -15,6 +15,7 @@ from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError
+from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
@@ -63,12 +64,13 @@ class Commands(TyperGroup):
         except Exception as error:
             if sentence := explain(error):
                 raise end(sentence, FAILED) from None
+            mask_error(error)  # a defect, whose traceback Python prints
             raise
 
 
 def end(sentence: str, status: int) -> typer.Exit:
     """Print a sentence, and return what ends the command with this status."""
-    err.print(f"[bold red]rlhf:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]rlhf:[/] {escape(masked(sentence))}", highlight=False, soft_wrap=True)
     return typer.Exit(status)
 
 

@@ -1,7 +1,7 @@
 """The model that fine-tuning starts from: a pretrained one, or a small fresh one."""
 
 from collections.abc import Iterable
-from typing import Annotated, Self, cast
+from typing import Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +40,7 @@ class FreshModelConfig(Section):
 class ModelConfig(Section):
     """The model that fine-tuning starts from."""
 
-    source: Annotated[str, FileOrHub] = Field(
+    source: FileOrHub = Field(
         "",
         description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
         "Python package; empty = a fresh model",

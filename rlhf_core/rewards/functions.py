@@ -33,9 +33,7 @@ class RewardPlaces(NamedTuple):
     packages: tuple[str, ...] = ()  # by name, with everything below them
 
 
-def load_function(
-    path: str, *, setting: str, places: RewardPlaces | None = None
-) -> RewardFunction:
+def load_function(path: str, *, setting: str, places: RewardPlaces | None = None) -> RewardFunction:
     """Import the function `module:name`; `setting` names the setting with the path.
 
     Args:

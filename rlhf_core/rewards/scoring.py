@@ -58,9 +58,7 @@ class RewardTerm(Section):
         "models:/NAME@ALIAS = another in the registry; package.module:function = a Python "
         "function, called with prompts and responses (lists of str), returns one number each",
     )
-    weight: float = Field(
-        1.0, description="Factor of this part; negative for a penalty, never 0"
-    )
+    weight: float = Field(1.0, description="Factor of this part; negative for a penalty, never 0")
 
     @field_validator("source")
     @classmethod

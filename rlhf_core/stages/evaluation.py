@@ -38,9 +38,7 @@ from rlhf_core.work import Work
 class EvaluationConfig(Section):
     """Settings of the evaluation."""
 
-    prompts: int = Field(
-        128, ge=2, le=1_000_000, description="Most held-out prompts to answer"
-    )
+    prompts: int = Field(128, ge=2, le=1_000_000, description="Most held-out prompts to answer")
     samples_per_prompt: int = Field(
         2, ge=1, le=10_000, description="Answers of each policy to each prompt"
     )

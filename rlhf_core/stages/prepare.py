@@ -13,7 +13,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from pydantic import Field, model_validator
@@ -62,14 +62,14 @@ if TYPE_CHECKING:
 class TableConfig(Section):
     """The source of one table."""
 
-    path: Annotated[str, FileOrHub] = Field(
+    path: FileOrHub = Field(
         "",
         description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
         "the hub id of a data set; empty = none",
     )
     split: str = Field("train", description="Split of a Hugging Face data set")
     subset: str = Field("", description="Subset (configuration) of a hub data set")
-    eval_path: Annotated[str, FileOrHub] = Field(
+    eval_path: FileOrHub = Field(
         "", description="Separate evaluation data; empty = `path`, split by prompt"
     )
     eval_split: str = Field(

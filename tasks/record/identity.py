@@ -100,9 +100,7 @@ def code_identity() -> dict[str, str]:
     }
 
 
-def stage_code(
-    stage: str, settings: Mapping[str, Any], places: RewardPlaces | None = None
-) -> str:
+def stage_code(stage: str, settings: Mapping[str, Any], places: RewardPlaces | None = None) -> str:
     """Digest of the code that determines the numbers of a stage.
 
     Args:
