@@ -14,7 +14,7 @@ def reward_places(settings: Settings | None = None) -> RewardPlaces:
 
     A run of a deployment has the folder and the packages that the environment of its worker names:
     whoever starts it chooses its config and its working folder, and so these are not trusted. Any
-    other run was started on this machine; its folder is that of the config, else the working folder.
+    other run was started on this machine: its folder is that of the config, else the working one.
     """
     settings = settings or read_settings()
     folder = settings.config_folder

@@ -28,7 +28,7 @@ err = Console(stderr=True)
 
 
 def line(text: str) -> None:
-    """Print a line verbatim, but without secrets: no markup, no colours, no breaks in an address."""
+    """Print a line verbatim, without its secrets: no markup, no colours, no breaks in addresses."""
     _print(masked(text))
 
 

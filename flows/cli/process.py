@@ -35,6 +35,7 @@ class Command(TyperCommand):
         Raises: UserError that names the empty argument.
         """
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        parameter: Any
         for parameter in self.get_params(ctx):
             value = given.get(parameter.name or "")
             values = value if isinstance(value, list | tuple) else [value]

@@ -59,7 +59,7 @@ class Runs:
             raise UserError("the name of the run is empty; pass the name, or the id, of a run")
         if len(name) > NAME_LENGTH:
             raise UserError(
-                f"no pipeline run has a name of {len(name)} characters; it has {NAME_LENGTH} at most"
+                f"no pipeline run has a name of {len(name)} characters; {NAME_LENGTH} are the most"
             )
         place = place_of(self._client.tracking_uri)
         experiments = [found.experiment_id for found in self._client.search_experiments()]

@@ -173,9 +173,7 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
         UserError: there is no champion, it replaced no other version, or there is no version `to`.
     """
     if not project.strip():
-        raise UserError(
-            "The name of the project is empty: pass the project whose champion to replace."
-        )
+        raise UserError("The name of the project is empty: pass that of an existing project.")
     require_name(policy_of(project), f"project '{project}'")
     record = Record.open(settings)
     present = champion_of(record, policy_of(project))

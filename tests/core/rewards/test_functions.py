@@ -100,7 +100,7 @@ def test_a_module_of_a_folder_below_is_not_one_of_the_folder(folder):
 
 def test_a_module_named_like_a_package_of_python_s_does_not_stand_for_it(folder):
     (folder / "colorsys.py").write_text(MODULE.format(1))
-    with pytest.raises(ConfigError, match="put the module in .*, under a name of its own"):
+    with pytest.raises(ConfigError, match=r"put the module in .*, under a name of its own"):
         load("colorsys:score", folder)
 
 
@@ -123,7 +123,7 @@ def test_another_config_s_module_of_the_same_name_is_another_function(tmp_path):
 
 def test_a_module_that_fails_says_why(folder):
     (folder / "rules_broken.py").write_text("1 / 0\n")
-    with pytest.raises(ConfigError, match="the module fails .ZeroDivisionError: division by zero"):
+    with pytest.raises(ConfigError, match=r"the module fails .ZeroDivisionError: division by zero"):
         load("rules_broken:score", folder)
 
 
