@@ -123,4 +123,4 @@ def _named(name: str, known: list[Run], place: str) -> Run:
         )
     newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
     hint = f"the newest are {newest}" if newest else "there are none yet: start one with `rlhf run`"
-    raise UserError(f"no pipeline run in {place} matches '{name}'; {hint}")
+    raise UserError(f"no pipeline run matches '{name}' in {place}; {hint}")

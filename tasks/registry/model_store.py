@@ -177,15 +177,17 @@ class MlflowModelStore:
         return ref
 
     def _existing(self, name: str) -> str:
+        """What there is instead of a model or version, and where we looked."""
+        place = place_of(self._client.tracking_uri)
         if versions := self.versions(name):
-            return f"'{name}' has the versions {', '.join(map(str, versions))}"
+            return f"'{name}' has the versions {', '.join(map(str, versions))}, in {place}"
         names = self.names()
         known = (
             f"the registered models are {', '.join(names)}"
             if names
             else "no model is registered yet"
         )
-        return f"there is no model '{name}' in {place_of(self._client.tracking_uri)}; {known}"
+        return f"there is no model '{name}'; {known}, in {place}"
 
     def _search(self, condition: str) -> list[ModelVersion]:
         found, token = list[ModelVersion](), None
