@@ -23,6 +23,9 @@ _FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(://[^\s/?#@:'\"\[]*:)(?!\d{1,5}(?:[/?#]|\s|$))[^\s'\"]*@", rf"\1{HIDDEN}@"),
         (r"(://[^\s/?#@:'\"\[]*:)\d+@", rf"\1{HIDDEN}@"),  # a password of digits
         (r"(://)[^\s/?#@:'\"]+@", rf"\1{HIDDEN}@"),  # scheme://token@host
+        # what is left of an address that was taken for a path, http:/user:password@host
+        (r"(\b(?:https?|s3|ftp|postgresql|mysql):/[^\s/?#@:'\"]*:)[^\s'\"]*@", rf"\1{HIDDEN}@"),
+        (r"(\b(?:https?|s3|ftp):/)[^\s/?#@:'\"]+@", rf"\1{HIDDEN}@"),
         (rf"([?&;#]{_NAMES}=)[^&\s#'\"<>;)]+", rf"\1{HIDDEN}"),
         (r"(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer)\s+)[^\s'\"]+", rf"\1{HIDDEN}"),
         (

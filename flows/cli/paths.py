@@ -24,9 +24,11 @@ def folder_of(config: Path) -> Path:
     For standard input, a pipe or a device it is the working folder.
     """
     path = Path(os.path.normpath(config.absolute()))
-    if path.parts[1:2] in (("dev",), ("proc",)) or (path.exists() and not path.is_file()):
-        return Path.cwd()
-    return path.parent
+    try:
+        other = path.exists() and not path.is_file()
+    except (OSError, ValueError):  # a name that cannot be one: whoever reads it says so
+        other = False
+    return Path.cwd() if other or path.parts[1:2] in (("dev",), ("proc",)) else path.parent
 
 
 def anchored(data: Mapping[str, Any], schema: type[BaseModel], folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def _nothing_known(monkeypatch):
     [
         ("at http://me:pw@host:5000/x,", "at http://me:***@host:5000/x,"),
         ("postgresql+psycopg2://u:p@ss/w@db/x", "postgresql+psycopg2://u:***@db/x"),
+        ("http:/me:pw@host/x.yaml: no such file", "http:/me:***@host/x.yaml: no such file"),
         ("redis://:pw@host", "redis://:***@host"),
         ("http://me:1234@host/", "http://me:***@host/"),
         ("https://a-token@host/x", "https://***@host/x"),
