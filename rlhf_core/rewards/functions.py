@@ -29,7 +29,7 @@ _reached: dict[str, set[str]] = {}
 class RewardPlaces(NamedTuple):
     """Where reward functions may come from, beside `rlhf_core.simulation`."""
 
-    folder: str = ""  # of the config: modules and packages that lie in it; empty = none
+    folders: tuple[str, ...] = ()  # that of the config: what lies in it, not in folders below it
     packages: tuple[str, ...] = ()  # by name, with everything below them
 
 
@@ -87,13 +87,18 @@ def refused(module: str, places: RewardPlaces) -> str:
     top = module.partition(".")[0]
     reach(places)
     found = _spec(top)
-    if places.folder and found is not None and _lies_in(found, Path(places.folder)):
+    if found is not None and any(_lies_in(found, Path(folder)) for folder in places.folders):
         return ""
-    where = f"in {places.folder}, the folder of the config," if places.folder else ""
+    folder = next(iter(places.folders), "")
     if found is None:
-        also = f"neither {where} nor among the packages" if where else "not among the packages"
-        return f"cannot be imported: {top} is {also} installed here; check the name and the folder"
-    put = f"put the module {where}, under a name of its own, or " if where else ""
+        beside = f"is neither in {folder}, the folder of the config, nor" if folder else "is not"
+        return (
+            f"cannot be imported: {top} {beside} among the packages installed here; check the name "
+            "and the folder"
+        )
+    put = f"put it in {folder}, the folder of the config, under a name of its own, or " * bool(
+        folder
+    )
     return (
         f"is not run: {top} is none of the packages whose functions may be a reward; {put}"
         f"add {top} to RLHF_REWARD_PACKAGES where the stage runs, if you trust it"
@@ -103,12 +108,11 @@ def refused(module: str, places: RewardPlaces) -> str:
 def reach(places: RewardPlaces | None) -> None:
     """Make the modules of the config's folder and of the working folder importable.
 
-    Both folders come after all others, so that no package is shadowed. Functions that came from the
-    folder of an earlier config are forgotten, for another may have a module of the same name.
+    These folders come after all others, so that no package is shadowed. Functions of the folder of
+    an earlier config are forgotten, for another may have a module of the same name.
     """
-    wanted = [str(Path.cwd())]
-    if places is not None and places.folder:
-        wanted.insert(0, str(Path(places.folder).absolute()))
+    folders = () if places is None else places.folders
+    wanted = [*(str(Path(folder).absolute()) for folder in folders), str(Path.cwd())]
     for folder in [known for known in _reached if known not in wanted]:
         tops = _reached.pop(folder)
         for name in [name for name in sys.modules if name.partition(".")[0] in tops]:

@@ -33,7 +33,9 @@ def folder(tmp_path):
 
 
 def load(path: str, folder: Path | str = "", *packages: str):
-    return load_function(path, setting="the reward", places=RewardPlaces(str(folder), packages))
+    return load_function(
+        path, setting="the reward", places=RewardPlaces((str(folder),) if folder else (), packages)
+    )
 
 
 def test_the_config_s_own_folder_is_trusted_from_any_working_folder(folder):
@@ -42,7 +44,7 @@ def test_the_config_s_own_folder_is_trusted_from_any_working_folder(folder):
     (folder / "rules_pack" / "inner.py").write_text(MODULE.format(2))
     assert load("rules_own:score", folder)(["p"], ["r"]) == [1.0]
     assert load("rules_pack.inner:score", folder)(["p"], ["r"]) == [2.0]
-    assert source_file("rules_own", RewardPlaces(str(folder))) == folder / "rules_own.py"
+    assert source_file("rules_own", RewardPlaces((str(folder),))) == folder / "rules_own.py"
 
 
 def test_the_simulation_is_trusted_everywhere_and_nothing_else_of_the_core():
@@ -85,7 +87,7 @@ def test_a_module_that_is_refused_is_not_run_nor_the_package_above_it(folder):
     for path in ("rules_bomb:score", "rules_bombs.inner:score"):
         with pytest.raises(ConfigError, match="is not run"):
             load(path, folder)
-        assert source_file(path.partition(":")[0], RewardPlaces(str(folder))) is None
+        assert source_file(path.partition(":")[0], RewardPlaces((str(folder),))) is None
     assert not Path("ran").exists()
 
 
@@ -100,7 +102,7 @@ def test_a_module_of_a_folder_below_is_not_one_of_the_folder(folder):
 
 def test_a_module_named_like_a_package_of_python_s_does_not_stand_for_it(folder):
     (folder / "colorsys.py").write_text(MODULE.format(1))
-    with pytest.raises(ConfigError, match=r"put the module in .*, under a name of its own"):
+    with pytest.raises(ConfigError, match=r"put it in .*, under a name of its own"):
         load("colorsys:score", folder)
 
 
