@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import rlhf_core
-from rlhf_core.rewards.functions import RewardPlaces, source_file
+from rlhf_core.rewards.functions import source_file
 from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
@@ -65,7 +65,7 @@ class Definition:
             "seed": self.seed,
             "settings": settings,
             "inputs": {role: _content(ref, store) for role, ref in self.inputs.items()},
-            "code": stage_code(self.name, settings, reward_places()),
+            "code": stage_code(self.name, settings),
         }
         return short_digest(facts)
 
@@ -100,20 +100,20 @@ def code_identity() -> dict[str, str]:
     }
 
 
-def stage_code(stage: str, settings: Mapping[str, Any], places: RewardPlaces | None = None) -> str:
+def stage_code(stage: str, settings: Mapping[str, Any]) -> str:
     """Digest of the code that determines the numbers of a stage.
 
     Args:
         stage: its name; an unknown stage is taken to run the whole core.
-        settings: its sections as JSON values; functions that they name are part of the code.
-        places: where these may come from; a module of another place is never imported.
+        settings: its sections as JSON values; functions that they name are part of the code, unless
+            they may not be imported.
     """
     start = STARTS.get(stage, f"rlhf_core.stages.{stage}")
     files = set(closure(start)) if _file(start) else set(ROOT.rglob("*.py"))
     for module in sorted(_modules(settings)):
         if module.partition(".")[0] == "rlhf_core":
             files |= closure(module)
-        elif found := source_file(module, places):
+        elif found := source_file(module, reward_places()):
             files.add(found)
     return _digest(sorted(files))
 
