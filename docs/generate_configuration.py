@@ -35,8 +35,8 @@ schema is the file, the form in the Prefect UI and the parameters of the MLflow 
   `ppo.rollout_size`, or texts longer than the model reads.
 * `""` means "not given". NaN and infinity are never a value.
 * A relative path starts from the folder of the file, one in `--set` from the working folder.
-* `rlhf validate` warns of settings that are valid and train for nothing, such as a learning rate for
-  all weights that is kept with adapters; `rlhf run` repeats those that it knows without the data.
+* `rlhf validate` warns of settings that are valid and train for nothing, such as a learning rate
+  for all weights that is kept with adapters; `rlhf run` repeats those that need no data.
 """
 
 ENVIRONMENT = """\
