@@ -4,6 +4,7 @@ Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interru
 by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
 """
 
+import math
 import os
 import sys
 from functools import partial
@@ -71,6 +72,12 @@ def options(
     ] = False,
 ) -> None:
     """Handle the options that belong to no single command."""
+
+
+def _number(value: float) -> float:
+    if math.isnan(value):  # it passes every bound
+        raise typer.BadParameter("nan is not a number.")
+    return value
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
@@ -300,14 +307,17 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import inspect
     from tasks.record.terminal import on_terminal
-    from tasks.registry.check import check_models
     from tasks.reward_places import reward_places
 
     with on_terminal("validate") as logger:
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
-        unchecked = check_models(pipeline.registered_models, settings)
+        unchecked = ""
+        if pipeline.registered_models:
+            from tasks.registry.check import check_models  # MLflow takes seconds
+
+            unchecked = check_models(pipeline.registered_models, settings)
         limits, seed = pipeline.length_limits, pipeline.seed
         found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
         logger.phase("counting parameters")
@@ -345,10 +355,16 @@ def generate(
         int, typer.Option(min=1, help="Maximum length of a response (tokens).")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+        float,
+        typer.Option(
+            min=0.0, max=100.0, callback=_number, help="Sampling temperature; 0 is greedy decoding."
+        ),
     ] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same texts.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=100_000, help="Responses to each prompt.")] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Seed; the same seed gives the same texts."),
+    ] = 0,
     chat: Annotated[
         bool,
         typer.Option(

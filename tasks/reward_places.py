@@ -5,8 +5,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from prefect.runtime import deployment
-
 from rlhf_core.rewards.functions import RewardPlaces
 from tasks.settings import Settings, read_settings
 
@@ -25,7 +23,16 @@ def reward_places(settings: Settings | None = None) -> RewardPlaces:
     names = tuple(name for name in re.split(r"[,\s]+", settings.reward_packages) if name)
     if settings.config_folder:
         return RewardPlaces((settings.config_folder,), names)
-    return RewardPlaces(() if deployment.id else _of_this_program(), names)
+    return RewardPlaces(() if _is_deployed() else _of_this_program(), names)
+
+
+def _is_deployed() -> bool:
+    """Whether this process executes a run of a deployment. Without Prefect loaded it does not."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.runtime import deployment
+
+    return bool(deployment.id)
 
 
 def _of_this_program() -> tuple[str, ...]:

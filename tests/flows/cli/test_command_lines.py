@@ -112,3 +112,16 @@ def test_a_bad_command_line_gets_one_sentence(rlhf, place, arguments):
     assert "secret" not in result.output
     assert len(result.stderr) > 10
     assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "1e999"])
+def test_a_temperature_is_a_number(rlhf, value):
+    result = rlhf("generate", "--temperature", value, "A text")
+    assert "Invalid value for '--temperature'" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["promote", "resume", "rollback", "compare", "export"])
+def test_an_empty_name_is_not_the_only_one(rlhf, command):
+    """As typed by a script whose variable is not set; the argument is named."""
+    result = rlhf(command, "", *(["x"] if command in ("compare", "export") else []))
+    assert "is empty: pass a value, and check the shell variables in the command." in result.stderr
