@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ import pyarrow.parquet as pq
 from rlhf_core.errors import DataError
 
 Row = dict[str, Any]
+# Keys around the rows of a file.
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "entries", "samples")
 Unit = Literal["line", "row"]
 
 
@@ -61,7 +64,11 @@ class SourceRows:
 
     def columns(self) -> list[str]:
         """The field names of all rows, in order of appearance."""
-        return list(dict.fromkeys(name for _, row in self.rows for name in row))
+        return list(self._columns)
+
+    @cached_property
+    def _columns(self) -> dict[str, None]:
+        return dict.fromkeys(name for _, row in self.rows for name in row)
 
 
 def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
@@ -164,12 +171,13 @@ def _read_json_lines(name: str, data: bytes, limit: int) -> SourceRows:
 
 
 def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
-    """One array of objects, or JSON lines."""
+    """One array of objects, also as the value of `data` in an object, or JSON lines."""
     text = _decode(name, data)
-    if not text.lstrip().startswith("["):
+    array = _wrapped(text)
+    if array is None and not text.lstrip().startswith("["):
         return _read_json_lines(name, data, limit)
     try:
-        array = json.loads(text)
+        array = json.loads(text) if array is None else array
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{name}{line}: not valid JSON ({_why(error)})") from error
@@ -177,6 +185,18 @@ def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
     for number, row in enumerate(array[: limit or None], start=1):
         found.add(number, row)
     return found.finish()
+
+
+def _wrapped(text: str) -> list[Any] | None:
+    """The rows of a file that is one object, around them or alone; None if it is anything else."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # JSON lines, or damaged
+        return None
+    lists = [found[key] for key in _WRAPPERS if isinstance(found.get(key), list)]
+    return lists[0] if len(lists) == 1 else [found]
 
 
 def _why(error: Exception) -> str:
