@@ -7,12 +7,18 @@
     ├── NumericsError    a loss, gradient or reward that is no longer finite
     └── CheckpointError  a saved state that is damaged or belongs to another run
 
-The command prints only their message; anything else is a defect and keeps its traceback.
+The command prints only their message; anything else is a defect and keeps its traceback. Secrets
+in a message, such as the password of an address that it repeats, are masked.
 """
+
+from rlhf_core.redaction import masked
 
 
 class UserError(Exception):
     """One or two sentences: what is wrong, where, and how to fix it."""
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class ConfigError(UserError):

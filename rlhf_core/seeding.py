@@ -10,8 +10,6 @@ import torch
 
 from rlhf_core.errors import CheckpointError
 
-LARGEST_SEED = 2**64 - 1  # that torch takes
-
 
 def stream_seed(seed: int, purpose: str) -> int:
     """A 63-bit seed for one purpose of a run; other purposes do not disturb it.

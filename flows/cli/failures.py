@@ -8,6 +8,8 @@ import errno
 from collections.abc import Iterator
 from socket import gaierror
 
+from rlhf_core.redaction import masked
+
 UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the host name is unknown
 NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 FORBIDDEN = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
@@ -47,6 +49,8 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
             f"The disk is full ({_first_line(text)}): free some space, or set RLHF_HOME to a "
             "folder on another disk."
         )
+    if code == errno.ENAMETOOLONG:
+        return f"A name is too long for this disk ({_first_line(text)}): choose a shorter one."
     if code in FORBIDDEN or any(phrase in text for phrase in DATABASE_CLOSED):
         return (
             f"A file cannot be written or read ({_first_line(text)}): fix its permissions, or set "
@@ -63,4 +67,4 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    return masked(text.strip().partition("\n")[0])[:300]  # a secret cut in two would not be found

@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 from rich.text import Text
 
+from rlhf_core.redaction import masked
 from tasks.servers import sign_in
 
 if TYPE_CHECKING:
@@ -27,14 +28,19 @@ err = Console(stderr=True)
 
 
 def line(text: str) -> None:
-    """Print a line verbatim: no markup, no colours, no breaks that would cut an address."""
+    """Print a line verbatim, without its secrets: no markup, no colours, no breaks in addresses."""
+    _print(masked(text))
+
+
+def _print(text: str) -> None:
     out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_start(settings: "Settings") -> None:
     """Print the servers that a run uses, before the imports, which take seconds."""
     prefect = settings.prefect_api_url or "started for this run"
-    err.print(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}", markup=False, soft_wrap=True)
+    text = masked(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}")
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def show_report(report: str) -> None:
@@ -66,13 +72,13 @@ def show_links(services: "Services", settings: "Settings") -> None:
     """Print links that sign a browser in, one per line."""
     line("Open the pages with these links; each one signs in one browser, once:")
     for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
-        line(f"  {name:8}{sign_in.link(address, settings.account)}")
+        _print(f"  {name:8}{sign_in.link(address, settings.account)}")  # a secret, and asked for
     line("`rlhf sign-in` prints new ones.")
 
 
 def warn_on_terminal(text: str) -> None:
     """Print a message at once, also while progress bars are shown."""
-    err.print(f"rlhf: {text}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"rlhf: {masked(text)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(server: str, error: str, log: Path) -> None:

@@ -7,6 +7,8 @@ import sys
 from base64 import b64encode
 from urllib.parse import urlsplit
 
+from rlhf_core.redaction import masked
+
 SECONDS = 5.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -72,4 +74,4 @@ def unreachable(url: str, account: str = "") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(unreachable(sys.argv[1]) or 0)
+    sys.exit(masked(unreachable(sys.argv[1])) or 0)
