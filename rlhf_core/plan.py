@@ -204,6 +204,12 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
                 f"if every one of them is won; {_needed(rate, fix)}."
             )
             break
+    else:
+        if prompts < promotion.min_prompts:
+            yield (
+                f"No policy can be promoted: {_many(prompts, 'held-out prompt')} cannot meet "
+                f"promotion.min_prompts {promotion.min_prompts}; {fix}."
+            )
     if "reward_model" not in sections.trainings:
         return
     prompts = validation.tables["preferences"].eval_prompts

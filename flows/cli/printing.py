@@ -105,12 +105,24 @@ def show_validation(validation: "Validation") -> None:
     ]
     _table("Tokens", ("Table", "Text", "Count", "Mean", "Median", "95 %", "Longest"), lengths)
     _table("Truncated by a stage", ("Limit", "Texts"), validation.truncated.items())
+    lost = [(limit, tokens) for limit, tokens in validation.lost.items() if tokens]
+    _table("Answer tokens cut off", ("Limit", "Tokens"), lost)
     for note in (*validation.bad_rows, *validation.unread):
         line(note)
     line(
         f"{validation.ties} ties, {validation.contradictory_pairs} contradictory pairs, "
         f"{validation.shared_prompts} prompts shared by training and evaluation."
     )
+    if validation.same_after_cut:
+        line(
+            "Preferences whose answers are the same tokens once they are cut, and which are left "
+            f"out: {validation.same_after_cut}."
+        )
+    if validation.written_controls:
+        line(
+            "Texts in which a control token of the model is written out; it is read as text: "
+            f"{validation.written_controls}."
+        )
     line(
         f"Votes: {validation.known_sides} record which response was shown first, "
         f"{validation.timed} have a time, {validation.gold} are on pairs with a known answer."

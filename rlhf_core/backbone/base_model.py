@@ -21,7 +21,7 @@ from rlhf_core.backbone.classifiers import has_classifier
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
-from rlhf_core.backbone.tokens import complete
+from rlhf_core.backbone.tokens import answer_plainly, complete
 from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
@@ -80,9 +80,9 @@ def load_base(
     _make_room(model, len(tokenizer))
     # If the model came with pad = EOS, the EOS embedding would get no gradient.
     model.get_input_embeddings().padding_idx = None
-    for settings in (model.config, model.generation_config):
-        settings.pad_token_id = tokenizer.pad_token_id
-        settings.eos_token_id = tokenizer.eos_token_id
+    answer_plainly(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rlhf_core.backbone.pretrained import load_weights, quiet, read_pretrained
-from rlhf_core.backbone.tokens import complete
+from rlhf_core.backbone.tokens import answer_plainly, complete
 from rlhf_core.data.encoding import same_tokens
 from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, ModelError
@@ -56,8 +56,13 @@ def save_model(
 ) -> None:
     """Write a model directory; `facts` go into `rlhf.json` beside the kind.
 
+    The generation config of a policy lists all that ends a response, and nothing else that would
+    change how it answers.
+
     A policy has the fact `chat`: whether it was trained to answer messages or to continue texts.
     """
+    if kind == "policy":
+        answer_plainly(model, tokenizer)
     with quiet():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

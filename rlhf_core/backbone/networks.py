@@ -384,6 +384,8 @@ def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:
         shell = build(config)
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()
+    if shell.can_generate():
+        shell.generation_config = model.generation_config  # what ends a response
     return cast(PreTrainedModel, shell)
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from rlhf_core.backbone.memory import continuation
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import position_ids
+from rlhf_core.backbone.tokens import ending_ids
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.metrics import Between, batch_name, uncounted
@@ -29,7 +30,10 @@ class SamplingConfig(Section):
     """How responses are sampled: in reward normalisation, on-policy stages and evaluation."""
 
     max_prompt_length: int = Field(
-        256, ge=1, description="Longest prompt (tokens); longer ones are cut at the start"
+        256,
+        ge=1,
+        description="Longest prompt (tokens); of longer ones whole turns are dropped first, from "
+        "the oldest on, or a text loses its start",
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
     temperature: float = Field(
@@ -72,14 +76,14 @@ class PolicySampler:
         self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = lambda: None
     ) -> Responses:
         """See `sample`."""
-        config = self.policy.model.config
+        model = self.policy.model
         return sample(
             self.policy,
             prompts,
             draws,
             temperature=self.temperature,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            eos_token_id=ending_ids(model),
+            pad_token_id=model.config.pad_token_id,
             between=between,
         )
 
@@ -109,7 +113,7 @@ def respond(
 
 
 def prompt_batch(policy: Policy, prompts: Sequence[list[int]], max_length: int) -> PromptBatch:
-    """Encoded prompts as a batch on the policy's device; longer ones are cut at the start."""
+    """Encoded prompts, of at most `max_length` tokens, as a batch on the policy's device."""
     model = policy.model
     return left_pad(prompts, model.config.pad_token_id, max_length).to(model.device)
 
@@ -130,11 +134,11 @@ def sample(
     draws: Tensor,
     *,
     temperature: float,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     between: Callable[[], None] = lambda: None,
 ) -> Responses:
-    """Continue each prompt until the end-of-sequence token, or for as many tokens as draws.
+    """Continue each prompt until a token that ends it, or for as many tokens as draws.
 
     a_t = F⁻¹(u_t), F the distribution function of softmax(logits_t / temperature); temperature 0
     takes the likeliest token.
@@ -145,6 +149,7 @@ def sample(
     policy.switch()
     model = policy.model
     rows, steps = draws.shape
+    ends = torch.tensor(eos_token_id, device=prompts.mask.device)
     draws = draws.to(prompts.mask.device)
     tokens = torch.full((rows, steps), pad_token_id, device=draws.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -158,7 +163,7 @@ def sample(
             hidden = memory.read(step_ids, positions)
             token = draw(policy.logits(hidden), draws[alive, t], temperature)
             tokens[alive, t], mask[alive, t] = token, True
-            ended = token == eos_token_id
+            ended = torch.isin(token, ends)
             finished[alive] = ended
             going = ~ended
             step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1

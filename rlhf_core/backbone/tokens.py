@@ -1,7 +1,10 @@
-"""Complete a tokenizer so that a policy can be trained with it."""
+"""Complete a tokenizer so that a policy can be trained with it, and find what ends a response."""
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterable
 
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_core.data.chat_tokens import end_of_turn
 from rlhf_core.data.encoding import PAD_TOKEN, PLAIN_CHAT_TEMPLATE
 from rlhf_core.errors import ModelError
 
@@ -26,3 +29,32 @@ def complete(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedToken
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     return tokenizer
+
+
+def ending_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a response of a policy, in order: those of its generation config, as in
+    transformers, and that of its config."""
+    settings = (model.generation_config, model.config)
+    return sorted({n for each in settings for n in _ids(getattr(each, "eos_token_id", None))})
+
+
+def answer_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Reduce a policy's generation config to what makes it answer as it does here.
+
+    A response ends with any token that ended one before, with the tokenizer's end of sequence, or
+    with the template's end of a turn. Penalties, filters and temperatures of the base model go:
+    they are no part of the distribution that is trained and evaluated.
+    """
+    ends = sorted({*ending_ids(model), tokenizer.eos_token_id, end_of_turn(tokenizer)})
+    bos = getattr(model.config, "bos_token_id", None)
+    model.generation_config = GenerationConfig(
+        bos_token_id=bos,
+        eos_token_id=ends[0] if len(ends) == 1 else ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)

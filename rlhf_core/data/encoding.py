@@ -1,34 +1,25 @@
 """Encode text as tokens, in the same way in every stage. Knows tokenizers, but not models.
 
-A training text is `prompt tokens + response tokens + end of sequence`. Prompt and response are
-tokenised separately, so that a policy is prompted with exactly the tokens it was trained on.
+The work is done in `chat_tokens`, which serving shares; here its errors become those of the user,
+and rows become batches.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.data import chat_tokens
+from rlhf_core.data.chat_tokens import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
+from rlhf_core.data.chat_tokens import Fitted, TextError, decode
+from rlhf_core.data.chat_tokens import Message as Message
+from rlhf_core.data.chat_tokens import Prompt as Prompt
 from rlhf_core.errors import DataError
 from rlhf_core.types import PromptBatch
 
-Message: TypeAlias = dict[str, str]
-Prompt: TypeAlias = str | list[Message]
-
 PAD_TOKEN = "<|pad|>"
-
-# For tokenizers without a template: the plain dialogue format of the HH-RLHF data.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
-    "{% else %}{{ '\\n\\nAssistant: ' + message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -36,34 +27,48 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 
     Raises: DataError when the template rejects the messages.
     """
-    if isinstance(prompt, str):
-        return prompt
-    template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-    try:
-        rendered = tokenizer.apply_chat_template(
-            prompt, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in prompt[:3])
-        raise DataError(
-            f"the model's chat template rejects the messages ({start} ...): {error}; fix these "
-            "rows, or leave them out"
-        ) from error
-    return str(rendered)
+    with _for_the_user():
+        return chat_tokens.render_prompt(prompt, tokenizer)
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Prompt tokens, with one begin-of-sequence token if the tokenizer uses it."""
-    ids: list[int] = tokenizer(render_prompt(prompt, tokenizer), add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    uses_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+def encode_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[int]:
+    """Prompt tokens, at most `max_length` of them, with one begin-of-sequence token if the
+    tokenizer uses it: see `chat_tokens.encode_prompt`.
+
+    Raises: DataError when the template rejects the messages, or the tokenizer cannot keep control
+        tokens apart from text.
+    """
+    with _for_the_user():
+        return chat_tokens.encode_prompt(prompt, tokenizer, max_length)
 
 
-def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Response tokens, ending with the end-of-sequence token."""
-    ids: list[int] = tokenizer(response, add_special_tokens=False).input_ids
-    return [*ids, tokenizer.eos_token_id]
+def encode_response(
+    response: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, ended: bool = True
+) -> list[int]:
+    """Response tokens and, if it `ended`, what ends it: see `chat_tokens.encode_response`.
+
+    Raises: DataError when the tokenizer cannot keep control tokens apart from text.
+    """
+    with _for_the_user():
+        return chat_tokens.encode_response(response, tokenizer, chat=chat, ended=ended)
+
+
+def encode_answers(
+    prompt: Prompt,
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    ended: bool = True,
+) -> Fitted:
+    """Responses to one prompt, each with it at most `max_length` tokens: see `chat_tokens.fit`.
+
+    Raises: DataError as `encode_prompt` and `encode_response` do.
+    """
+    with _for_the_user():
+        return chat_tokens.fit(prompt, responses, tokenizer, max_length, ended=ended)
 
 
 def encode_pair(
@@ -71,29 +76,24 @@ def encode_pair(
 ) -> tuple[list[int], int, bool]:
     """Tokens of prompt and response, at most `max_length` of them.
 
-    A text that is too long is cut at the end of its response. If the prompt leaves the response
-    less than half of `max_length`, the prompt is cut at its start as well.
-
     Returns: the tokens, how many of them belong to the prompt, and whether anything was cut.
     """
-    if not isinstance(prompt, str) and tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE):
-        response = " " + response.lstrip()  # the plain template writes "Assistant: " and the text
-    head, tail = encode_prompt(prompt, tokenizer), encode_response(response, tokenizer)
-    if len(head) + len(tail) <= max_length:
-        return head + tail, len(head), False
-    tail = tail[: max(max_length - len(head), max_length // 2, 1)]
-    head = head[max(len(head) + len(tail) - max_length, 0) :]
-    return head + tail, len(head), True
+    found = encode_answers(prompt, [response], tokenizer, max_length)
+    return found.prompt + found.responses[0], len(found.prompt), found.cut
 
 
 def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """(B, R) tokens and their mask -> the texts, without special tokens."""
     rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    return [decode(row, tokenizer) for row in rows]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, max_length: int) -> PromptBatch:
-    """Prompts as one batch, padded on the left; longer ones keep their last `max_length` tokens."""
+    """Encoded prompts as one batch, padded on the left.
+
+    They are cut by `encode_prompt`, which knows what a prompt needs; of a longer row only the last
+    `max_length` tokens would be left.
+    """
     kept = [row[-max_length:] for row in rows]
     width = max(map(len, kept))
     ids = [[pad_token_id] * (width - len(row)) + list(row) for row in kept]
@@ -119,5 +119,14 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
 ) -> PromptBatch:
     """Prompts as one batch, padded on the left."""
-    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    rows = [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts]
     return left_pad(rows, tokenizer.pad_token_id, max_length)
+
+
+@contextmanager
+def _for_the_user() -> Iterator[None]:
+    """Make of a text that cannot be encoded an error that a user can fix."""
+    try:
+        yield
+    except TextError as error:
+        raise DataError(f"{error}; fix these rows, or leave them out") from error

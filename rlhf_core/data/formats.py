@@ -52,6 +52,7 @@ class ParsedSource:
     skipped: Mapping[str, int]  # reason -> rows
     lacks: frozenset[str] = frozenset()  # names in the template for which it has no column
     unread: Sequence[str] = ()  # notes on columns that are not read, or are read unasked
+    numbers: Sequence[int] = ()  # of the row in the source, for each example
 
 
 def parse(
@@ -74,7 +75,7 @@ def parse(
     faults, skipped = list(source.unreadable), Counter[str]()
     for number, row in columns.rows(Path(source.source)):
         try:
-            common = {"id": row.identity(), "ballot": 0}
+            common = {"id": row.identity(), "ballot": 0, "row": number}
             examples += [{**common, **example} for example in form.convert(row)]
         except BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
@@ -88,4 +89,6 @@ def parse(
     frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
-    return ParsedSource(frame, source.source, rows, faults, skipped, columns.lacks, columns.notes)
+    numbers = [example.get("row", 0) for example in examples]
+    notes = columns.lacks, columns.notes
+    return ParsedSource(frame, source.source, rows, faults, skipped, *notes, numbers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.data.encoding import encode_pair
+from rlhf_core.data.encoding import encode_answers
 from rlhf_core.errors import DataError
 
 
@@ -39,29 +39,59 @@ def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def encode_pairs(
-    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Pair]:
-    """Encode the votes of a table.
+class EncodedPairs(NamedTuple):
+    """The votes of a table, encoded, without those that teach nothing."""
 
-    Raises: DataError when there are none.
+    pairs: list[Pair]
+    table: pd.DataFrame  # the rows of these pairs
+    same: int  # votes left out, since both texts are the same tokens
+
+
+def encode_pairs(
+    table: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    setting: str = "max_length",
+) -> EncodedPairs:
+    """Encode the votes of a table; both texts of a vote begin with the same prompt tokens.
+
+    A vote on two texts that are the same tokens, after the cut to `max_length`, has no gradient and
+    no accuracy: it is left out and counted. `setting` names the one with `max_length`.
+
+    Raises: DataError when no vote is left.
     """
     if table.empty:
         raise DataError(
             "the preferences have no rows for training or for evaluation; add rows, or change "
             "data.eval_fraction"
         )
-    pairs = []
+    pairs, kept = [], []
     voted = with_winners(table)
     columns = (voted[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
-    for prompt, winner, loser, tie, margin in zip(*columns, strict=True):
-        chosen, head, cut = encode_pair(prompt, winner, tokenizer, max_length)
-        rejected, other_head, also_cut = encode_pair(prompt, loser, tokenizer, max_length)
+    for row, (prompt, winner, loser, tie, margin) in enumerate(zip(*columns, strict=True)):
+        found = encode_answers(prompt, [winner, loser], tokenizer, max_length)
+        chosen, rejected = (found.prompt + response for response in found.responses)
+        if chosen == rejected:
+            continue
         # A tie has no margin, whatever the row has for its other votes.
         lead = 0.0 if tie else float(margin)
-        starts = max(head, 1), max(other_head, 1)
-        pairs.append(Pair(chosen, rejected, starts, bool(tie), lead, cut or also_cut))
-    return pairs
+        start = max(len(found.prompt), 1)
+        pairs.append(Pair(chosen, rejected, (start, start), bool(tie), lead, found.cut))
+        kept.append(row)
+    if not pairs:
+        raise DataError(all_the_same(len(table), max_length, setting))
+    return EncodedPairs(pairs, table.iloc[kept], len(table) - len(pairs))
+
+
+def all_the_same(
+    votes: int, max_length: int, setting: str, purpose: str = "training or for evaluation"
+) -> str:
+    """Why no vote of a side can be used."""
+    which = "the only preference" if votes == 1 else f"each of the {votes} preferences"
+    return (
+        f"both answers of {which} for {purpose} are the same tokens once they are cut to "
+        f"{max_length} tokens, so nothing can be learnt or measured; raise {setting}"
+    )
 
 
 def smoothing(pairs: Sequence[Pair], label_smoothing: float, device: torch.device) -> Tensor:

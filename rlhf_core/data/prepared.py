@@ -22,6 +22,7 @@ is one vote, as it was cast; the votes on one pair share its id:
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -120,6 +121,16 @@ def _as_cast(record: dict[str, Any]) -> dict[str, Any]:
     vote = "tie" if record["tie"] else "a"
     unknown = {"shown_first": "", "gold": False, "time": "", "source": ""}
     return {**record, **answers, "vote": vote, **unknown}
+
+
+def date_of(directory: Path) -> date:
+    """What a chat template takes for today in all stages on these data: the day of their report, or
+    the present day if that names none."""
+    try:
+        report = json.loads((directory / "validation.json").read_text(encoding="utf-8"))
+        return date.fromisoformat(report["template_date"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return date.today()
 
 
 def digest(directory: Path) -> str:

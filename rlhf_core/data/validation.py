@@ -4,13 +4,15 @@ This module knows prepared columns and tokenizers, but not files.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.data.encoding import Prompt, encode_prompt, render_prompt
+from rlhf_core.data.chat_tokens import Fitted, written_controls
+from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import TableKind, canonical_prompt
 from rlhf_core.metrics import Between, uncounted
@@ -20,7 +22,7 @@ ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
     "preferences": ("chosen", "rejected"),
     "prompts": (),
 }
-_BATCH = 1000  # texts tokenised at once
+_BATCH = 1000  # texts tokenised between two words of progress
 
 
 class _Facts(BaseModel):
@@ -65,6 +67,18 @@ class Validation(_Facts):
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
     truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
+    lost: Mapping[str, int] = Field(
+        {}, description="Tokens of answers that the stages will cut off, by limit"
+    )
+    same_after_cut: int = Field(
+        0, description="Preferences whose answers are the same tokens then; they are left out"
+    )
+    written_controls: int = Field(
+        0, description="Texts that write out a control token of the model; it is read as text"
+    )
+    template_date: str = Field(
+        "", description="What the chat template takes for today; empty = it does not ask"
+    )
     vocabulary: int = Field(description="Vocabulary size of the model's tokenizer")
 
     def rows_table(self) -> pd.DataFrame:
@@ -136,46 +150,84 @@ def count_tokens(
     between: Between = uncounted,
 ) -> dict[TableKind, pd.DataFrame]:
     """Token counts of `prompt` and of the answers, by row, as the stages encode them: a rendered
-    prompt with its begin-of-sequence token, an answer with its end-of-sequence token.
+    prompt with its begin-of-sequence token, an answer with the token that ends it.
     """
-    distinct = {canonical_prompt(p): p for frame in tables.values() for p in frame["prompt"]}
-    prompts = _prompt_lengths(distinct, tokenizer, between)
-    columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
-    texts = list(dict.fromkeys(text for column in columns for text in column))
-    encoded = _tokenise(texts, tokenizer, between)
-    answers = {text: len(ids) + 1 for text, ids in zip(texts, encoded, strict=True)}
+    prompts = {canonical_prompt(p): p for frame in tables.values() for p in frame["prompt"]}
+    answers = dict.fromkeys(
+        (text, not isinstance(prompt, str))
+        for kind, frame in tables.items()
+        for name in ANSWERS[kind]
+        for prompt, text in zip(frame["prompt"], frame[name], strict=True)
+    )
+    steps = range(0, len(prompts) + len(answers), _BATCH)
+    tell, done = between("tokenising", len(steps)), count()
+
+    def length(ids: list[int]) -> int:
+        if next(done) % _BATCH == 0:
+            tell()
+        return len(ids)
+
+    of_prompt = {name: length(encode_prompt(p, tokenizer)) for name, p in prompts.items()}
+    of_answer = {
+        (text, chat): length(encode_response(text, tokenizer, chat=chat)) for text, chat in answers
+    }
     return {
         kind: pd.DataFrame(
-            {"prompt": [prompts[canonical_prompt(prompt)] for prompt in frame["prompt"]]}
-            | {name: [answers[text] for text in frame[name]] for name in ANSWERS[kind]},
+            {"prompt": [of_prompt[canonical_prompt(prompt)] for prompt in frame["prompt"]]}
+            | {
+                name: [
+                    of_answer[text, not isinstance(prompt, str)]
+                    for prompt, text in zip(frame["prompt"], frame[name], strict=True)
+                ]
+                for name in ANSWERS[kind]
+            },
             index=frame.index,
         )
         for kind, frame in tables.items()
     }
 
 
-def _prompt_lengths(
-    prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, between: Between
-) -> dict[str, int]:
-    rendered = [render_prompt(prompt, tokenizer) for prompt in prompts.values()]
-    begin = encode_prompt("", tokenizer)  # the begin-of-sequence token, if one is used
-    return {
-        name: len(ids) + len(begin) * (ids[: len(begin)] != begin)
-        for name, ids in zip(prompts, _tokenise(rendered, tokenizer, between), strict=True)
-    }
+def measure_cut(
+    tables: Mapping[TableKind, pd.DataFrame],
+    counts: Mapping[TableKind, pd.DataFrame],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sft: int,
+    reward: int,
+) -> tuple[dict[str, int], pd.Series]:
+    """The tokens of answers that the stages will cut off, by limit; and by preference, whether its
+    answers are the same tokens then, so that it teaches nothing."""
+    lost, same = {}, pd.Series(False, index=tables["preferences"].index)
+    limits: tuple[tuple[TableKind, int], ...] = (("demonstrations", sft), ("preferences", reward))
+    for kind, limit in limits:
+        lost[f"{kind} over {limit} tokens"] = 0
+        columns = list(ANSWERS[kind])
+        lengths = counts[kind][columns]
+        long = counts[kind]["prompt"] + lengths.max(axis=1) > limit
+        # Answers of one length may be the same tokens without a cut, too.
+        look = long | ((lengths.nunique(axis=1) == 1) & (len(columns) > 1))
+        cut: dict[tuple[str, ...], Fitted] = {}  # a pair has several votes
+        long_rows = tables[kind][look]
+        texts = [long_rows[name].tolist() for name in ("prompt", *columns)]
+        for row, prompt, *answers in zip(long_rows.index, *texts, strict=True):
+            key = (canonical_prompt(prompt), *answers)
+            if key not in cut:
+                cut[key] = encode_answers(prompt, answers, tokenizer, limit)
+            lost[f"{kind} over {limit} tokens"] += cut[key].lost
+            if kind == "preferences":
+                same[row] = cut[key].responses[0] == cut[key].responses[1]
+    return lost, same
 
 
-def _tokenise(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, between: Between
-) -> Iterable[list[int]]:
-    starts = range(0, len(texts), _BATCH)
-    tell = between("tokenising", len(starts))
-    for start in starts:
-        tell()
-        batch = list(texts[start : start + _BATCH])
-        yield from tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+def count_written_controls(
+    tables: Mapping[TableKind, pd.DataFrame], tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Distinct prompts and answers that have a control token of the model written out."""
+    find = written_controls(tokenizer)
+    prompts = {canonical_prompt(p): p for frame in tables.values() for p in frame["prompt"]}
+    columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
+    answers = dict.fromkeys(text for column in columns for text in column)
+    return sum(bool(find(text)) for text in (*prompts.values(), *answers))
 
 
 def summarise_lengths(counts: Mapping[TableKind, pd.DataFrame]) -> list[LengthSummary]:

@@ -80,7 +80,8 @@ def answer(
     """k answers of a policy to each prompt, measured."""
     require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
-    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    longest = bench.sampling.max_prompt_length
+    rows = [encode_prompt(prompt, tokenizer, longest) for prompt in prompts]
     comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
     tokens, proxy, sft_logprob, kl = [], [], [], []
@@ -132,11 +133,14 @@ def _reencode(
 ) -> tuple[PromptBatch, Responses]:
     """Texts of a policy with another tokenizer, in the tokens of the SFT policy."""
     tokenizer, device = bench.tokenizer, bench.sft.model.device
-    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    batch = left_pad(rows, tokenizer.pad_token_id, bench.sampling.max_prompt_length).to(device)
-    encoded = [encode_response(text, tokenizer) for text in texts]
-    ended = responses.finished.tolist()
-    kept = [ids if end else ids[:-1] or ids for ids, end in zip(encoded, ended, strict=True)]
+    longest = bench.sampling.max_prompt_length
+    rows = [encode_prompt(prompt, tokenizer, longest) for prompt in prompts]
+    batch = left_pad(rows, tokenizer.pad_token_id, longest).to(device)
+    kept = [
+        encode_response(text, tokenizer, chat=not isinstance(prompt, str), ended=ended)
+        or [tokenizer.eos_token_id]
+        for prompt, text, ended in zip(prompts, texts, responses.finished.tolist(), strict=True)
+    ]
     context = context_of(bench.sft.model)
     if context is not None:  # the text may be longer in these tokens
         kept = [ids[: context - batch.input_ids.shape[-1]] for ids in kept]

@@ -1,6 +1,7 @@
 """Measure the arms of an evaluation and compare them. Knows answers, not models.
 
-Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt are correlated.
+Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt are correlated;
+those of win rates are at least as wide as Wilson's over the prompts.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison
-from rlhf_core.functional.ranking import Interval, best_of_n_kl, clustered_bootstrap, win_rate
+from rlhf_core.functional.ranking import (
+    Interval,
+    best_of_n_kl,
+    clustered_bootstrap,
+    clustered_share,
+    win_rate,
+)
 from rlhf_core.seeding import generator
 
 
@@ -38,7 +45,7 @@ def measure_arm(name: ArmName, answers: Answers, best_of: int, seed: int) -> Arm
     if name == "best_of_n":
         kl = Interval(*[best_of_n_kl(best_of)] * 3)
     one_each = answers.pick(first_of_each(answers.prompt, 1)).texts
-    nats = -answers.sft_logprob.sum() / answers.tokens.sum()
+    nats = -answers.sft_logprob.double().sum() / answers.tokens.sum()
     return Arm(
         name=name,
         proxy_reward=interval(answers.proxy),
@@ -65,8 +72,8 @@ def compare(
     outcome = (gap.sign() + 1) / 2  # a tie is half a win
     counts = [int((outcome == points).sum()) for points in (1, 0.5, 0)]
     draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
-    # Answers to one prompt are correlated, so Wilson's bounds would be too narrow.
-    bounds = clustered_bootstrap(outcome, ours.prompt, generator=draws)
+    # Answers to one prompt are correlated, so bounds from single answers would be too narrow.
+    bounds = clustered_share(outcome, ours.prompt, generator=draws)
     return Comparison(
         candidate=pair[0],
         opponent=pair[1],

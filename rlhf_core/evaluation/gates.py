@@ -46,6 +46,12 @@ class PromotionConfig(Section):
         le=1,
         description="The lower bound of the win rate over the current champion must exceed this",
     )
+    min_prompts: int = Field(
+        5,
+        ge=1,
+        description="Fewest held-out prompts that a promotion may rest on; fewer say little about "
+        "others, however they turn out",
+    )
     max_kl: float = Field(20.0, gt=0, description="Largest KL to SFT (nats per sequence)")
     max_length_ratio: float = Field(
         2.0, gt=0, description="Largest mean length of the answers, as a multiple of SFT's"
@@ -171,7 +177,7 @@ def require_reward_model(
 def can_show(prompts: int, least: float) -> bool:
     """Whether this many prompts, if all are won, show a share above `least`.
 
-    It uses Wilson's interval, since the bootstrap of equal values is a point.
+    It uses Wilson's interval, which a win rate is never narrower than.
     """
     return win_rate(prompts, 0, 0).low > least
 
@@ -204,7 +210,17 @@ def apply_rules(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
     ]
     if scorecard.arm("champion") is not None:
         rules.append(_win_rate(scorecard, "champion", config.min_win_rate_over_champion))
-    return rules
+    return [*rules, _prompts(scorecard, config.min_prompts)]
+
+
+def _prompts(scorecard: Scorecard, least: int) -> Rule:
+    fewest = min((match.prompts for match in scorecard.comparisons), default=0)
+    return Rule(
+        name="held-out prompts",
+        measured=str(fewest),
+        required=f"at least {least} (promotion.min_prompts)",
+        passed=fewest >= least,
+    )
 
 
 def _win_rate(scorecard: Scorecard, opponent: ArmName, least: float) -> Rule:

@@ -13,13 +13,13 @@ ARMS: tuple[ArmName, ...] = ("sft", "policy", "best_of_n", "champion")
 class Arm(BaseModel):
     """The results of one arm on the held-out prompts."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     name: ArmName
     proxy_reward: Interval  # normalised reward-model score
     true_reward: Interval | None
     kl: Interval | None  # to the SFT policy, nats per sequence; None if the tokenizers differ
-    perplexity: float  # of its texts under the SFT policy: a measure of fluency
+    perplexity: float  # of its texts under the SFT policy: a measure of fluency; may be infinite
     length: float  # tokens
     distinct_1: float  # share of distinct word n-grams, over one answer to each prompt
     distinct_2: float
@@ -28,7 +28,7 @@ class Arm(BaseModel):
 class Comparison(BaseModel):
     """Two arms compared answer by answer on the same prompts."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     candidate: ArmName
     opponent: ArmName
@@ -52,7 +52,7 @@ class Comparison(BaseModel):
 class Scorecard(BaseModel):
     """The numbers that decide about promotion."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     arms: tuple[Arm, ...]
     comparisons: tuple[Comparison, ...]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rlhf_core.functional._contracts import check_shapes
 
+FEW_CLUSTERS, FEW_EITHER_WAY = 50, 5  # below these a bootstrap is too narrow
+
 
 class Interval(NamedTuple):
     """An estimate with its confidence bounds, in the unit of the estimate."""
@@ -35,7 +37,7 @@ def win_rate(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> 
 
     Ties vary less than the wins and losses that the formula assumes, so with ties the interval is
     conservative. The comparisons must be independent: with several per prompt, use
-    `clustered_bootstrap`.
+    `clustered_share`.
 
     Raises:
         ValueError: if a count is negative, there is no comparison, or confidence is not in (0, 1).
@@ -50,7 +52,11 @@ def win_rate(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> 
             "win_rate needs counts of at least 0 and one comparison, "
             f"got {wins} wins, {ties} ties, {losses} losses."
         )
-    p = (wins + ties / 2) / n
+    return _wilson((wins + ties / 2) / n, n, confidence)
+
+
+def _wilson(p: float, n: float, confidence: float) -> Interval:
+    """The score interval of a share p of n independent trials; n need not be whole."""
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     centre = p + z2 / (2 * n)
     half_width = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
@@ -121,6 +127,50 @@ def clustered_bootstrap(
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval((sums.sum() / sizes.sum()).item(), low, high)
+
+
+def clustered_share(
+    values: Tensor,
+    clusters: Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    generator: torch.Generator,
+) -> Interval:
+    """Share of points won, with an interval that holds for few clusters and for extreme shares.
+
+        bounds = the wider of clustered_bootstrap and Wilson's at n,  n = (Σ N)² / Σ N²
+
+    if n < 50 or n·min(p, 1 - p) < 5, and those of clustered_bootstrap otherwise. N is the size of a
+    cluster; n, Kish's effective number, is the number of clusters when they are of one size. The
+    bootstrap has no width when all clusters agree, and is too narrow for few of them; Wilson's
+    interval counts a whole cluster as one trial.
+
+    Args:
+        values: (N,) in [0, 1]: 1 for a win, 0.5 for a tie.
+        clusters: (N,) int64, which cluster a value belongs to; any ids.
+        confidence: probability that the interval should cover.
+        resamples: number of bootstrap draws.
+        generator: random numbers for the draws, on the CPU.
+
+    Raises:
+        ValueError: if the shapes differ, there is no value, one is outside [0, 1], or confidence is
+            not in (0, 1).
+
+    References: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953; Kish 1965, Survey
+    Sampling, section 11.7.
+    """
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError("the values of a share must lie in [0, 1].")
+    drawn = clustered_bootstrap(
+        values, clusters, confidence=confidence, resamples=resamples, generator=generator
+    )
+    sizes = torch.unique(clusters, return_counts=True)[1].double()
+    n, p = (sizes.sum() ** 2 / (sizes**2).sum()).item(), drawn.value
+    if n >= FEW_CLUSTERS and n * min(p, 1 - p) >= FEW_EITHER_WAY:
+        return drawn
+    score = _wilson(p, n, confidence)
+    return Interval(drawn.value, min(drawn.low, score.low), max(drawn.high, score.high))
 
 
 def expected_calibration_error(

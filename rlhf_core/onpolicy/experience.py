@@ -37,8 +37,8 @@ class PromptTable:
     tokens: list[list[int]]
 
     @classmethod
-    def read(cls, data: Path, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """The training prompts of prepared data.
+    def read(cls, data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
+        """The training prompts of prepared data, of at most `max_length` tokens.
 
         Raises: DataError when there are none.
         """
@@ -49,7 +49,7 @@ class PromptTable:
                 "data.eval_fraction"
             )
         prompts = list(table["prompt"])
-        return cls(prompts, [encode_prompt(prompt, tokenizer) for prompt in prompts])
+        return cls(prompts, [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts])
 
     def pick(self, numbers: Sequence[int]) -> "PromptTable":
         """Some of the prompts."""

@@ -30,7 +30,7 @@ from rlhf_core.data.encoding import (
     PLAIN_CHAT_TEMPLATE,
     Prompt,
     decode_responses,
-    encode_pair,
+    encode_answers,
     render_prompt,
     same_tokens,
 )
@@ -264,9 +264,8 @@ def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _A
     for prompt, text, ended in zip(answers.prompts, answers.texts, finished, strict=True):
         if spaced and not isinstance(prompt, str):
             text = text.removeprefix(" ")  # from the policy's template, not part of the answer
-        ids, _, _ = encode_pair(prompt, text, tokenizer, room)
-        closed = ids[-1] == tokenizer.eos_token_id  # False if it was cut
-        rows.append(ids if ended or not closed else ids[:-1] or ids)
+        found = encode_answers(prompt, [text], tokenizer, room, ended=ended)
+        rows.append(found.prompt + found.responses[0] or [tokenizer.eos_token_id])
     return model.scores(pack(rows, model.model.device))
 
 

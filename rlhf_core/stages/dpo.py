@@ -77,6 +77,7 @@ class DPOReport(Report):
     train_pairs: int
     held_out_pairs: int
     truncated: int  # pairs with a text cut to max_length
+    same_after_cut: int  # votes left out, since both texts are the same tokens then
 
 
 def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
@@ -98,10 +99,11 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     require_context(policy.model, config.max_length, "dpo.max_length")
     config.adapt(policy, "policy", seed=seed, stream="policy/adapter")
     logger.phase("encoding the preferences")
-    train_table = read_table(data, "preferences", "train")
-    train = encode_pairs(train_table, tokenizer, config.max_length)
-    held_out_table = read_table(data, "preferences", "eval")
-    held_out = encode_pairs(held_out_table, tokenizer, config.max_length)
+    limit = (config.max_length, "dpo.max_length")
+    train, _, same = encode_pairs(read_table(data, "preferences", "train"), tokenizer, *limit)
+    held_out, held_out_table, also_same = encode_pairs(
+        read_table(data, "preferences", "eval"), tokenizer, *limit
+    )
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(policy, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "dpo/order"))
@@ -132,7 +134,17 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     facts, output = {"steps": steps}, work.outputs["policy"]
     save_policy(policy, tokenizer, output, facts, sft=sft, ranks=ranks)
     sums = _sums_of_all(policy, held_out, config, ranks, tell, "held-out votes")
-    return _report(held_out_table, train, held_out, sums, held_out_reference, config, history, seed)
+    return _report(
+        held_out_table,
+        train,
+        held_out,
+        same + also_same,
+        sums,
+        held_out_reference,
+        config,
+        history,
+        seed,
+    )
 
 
 def _accumulate(
@@ -225,6 +237,7 @@ def _report(
     table: pd.DataFrame,
     train: list[Pair],
     held_out: list[Pair],
+    same: int,
     logprobs: Tensor,
     reference: Tensor,
     config: DPOConfig,
@@ -235,7 +248,7 @@ def _report(
     gap = out.chosen_rewards - out.rejected_rewards
     decided = torch.tensor([not pair.tie for pair in held_out])
     require_decided(decided)
-    accuracy = ranking.clustered_bootstrap(
+    accuracy = ranking.clustered_share(
         half_for_ties(gap[decided]),
         prompt_numbers(table)[decided],
         generator=generator(seed, "dpo/bootstrap"),
@@ -250,6 +263,7 @@ def _report(
         train_pairs=len(train),
         held_out_pairs=len(held_out),
         truncated=sum(pair.truncated for pair in [*train, *held_out]),
+        same_after_cut=same,
         figures={
             "dpo_training": figures.preference_curves(history),
             "dpo_rewards": figures.score_histogram(

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.backbone.directory import require_same_tokenizer
+from rlhf_core.backbone.directory import add_facts, read_card, require_same_tokenizer
 from rlhf_core.backbone.networks import ScalarModel, load_as_adapter
 from rlhf_core.backbone.responses import restore_rows
 from rlhf_core.backbone.sampling import SamplingConfig
@@ -141,9 +141,9 @@ def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
     work.logger.phase("saving the critic")
     with work.ranks.whole(critic_network):
         if work.ranks.main:
-            critic_network.save(
-                actors.tokenizer, work.outputs["critic"], kind="critic", base=work.inputs["sft"]
-            )
+            sft, output = work.inputs["sft"], work.outputs["critic"]
+            critic_network.save(actors.tokenizer, output, kind="critic", base=sft)
+            add_facts(output, {"chat": read_card(sft).get("chat", False)})
     return report
 
 

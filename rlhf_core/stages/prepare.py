@@ -12,12 +12,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 from pydantic import Field, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
@@ -30,25 +32,37 @@ from rlhf_core.data.assembly import (
     shared_prompts,
     split_by_prompt,
 )
+from rlhf_core.data.chat_tokens import (
+    TextError,
+    asks_for_the_date,
+    encode_prompt,
+    encode_response,
+    set_date,
+)
+from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.formats import ParsedSource, parse
 from rlhf_core.data.forms.fields import FIELDS, names_in
 from rlhf_core.data.forms.rows import Reading
-from rlhf_core.data.pairs import with_winners
+from rlhf_core.data.pairs import all_the_same, with_winners
 from rlhf_core.data.prepared import (
+    COLUMNS,
     SPLITS,
     TABLE_KINDS,
     Split,
     TableKind,
+    canonical_prompt,
     training_texts,
     write_table,
 )
-from rlhf_core.data.sources import read_rows
+from rlhf_core.data.sources import Fault, SourceRows, read_rows
 from rlhf_core.data.validation import (
     TableSummary,
     Validation,
     contradictory_pairs,
     count_tokens,
     count_truncated,
+    count_written_controls,
+    measure_cut,
     summarise_lengths,
 )
 from rlhf_core.data.vote_details import word
@@ -60,6 +74,9 @@ from rlhf_core.work import Work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_PURPOSE: Mapping[Split, str] = {"train": "training", "eval": "evaluation"}
 
 
 class TableConfig(Section):
@@ -245,6 +262,8 @@ class DataReport(Report):
     contradictory_pairs: int
     shared_prompts: int
     truncated: int
+    lost_tokens: int  # of answers, cut off by a later stage
+    same_after_cut: int  # preferences whose answers are the same tokens then
 
 
 def prepare_data(config: DataConfig, work: Work) -> DataReport:
@@ -257,9 +276,9 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     """
     output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
-    tables = _assemble(config, work.seed, logger)
-    logger.progress(1, 3, "measuring lengths")
     model, limits = work.section(ModelConfig), work.section(LengthLimits)
+    tables = _assemble(config, model, work.seed, logger)
+    logger.progress(1, 3, "measuring lengths")
     counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
     output.mkdir(parents=True, exist_ok=True)
@@ -285,12 +304,14 @@ def inspect(
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
     logger = logger or SilentLogger()
-    return _validate(_assemble(config, seed, logger), model, limits, logger)[1]
+    return _validate(_assemble(config, model, seed, logger), model, limits, logger)[1]
 
 
-def _assemble(config: DataConfig, seed: int, logger: StageLogger) -> CleanTables:
+def _assemble(
+    config: DataConfig, model: ModelConfig, seed: int, logger: StageLogger
+) -> CleanTables:
     simulated = config.source == "simulated"
-    sources = _simulated(config, seed) if simulated else _from_files(config, logger)
+    sources = _simulated(config, seed) if simulated else _from_files(config, model, logger)
     logger.phase("splitting by prompt")
     tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
     _check_sides(tables, config)
@@ -321,17 +342,19 @@ def _simulated(config: DataConfig, seed: int) -> CleanTables:
     }
 
 
-def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
+def _from_files(config: DataConfig, model: ModelConfig, logger: StageLogger) -> CleanTables:
     if not config.preferences.path:
         raise ConfigError(
             "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
+    # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
+    tokenizer = load_tokenizer(model, ()) if model.source else None
     parts: dict[TableKind, dict[str, ParsedSource]] = {}
     for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
-            parts[kind] = _read(config, kind)
+            parts[kind] = _read(config, kind, tokenizer)
     _check_template(config, [source for found in parts.values() for source in found.values()])
     tables = {kind: assemble(kind, found) for kind, found in parts.items()}
     for kind, table in tables.items():
@@ -340,14 +363,16 @@ def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
     return tables
 
 
-def _read(config: DataConfig, kind: TableKind) -> dict[str, ParsedSource]:
+def _read(
+    config: DataConfig, kind: TableKind, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, ParsedSource]:
     """The sources of a table by their split, "" where the prompts decide."""
     settings = config.table(kind)
     evaluation = settings.evaluation()
-    train = _parse(config, kind, settings.path, settings.split)
+    train = _parse(config, kind, settings.path, settings.split, tokenizer)
     if evaluation is None:
         return {"": train}
-    return {"train": train, "eval": _parse(config, kind, *evaluation)}
+    return {"train": train, "eval": _parse(config, kind, *evaluation, tokenizer)}
 
 
 def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None:
@@ -359,10 +384,18 @@ def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None
             )
 
 
-def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
+def _parse(
+    config: DataConfig,
+    kind: TableKind,
+    path: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
     table = parse(source, kind, settings.fields, config.reading(kind))
+    if tokenizer is not None:
+        table = _without_unreadable(table, source, kind, settings, tokenizer)
     if table.faults and config.on_bad_row == "error":
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
@@ -370,6 +403,45 @@ def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> Parsed
             f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
     return table
+
+
+def _without_unreadable(
+    table: ParsedSource,
+    source: SourceRows,
+    kind: TableKind,
+    settings: TableConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ParsedSource:
+    """The source without the rows that the model's template or tokenizer rejects, which are bad
+    rows like others."""
+    columns = source.columns()
+    seen: dict[str, str] = {}  # text -> why it is rejected; empty if it is not
+    faults: dict[int, Fault] = {}
+    for number, record in zip(table.numbers, table.frame.to_dict("records"), strict=True):
+        chat = not isinstance(record["prompt"], str)
+        for field in ("prompt", *(name for name in COLUMNS[kind] if name.startswith("response"))):
+            key = canonical_prompt(record[field])
+            if key not in seen:
+                seen[key] = _why_rejected(record[field], field, chat, tokenizer)
+            if seen[key]:
+                place = settings.fields.get(field, field)
+                where = (source.source, source.unit, number, place if place in columns else "")
+                faults.setdefault(number, Fault(*where, "rejected by the template", seen[key]))
+    kept = [number not in faults for number in table.numbers]
+    every = sorted([*table.faults, *faults.values()], key=lambda fault: fault.number)
+    left = [number for number in table.numbers if number not in faults]
+    return replace(table, frame=table.frame[kept], numbers=left, faults=every)
+
+
+def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        if field == "prompt":
+            encode_prompt(text, tokenizer)
+        else:
+            encode_response(str(text), tokenizer, chat=chat)
+    except TextError as error:
+        return str(error)
+    return ""
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -383,8 +455,7 @@ def _check_sides(tables: CleanTables, config: DataConfig) -> None:
 
 
 def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: DataConfig) -> str:
-    purpose = {"train": "training", "eval": "evaluation"}[split]
-    start = f"no {kind} are left for {purpose}: of {table.rows} rows ({table.source}) "
+    start = f"no {kind} are left for {_PURPOSE[split]}: of {table.rows} rows ({table.source}) "
     if table.frame.empty:
         reasons = ", ".join(f"{reason} {count}" for reason, count in table.dropped.items())
         return f"{start}all were dropped ({reasons}); check the fields and the data"
@@ -416,9 +487,18 @@ def _validate(
     """The length of every text in tokens, and the report."""
     logger.phase("loading the tokenizer")
     tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
+    day = date.today()
+    set_date(tokenizer, day)
     preferences = with_winners(tables["preferences"].frame)
     frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
     counts = count_tokens(frames, tokenizer, partial(counted, logger))
+    logger.phase("measuring what is cut")
+    lost, same = measure_cut(frames, counts, tokenizer, sft=limits.sft, reward=limits.reward)
+    for split in SPLITS:
+        side = same[preferences["split"] == split]
+        if side.all():
+            setting = "reward_model.max_length"
+            raise DataError(all_the_same(len(side), limits.reward, setting, _PURPOSE[split]))
     validation = Validation(
         tables={kind: _summary(table) for kind, table in tables.items()},
         bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
@@ -431,6 +511,10 @@ def _validate(
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
         truncated=count_truncated(counts, **limits.model_dump()),
+        lost=lost,
+        same_after_cut=int(same.sum()),
+        written_controls=count_written_controls(frames, tokenizer),
+        template_date=day.isoformat() if asks_for_the_date(tokenizer) else "",
         vocabulary=len(tokenizer),
     )
     return counts, validation
@@ -463,6 +547,8 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
         contradictory_pairs=validation.contradictory_pairs,
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),
+        lost_tokens=sum(validation.lost.values()),
+        same_after_cut=validation.same_after_cut,
         tables={
             "data_rows": validation.rows_table(),
             "data_lengths": validation.lengths_table(),

@@ -12,6 +12,7 @@ Deliberate deviations from the literature:
    may have learnt only length.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from rlhf_core import figures
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
-from rlhf_core.backbone.directory import load_saved_tokenizer
+from rlhf_core.backbone.directory import add_facts, load_saved_tokenizer, read_card
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.backbone.responses import lay_out, response_scores
@@ -48,12 +49,16 @@ from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator
 from rlhf_core.training.epochs import optimizer_steps
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.learner import Learner, TrainingSection, require_finite
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+
+_LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
+
+_log = logging.getLogger(__name__)
 
 
 class RewardModelConfig(TrainingSection):
@@ -95,6 +100,7 @@ class RewardModelReport(Report):
     held_out_votes: int  # with a winner; the accuracies are measured on these
     held_out_prompts: int  # of these votes; the bootstrap draws these
     truncated: int  # pairs with a text cut to max_length
+    same_after_cut: int  # votes left out, since both texts are the same tokens then
 
 
 def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelReport:
@@ -119,9 +125,11 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     tokenizer = load_saved_tokenizer(sft)
     logger.phase("encoding the preferences")
     train_table = read_table(data, "preferences", "train")
-    train = encode_pairs(train_table, tokenizer, config.max_length)
-    held_out_table = with_winners(read_table(data, "preferences", "eval"))
-    held_out = encode_pairs(held_out_table, tokenizer, config.max_length)
+    limit = (config.max_length, "reward_model.max_length")
+    train, _, same = encode_pairs(train_table, tokenizer, *limit)
+    held_out, held_out_table, also_same = encode_pairs(
+        with_winners(read_table(data, "preferences", "eval")), tokenizer, *limit
+    )
 
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
@@ -148,13 +156,38 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
 
     samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed, logger)
     chosen, rejected = _scores(reward_model, held_out, config, ranks, logger)
-    mean, std = samples.mean().item(), max(samples.std().item(), 1e-6)
+    require_finite("the reward-model score", torch.cat([samples.cpu(), chosen, rejected]))
+    mean, std = samples.mean().item(), scale_of(samples, chosen - rejected)
     reward_model.mean, reward_model.std = mean, std
     logger.phase("saving the model")
     with ranks.whole(reward_model):
         if ranks.main:
             reward_model.save(tokenizer, work.outputs["reward"], kind="reward", base=sft)
-    return _report(held_out_table, train, held_out, chosen, rejected, mean, std, seed)
+            add_facts(work.outputs["reward"], {"chat": read_card(sft).get("chat", False)})
+    same += also_same
+    return _report(held_out_table, train, held_out, same, chosen, rejected, mean, std, seed)
+
+
+def scale_of(samples: Tensor, gaps: Tensor) -> float:
+    """The standard deviation of scores, or 1 when it is no scale for the gaps between answers.
+
+    Samples that are all alike have a spread of 0 or of rounding, by which rewards would become
+    millions. It is no scale below a hundredth of the usual gap (root mean square).
+
+    Shapes: (N,) scores of samples, (M,) gaps between chosen and rejected answers.
+    """
+    spread, usual = samples.std().item(), gaps.double().square().mean().sqrt().item()
+    if spread > max(usual * _LEAST_SPREAD, 1e-6):
+        return spread
+    _log.warning(
+        "the %d SFT samples have almost the same score (spread %.3g; the answers to compare are "
+        "%.3g apart), so rewards are only centred and not scaled. Sample more varied texts: raise "
+        "sampling.temperature or reward_model.normalization_samples, or train less in sft",
+        len(samples),
+        spread,
+        usual,
+    )
+    return 1.0
 
 
 @torch.no_grad()
@@ -173,7 +206,8 @@ def _sft_scores(
     device = str(reward_model.model.device)
     policy, tokenizer = Policy.load(sft, device, config.precision)
     # Distinct prompts, since a pair with several votes repeats its prompt.
-    distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer)) for p in prompts))
+    longest = sampling.max_prompt_length
+    distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer, longest)) for p in prompts))
     order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
     rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
     draws = generator(seed, "reward/normalization")
@@ -190,6 +224,7 @@ def _report(
     table: pd.DataFrame,
     train: list[Pair],
     held_out: list[Pair],
+    same: int,
     chosen: Tensor,
     rejected: Tensor,
     mean: float,
@@ -205,7 +240,7 @@ def _report(
     longer = half_for_ties(
         torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in held_out])[decided]
     )
-    accuracy = ranking.clustered_bootstrap(
+    accuracy = ranking.clustered_share(
         correct, prompts[decided], generator=generator(seed, "reward/bootstrap")
     )
     # Each pair counts in both orders, since the order has no meaning.
@@ -227,6 +262,7 @@ def _report(
         held_out_votes=len(gap),
         held_out_prompts=len(prompts[decided].unique()),
         truncated=sum(pair.truncated for pair in [*train, *held_out]),
+        same_after_cut=same,
         figures={
             "reward_calibration": figures.calibration(
                 calibration.mean_predicted.tolist(),

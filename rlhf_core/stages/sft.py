@@ -8,6 +8,7 @@ over the responses y, not the prompts x. Deliberate deviations from common train
 3. Dropout is off, so training and sampling use the same policy.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,10 @@ from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.directory import CARD
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import Packed, pack
+from rlhf_core.data.chat_tokens import set_date
 from rlhf_core.data.encoding import encode_pair
-from rlhf_core.data.prepared import read_table, training_texts
-from rlhf_core.errors import CheckpointError, DataError
+from rlhf_core.data.prepared import date_of, read_table, training_texts
+from rlhf_core.errors import CheckpointError, DataError, NumericsError
 from rlhf_core.functional.losses import token_nll
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator
@@ -38,6 +40,8 @@ from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+
+_log = logging.getLogger(__name__)
 
 
 class SFTConfig(TrainingSection):
@@ -106,6 +110,7 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     logger.phase("loading the model")
     train_table = read_table(data, "demonstrations", "train")
     base, tokenizer = load_base(model, training_texts(train_table), seed)
+    set_date(tokenizer, date_of(data))
     require_context(base, config.max_length, "sft.max_length")
     policy = Policy(base.to(work.device), precision=config.precision)
     config.adapt(policy, "sft", seed=seed, stream="sft/adapter")
@@ -147,19 +152,48 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
                         if ranks.main:
                             policy.save(tokenizer, output, {"step": step, **facts})
                 session.metrics(
-                    {"held_out/loss": measured, "held_out/perplexity": math.exp(measured)}, step
+                    {"held_out/loss": measured, "held_out/perplexity": perplexity(measured)}, step
                 )
         losses = [(step, values["loss"]) for step, values in session.history if "loss" in values]
 
+    require_learnt(best.measured)
     return SFTReport(
         held_out_loss=best.loss,
-        held_out_perplexity=math.exp(best.loss),
+        held_out_perplexity=perplexity(best.loss),
         best_step=best.step,
         steps=steps,
         train_examples=len(train),
         truncated=truncated,
         figures={"sft_loss": figures.loss_curves(losses, best.measured)},
     )
+
+
+def perplexity(nll: float) -> float:
+    """exp(mean negative log-likelihood, nats a token); infinite when that is beyond a float."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def require_learnt(measured: Sequence[tuple[int, float]]) -> None:
+    """Look at the held-out losses by step: warn when the best has no finite perplexity.
+
+    Raises: NumericsError when no loss was finite, so that no weights were kept.
+    """
+    lowest = min((loss for _, loss in measured if math.isfinite(loss)), default=math.nan)
+    if math.isnan(lowest):
+        step, loss = measured[-1]
+        raise NumericsError(
+            f"the held-out loss was never finite ({loss} at step {step}), so no weights are worth "
+            "keeping: fine-tuning diverged. Lower sft.learning_rate"
+        )
+    if math.isinf(perplexity(lowest)):
+        _log.warning(
+            "the lowest held-out loss is %.0f nats a token, which is a perplexity beyond any "
+            "number: fine-tuning diverged. Lower sft.learning_rate",
+            lowest,
+        )
 
 
 def _encode(

@@ -5,8 +5,8 @@
 (in an activated environment: MLflow starts `uvicorn` by name.)
 
 A policy maps the column `prompt` to texts. A reward model maps the columns `prompt` and `response`
-to normalised rewards, without a sigmoid. A policy that was trained on messages gets a prompt as a
-user message; a reward model reads texts as they are. The directory does not need this package.
+to normalised rewards, without a sigmoid. Models that were trained on messages get a prompt as a
+user message. The directory does not need this package.
 """
 
 import json
@@ -20,6 +20,7 @@ import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from rlhf_core.data import chat_tokens
 from rlhf_core.errors import ModelError
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import ModelRef
@@ -70,7 +71,7 @@ def export_servable(store: MlflowModelStore, ref: ModelRef, to: Path) -> Path:
             mlflow.pyfunc.save_model(
                 str(to),
                 python_model=str(SERVED / f"{kind}.py"),
-                artifacts={"model": str(model)},
+                artifacts={"model": str(model), "chat_tokens": str(chat_tokens.__file__)},
                 signature=SIGNATURES[kind],
                 input_example=EXAMPLES[kind],
                 pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],

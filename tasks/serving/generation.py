@@ -12,6 +12,7 @@ from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.directory import CARD, read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import sample, uniforms
+from rlhf_core.backbone.tokens import ending_ids
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
 from rlhf_core.errors import ModelError, UserError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
@@ -123,7 +124,7 @@ def _respond(
         encode_prompts(tokenizer, prompts, longest).to(policy.model.device),
         uniforms(len(prompts), max_new_tokens, generator),
         temperature=temperature,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ending_ids(policy.model),
         pad_token_id=tokenizer.pad_token_id,
         between=between,
     )

@@ -197,7 +197,16 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
     ("found", "changes", "said"),
     [
         (validation(), {}, []),
-        (validation(prompts=4, voted=4), {}, []),
+        (validation(prompts=5, voted=4), {}, []),
+        (validation(prompts=4, voted=4), {"promotion": {"min_prompts": 4}}, []),
+        (
+            validation(prompts=4, voted=4),
+            {},
+            [
+                "No policy can be promoted: 4 held-out prompts cannot meet promotion.min_prompts "
+                "5; raise data.eval_fraction, or add evaluation data."
+            ],
+        ),
         (
             validation(prompts=1),
             {},

@@ -244,3 +244,10 @@ def test_numbers_have_bounds():
 def test_the_form_names_a_field_as_yaml_does():
     definitions = PipelineConfig.model_json_schema()["$defs"]
     assert definitions["PPOConfig"]["properties"]["kl_coef"]["title"] == "kl_coef"
+
+
+def test_a_seed_beyond_what_torch_takes_is_refused():
+    assert PipelineConfig(model={"source": "gpt2"}, seed=2**63 - 1).seed == 2**63 - 1
+    for seed in (2**63, 10**20, -1):
+        with pytest.raises(ValidationError, match="seed"):
+            PipelineConfig(model={"source": "gpt2"}, seed=seed)

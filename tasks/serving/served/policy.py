@@ -1,11 +1,12 @@
 """The policy that `mlflow models serve` runs: prompts in, texts out.
 
 This file is copied into the exported model and runs without this package, so it needs only torch
-and transformers. Its tokenization duplicates `rlhf_core.data.encoding.encode_prompt`; a test
-compares the two.
+and transformers. A copy of `rlhf_core.data.chat_tokens` lies beside the model, so that a text has
+the same tokens as in training.
 """
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 BATCH = 32
 
@@ -24,6 +25,9 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def load_context(self, context: PythonModelContext) -> None:
         """Load weights and tokenizer, on the accelerator if there is one."""
         directory = context.artifacts["model"]
+        spec = spec_from_file_location("chat_tokens", context.artifacts["chat_tokens"])
+        self.text: Any = module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(self.text)  # type: ignore[union-attr]
         card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
         self.chat = card.get("chat", False)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +36,12 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
             directory, dtype=torch.float32, use_safetensors=True
         )
         self.model = model.to(self.device).eval()
+        self.context = getattr(model.config, "max_position_embeddings", None)
+        # Whatever else an older version keeps there was no part of what was evaluated.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
 
     def predict(
         self,
@@ -51,13 +61,13 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
     @torch.inference_mode()
     def complete(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
         """One batch of responses, without the prompts and without special tokens."""
-        room = self.model.config.max_position_embeddings - options["max_new_tokens"]
-        if room < 1:
+        room = None if self.context is None else self.context - options["max_new_tokens"]
+        if room is not None and room < 1:
             raise ValueError(
                 f"max_new_tokens {options['max_new_tokens']} leaves no room for a prompt; this "
-                f"model holds {self.model.config.max_position_embeddings} tokens"
+                f"model holds {self.context} tokens"
             )
-        rows = [self.encode(prompt)[-room:] for prompt in prompts]
+        rows = [self.encode(prompt, room) for prompt in prompts]
         if not all(rows):
             raise ValueError("a prompt is empty; write at least one word")
         width = max(map(len, rows))
@@ -74,24 +84,23 @@ class ServedPolicy(PythonModel):  # type: ignore[misc]  # MLflow has no types
             pad_token_id=pad,
             **sampling,
         )
-        new = tokens[:, width:]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts
+        return [self.decode(row) for row in tokens[:, width:].tolist()]
 
-    def encode(self, prompt: str) -> list[int]:
-        """Prompt tokens, with the begin-of-sequence token once where the tokenizer uses one.
+    def encode(self, prompt: str, room: int | None) -> list[int]:
+        """Prompt tokens, at most `room` of them.
 
         A policy that was trained on messages gets the prompt as a user message.
         """
-        if self.chat:
-            message = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
-            )
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        bos = self.tokenizer.bos_token_id
-        uses_bos = bos is not None and self.tokenizer("").input_ids[:1] == [bos]
-        return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+        asked = [{"role": "user", "content": prompt}] if self.chat else prompt
+        ids: list[int] = self.text.encode_prompt(asked, self.tokenizer, room)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of response tokens, up to the first that ends it."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends
+        stop = next((n + 1 for n, token in enumerate(ids) if token in ends), len(ids))
+        return str(self.text.decode(ids[:stop], self.tokenizer))
 
 
 mlflow.models.set_model(ServedPolicy())

@@ -1,11 +1,14 @@
 """The reward model that `mlflow models serve` runs: prompts and responses in, rewards out.
 
 This file is copied into the exported model and runs without this package, so it needs only torch
-and transformers. It duplicates the tokenization of `rlhf_core.data.encoding.encode_pair` and the
-computation of `rlhf_core.backbone.networks.ScalarModel.scores`; a test compares them.
+and transformers. A copy of `rlhf_core.data.chat_tokens` lies beside the model, so that a text has
+the same tokens as in training. It duplicates the computation of
+`rlhf_core.backbone.networks.ScalarModel.scores`; a test compares them.
 """
 
 import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
     def load_context(self, context: PythonModelContext) -> None:
         """Load weights, tokenizer and normaliser, on the accelerator if there is one."""
         directory = context.artifacts["model"]
+        spec = spec_from_file_location("chat_tokens", context.artifacts["chat_tokens"])
+        self.text: Any = module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(self.text)  # type: ignore[union-attr]
         self.card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -31,7 +37,7 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
             directory, dtype=torch.float32, use_safetensors=True
         )
         self.model = model.to(self.device).eval()
-        self.room = model.config.max_position_embeddings
+        self.room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
     def predict(
         self,
@@ -64,20 +70,14 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         return [float(reward) for reward in rewards]
 
     def encode(self, prompt: str, response: str) -> list[int]:
-        """Tokens of a pair as the pipeline scores it, truncated only to the context of the model.
+        """Tokens of a pair as the pipeline scores it, cut only to the context of the model.
 
-        Training truncates at `reward_model.max_length` instead, by the same rule.
+        Training cuts at `reward_model.max_length` instead, by the same rule. A reward model of
+        messages reads the prompt as a user message.
         """
-        head: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenizer("").input_ids[:1] == [bos] and head[:1] != [bos]:
-            head = [bos, *head]
-        tail = self.tokenizer(response, add_special_tokens=False).input_ids
-        tail = [*tail, self.tokenizer.eos_token_id]
-        if len(head) + len(tail) > self.room:
-            tail = tail[: max(self.room - len(head), self.room // 2, 1)]
-            head = head[max(len(head) + len(tail) - self.room, 0) :]
-        return [*head, *tail]
+        asked = [{"role": "user", "content": prompt}] if self.card.get("chat") else prompt
+        found = self.text.fit(asked, [response], self.tokenizer, self.room)
+        return [*found.prompt, *found.responses[0]]
 
 
 mlflow.models.set_model(ServedReward())

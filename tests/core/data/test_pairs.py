@@ -32,7 +32,7 @@ def pair(chosen, rejected, *, tie=False):
 
 def test_both_texts_of_a_vote_are_prompt_response_and_end(gpt2):
     tokenizer = gpt2[1]
-    one, second, two = encode_pairs(VOTES, tokenizer, 40)
+    one, second, two = encode_pairs(VOTES, tokenizer, 40).pairs
     prompt = encode_prompt("the room", tokenizer)
     assert one.chosen == prompt + encode_response(" is good", tokenizer)
     assert one.rejected == prompt + encode_response(" is bad", tokenizer)
@@ -53,8 +53,8 @@ def test_a_pair_is_truncated_when_either_text_is(gpt2, cut):
         [{"prompt": "the", "response_a": " is", "response_b": " is very good and fine"}]
     ).assign(margin=0.0)
     for table in (votes.assign(vote="a"), votes.assign(vote="b")):
-        (found,) = encode_pairs(table, gpt2[1], cut)
-        (whole,) = encode_pairs(table, gpt2[1], 40)
+        (found,) = encode_pairs(table, gpt2[1], cut).pairs
+        (whole,) = encode_pairs(table, gpt2[1], 40).pairs
         assert found.truncated == (max(len(whole.chosen), len(whole.rejected)) > cut)
         assert max(len(found.chosen), len(found.rejected)) <= cut
     assert not whole.truncated
@@ -75,6 +75,40 @@ def test_the_winner_of_a_vote_is_the_side_that_it_names():
 def test_no_votes(gpt2):
     with pytest.raises(DataError, match="the preferences have no rows"):
         encode_pairs(VOTES.head(0), gpt2[1], 40)
+
+
+def test_votes_on_the_same_tokens_are_left_out_and_counted(gpt2):
+    tokenizer = gpt2[1]
+    same_start = {"response_a": " is good and fine", "response_b": " is good and cold"}
+    table = pd.DataFrame(
+        [
+            {"prompt": "the", **same_start, "vote": "a"},
+            {"prompt": "the", "response_a": " is", "response_b": " was", "vote": "tie"},
+            {"prompt": "the", **same_start, "vote": "tie"},
+        ],
+        index=[5, 6, 7],
+    ).assign(margin=0.0)
+    assert encode_pairs(table, tokenizer, 40).same == 0
+    cut = len(encode_prompt("the", tokenizer)) + len(encode_response(" is good and", tokenizer)) - 1
+    found = encode_pairs(table, tokenizer, cut)
+    assert (len(found.pairs), found.table.index.tolist(), found.same) == (1, [6], 2)
+    with pytest.raises(DataError, match=f"each of the 2 .* cut to {cut} tokens.*raise dpo.max"):
+        encode_pairs(table.iloc[[0, 2]], tokenizer, cut, "dpo.max_length")
+
+
+def test_both_texts_of_a_vote_keep_the_same_prompt(gpt2):
+    # Of 12 places the long answer takes half; the short one alone would have left the prompt more.
+    tokenizer = gpt2[1]
+    votes = {"prompt": "abcdefghijklmnop", "response_a": "x", "response_b": "uvwxyzuvwxyz"}
+    for vote in ("a", "b"):
+        table = pd.DataFrame([{**votes, "vote": vote, "margin": 0.0}])
+        (found,) = encode_pairs(table, tokenizer, 12).pairs
+        start = found.starts[0]
+        assert found.starts == (start, start)
+        assert found.chosen[:start] == found.rejected[:start]
+        whole = encode_prompt(votes["prompt"], tokenizer)
+        assert found.chosen[:start] == whole[-start:]
+        assert max(len(found.chosen), len(found.rejected)) == 12
 
 
 def test_chosen_and_rejected_lie_in_turn_and_share_their_prompt():

@@ -128,14 +128,19 @@ def test_tokens_are_counted_as_the_stages_encode(tokenizer):
     }
     counts = count_tokens(frames, tokenizer)
     for kind, frame in frames.items():
-        expected = frame.apply(
-            lambda column: column.map(
-                lambda text, name=column.name: len(
-                    encode_prompt(text, tokenizer)
-                    if name == "prompt"
-                    else encode_response(text, tokenizer)
-                )
-            )
+        expected = pd.DataFrame(
+            {
+                name: [
+                    len(
+                        encode_prompt(text, tokenizer)
+                        if name == "prompt"
+                        else encode_response(text, tokenizer, chat=not isinstance(prompt, str))
+                    )
+                    for prompt, text in zip(frame["prompt"], frame[name], strict=True)
+                ]
+                for name in frame
+            },
+            index=frame.index,
         )
         pd.testing.assert_frame_equal(counts[kind], expected)
 

@@ -75,14 +75,14 @@ def failures(verdict):
 def test_policy_that_meets_every_rule_is_promoted():
     verdict = decide(CONFIG, scorecard())
     assert verdict.promote
-    assert len(verdict.reasons) == 4
+    assert len(verdict.reasons) == 5
     assert all(reason.startswith("pass: ") for reason in verdict.reasons)
 
 
 def test_champion_adds_a_rule():
     verdict = decide(CONFIG, scorecard(champion=0.56))
     assert verdict.promote
-    assert len(verdict.reasons) == 5
+    assert len(verdict.reasons) == 6
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,25 @@ def test_no_champion_is_made_of_one_prompt():
         win_rate=exactly(1.0),
     )
     verdict = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
-    (failure,) = failures(verdict)
+    failure, too_few = failures(verdict)
+    assert too_few == "FAIL: held-out prompts 1; at least 5 (promotion.min_prompts)"
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
         "prompt; the lower bound must exceed 0.5, which so few prompts cannot show"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "least", "passes"), [(4, 5, False), (5, 5, True), (1, 1, True)]
+)
+def test_a_promotion_rests_on_enough_prompts(prompts, least, passes):
+    config = PromotionConfig(min_win_rate=0.0, min_prompts=least)
+    card = scorecard()
+    few = card.comparisons[0].model_copy(update={"prompts": prompts})
+    verdict = decide(config, Scorecard(arms=card.arms, comparisons=(few,)))
+    assert verdict.promote is passes
+    assert [reason[:22] for reason in failures(verdict)] == ["FAIL: held-out prompts"] * (
+        not passes
     )
 
 
@@ -247,6 +262,12 @@ def test_scorecard_without_what_is_asked_for():
     ):
         with pytest.raises(ValueError, match=said):
             decide(CONFIG, Scorecard(arms=arms, comparisons=comparisons))
+
+
+def test_a_perplexity_beyond_any_number_survives_json():
+    worn_out = arm("sft").model_copy(update={"perplexity": math.inf})
+    card = Scorecard(arms=(worn_out,), comparisons=())
+    assert Scorecard.model_validate_json(card.model_dump_json()) == card
 
 
 def test_scorecard_and_verdict_survive_json():

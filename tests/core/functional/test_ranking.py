@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from rlhf_core.functional.ranking import (
     best_of_n_kl,
     clustered_bootstrap,
+    clustered_share,
     expected_calibration_error,
     win_rate,
 )
@@ -167,6 +168,70 @@ def test_one_cluster_is_a_point_and_no_value_is_refused():
     assert result == (1.5, 1.5, 1.5)
     with pytest.raises(ValueError, match="at least one"):
         clustered_bootstrap(torch.zeros(0), torch.zeros(0), generator=seeded())
+
+
+# --- shares of points, cluster by cluster ---
+
+
+def test_one_cluster_has_the_width_of_one_trial():
+    won = clustered_share(torch.ones(4), torch.zeros(4).long(), generator=seeded())
+    assert won == win_rate(1, 0, 0)
+    assert (round(won.low, 3), won.high) == (0.207, 1.0)
+
+
+def test_a_share_is_never_narrower_than_either_interval():
+    for k in (2, 5, 40):
+        outcome = torch.bernoulli(torch.full((k, 3), 0.7), generator=seeded(k)).flatten()
+        clusters = torch.arange(k).repeat_interleave(3)
+        found = clustered_share(outcome, clusters, generator=seeded())
+        drawn = clustered_bootstrap(outcome, clusters, generator=seeded())
+        p, z = outcome.mean().item(), NormalDist().inv_cdf(0.975)
+        assert found.value == drawn.value == pytest.approx(p)
+        assert found.low <= drawn.low
+        assert found.high >= drawn.high
+        # At the bounds, or before them, the score test with k trials rejects.
+        for bound in (found.low, found.high):
+            assert abs(bound - found.value) >= z * math.sqrt(bound * (1 - bound) / k) - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("k", "won", "drawn_alone"), [(60, 50, True), (60, 57, False), (60, 60, False)]
+)
+def test_many_clusters_that_differ_are_drawn_alone(k, won, drawn_alone):
+    outcome, clusters = (torch.arange(k) < won).float(), torch.arange(k)
+    found = clustered_share(outcome, clusters, generator=seeded())
+    drawn = clustered_bootstrap(outcome, clusters, generator=seeded())
+    assert (found == drawn) is drawn_alone
+    assert found.low < found.value
+
+
+def test_a_cluster_with_most_of_the_values_counts_for_most():
+    # 96 values of one cluster and one of each of four: (100)² / (96² + 4) = 1.08 clusters.
+    clusters = torch.tensor([0] * 96 + [1, 2, 3, 4])
+    found = clustered_share(torch.ones(100), clusters, generator=seeded())
+    assert found.low == pytest.approx(win_rate(1, 0, 0).low, abs=0.02)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_share_lies_between_zero_and_one(value):
+    with pytest.raises(ValueError, match="lie in"):
+        clustered_share(torch.tensor([0.5, value]), torch.tensor([0, 1]), generator=seeded())
+
+
+@pytest.mark.parametrize("k", [10, 20])
+@pytest.mark.parametrize(("p", "spread"), [(0.5, 0.0), (0.7, 0.5), (0.9, 0.3)])
+def test_few_clusters_cover_the_truth(k, p, spread):
+    # Answers to one prompt agree more than those to different ones: each has its own share, which
+    # is p + spread·(1 - p) or p - spread·p.
+    generator, covered, draws = seeded(k), 0, 400
+    for _ in range(draws):
+        high = torch.rand(k, 1, generator=generator) < p
+        share = torch.where(high, p + spread * (1 - p), p - spread * p).expand(k, 2)
+        outcome = torch.bernoulli(share, generator=generator).flatten()
+        clusters = torch.arange(k).repeat_interleave(2)
+        found = clustered_share(outcome, clusters, resamples=200, generator=generator)
+        covered += found.low <= p <= found.high
+    assert covered >= 0.94 * draws
 
 
 # --- calibration ---

@@ -93,7 +93,7 @@ def test_loss_and_gradient_by_hand_far_from_the_reference(toy_sft, prepared):
 
     config = change(label_smoothing=0.1)
     learner = Learner(Policy.load(toy_sft, "cpu")[0], config, 1)
-    pairs = encode_pairs(table, tokenizer, 24)
+    pairs = encode_pairs(table, tokenizer, 24).pairs
     found = _accumulate(learner, pairs, reference, config, Ranks(), lambda: None)
     gap = rewards[0] - rewards[1]
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-4)

@@ -180,7 +180,7 @@ def test_c_padded_computations_by_hand_give_the_first_losses(history, world, mor
     nll = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert history("sft", **whole)[0]["loss"] == pytest.approx(nll.item(), rel=1e-5)
 
-    votes = encode_pairs(read_table(world.data, "preferences", "train"), tokenizer, 14)
+    votes = encode_pairs(read_table(world.data, "preferences", "train"), tokenizer, 14).pairs
     scalar = ScalarModel.from_policy(world.sft, generator(0, "reward/head"))
     plain = AutoModelForSequenceClassification.from_pretrained(
         world.sft, num_labels=1, attn_implementation="eager"
@@ -290,7 +290,7 @@ def roll_out(world, config):
         draws=generator(3, "draws"),
         ranks=Ranks(),
     )
-    prompts = PromptTable.read(world.data, tokenizer)
+    prompts = PromptTable.read(world.data, tokenizer, SAMPLING.max_prompt_length)
     rollout = collector.roll_out(prompts.pick(range(config.rollout_size)))
     draws, mask = torch.Generator().manual_seed(0), rollout.responses.mask
     noise = [0.2 * torch.randn(mask.shape, generator=draws) * mask for _ in range(2)]

@@ -59,6 +59,93 @@ def both(output, kind):
     return pd.concat([read_table(output, kind, split) for split in SPLITS])
 
 
+STRICT = (
+    "{{ 'It is ' + strftime_now('%Y') }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['content'] }}]{% endfor %}"
+)
+
+
+@pytest.fixture
+def strict(tmp_path):
+    """A model folder whose template wants turns to alternate, and asks for the date."""
+    from rlhf_core.backbone.base_model import load_base
+    from rlhf_core.backbone.directory import save_model
+
+    model, tokenizer = load_base(MODEL, ["Q1? yes no"], seed=0)
+    tokenizer.chat_template = STRICT
+    save_model(model, tokenizer, tmp_path / "strict", kind="policy")
+    return ModelConfig(source=str(tmp_path / "strict"))
+
+
+@pytest.mark.parametrize("style", ["prompt", "dialogue"])
+def test_a_row_that_the_template_rejects_is_a_bad_row(tmp_path, strict, style):
+    def row(n, *more):
+        asked = [*more, {"role": "user", "content": f"Q{n}?"}]
+        if style == "prompt":
+            return {"prompt": asked, "chosen": "yes", "rejected": f"no {n}"}
+        yes, no = ({"role": "assistant", "content": text} for text in ("yes", f"no {n}"))
+        return {"chosen": [*asked, yes], "rejected": [*asked, no]}
+
+    rows = [row(n) for n in range(20)]
+    rows[6] = row(6, {"role": "user", "content": "Are you there?"})
+    path = write(tmp_path / "p.jsonl", rows)
+    config = files(preferences=path, eval_fraction=0.3)
+    with pytest.raises(DataError) as caught:
+        inspect(config, strict, LIMITS, seed=0)
+    place = f"{path}, line 7" + (", field 'prompt'" if style == "prompt" else "")
+    assert str(caught.value).startswith(f"{place}: the model's chat template rejects the messages")
+    assert "roles must alternate; fix the row, or set data.on_bad_row to 'drop'" in str(
+        caught.value
+    )
+    found = inspect(
+        files(preferences=path, eval_fraction=0.3, on_bad_row="drop"), strict, LIMITS, seed=0
+    )
+    table = found.tables["preferences"]
+    assert (table.train + table.eval, table.dropped) == (19, {"rejected by the template": 1})
+    assert found.bad_rows[0].startswith(f"{place}: the model's chat")
+
+
+def test_the_day_of_the_data_is_that_of_the_stages(tmp_path, strict, monkeypatch):
+    from datetime import date
+
+    from rlhf_core.data.prepared import date_of
+
+    rows = [r | {"prompt": [{"role": "user", "content": r["prompt"]}]} for r in pairs(20)]
+    config = files(preferences=write(tmp_path / "p.jsonl", rows), eval_fraction=0.3)
+    sections = {"model": strict, "limits": LIMITS}
+    work = Work(outputs={"data": tmp_path / "out"}, sections=sections, logger=MemoryLogger())
+    report = prepare_data(config, work)
+    assert report.validation.template_date == date.today().isoformat()
+    path = tmp_path / "out" / "validation.json"
+    yesterday = report.validation.model_copy(update={"template_date": "2001-02-03"})
+    path.write_text(yesterday.model_dump_json())
+    assert date_of(tmp_path / "out") == date(2001, 2, 3)
+    path.unlink()
+    assert date_of(tmp_path / "out") == date.today()
+
+
+def test_what_is_cut_off_left_out_and_written_out_is_counted(tmp_path):
+    same = {"chosen": "yes " * 20 + "and", "rejected": "yes " * 20 + "but"}
+    rows = [row | same if n % 3 == 0 else row for n, row in enumerate(pairs(30))]
+    rows[1]["prompt"] = "Q1<|end|>?"
+    config = files(preferences=write(tmp_path / "p.jsonl", rows), eval_fraction=0.3)
+    limits = LengthLimits(prompt=64, sft=20, reward=20, response=48)
+    found = inspect(config, MODEL, limits, seed=0)
+    assert found.same_after_cut == 10
+    assert found.written_controls == 1
+    assert found.template_date == ""
+    assert set(found.lost) == {"demonstrations over 20 tokens", "preferences over 20 tokens"}
+    # Both answers of ten pairs lose about as many tokens as their ten demonstrations, twice.
+    demonstrations, preferences = found.lost.values()
+    assert 0 < demonstrations <= preferences / 2
+    assert inspect(config, MODEL, LIMITS, seed=0).lost.keys() != found.lost.keys()
+    all_same = [row | same for row in pairs(30)]
+    config = files(preferences=write(tmp_path / "q.jsonl", all_same), eval_fraction=0.3)
+    with pytest.raises(DataError, match=r"preferences for training .* raise reward_model.max_len"):
+        inspect(config, MODEL, limits, seed=0)
+
+
 # --- what is written
 
 
@@ -95,6 +182,7 @@ def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
     assert set(report.summary()) == {
         *(f"{kind}_{split}" for kind in TABLE_KINDS for split in SPLITS),
         *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
+        *("lost_tokens", "same_after_cut"),
     }
     assert list(report.tables) == ["data_rows", "data_lengths", "data_truncated"]
     [figure] = report.figures.values()

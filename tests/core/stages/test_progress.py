@@ -134,7 +134,7 @@ def test_preparing_says_which_table_and_how_many_texts(tmp_path, monkeypatch):
     assert said[:3] == ["reading the preferences", "reading the prompts", "splitting by prompt"]
     # 20 prompts and 40 answers, 7 at a time.
     told = [item[1:] for item in log.phases if item[0] == "tokenising"]
-    assert told == [(i, 3) for i in range(3)] + [(i, 6) for i in range(6)]
+    assert told == [(i, 9) for i in range(9)]
     assert {"writing the demonstrations", "writing the preferences"} <= set(said)
 
 

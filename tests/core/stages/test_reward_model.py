@@ -21,7 +21,12 @@ from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import generator
-from rlhf_core.stages.reward_model import RewardModelConfig, _sft_scores, train_reward_model
+from rlhf_core.stages.reward_model import (
+    RewardModelConfig,
+    _sft_scores,
+    scale_of,
+    train_reward_model,
+)
 
 CONFIG = RewardModelConfig(
     epochs=2,
@@ -278,3 +283,20 @@ def test_loss_that_is_not_finite_stops_the_run(train, with_margins, tmp_path):
     with pytest.raises(NumericsError, match="the reward-model loss is not finite"):
         train(data=with_margins)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("samples", "gap", "scale"),
+    [
+        ([1.0, 3.0], 2.0, 2**0.5),
+        ([5.0, 5.0], 2.0, 1.0),  # all SFT samples are the same text
+        ([5.0, 5.0 + 1e-6], 2.0, 1.0),  # but for rounding
+        ([5.0, 5.001], 2.0, 1.0),  # a gap of 2 would become one of 2,800
+        ([5.0, 5.001], 0.01, 0.001 / 2**0.5),  # the answers are no further apart
+        ([5.0, 5.0], 0.0, 1.0),
+    ],
+)
+def test_a_spread_is_a_scale_if_it_is_one_for_the_answers(samples, gap, scale, caplog):
+    found = scale_of(torch.tensor(samples, dtype=torch.float64), torch.tensor([gap, -gap]))
+    assert found == pytest.approx(scale)
+    assert ("only centred and not scaled" in caplog.text) == (scale == 1.0)

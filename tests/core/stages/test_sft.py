@@ -16,7 +16,7 @@ from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.stages.sft import SFTConfig, perplexity, require_learnt, train_sft
 
 CONFIG = SFTConfig(
     epochs=2, learning_rate=1e-2, batch_size=24, micro_batch_size=4, max_length=24, evaluations=4
@@ -221,3 +221,35 @@ def test_saved_config_is_one_that_transformers_reads(train, tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     for settings in (config, generation):
         assert settings["pad_token_id"] != settings["eos_token_id"]
+
+
+# --- losses that are no numbers ---
+
+
+def test_perplexity_beyond_a_float_is_infinite():
+    assert perplexity(2.0) == pytest.approx(math.e**2)
+    assert perplexity(710.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_a_run_that_diverged_says_so(caplog):
+    require_learnt([(2, math.nan), (4, 3.0)])
+    assert not caplog.records
+    require_learnt([(2, 28447.0), (4, math.inf)])
+    assert "28447 nats a token" in caplog.text
+    with pytest.raises(NumericsError, match=r"never finite \(nan at step 4\).* sft.learning_rate"):
+        require_learnt([(2, math.inf), (4, math.nan)])
+
+
+def test_the_day_of_the_data_is_written_into_the_template(train, prepared, tmp_path, toy_sft):
+    data, base = tmp_path / "data", tmp_path / "base"
+    shutil.copytree(prepared, data)
+    (data / "validation.json").write_text('{"template_date": "2001-02-03"}')
+    model, tokenizer = load_policy(toy_sft)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}{{ messages[0]['content'] }}"
+    save_model(model, tokenizer, base, kind="policy")
+    short = CONFIG.model_copy(update={"epochs": 1})
+    train(short, inputs={"data": data}, sections={"model": ModelConfig(source=str(base))})
+    saved = load_policy(tmp_path / "out")[1]
+    chat = [{"role": "user", "content": "!"}]
+    assert saved.apply_chat_template(chat, tokenize=False) == "2001-02-03!"

@@ -93,7 +93,7 @@ def test_what_each_vote_of_a_row_contributes(prepared, reward_model):
         encode_pair(ROW["prompt"], ROW[side], tokenizer, 32)[0]
         for side in ("response_a", "response_b")
     )
-    pairs = encode_pairs(table, tokenizer, 32)
+    pairs = encode_pairs(table, tokenizer, 32).pairs
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
         (good, bad),
         (bad, good),

@@ -5,22 +5,24 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import mlflow
 import pandas as pd
 import pytest
 import torch
 
-from rlhf_core.backbone.directory import load_policy, load_saved_tokenizer
-from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.backbone.directory import add_facts, load_policy, load_saved_tokenizer
+from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.data.encoding import encode_pair, encode_prompt
 from rlhf_core.errors import ModelError
 from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
 from tasks.serving.export import SERVED, export_servable
-from tasks.serving.served.policy import ServedPolicy
-from tasks.serving.served.reward import ServedReward
+from tasks.serving.generation import generate
 
 PROMPTS = ["a fine room", "the film was", "it works " * 40]
 RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
@@ -46,20 +48,20 @@ def run_id(record):
 def exported(store, run_id, tmp_path, policy_dir, reward_dir):
     """A function that publishes and exports a tiny model of a kind."""
 
-    def _export(kind):
-        source = {"policy": policy_dir, "reward": reward_dir}[kind]
+    def _export(kind, source=None):
+        source = source or {"policy": policy_dir, "reward": reward_dir}[kind]
         ref = store.publish(source, f"demo-{kind}", run_id=run_id, tags={})
         return export_servable(store, ref, tmp_path / f"servable-{kind}")
 
     return _export
 
 
-def expected_rewards(directory):
+def expected_rewards(directory, put=lambda prompt: prompt):
     scalar = ScalarModel.load(directory)
     tokenizer = load_saved_tokenizer(directory)
     room = scalar.model.config.max_position_embeddings
     pairs = zip(PROMPTS, RESPONSES, strict=True)
-    rows = [encode_pair(p, r, tokenizer, max_length=room)[0] for p, r in pairs]
+    rows = [encode_pair(put(p), r, tokenizer, max_length=room)[0] for p, r in pairs]
     with torch.inference_mode():
         return scalar.scores(pack(rows, "cpu")).tolist()
 
@@ -70,7 +72,7 @@ def expected_texts(directory, new_tokens):
     room = model.config.max_position_embeddings - new_tokens
     texts = []
     for prompt in PROMPTS:
-        ids = torch.tensor([encode_prompt(prompt, tokenizer)[-room:]])
+        ids = torch.tensor([encode_prompt(prompt, tokenizer, room)])
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -120,37 +122,77 @@ def test_what_cannot_be_continued_is_said(exported, prompt, new_tokens, message)
         served.predict(pd.DataFrame({"prompt": [prompt]}), params={"max_new_tokens": new_tokens})
 
 
-def test_the_served_files_encode_as_training_does(policy_dir):
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] + ' ' + m['content'] }}<|stop|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant {% endif %}"
+)
+
+
+class Spoken(NamedTuple):
+    """Models, and how a prompt is put to them."""
+
+    policy: Path
+    reward: Path
+    put: Callable
+
+
+@pytest.fixture(params=["text", "chat"])
+def spoken(request, policy_dir, reward_dir, tmp_path):
+    """Models that were trained on texts or on messages.
+
+    In a chat the template has control tokens, and a token ends a turn that is not the tokenizer's
+    end of sequence; the base model left settings of its own for sampling.
+    """
+    if request.param == "text":
+        return Spoken(policy_dir, reward_dir, lambda prompt: prompt)
+    policy, reward = tmp_path / "policy", tmp_path / "reward"
     tokenizer = load_saved_tokenizer(policy_dir)
-    for with_bos in (False, True):
-        if with_bos:
-            tokenizer = with_bos_token(tokenizer)
-        policy, reward = ServedPolicy(), ServedReward()
-        policy.tokenizer = reward.tokenizer = tokenizer
-        policy.chat = True
-        message = [{"role": "user", "content": "a fine"}]
-        assert policy.encode("a fine") == encode_prompt(message, tokenizer)
-        policy.chat = False
-        for room in (3, 6, 20, 400):
-            reward.room = room
-            for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-                assert policy.encode(prompt) == encode_prompt(prompt, tokenizer)
-                assert (
-                    reward.encode(prompt, response)
-                    == encode_pair(prompt, response, tokenizer, max_length=room)[0]
-                )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|stop|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    networks = Policy.load(policy_dir, "cpu")[0], ScalarModel.load(reward_dir)
+    for folder, network in zip((policy, reward), networks, strict=True):
+        network.model.resize_token_embeddings(len(tokenizer))
+        with torch.no_grad():
+            network.model.get_input_embeddings().weight[-2:].normal_(0, 1)
+        kind = {"facts": {}} if folder == policy else {"kind": "reward"}
+        network.save(tokenizer, folder, **kind)
+        add_facts(folder, {"chat": True})
+    settings = json.loads((policy / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [tokenizer.eos_token_id, len(tokenizer) - 1]
+    leak = {"repetition_penalty": 1.9, "top_k": 3}  # as a version that was registered before has it
+    (policy / "generation_config.json").write_text(json.dumps(settings | leak))
+    return Spoken(policy, reward, lambda prompt: [{"role": "user", "content": prompt}])
 
 
-def with_bos_token(tokenizer):
-    """The same tokenizer, starting every text with a begin-of-sequence token, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
+def test_the_served_models_encode_as_training_does(spoken, exported):
+    tokenizer = load_saved_tokenizer(spoken.policy)
+    policy = loaded(exported("policy", spoken.policy))
+    reward = loaded(exported("reward", spoken.reward))
+    forged = "<|stop|><|turn|>"
+    asked = [*PROMPTS, f"a {forged} b"]
+    for room in (6, 20, 400):
+        reward.room = room
+        for prompt, response in zip(asked, [*RESPONSES, forged], strict=True):
+            assert policy.encode(prompt, room) == encode_prompt(spoken.put(prompt), tokenizer, room)
+            expected = encode_pair(spoken.put(prompt), response, tokenizer, room)[0]
+            assert reward.encode(prompt, response) == expected
 
-    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+
+def loaded(directory):
+    """The Python model in an exported directory."""
+    return mlflow.pyfunc.load_model(str(directory)).unwrap_python_model()
+
+
+def test_served_models_answer_and_score_as_the_pipeline_does(spoken, exported, settings):
+    served = mlflow.pyfunc.load_model(str(exported("policy", spoken.policy)))
+    texts = served.predict(frame()[["prompt"]].iloc[:2], params={"max_new_tokens": 8})
+    generated = generate(
+        str(spoken.policy), PROMPTS[:2], settings=settings, max_new_tokens=8, temperature=0.0
     )
-    assert tokenizer("").input_ids == [tokenizer.bos_token_id]
-    return tokenizer
+    assert texts == [text for (text,) in generated]
+    rewards = mlflow.pyfunc.load_model(str(exported("reward", spoken.reward))).predict(frame())
+    expected = expected_rewards(spoken.reward, spoken.put)
+    assert rewards == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("file", sorted(SERVED.glob("*.py")), ids=lambda path: path.name)
