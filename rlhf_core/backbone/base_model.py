@@ -17,8 +17,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.backbone.classifiers import has_classifier
-from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import answer_plainly, complete
@@ -81,8 +79,9 @@ def load_base(
     # If the model came with pad = EOS, the EOS embedding would get no gradient.
     model.get_input_embeddings().padding_idx = None
     answer_plainly(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
+    for settings in (model.config, model.config.get_text_config(decoder=True)):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
 
 
@@ -106,22 +105,6 @@ def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             ) from error
         _make_room(model, vocabulary)
         return cast(PreTrainedModel, model)
-
-
-def require_scalar_head(config: ModelConfig) -> None:
-    """Check that a reward model and a critic can be put on the model's body.
-
-    Only the config is read if transformers has a classifier for the family. On the body of any
-    other family the generic one has to compute the right states, so it is loaded.
-
-    Raises: ModelError when they cannot, or the source cannot be found, reached or read.
-    """
-    if not config.source:
-        return
-    plain = outline(config, vocabulary=0)
-    ScalarModel.outline(plain)
-    if not has_classifier(plain.config):
-        ScalarModel.on_body_of(config.source, config.revision)
 
 
 def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:

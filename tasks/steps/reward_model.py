@@ -4,7 +4,9 @@ import logging
 
 from prefect import task
 
-from rlhf_core.backbone.base_model import ModelConfig, require_scalar_head
+from rlhf_core.backbone.base_model import ModelConfig, outline
+from rlhf_core.backbone.classifiers import has_classifier
+from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_reward_model
 from rlhf_core.functional.ranking import Interval
@@ -20,11 +22,17 @@ log = logging.getLogger(__name__)
 
 @task(name="check-base-model", task_run_name="check {model.source}")
 def check_base_model(model: ModelConfig) -> None:
-    """Refuse a base model that no reward model can stand on, before fine-tuning.
+    """Check that a reward model can be put on the base model's body, before fine-tuning.
 
-    Raises: ModelError.
+    Only the config is read if transformers has a classifier for the family. On the body of any
+    other family the generic one has to compute the right states, so it is loaded.
+
+    Raises: ModelError when it cannot, or the source cannot be found, reached or read.
     """
-    require_scalar_head(model)
+    plain = outline(model, vocabulary=0)
+    ScalarModel.outline(plain)
+    if not has_classifier(plain.config):
+        ScalarModel.on_body_of(model.source, model.revision)
 
 
 @stage_task("reward-model", "reward model")

@@ -16,9 +16,11 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoModel, AutoTokenizer
 
 BATCH = 32
+HEAD = "score.weight"
 
 
 class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
@@ -33,11 +35,22 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self.card = json.loads((Path(directory) / "rlhf.json").read_text(encoding="utf-8"))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True
+        # Body and head apart: transformers has no sequence classifier for some families.
+        body = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+        self.body = body.to(self.device).eval()
+        self.head = self.read_head(Path(directory)).to(self.device)
+        self.room = (
+            getattr(body.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         )
-        self.model = model.to(self.device).eval()
-        self.room = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def read_head(self, directory: Path) -> torch.Tensor:
+        """(1, d) weights of the scalar head, in float32."""
+        for file in directory.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                if HEAD in list(tensors.keys()):
+                    head: torch.Tensor = tensors.get_tensor(HEAD)
+                    return head.float()
+        raise ValueError(f"{directory} has no tensor {HEAD}; export the reward model again")
 
     def predict(
         self,
@@ -61,11 +74,11 @@ class ServedReward(PythonModel):  # type: ignore[misc]  # MLflow has no types
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
         places = torch.arange(width, device=self.device)
-        hidden = self.model.base_model(
+        hidden = self.body(
             input_ids=ids, attention_mask=(places < lengths[:, None]).long(), use_cache=False
         ).last_hidden_state
         last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
-        logits = self.model.score(last).squeeze(-1)
+        logits = (last @ self.head.T).squeeze(-1)
         rewards = (logits - self.card["reward_mean"]) / self.card["reward_std"]
         return [float(reward) for reward in rewards]
 

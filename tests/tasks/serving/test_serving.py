@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_core.backbone.directory import add_facts, load_policy, load_saved_tokenizer
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.directory import add_facts, load_policy, load_saved_tokenizer, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.data.encoding import encode_pair, encode_prompt
@@ -23,6 +24,7 @@ from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
 from tasks.serving.export import SERVED, export_servable
 from tasks.serving.generation import generate
+from tests.core.backbone.families import build
 
 PROMPTS = ["a fine room", "the film was", "it works " * 40]
 RESPONSES = ["with a quiet view", "", "and it is cheap " * 40]
@@ -93,6 +95,18 @@ def test_a_served_reward_is_the_normalised_score(exported, reward_dir):
     rewards = served.predict(frame())
     assert rewards == pytest.approx(expected_rewards(reward_dir), abs=1e-5)
     assert max(map(abs, rewards)) > 1  # so it is no sigmoid
+
+
+def test_a_served_reward_of_a_family_without_a_classifier_is_the_score(exported, tmp_path):
+    tokenizer = load_tokenizer(ModelConfig(fresh=FreshModelConfig(vocab_size=260)), ["a"])
+    save_model(build("granite"), tokenizer, tmp_path / "granite", kind="policy")
+    scalar = ScalarModel.from_policy(tmp_path / "granite", torch.Generator().manual_seed(0))
+    scalar.mean, scalar.std = 0.1, 0.5
+    scalar.save(tokenizer, tmp_path / "reward", kind="reward")
+    rewards = mlflow.pyfunc.load_model(str(exported("reward", tmp_path / "reward"))).predict(
+        frame()
+    )
+    assert rewards == pytest.approx(expected_rewards(tmp_path / "reward"), abs=1e-5)
 
 
 def test_a_served_policy_says_what_the_policy_says(exported, policy_dir):
@@ -200,7 +214,7 @@ def test_the_served_files_stand_alone(file):
     nodes = list(ast.walk(ast.parse(file.read_text())))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     named = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    allowed = {"mlflow", "pandas", "torch", "transformers", *sys.stdlib_module_names}
+    allowed = {"mlflow", "pandas", "safetensors", "torch", "transformers"} | sys.stdlib_module_names
     assert {name.split(".")[0] for name in plain | named} <= allowed
 
 
