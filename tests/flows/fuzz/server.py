@@ -1,0 +1,165 @@
+"""Runs `rlhf` many times: everything is imported once, and each command line in a fork of its own.
+
+It reads a case per line of standard input, as JSON, and answers with its outcome in a line. A case
+has `argv`, and may have `env` and `stdin`. So a crash, an endless loop or lack of memory is an
+outcome like any other.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+SECONDS, BYTES = 10.0, 2 * 2**30
+LONGEST_OUTPUT = 50_000
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]")
+
+
+def warm_up() -> None:
+    """Import what the commands import."""
+    import datasets  # noqa: F401
+    import mlflow  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    import flows.__main__
+    import flows.cli.loading
+    import flows.config
+    import rlhf_core.plan
+    import rlhf_core.stages.prepare
+    import tasks.record.record
+    import tasks.serving.generation  # noqa: F401
+
+
+def run(case: dict[str, Any], output: Path) -> None:
+    """Run a command line in this process, and write what went wrong, if anything did."""
+    sys.argv = ["rlhf", *case["argv"]]
+    os.environ.update(case.get("env", {}))
+    for name in case.get("unset", ()):
+        os.environ.pop(name, None)
+    from flows.__main__ import main
+
+    try:
+        main()
+    except SystemExit as error:
+        output.write_text(json.dumps({"status": error.code or 0}))
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = f"{type(error).__name__} in {Path(place.filename).name}:{place.name}"
+        output.write_text(json.dumps({"defect": kind, "text": traceback.format_exc()[-3_000:]}))
+
+
+def child(case: dict[str, Any], folder: Path) -> None:
+    """The fork: its files, its streams, its limits, its end."""
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    (folder / "in").write_text(case.get("stdin", ""))
+    os.dup2(os.open(folder / "in", os.O_RDONLY), 0)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    from flows.cli import printing
+
+    for console in (printing.out, printing.err):
+        console.file = sys.stderr if console.stderr else sys.stdout
+    code = 0
+    try:
+        run(case, folder / "end")
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def memory(pid: int) -> int:
+    """Peak resident memory of a process and its children (bytes)."""
+    total = 0
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        total = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for other in (task / "children").read_text().split():
+                total += memory(int(other))
+    except (OSError, TypeError, ValueError):
+        pass
+    return total
+
+
+def outcome(case: dict[str, Any]) -> dict[str, Any]:
+    """Run a case in a fork, and say how it ended."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        begin = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            child(case, folder)
+        base, peak, killed = memory(os.getpid()), 0, ""
+        descriptor = os.pidfd_open(pid)
+        while not select.select([descriptor], [], [], 0.02)[0]:
+            peak = max(peak, memory(pid) - base)
+            if time.monotonic() - begin > SECONDS:
+                killed = f"ran for more than {SECONDS:.0f} s"
+            elif peak > BYTES:
+                killed = f"took more than {BYTES // 2**30} GB"
+            if killed:
+                os.killpg(pid, signal.SIGKILL)
+                break
+        _, status, used = os.wait4(pid, 0)
+        os.close(descriptor)
+        peak = max(peak, used.ru_maxrss * 1024 - base)
+        seconds = time.monotonic() - begin
+        said = {n: _text(folder / n) for n in ("out", "err")}
+        found: dict[str, Any] = {"seconds": round(seconds, 2), "mb": peak >> 20, "said": said["err"][-600:]}
+        end = json.loads(_text(folder / "end") or "{}")
+        if killed:
+            return {**found, "fault": killed}
+        if os.WIFSIGNALED(status):
+            return {**found, "fault": f"died of {signal.Signals(os.WTERMSIG(status)).name}"}
+        if "defect" in end:
+            return {**found, "fault": end["defect"], "text": end["text"]}
+        if "status" not in end:
+            return {**found, "fault": "left without a status"}
+        if peak > BYTES:
+            return {**found, "fault": f"took more than {BYTES // 2**30} GB"}
+        for stream, text in said.items():
+            if "Traceback (most recent call last)" in text:
+                return {**found, "fault": "a traceback was printed", "text": text[-3_000:]}
+            if strange := CONTROL.search(text):
+                return {**found, "fault": f"{strange[0]!r} was printed to {stream}"}
+            if len(text) > LONGEST_OUTPUT:
+                return {**found, "fault": f"{len(text) // 10_000 * 10} thousand characters in {stream}"}
+        if end["status"] and not said["err"].strip():
+            return {**found, "fault": f"exit status {end['status']} without a word"}
+        return {**found, "status": end["status"]}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def main() -> None:
+    """Answer cases until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warm_up()
+    print("ready", file=answers, flush=True)
+    for text in sys.stdin:
+        print(json.dumps(outcome(json.loads(text))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
