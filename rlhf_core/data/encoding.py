@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_core.data.templates import within_limits
 from rlhf_core.errors import DataError
 from rlhf_core.types import PromptBatch
 
@@ -40,13 +40,15 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
         return prompt
     template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
     try:
-        rendered = tokenizer.apply_chat_template(
-            prompt, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
+        with within_limits(str(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE), prompt):
+            rendered = tokenizer.apply_chat_template(
+                prompt, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+    except Exception as error:  # a template is code of the model's, which may fail in any way
         start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in prompt[:3])
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"the model's chat template rejects the messages ({start} ...): {error}; fix these "
+            f"the model's chat template rejects the messages ({start} ...): {reason}; fix these "
             "rows, or leave them out"
         ) from error
     return str(rendered)
