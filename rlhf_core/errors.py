@@ -11,6 +11,7 @@ The command prints only their message; anything else is a defect and keeps its t
 quotes files and arguments, so `UserError` itself makes it safe to print, and short.
 """
 
+import errno
 import re
 
 LONGEST_LINE, MOST_LINES = 2_000, 60
@@ -48,6 +49,18 @@ class NumericsError(UserError):
 
 class CheckpointError(UserError):
     """A saved state of a training run that is damaged or belongs to another run."""
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of any library says that there is not enough memory, of a CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY)
 
 
 def printable(text: str) -> str:

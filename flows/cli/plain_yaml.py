@@ -67,7 +67,9 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise _not_valid(node, f"is not a valid {node.tag.rpartition(':')[2]}: {error}") from error
+            raise _not_valid(
+                node, f"is not a valid {node.tag.rpartition(':')[2]}: {error}"
+            ) from error
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise _not_valid(node, "has half of a surrogate pair, which is not a character")
         return value

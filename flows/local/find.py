@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import IO, NamedTuple, NoReturn
 from pydantic import SecretStr
 
 from rlhf_core.errors import UserError
-from tasks.servers.client import unreachable
+from tasks.servers.client import ask
 from tasks.settings import Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
@@ -153,8 +154,17 @@ def state_file(settings: Settings) -> Path:
     return settings.home / "services.json"
 
 
+_VERSION = re.compile(r'"?\d+\.\d+')
+
+
 def _expect(settings: Settings, address: str, path: str, name: str, variable: str) -> None:
-    problem = unreachable(address.rstrip("/") + path, settings.account)
+    try:
+        answer = ask(address.rstrip("/") + path, account=settings.account)
+    except OSError as error:
+        problem = str(error)
+    else:
+        said = answer[:40].decode("utf-8", errors="replace").strip()
+        problem = "" if _VERSION.match(said) else f"it answers {said!r} where its version should be"
     if problem.startswith("it answers 401"):
         raise UserError(
             f"The {name} server at {address} requires a password: set RLHF_PASSWORD to the one "

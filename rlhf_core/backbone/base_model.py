@@ -25,7 +25,6 @@ from rlhf_core.config import Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
 
-
 LONGEST_WORD = 1_000  # characters; a word is what the pre-tokenizer does not split
 _ENDLESS = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
 
