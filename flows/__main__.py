@@ -30,7 +30,7 @@ from flows.cli.printing import (
 )
 from flows.cli.process import Commands, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
-from rlhf_core.errors import UserError
+from rlhf_core.errors import UserError, printable
 from tasks.settings import StoreSettings, read_settings
 
 if TYPE_CHECKING:
@@ -364,7 +364,8 @@ def generate(
             chat=chat,
             logger=logger,
         )
-    typer.echo(responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers))
+    said = responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers)
+    typer.echo(printable(said) if sys.stdout.isatty() else said)
 
 
 @app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")

@@ -10,11 +10,12 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+import rlhf_command
 from flows.cli.failures import explain
 from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
-from rlhf_core.errors import NumericsError, UserError
+from rlhf_core.errors import NumericsError, UserError, brief
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
@@ -28,6 +29,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; a defect propagates with its traceback."""
+        rlhf_command.interruptible()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -44,7 +46,7 @@ class Commands(TyperGroup):
 
 def end(sentence: str, status: int) -> typer.Exit:
     """Print a sentence, and return what ends the command with this status."""
-    err.print(f"[bold red]rlhf:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]rlhf:[/] {escape(brief(sentence))}", highlight=False, soft_wrap=True)
     return typer.Exit(status)
 
 

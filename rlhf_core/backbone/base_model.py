@@ -160,7 +160,7 @@ def _without_endless_words(
 ) -> Iterator[str]:
     """The corpus, in which a word of more than `LONGEST_WORD` characters is several.
 
-    The time of training is quadratic in the length of a word, and a text without a space may be one.
+    Training takes time quadratic in the length of a word, and a text without spaces may be one.
     """
     for text in corpus:
         if not _ENDLESS.search(text):

@@ -108,8 +108,8 @@ def require_kind(directory: Path, *kinds: ModelKind) -> dict[str, Any]:
         )
     if "policy" not in kinds and not all(map(_is_scale, map(card.get, _SCALE))):
         raise ModelError(
-            f"{directory / CARD} is damaged: {' and '.join(_SCALE)} are not the mean and the spread "
-            "of rewards; fetch or train the model again"
+            f"{directory / CARD} is damaged: {' and '.join(_SCALE)} are not the mean and the "
+            "spread of rewards; fetch or train the model again"
         )
     return card
 

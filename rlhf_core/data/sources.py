@@ -166,7 +166,7 @@ class _Collector:
 
 def _deep(value: object) -> bool:
     """Whether something is nested so deeply that to print or copy it would fail."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
         level = [
             part

@@ -46,7 +46,7 @@ _rehearsals: dict[str, str] = {}
 
 
 def _rehearsed(template: str, messages: str) -> str:
-    """Why a template cannot be used; empty if it can. The first messages of a template are tried."""
+    """Why a template cannot be used; empty if it can. Its first messages are tried."""
     if template not in _rehearsals:
         _rehearsals[template] = _rehearse(template, messages)
     return _rehearsals[template]

@@ -39,11 +39,12 @@ def work_folder(path: Path, *, kept: bool) -> Iterator[Path]:
     With `kept`, a block that raises leaves the folder, without its inputs. If another process works
     there, we block until it exits.
     """
-    with _claim(path):
+    with _claim(path) as lock:
         try:
             yield path
         except BaseException:
             if kept:
+                _write_use(lock)
                 shutil.rmtree(path / INPUTS, ignore_errors=True)
             else:
                 _remove(path)
