@@ -8,7 +8,8 @@ unique name, so it can check before it imports.
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
@@ -41,6 +42,16 @@ def interruptible() -> None:
     """Make Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def leaving_when_interrupted() -> Iterator[None]:
+    """The same for the length of a block."""
+    leave_when_interrupted()
+    try:
+        yield
+    finally:
+        interruptible()
 
 
 def _leave(number: int, frame: object) -> None:

@@ -30,6 +30,11 @@ def explain(error: BaseException) -> str:
     return ""
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is at the root of an error."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, then its causes and contexts, down to the roots."""
     seen = set()

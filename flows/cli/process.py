@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import rlhf_command
-from flows.cli.failures import explain
+from flows.cli.failures import explain, was_interrupted
 from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
@@ -39,6 +40,8 @@ class Commands(TyperGroup):
         except UserError as error:
             raise end(str(error), USER_ERROR) from None
         except Exception as error:
+            if was_interrupted(error):  # a library made an error of its own of it
+                raise end("Interrupted.", INTERRUPTED) from None
             if sentence := explain(error):
                 raise end(sentence, FAILED) from None
             raise
@@ -48,6 +51,16 @@ def end(sentence: str, status: int) -> typer.Exit:
     """Print a sentence, and return what ends the command with this status."""
     err.print(f"[bold red]rlhf:[/] {escape(brief(sentence))}", highlight=False, soft_wrap=True)
     return typer.Exit(status)
+
+
+def load(*modules: str) -> None:
+    """Import slow modules before the command begins anything: Ctrl-C ends the process at once.
+
+    An import that KeyboardInterrupt interrupts may swallow it, or make another error of it.
+    """
+    with rlhf_command.leaving_when_interrupted():
+        for module in modules:
+            import_module(module)
 
 
 def run_here(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
