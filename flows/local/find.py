@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tasks.settings import Settings, apply_environment, read_settings
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
+LEAST_SPACE = 16 << 20  # bytes
 OWNER = "rlhf-team"  # default owner of the deployments
 
 
@@ -66,6 +68,17 @@ def make_home(settings: Settings) -> None:
             f"RLHF_HOME cannot be used: {settings.home} cannot be written ({error.strerror}); set "
             "it to a folder that you own."
         ) from None
+
+
+def require_space(home: Path) -> None:
+    """Raise UserError when the disk of a home is full: a server on it would just end."""
+    free = shutil.disk_usage(home).free
+    if free < LEAST_SPACE:
+        raise UserError(
+            f"The disk is full: {free >> 20} MiB are free for {home}, and the databases alone need "
+            f"{LEAST_SPACE >> 20} MiB; free some space, or set RLHF_HOME to a folder on another "
+            "disk."
+        )
 
 
 def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
