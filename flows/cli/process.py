@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flows.config import PipelineConfig
     from tasks.settings import Settings
 
+USAGE_ERROR = typer.BadParameter.__bases__  # of typer: a wrong option, argument or command
 FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
@@ -40,6 +41,9 @@ class Commands(TyperGroup):
         except UserError as error:
             raise end(str(error), USER_ERROR) from None
         except Exception as error:
+            if isinstance(error, USAGE_ERROR):
+                error.message = brief(str(error.message))  # type: ignore[attr-defined]
+                raise
             if was_interrupted(error):  # a library made an error of its own of it
                 raise end("Interrupted.", INTERRUPTED) from None
             if sentence := explain(error):

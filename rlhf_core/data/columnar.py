@@ -67,7 +67,7 @@ def _rehearse(paths: Sequence[Path], limit: int) -> None:
             [sys.executable, "-I", __file__],
             input=json.dumps(job).encode(),
             capture_output=True,
-            timeout=60 + 10 * cpu,  # on a machine that is busy
+            timeout=min(60 + 10 * cpu, 86_400),  # on a machine that is busy
             env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"},  # others reserve in advance
         )
     except subprocess.TimeoutExpired:

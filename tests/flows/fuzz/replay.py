@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def main() -> None:
         with serving(folder, database) as server:
             for surface in options.surface or SURFACES:
                 fallen, slowest, largest = Counter[str](), 0.0, 0
+                begin = time.monotonic()
                 for name, case, found in replay(server, surface, options.seed, options.count, folder):
                     slowest, largest = max(slowest, found["seconds"]), max(largest, found["mb"])
                     if fault := found.get("fault"):
@@ -111,6 +113,7 @@ def main() -> None:
                     elif options.all:
                         print(f"{name}: {found['status']} {found['said'].strip()!r}")
                 rows.append((surface, fallen, slowest, largest))
+                print(f"{surface}: {time.monotonic() - begin:.0f} s", flush=True)
     print(f"\nseed {options.seed}, {options.count} cases of each surface")
     for surface, fallen, slowest, largest in rows:
         print(f"{surface}: {fallen.total()} fell; slowest {slowest} s, largest {largest} MB")

@@ -6,6 +6,7 @@ outcome like any other.
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -156,6 +157,8 @@ def main() -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all that was imported
     print("ready", file=answers, flush=True)
     for text in sys.stdin:
         print(json.dumps(outcome(json.loads(text))), file=answers, flush=True)
