@@ -18,8 +18,8 @@ def complete(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedToken
     except Exception as error:  # its files can say anything, and are believed
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"the tokenizer of '{source}' is damaged ({reason}); get its files from where the model "
-            "came from"
+            f"the tokenizer of '{source}' is damaged ({reason}); get its files from where the "
+            "model came from"
         ) from error
     if not ids:
         raise ModelError(

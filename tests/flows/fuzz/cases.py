@@ -119,7 +119,9 @@ def _arrays(rng: random.Random, count: int) -> pa.Array:
     bad = [b"\xff\xfe\x00" + bytes([n]) for n in range(count)]
     made: list[Callable[[], pa.Array]] = [
         lambda: pa.array(long, pa.timestamp(rng.choice(("s", "ms", "us", "ns")))),
-        lambda: pa.array([0] * count, pa.timestamp("us", tz=rng.choice(("Mars/Phobos", "+99:99", "UTC")))),
+        lambda: pa.array(
+            [0] * count, pa.timestamp("us", tz=rng.choice(("Mars/Phobos", "+99:99", "UTC")))
+        ),
         lambda: pa.array(long, pa.timestamp("us", tz="Europe/Berlin")),
         lambda: pa.array([_DAYS] * count, pa.date32()),
         lambda: pa.array(long, pa.int64()).cast(pa.duration("s")),
@@ -161,42 +163,65 @@ def _columns(rng: random.Random, folder: Path) -> Path:
     return path
 
 
+def _zeros() -> bytes:
+    return gzip.compress(bytes(50_000_000))
+
+
+def _brackets() -> bytes:
+    """An archive of a megabyte that unpacks to more than a gigabyte."""
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as file:
+        for _ in range(12):
+            file.write(b"[" * 100_000_000)
+    return packed.getvalue()
+
+
+def _repeated() -> bytes:
+    """One long text, 20,000 times: 400 GB of which Parquet stores 20 MB, packed to nothing."""
+    index = pa.array([0] * 20_000, pa.int32())
+    column = pa.DictionaryArray.from_arrays(index, pa.array(["A" * 20_000_000]))
+    table = pa.table({"prompt": column, "chosen": column, "rejected": column})
+    return material.as_parquet(table, compression="zstd")
+
+
+def _nothings() -> bytes:
+    return material.as_parquet(pa.table({"prompt": pa.nulls(200_000_000, pa.int8())}))
+
+
+BOMBS: tuple[tuple[str, Callable[[], bytes]], ...] = (
+    ("zeros.jsonl.gz", _zeros),
+    ("brackets.json.gz", _brackets),
+    ("repeated.parquet", _repeated),
+    ("nothings.parquet", _nothings),
+)
+
+
 def _odd_file(rng: random.Random, folder: Path) -> Path:
     """Something that is no data file at all, or that unpacks to too much."""
     how = rng.randrange(11)
     path = folder / rng.choice(("data.jsonl", "data.json", "data.csv", "data.parquet"))
-    if how == 0:
-        path = path.with_name(f"{path.name}.gz")
-        path.write_bytes(gzip.compress(bytes(50_000_000) if rng.random() < 0.5 else b"a" * 50_000_000))
-    elif how == 1:
-        path = path.with_name(f"{path.name}.gz")
-        bomb = io.BytesIO()
-        with gzip.GzipFile(fileobj=bomb, mode="wb", compresslevel=1) as packed:
-            for _ in range(12):
-                packed.write(b"[" * 100_000_000)
-        path.write_bytes(bomb.getvalue())
-    elif how == 2:
-        column = pa.array(["A" * 20_000_000]).dictionary_encode()
-        index = pa.array([0] * 20_000, pa.int32())
-        column = pa.DictionaryArray.from_arrays(index, column.dictionary)
-        table = pa.table({"prompt": column, "chosen": column, "rejected": column})
-        path = path.with_name("data.parquet")
-        path.write_bytes(material.as_parquet(table, compression="zstd"))
-    elif how == 3:
-        path = path.with_name("data.parquet")
-        table = pa.table({"prompt": pa.nulls(200_000_000, pa.int8())})
-        path.write_bytes(material.as_parquet(table, compression="zstd"))
+    if how < 4:
+        name, make = BOMBS[how]
+        made = folder.parent / name  # each takes seconds to make
+        if not made.exists():
+            made.write_bytes(make())
+        path = folder / name
+        path.symlink_to(made)
     elif how == 4:
         os.mkfifo(path)
     elif how == 5:
-        path.symlink_to(rng.choice(("/dev/zero", "/dev/full", "/proc/self/mem", "data.jsonl", "/dev/tty")))
+        path.symlink_to(
+            rng.choice(("/dev/zero", "/dev/full", "/proc/self/mem", "data.jsonl", "/dev/tty"))
+        )
     elif how == 6:
         path.mkdir()
     elif how == 7:
         path.touch()
         os.truncate(path, 10**12)
     elif how == 8:
-        path = Path(rng.choice(("~nosuch/data.jsonl", "A" * 5_000, f"{folder}/{'b' * 300}.jsonl", "/", ".")))
+        path = Path(
+            rng.choice(("~nosuch/data.jsonl", "A" * 5_000, f"{folder}/{'b' * 300}.jsonl", "/", "."))
+        )
     elif how == 9:
         texts = {name: name[0] * 3_000_000 for name in ("prompt", "chosen", "rejected")}
         path = path.with_name("data.jsonl")
@@ -233,8 +258,16 @@ def config(rng: random.Random, folder: Path) -> Case:
     elif how == 4:
         _strange_file(rng, path)
     elif how < 8:
-        keys = ("project", "seed", "sft", "sft.epochs", "ppo.kl_coef", "data.preferences.fields", "a.b.c")
-        value = rng.choice([v for v in _short(YAML_VALUES)])
+        keys = (
+            "project",
+            "seed",
+            "sft",
+            "sft.epochs",
+            "ppo.kl_coef",
+            "data.preferences.fields",
+            "a.b.c",
+        )
+        value = rng.choice(_short(YAML_VALUES))
         path.write_text(text)
         argv += ["--set", f"{rng.choice(keys)}={value}"]
     else:
@@ -262,16 +295,55 @@ def _strange_file(rng: random.Random, path: Path) -> None:
 TEMPLATES = (
     *("{{ 1 / 0 }}", "{{ 1 % 0 }}", "{{ messages[0].nosuch.more }}", "{{ raise_exception('no') }}"),
     *("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",),
-    *("{{ 'a' * 1000000000 }}", "{{ 'a' * 100000000000 }}", "{{ 10 ** 10 ** 9 }}", "{{ [0] * 10 ** 9 }}"),
+    *(
+        "{{ 'a' * 1000000000 }}",
+        "{{ 'a' * 100000000000 }}",
+        "{{ 10 ** 10 ** 9 }}",
+        "{{ [0] * 10 ** 9 }}",
+    ),
     *("{% for a in range(99999) %}{% for b in range(9999) %}aaaaaaaaaa{% endfor %}{% endfor %}",),
-    *("{% set ns = namespace(x='aa') %}{% for a in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",),
-    *("{% set ns = namespace(x=[1]) %}{% for a in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",),
-    *("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 'x'|center(3000000000) }}", "{{ '%3000000000d'|format(1) }}"),
-    *("{{ ''.__class__.__mro__ }}", "{% if %}", "{{", "{% include 'x' %}", "{{ messages|map('nosuch')|list }}"),
-    *("{{ [].append(1) }}", "{{ messages + 1 }}", "{{ messages[99].content }}", "{{ {}['a']['b'] }}", "{{ 'a'.encode('x') }}"),
-    *("{{ messages|tojson(indent=999999999) }}", "{{ strftime_now('%Y' * 10) }}", "{{ strftime_now('\ud800') }}", "{{ 'a'|int / 0 }}"),
-    *("{{ 'ab'.ljust(4000000000) }}", "{{ '9' * 5000 | int }}", "{{ ('9' * 5000)|int }}", "{{ '{:>3000000000}'.format(1) }}"),
-    *("\x1b[31m{{ messages }}", "", "{{ messages }}" * 10_000, "{{ (" * 500, "{% for x in messages %}" * 30),
+    "{% set ns = namespace(x='aa') %}"
+    "{% for a in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}"
+    "{% for a in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    *(
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 'x'|center(3000000000) }}",
+        "{{ '%3000000000d'|format(1) }}",
+    ),
+    *(
+        "{{ ''.__class__.__mro__ }}",
+        "{% if %}",
+        "{{",
+        "{% include 'x' %}",
+        "{{ messages|map('nosuch')|list }}",
+    ),
+    *(
+        "{{ [].append(1) }}",
+        "{{ messages + 1 }}",
+        "{{ messages[99].content }}",
+        "{{ {}['a']['b'] }}",
+        "{{ 'a'.encode('x') }}",
+    ),
+    *(
+        "{{ messages|tojson(indent=999999999) }}",
+        "{{ strftime_now('%Y' * 10) }}",
+        "{{ strftime_now('\ud800') }}",
+        "{{ 'a'|int / 0 }}",
+    ),
+    *(
+        "{{ 'ab'.ljust(4000000000) }}",
+        "{{ '9' * 5000 | int }}",
+        "{{ ('9' * 5000)|int }}",
+        "{{ '{:>3000000000}'.format(1) }}",
+    ),
+    *(
+        "\x1b[31m{{ messages }}",
+        "",
+        "{{ messages }}" * 10_000,
+        "{{ (" * 500,
+        "{% for x in messages %}" * 30,
+    ),
 )
 
 
@@ -319,16 +391,73 @@ def _damage_folder(rng: random.Random, path: Path) -> None:
 
 ODD = (
     *_short(TEXTS),
-    *("/", "/dev/null", "/proc", "relative/path", "http://", "http://127.0.0.1:1", "https://[::1", "ftp://x"),
-    *("http://user:pw@127.0.0.1:1/api", "http://127.0.0.1:99999", "http://exa mple", "sqlite:///", "databricks"),
-    *("sqlite:////nosuch/x.db", "file:///nosuch", "postgresql://nosuch", "cuda:99", "cuda:", "1e9", "nan", "inf", "-1"),
-    *("0", "1.5", "999999999999999999999", "true", "ddp ", "http://" + "a" * 70_000, "http://\u2603.test", "[", "a" * 5_000),
+    *(
+        "/",
+        "/dev/null",
+        "/proc",
+        "relative/path",
+        "http://",
+        "http://127.0.0.1:1",
+        "https://[::1",
+        "ftp://x",
+    ),
+    *(
+        "http://user:pw@127.0.0.1:1/api",
+        "http://127.0.0.1:99999",
+        "http://exa mple",
+        "sqlite:///",
+        "databricks",
+    ),
+    *(
+        "sqlite:////nosuch/x.db",
+        "file:///nosuch",
+        "postgresql://nosuch",
+        "cuda:99",
+        "cuda:",
+        "1e9",
+        "nan",
+        "inf",
+        "-1",
+    ),
+    *(
+        "0",
+        "1.5",
+        "999999999999999999999",
+        "true",
+        "ddp ",
+        "http://" + "a" * 70_000,
+        "http://\u2603.test",
+        "[",
+        "a" * 5_000,
+    ),
 )
 VARIABLES = (
-    *("RLHF_HOME", "RLHF_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RLHF_MLFLOW_URL", "RLHF_PREFECT_URL"),
+    *(
+        "RLHF_HOME",
+        "RLHF_HOME",
+        "MLFLOW_TRACKING_URI",
+        "PREFECT_API_URL",
+        "RLHF_MLFLOW_URL",
+        "RLHF_PREFECT_URL",
+    ),
     *("RLHF_PASSWORD", "RLHF_DEVICE", "RLHF_PROCESSES", "RLHF_STRATEGY", "RLHF_CHECKPOINT_SECONDS"),
-    *("RLHF_NOTIFY_WEBHOOK", "RLHF_OUTAGE_SECONDS", "RLHF_KEEP_WORK_DAYS", "HOME", "COLUMNS", "TERM", "LANG"),
-    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_HTTP_REQUEST_TIMEOUT", "PREFECT_HOME", "TMPDIR", "HF_HOME", "NO_COLOR"),
+    *(
+        "RLHF_NOTIFY_WEBHOOK",
+        "RLHF_OUTAGE_SECONDS",
+        "RLHF_KEEP_WORK_DAYS",
+        "HOME",
+        "COLUMNS",
+        "TERM",
+        "LANG",
+    ),
+    *(
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT",
+        "PREFECT_HOME",
+        "TMPDIR",
+        "HF_HOME",
+        "NO_COLOR",
+    ),
 )
 
 
@@ -338,31 +467,67 @@ def environment(rng: random.Random, folder: Path) -> Case:
     path.write_text(material.CONFIG)
     names = rng.sample(VARIABLES, rng.choice((1, 1, 2)))
     env = {name: rng.choice(ODD) for name in names}
-    argv = rng.choice((["config", str(path)], ["validate", str(path)], ["sign-in"], ["config", str(path)]))
+    argv = rng.choice(
+        (["config", str(path)], ["validate", str(path)], ["sign-in"], ["config", str(path)])
+    )
     return {"argv": argv, "env": env}
 
 
 # ---- command lines ----
 
 COMMANDS = (
-    *("config", "validate", "generate", "compare", "promote", "rollback", "export", "backup", "restore"),
+    *(
+        "config",
+        "validate",
+        "generate",
+        "compare",
+        "promote",
+        "rollback",
+        "export",
+        "backup",
+        "restore",
+    ),
     *("sign-in", "deploy", "nosuch", "", "-h", "--version", "resume"),
 )
 OPTIONS = (
-    *("--set", "--model", "--max-new-tokens", "--temperature", "--samples", "--seed", "--chat", "--json", "--all"),
+    *(
+        "--set",
+        "--model",
+        "--max-new-tokens",
+        "--temperature",
+        "--samples",
+        "--seed",
+        "--chat",
+        "--json",
+        "--all",
+    ),
     *("--by", "--reason", "--to", "--write", "--owner", "-h", "--help", "--nosuch", "--", "-"),
+)
+
+
+WORDS = (
+    *(
+        "demo",
+        "project=x",
+        "seed=1",
+        "sft.epochs=1e9",
+        "a=b=c",
+        "=",
+        "runs:/x",
+        "/nosuch",
+        "~nosuch",
+    ),
+    *("models:/demo-policy@champion", "models:/a", "models:/a/999999999999999999999"),
+    *("models:/../x/1", "[bold]x[/]", "[/]", "\udcff\udcfe", "a\nb", "x" * 300, "file:///x"),
+    *("0" * 32, "%", "%s", "'; drop table runs; --", "é"),
 )
 
 
 def command(rng: random.Random, folder: Path) -> Case:
     """A command line of known and unknown words."""
     (folder / "config.yaml").write_text(material.CONFIG)
-    values = [
-        *_short(TEXTS), *ODD, str(folder), str(folder / "config.yaml"), str(folder / "new"), "demo",
-        "project=x", "seed=1", "sft.epochs=1e9", "a=b=c", "=", "models:/demo-policy@champion", "models:/a",
-        "models:/a/999999999999999999999", "models:/../x/1", "runs:/x", "/nosuch", "~nosuch", "[bold]x[/]", "[/]",
-        "\udcff\udcfe", "a\nb", "x" * 300, "file:///x", "0" * 32, "%", "%s", "'; drop table runs; --", "é",
-    ]  # fmt: skip
+    files = (str(folder), str(folder / "config.yaml"), str(folder / "new"))
+    values = [*_short(TEXTS), *ODD, *files, *WORDS]
     words = [rng.choice(COMMANDS)]
     for _ in range(rng.randrange(4)):
         if rng.random() < 0.5:

@@ -80,14 +80,13 @@ def ballots() -> list[dict[str, Any]]:
 def dialogues() -> list[dict[str, Any]]:
     """Preferences as messages."""
     question = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+
+    def dialogue(number: int, answer: str) -> list[dict[str, str]]:
+        asked = {"role": "user", "content": str(number)}
+        return [*question, asked, {"role": "assistant", "content": answer}]
+
     return [
-        {
-            "chosen": [*question, {"role": "user", "content": str(n)}]
-            + [{"role": "assistant", "content": "Hello, friend"}],
-            "rejected": [*question, {"role": "user", "content": str(n)}]
-            + [{"role": "assistant", "content": "No"}],
-        }
-        for n in range(24)
+        {"chosen": dialogue(n, "Hello, friend"), "rejected": dialogue(n, "No")} for n in range(24)
     ]
 
 

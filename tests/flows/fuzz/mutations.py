@@ -24,7 +24,16 @@ VALUES: tuple[Any, ...] = (
 # Text that json.dumps does not write.
 RAW = (
     *("9" * 5_000, "1e" + "9" * 20, "-", "[" * NESTED, '{"a":' * NESTED, "nul", "0x10", "'a'"),
-    *('"\\ud800\\ud800"', '"\\x"', '"\x01"', "Infinity", "-Infinity", "1.", "\ufeff", "[" * 40 + "]" * 40),
+    *(
+        '"\\ud800\\ud800"',
+        '"\\x"',
+        '"\x01"',
+        "Infinity",
+        "-Infinity",
+        "1.",
+        "\ufeff",
+        "[" * 40 + "]" * 40,
+    ),
 )
 
 
@@ -119,7 +128,13 @@ def damage_value(rng: random.Random, value: Any) -> Any:
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
-    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys = (
+        value.keys()
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    )
     for key in keys:
         found.append((value, key))
         found += _places(value[key])
@@ -171,11 +186,13 @@ def damage_yaml(rng: random.Random, text: str) -> bytes:
         elif how == 4:
             lines.insert(at, rng.choice(lines))
         elif how == 5:
-            lines[at] = rng.choice((" ", "  ", "\t", "- ", "? ", "--- ", "%TAG ", "<<: ")) + lines[at]
+            lines[at] = (
+                rng.choice((" ", "  ", "\t", "- ", "? ", "--- ", "%TAG ", "<<: ")) + lines[at]
+            )
         elif how == 6:
             del lines[at]
         else:
-            head, colon, tail = lines[at].partition(":")
+            _, colon, tail = lines[at].partition(":")
             lines[at] = rng.choice(YAML_VALUES)[:2_000] + colon + tail
         text = "\n".join(lines)
     return text.encode("utf-8", errors="surrogatepass")

@@ -43,15 +43,20 @@ class Server:
         self.env["PYTHONPATH"] = os.pathsep.join(paths)
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(HERE / "server.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.env, cwd=folder / "cwd",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.env,
+            cwd=folder / "cwd",
+        )
         assert self._process.stdout is not None
         if "ready" not in self._process.stdout.readline():
             raise RuntimeError("the server of the fuzz did not start")
 
     def ask(self, case: Case) -> dict[str, Any]:
         """How a case ends."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
         found: dict[str, Any] = json.loads(self._process.stdout.readline())
@@ -59,7 +64,8 @@ class Server:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(10)
         self._process.stdout.close()
@@ -85,7 +91,9 @@ def replay(
 
 def main() -> None:
     """Replay, print what fell and the table of counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=300, help="cases of each surface")
     parser.add_argument("--surface", choices=SURFACES, action="append")
@@ -103,13 +111,17 @@ def main() -> None:
             for surface in options.surface or SURFACES:
                 fallen, slowest, largest = Counter[str](), 0.0, 0
                 begin = time.monotonic()
-                for name, case, found in replay(server, surface, options.seed, options.count, folder):
+                for name, case, found in replay(
+                    server, surface, options.seed, options.count, folder
+                ):
                     slowest, largest = max(slowest, found["seconds"]), max(largest, found["mb"])
                     if fault := found.get("fault"):
                         fallen[fault] += 1
                         print(f"{name}: {fault}", flush=True)
                         if options.verbose:
-                            print(json.dumps(case)[:600], found.get("text", found["said"]), sep="\n")
+                            print(
+                                json.dumps(case)[:600], found.get("text", found["said"]), sep="\n"
+                            )
                     elif options.all:
                         print(f"{name}: {found['status']} {found['said'].strip()!r}")
                 rows.append((surface, fallen, slowest, largest))

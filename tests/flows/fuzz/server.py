@@ -1,12 +1,13 @@
 """Runs `rlhf` many times: everything is imported once, and each command line in a fork of its own.
 
 It reads a case per line of standard input, as JSON, and answers with its outcome in a line. A case
-has `argv`, and may have `env` and `stdin`. So a crash, an endless loop or lack of memory is an
-outcome like any other.
+has `argv`, and may have `env`, `stdin` and `seconds`. So a crash, an endless loop or lack of memory
+is an outcome like any other.
 """
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import re
@@ -22,22 +23,37 @@ from typing import Any
 
 SECONDS, BYTES = 10.0, 2 * 2**30
 LONGEST_OUTPUT = 50_000
+NO_STATUS = 97
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]")
 
 
-def warm_up() -> None:
-    """Import what the commands import."""
-    import datasets  # noqa: F401
-    import mlflow  # noqa: F401
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+IMPORTED = (
+    *("datasets", "mlflow", "transformers.models.gpt2.modeling_gpt2", "flows.config"),
+    *("flows.cli.loading", "flows.cli.logs", "rlhf_core.plan", "rlhf_core.stages.prepare"),
+    *("tasks.record.record", "tasks.record.terminal", "tasks.serving.generation", "tasks.backup"),
+    *("tasks.history.comparison", "tasks.steps.promotion", "tasks.serving.export"),
+)
 
-    import flows.__main__
-    import flows.cli.loading
-    import flows.config
-    import rlhf_core.plan
-    import rlhf_core.stages.prepare
-    import tasks.record.record
-    import tasks.serving.generation  # noqa: F401
+
+def warm_up() -> None:
+    """Import what the commands import, and what is imported when one runs for the first time."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    from flows.__main__ import main
+
+    environment, argv = dict(os.environ), sys.argv
+    for words in (["config", "no.yaml"], ["config", "-h"], ["nosuch"], ["validate", "--nosuch"]):
+        sys.argv = ["rlhf", *words]
+        with (
+            contextlib.suppress(SystemExit),
+            open(os.devnull, "w") as nowhere,  # noqa: PTH123
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            main()
+    sys.argv = argv
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def run(case: dict[str, Any], output: Path) -> None:
@@ -66,20 +82,19 @@ def child(case: dict[str, Any], folder: Path) -> None:
         os.dup2(file, number)
     (folder / "in").write_text(case.get("stdin", ""))
     os.dup2(os.open(folder / "in", os.O_RDONLY), 0)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8")
     from flows.cli import printing
 
     for console in (printing.out, printing.err):
         console.file = sys.stderr if console.stderr else sys.stdout
-    code = 0
     try:
         run(case, folder / "end")
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        os._exit(0 if (folder / "end").exists() else NO_STATUS)
 
 
 def memory(pid: int) -> int:
@@ -100,7 +115,7 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case in a fork, and say how it ended."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        begin = time.monotonic()
+        begin, seconds = time.monotonic(), case.get("seconds", SECONDS)
         pid = os.fork()
         if pid == 0:
             child(case, folder)
@@ -108,8 +123,8 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
         descriptor = os.pidfd_open(pid)
         while not select.select([descriptor], [], [], 0.02)[0]:
             peak = max(peak, memory(pid) - base)
-            if time.monotonic() - begin > SECONDS:
-                killed = f"ran for more than {SECONDS:.0f} s"
+            if time.monotonic() - begin > seconds:
+                killed = f"ran for more than {seconds:.0f} s"
             elif peak > BYTES:
                 killed = f"took more than {BYTES // 2**30} GB"
             if killed:
@@ -118,9 +133,13 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
         _, status, used = os.wait4(pid, 0)
         os.close(descriptor)
         peak = max(peak, used.ru_maxrss * 1024 - base)
-        seconds = time.monotonic() - begin
+        taken = round(time.monotonic() - begin, 2)
         said = {n: _text(folder / n) for n in ("out", "err")}
-        found: dict[str, Any] = {"seconds": round(seconds, 2), "mb": peak >> 20, "said": said["err"][-600:]}
+        found: dict[str, Any] = {
+            "seconds": taken,
+            "mb": peak >> 20,
+            "said": said["err"][-600:],
+        }
         end = json.loads(_text(folder / "end") or "{}")
         if killed:
             return {**found, "fault": killed}
@@ -128,7 +147,8 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
             return {**found, "fault": f"died of {signal.Signals(os.WTERMSIG(status)).name}"}
         if "defect" in end:
             return {**found, "fault": end["defect"], "text": end["text"]}
-        if "status" not in end:
+        code = end.get("status", os.waitstatus_to_exitcode(status))  # of another program: exec
+        if code == NO_STATUS:
             return {**found, "fault": "left without a status"}
         if peak > BYTES:
             return {**found, "fault": f"took more than {BYTES // 2**30} GB"}
@@ -138,10 +158,13 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
             if strange := CONTROL.search(text):
                 return {**found, "fault": f"{strange[0]!r} was printed to {stream}"}
             if len(text) > LONGEST_OUTPUT:
-                return {**found, "fault": f"{len(text) // 10_000 * 10} thousand characters in {stream}"}
-        if end["status"] and not said["err"].strip():
-            return {**found, "fault": f"exit status {end['status']} without a word"}
-        return {**found, "status": end["status"]}
+                return {
+                    **found,
+                    "fault": f"{len(text) // 10_000 * 10} thousand characters in {stream}",
+                }
+        if end.get("status") and not said["err"].strip():
+            return {**found, "fault": f"exit status {code} without a word"}
+        return {**found, "status": code}
 
 
 def _text(path: Path) -> str:
