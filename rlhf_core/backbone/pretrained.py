@@ -19,6 +19,7 @@ from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.errors import ModelError, lacks_memory
 from rlhf_core.reading import UnreadableError, exists, expanded
 
+LARGEST_WEIGHT = 1e15  # a product of two in float32 is still finite
 MAIN = "main"  # the default branch of a hub model
 
 
@@ -41,7 +42,19 @@ def load_weights(
             f"the weights of '{source}' are incomplete: {missing[0]} is missing, one of "
             f"{len(missing)}; use a complete model with a language-model head"
         )
+    _require_finite(model, source)
     return with_one_kernel_gelu(model).eval()
+
+
+def _require_finite(model: PreTrainedModel, source: str) -> None:
+    """Raise ModelError when a weight is no number, or so large that no product with it is one."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not float(weight.detach().abs().max()) < LARGEST_WEIGHT:
+            raise ModelError(
+                f"the weights of '{source}' are damaged: {name} has a value that is not finite or "
+                f"larger than {LARGEST_WEIGHT:.0e}; get the file again from where the model came "
+                "from"
+            )
 
 
 def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: Any) -> Any:
