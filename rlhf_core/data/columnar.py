@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MIB = 2**20
-BATCH = 1_000  # rows
+BATCH = 200  # rows
 # For files of a few bytes; both grow with the size of the files.
 MEMORY, SECONDS = 1_024 * MIB, 6
 UNPACKED_RATIO, UNPACKED_ANYWAY = 100, 256 * MIB

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-SECONDS, MEMORY = 4, 512 * MIB  # for one dialogue, which takes a millisecond
+SECONDS, MEMORY = 2, 512 * MIB  # for one dialogue, which takes a millisecond
 Messages = Sequence[Mapping[str, Any]]
 
 
