@@ -367,8 +367,10 @@ def generate(
             chat=chat,
             logger=logger,
         )
-    said = responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers)
-    typer.echo(printable(said) if sys.stdout.isatty() else said)
+    if as_json:  # for programs: JSON has escapes of its own
+        typer.echo(responses_as_json(texts, answers))
+    else:
+        typer.echo(printable(responses_as_text(texts, answers)))
 
 
 @app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")

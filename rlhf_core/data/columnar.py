@@ -24,7 +24,7 @@ BATCH = 200  # rows
 # For files of a few bytes; both grow with the size of the files.
 MEMORY, SECONDS = 1_024 * MIB, 6
 UNPACKED_RATIO, UNPACKED_ANYWAY = 100, 256 * MIB
-CELL = 64  # bytes that an empty cell takes as a Python object
+CELL = 64  # bytes of an empty Python object
 
 Row = dict[str, Any]
 Bad = tuple[int, str, str]  # number of a row from 0, field, reason
@@ -80,24 +80,14 @@ def _rehearse(paths: Sequence[Path], limit: int) -> None:
 
 
 def _batches(paths: Sequence[Path], limit: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The batches of all files, each checked, with the number of its first row.
-
-    Raises: ValueError when they unpack to far more than they are.
-    """
-    most = max(UNPACKED_ANYWAY, UNPACKED_RATIO * sum(path.stat().st_size for path in paths))
-    count, size = 0, 0
+    """The batches of all files, each checked, with the number of its first row."""
+    count = 0
     for path in paths:
         for batch in _batches_of(path):
             if 0 < limit <= count:
                 return
             part = batch.slice(0, min(batch.num_rows, limit - count) if limit else batch.num_rows)
             _check(part, count)
-            size += part.nbytes + CELL * part.num_rows * (part.num_columns + 1)
-            if size > most:
-                raise ValueError(
-                    f"unpacks to more than {most // MIB:,} MiB, {UNPACKED_RATIO} times its size; "
-                    "set the limit of rows, or save it as .jsonl"
-                )
             yield count, part
             count += part.num_rows
 
@@ -166,6 +156,17 @@ def _why(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def _size(value: Any) -> int:
+    """About what a value takes as a Python object (bytes)."""
+    if isinstance(value, str | bytes):
+        return CELL + len(value)
+    if isinstance(value, dict):
+        return CELL + sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return CELL + sum(map(_size, value))
+    return CELL // 2
+
+
 def _address_space() -> int | None:
     """What this process has of it (bytes); None where the kernel does not say."""
     try:
@@ -185,9 +186,18 @@ def _main() -> int:
     for kind, most in limits.items():
         _, hard = resource.getrlimit(kind)
         resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+    paths = [Path(path) for path in job["paths"]]
+    most = max(UNPACKED_ANYWAY, UNPACKED_RATIO * sum(path.stat().st_size for path in paths))
     try:
-        for _, batch in _batches([Path(path) for path in job["paths"]], job["limit"]):
-            _rows(batch)
+        for _, batch in _batches(paths, job["limit"]):
+            rows, _ = _rows(batch)
+            most -= sum(map(_size, rows))
+            if most < 0:
+                print(
+                    f"unpacks to more than {UNPACKED_ANYWAY // MIB} MiB and {UNPACKED_RATIO} times "
+                    "its size; set the limit of rows, or save it as .jsonl"
+                )
+                return 1
     except MemoryError:
         print(f"needs more than {job['memory'] // MIB:,} MiB of memory to read, so it is damaged")
         return 1
