@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from flows.cli.plain_yaml import parse_yaml
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, UserError
-from rlhf_core.reading import MIB, UnreadableError, read_whole
+from rlhf_core.reading import MIB, UnreadableError, exists, read_whole
 
 LARGEST = MIB // 4  # of a config file; YAML is read at some hundred KiB a second
 MOST_ERRORS = 50  # that are told
@@ -119,7 +119,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: pass a YAML file.") from None
     except UnreadableError as error:
-        inside = " in it" if path.is_dir() else ""
+        inside = " in it" if exists(path) and path.is_dir() else ""
         raise ConfigError(f"{path} {error}: pass a YAML file{inside}.") from None
 
 
