@@ -18,7 +18,11 @@ from tasks.steps.evaluation import evaluate
 from tasks.steps.policy import find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
-from tasks.steps.reward_model import check_reward_model, train_reward_model
+from tasks.steps.reward_model import (
+    check_base_model,
+    check_reward_model,
+    train_reward_model,
+)
 from tasks.steps.sft import train_sft
 
 Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
@@ -84,6 +88,8 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy)
+    if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
+        check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)
 
     if config.sft.reuse:

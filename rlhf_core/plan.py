@@ -10,9 +10,8 @@ from copy import deepcopy
 from statistics import NormalDist
 from typing import NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_core.backbone.base_model import ModelConfig, outline
 from rlhf_core.backbone.networks import Network, ScalarModel
@@ -139,13 +138,7 @@ def _of_policy(
 def _of_scalar(
     base: PreTrainedModel | None, section: TrainingSection, name: str
 ) -> tuple[NetworkPlan, ...]:
-    if base is None:
-        return ()
-    config = deepcopy(base.config)
-    config.num_labels = 1
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    return (_learnt(name, ScalarModel(model), section),)
+    return () if base is None else (_learnt(name, ScalarModel.outline(base), section),)
 
 
 def _learnt(name: str, network: Network, section: TrainingSection) -> NetworkPlan:

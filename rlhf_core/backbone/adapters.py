@@ -1,11 +1,12 @@
-"""LoRA: train a small matrix product beside each frozen linear layer.
+"""LoRA: train a small matrix product beside each frozen linear layer of the blocks.
 
     y = W·x + (alpha / rank)·B·A·x,   A ~ Kaiming uniform, B = 0
 
 so a fresh adapter changes nothing, and a model with its adapters off is the base model. Several
 adapters can share one body and are switched on in turn: policy, critic and reward model share one
 trunk, and the reference is the trunk itself. peft provides the matrices; this module names,
-switches, merges and stores them.
+switches, merges and stores them. The experts of a mixture, and their router, are no linear layers
+in transformers but stacked weights, and stay frozen.
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_core.backbone.packing import blocks
+from rlhf_core.backbone.packing import blocks, is_packed
 from rlhf_core.errors import ConfigError, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,14 +48,22 @@ def add_adapter(
             "set 0 for all"
         )
     depth = number - layers if layers else 0
-    _add(model, name, _linear_layers(model.base_model, depth), rank=rank, alpha=alpha, seed=seed)
+    if not (targets := _linear_layers(model.base_model, depth)):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} have no linear layers for adapters; set "
+            "lora_rank to 0, or take another family"
+        )
+    _add(model, name, targets, rank=rank, alpha=alpha, seed=seed)
 
 
 def adapted_from(model: PreTrainedModel) -> int | None:
     """The first block with an adapter. All networks on this model share the blocks before it.
 
-    None when they share none: there are no adapters, or the first block has one.
+    None when they share none: there are no adapters, the first block has one, or the model computes
+    padded blocks.
     """
+    if not is_packed(model.base_model):
+        return None
     _, rows = blocks(model.base_model)
     numbers = (n for n, block in enumerate(rows) if any(True for _ in _layers(block)))
     return next(numbers, None) or None
@@ -63,19 +72,21 @@ def adapted_from(model: PreTrainedModel) -> int | None:
 def _add(
     model: PreTrainedModel, name: str, targets: list[str], *, rank: int, alpha: int, seed: int = 0
 ) -> None:
-    body = model.base_model
+    # Given the whole body, peft would take the linear layers of some mixtures of experts for their
+    # experts, by name.
+    stack_name, stack = blocks(model.base_model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in body.modules()),  # GPT-2 stores W as Wᵀ
+        target_modules=[target.removeprefix(f"{stack_name}.") for target in targets],
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in stack.modules()),  # GPT-2 stores W as Wᵀ
     )
     device = model.device
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, body, adapter_name=name)
-    del body.peft_config  # we read the layers instead; peft would warn about a second adapter
+        inject_adapter_in_model(config, stack, adapter_name=name)
+    del stack.peft_config  # we read the layers instead; peft would warn about a second adapter
     model.to(device).requires_grad_(False)
     use_adapter(model, name)
 
@@ -191,9 +202,16 @@ def _linear_layers(body: PreTrainedModel, depth: int) -> list[str]:
         found += [
             f"{name}.{number}.{n}"
             for n, m in block.named_modules()
-            if isinstance(m, (nn.Linear, Conv1D, Linear)) and not n.startswith(carriers)
+            if (_is_linear(m) or isinstance(m, Linear)) and not n.startswith(carriers)
         ]
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module computes W·x + b; the routers of some mixtures inherit from `nn.Linear`."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and isinstance(module(module.weight[:1]), Tensor)
 
 
 def _layers(model: nn.Module) -> Iterator[Linear]:

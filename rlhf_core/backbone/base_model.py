@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_core.backbone.classifiers import has_classifier
+from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import complete
@@ -89,7 +91,7 @@ def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             return _fresh_model(config.fresh, vocabulary)
         found = read_pretrained(AutoConfig, config.source, config.revision)
         try:
-            model = AutoModelForCausalLM.from_config(found, attn_implementation=ATTENTION)
+            model = AutoModelForCausalLM.from_config(found)
         except (ValueError, ImportError) as error:
             raise ModelError(
                 f"the model '{config.source}' cannot be built ({str(error).splitlines()[0]}); take "
@@ -97,6 +99,22 @@ def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:
             ) from error
         _make_room(model, vocabulary)
         return cast(PreTrainedModel, model)
+
+
+def require_scalar_head(config: ModelConfig) -> None:
+    """Check that a reward model and a critic can be put on the model's body.
+
+    Only the config is read if transformers has a classifier for the family. On the body of any
+    other family the generic one has to compute the right states, so it is loaded.
+
+    Raises: ModelError when they cannot, or the source cannot be found, reached or read.
+    """
+    if not config.source:
+        return
+    plain = outline(config, vocabulary=0)
+    ScalarModel.outline(plain)
+    if not has_classifier(plain.config):
+        ScalarModel.on_body_of(config.source, config.revision)
 
 
 def load_tokenizer(config: ModelConfig, corpus: Iterable[str]) -> PreTrainedTokenizerBase:

@@ -19,11 +19,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.backbone.adapters import (
     adapter_parameters,
@@ -33,6 +29,7 @@ from rlhf_core.backbone.adapters import (
     save_adapter,
     use_adapter,
 )
+from rlhf_core.backbone.classifiers import classifiers
 from rlhf_core.backbone.directory import (
     ModelKind,
     add_facts,
@@ -42,8 +39,9 @@ from rlhf_core.backbone.directory import (
     save_model,
     weights_digest,
 )
+from rlhf_core.backbone.load_check import broken, settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
-from rlhf_core.backbone.pretrained import load_weights
+from rlhf_core.backbone.pretrained import MAIN, load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
 from rlhf_core.functional.logprobs import (
@@ -68,7 +66,7 @@ class Network(nn.Module):
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = settle(model)
         self.adapter = adapter
         self.precision = precision
 
@@ -130,7 +128,7 @@ class Policy(Network):
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
     ) -> None:
         super().__init__(model, adapter, precision)
-        _require_plain_head(model)
+        self.logit_scale = _logit_scale(model)
 
     @classmethod
     def load(
@@ -167,7 +165,7 @@ class Policy(Network):
                 head.weight,
                 tokens,
                 bias=head.bias,
-                temperature=temperature,
+                temperature=temperature / self.logit_scale,
                 chunk_size=CHUNK,
             )
             return ChunkedLoss(logprobs.new_zeros(()), logprobs, None)
@@ -177,10 +175,15 @@ class Policy(Network):
             tokens,
             token_loss,
             bias=head.bias,
-            temperature=temperature,
+            temperature=temperature / self.logit_scale,
             chunk_size=CHUNK,
             with_entropy=with_entropy,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, d) last hidden states -> (B, V) logits of the next token."""
+        raw: Tensor = self.model.get_output_embeddings()(hidden)
+        return raw if self.logit_scale == 1 else raw * self.logit_scale
 
     def save(
         self,
@@ -211,12 +214,12 @@ class ScalarModel(Network):
         adapter: str | None = None,
         precision: Precision = "float32",
     ) -> None:
-        super().__init__(model, adapter, precision)
         if head is None and not hasattr(model, "score"):
             raise ModelError(
                 f"{type(model).__name__} has no scalar head named 'score'; use a decoder-only "
                 "model (GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma, ...)"
             )
+        super().__init__(model, adapter, precision)
         self.head = cast(nn.Linear, model.score) if head is None else head
         self.mean = mean
         self.std = std
@@ -253,6 +256,26 @@ class ScalarModel(Network):
         return found | head
 
     @classmethod
+    def on_body_of(cls, source: str, revision: str = MAIN) -> Self:
+        """A scalar model on the body of a pretrained model; the head is not trained.
+
+        Raises: ModelError when the source cannot be read, or its family has no such head.
+        """
+        kind = classifiers(read_pretrained(AutoConfig, source, revision))
+        return cls(load_weights(kind, source, revision, new=("score.weight",), num_labels=1))
+
+    @classmethod
+    def outline(cls, policy: PreTrainedModel) -> Self:
+        """A scalar model on the body of a policy, without weights, on the device meta.
+
+        Raises: ModelError when the family has no scalar head.
+        """
+        config = type(policy.config).from_dict(policy.config.to_dict())
+        config.num_labels = 1
+        with torch.device("meta"):
+            return cls(classifiers(config).from_config(config))
+
+    @classmethod
     def from_policy(cls, directory: Path, generator: torch.Generator) -> Self:
         """The trunk of a policy with a new head: weights N(0, 1/(d+1)), no bias.
 
@@ -261,13 +284,7 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no policy, or one without such a head.
         """
         require_kind(directory, "policy")
-        model = load_weights(
-            AutoModelForSequenceClassification,
-            str(directory),
-            new=("score.weight",),
-            num_labels=1,
-        )
-        scalar = cls(model)
+        scalar = cls.on_body_of(str(directory))
         weight = scalar.head.weight
         std = (weight.shape[-1] + 1) ** -0.5
         with torch.no_grad():
@@ -281,7 +298,8 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no scalar model.
         """
         card = require_kind(directory, "reward", "critic")
-        model = load_weights(AutoModelForSequenceClassification, str(directory)).to(device)
+        config = read_pretrained(AutoConfig, str(directory))
+        model = load_weights(classifiers(config), str(directory)).to(device)
         return cls(model, mean=card["reward_mean"], std=card["reward_std"], precision=precision)
 
     def save(
@@ -294,7 +312,7 @@ class ScalarModel(Network):
     ) -> None:
         """Write a model directory, normaliser included, and the adapter if there is one."""
         constants = {"reward_mean": self.mean, "reward_std": self.std}
-        whole = _plain(self, AutoModelForSequenceClassification.from_config)
+        whole = _plain(self, classifiers(self.model.config).from_config)
         for name, value in constants.items():
             setattr(whole.config, name, value)
         save_model(whole, tokenizer, directory, kind=kind, facts=constants)
@@ -378,11 +396,13 @@ def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:
 
 
 @torch.no_grad()
-def _require_plain_head(model: PreTrainedModel) -> None:
-    """Raise ModelError unless logits are W·h + b, which is what the chunked head computes.
+def _logit_scale(model: PreTrainedModel) -> float:
+    """The factor s of a model whose logits are s·(W·h + b), as the chunked head computes them.
 
     A few tokens are computed both by the formulas and by the chunked head that trains; a difference
     is a NumericsError.
+
+    Raises: ModelError for any other head, or a factor that is no number of the model's config.
     """
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
@@ -390,22 +410,43 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         text = torch.arange(min(8, head.out_features), device=model.device)
         hidden = cast(Any, model.base_model)(input_ids=text[None], use_cache=False)
         logits = model(input_ids=text[None], use_cache=False).logits
-        if _close(head(hidden.last_hidden_state), logits):
-            _require_same_head(head, hidden.last_hidden_state[0], text, logits)
-            return
+        if not logits.isfinite().all():
+            raise broken(model)
+        raw = head(hidden.last_hidden_state)
+        for scale in _factors(model):
+            if float((scale * raw - logits).abs().max()) <= 1e-4 * float(logits.abs().max()):
+                _require_same_head(head, scale, hidden.last_hidden_state[0], text, logits)
+                return scale
     raise ModelError(
         f"{type(model).__name__} does more to its logits than a linear head, which is not "
         "supported; use another family (GPT-2, Llama, Qwen, SmolLM, Mistral, ...)"
     )
 
 
-def _require_same_head(head: nn.Linear, hidden: Tensor, tokens: Tensor, logits: Tensor) -> None:
+def _factors(model: PreTrainedModel) -> Iterator[float]:
+    """1, and the numbers of the config that may scale logits, or divide them."""
+    yield 1.0
+    for name, value in model.config.get_text_config(decoder=True).to_dict().items():
+        scales = "logit" in name or "lm_head" in name
+        if scales and isinstance(value, int | float) and value > 0:
+            yield from (float(value), 1 / value)
+
+
+def _require_same_head(
+    head: nn.Linear, scale: float, hidden: Tensor, tokens: Tensor, logits: Tensor
+) -> None:
     """Invariant: the chunked head agrees with `token_logprobs` and `entropy` of (1, n, V) logits.
 
     Shapes: hidden (n, d), tokens (n,).
     """
     chunked = chunked_token_loss(
-        hidden, head.weight, tokens, lambda x, _: x.sum(), bias=head.bias, with_entropy=True
+        hidden,
+        head.weight,
+        tokens,
+        lambda x, _: x.sum(),
+        bias=head.bias,
+        temperature=1 / scale,
+        with_entropy=True,
     )
     expected = token_logprobs(logits, tokens[None])[0], entropy(logits)[0]
     if not (_close(chunked.logprobs, expected[0]) and _close(chunked.entropy, expected[1])):

@@ -6,11 +6,16 @@ row into sequences, padded on the right under a causal mask, and packs the resul
 with a shared prefix (chosen and rejected of a pair, the samples of one prompt) share its tokens,
 since a causal model computes the same for them.
 
+Models for which this would be wrong (their layers carry a state from token to token, say, or their
+attention does more than SDPA) compute the same sequences as a padded block, with their own
+attention: slower, and nothing is shared. `load_check` finds out which way a model goes.
+
 This module knows nothing about what is predicted, or why. The result equals that of each text
 computed separately, to rounding.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -23,10 +28,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_core.backbone.context import require_rope
 from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import ModelError
 
 ATTENTION = "rlhf_packed"
+UNMASKED = (
+    1,
+    1,
+    1,
+    1,
+)  # transformers takes a 4-d mask as it is, and builds none over the whole row
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class SharedStates:
     body: PreTrainedModel
     depth: int  # index of the block that the states enter
     states: Tensor  # (N, d)
+    in_tuple: bool = False  # blocks of this body return their states in a tuple
 
 
 @dataclass(frozen=True)
@@ -120,31 +133,39 @@ def pack(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device |
     )
 
 
+def is_packed(body: PreTrainedModel) -> bool:
+    """Whether a body computes packed rows; otherwise it computes padded blocks."""
+    return bool(body.config._attn_implementation == ATTENTION)
+
+
 def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
-    """(N, d) last hidden states of a transformer body over a packed row."""
+    """(N, d) last hidden states of a transformer body over a packed row.
+
+    Raises: ConfigError when a text is longer than the body's rope allows: see `require_rope`.
+    """
+    require_rope(body.config, packed.unpack_index.shape[1])
+    if not is_packed(body):
+        return _run_padded(body, packed)
     shared = packed.shared
     if shared is None or shared.body is not body:
         return _run(body, packed)
-    name, stack = blocks(body)
+    owner, name, stack = _stack(body)
     states = shared.states.unsqueeze(0)
-    entry = stack[shared.depth].register_forward_pre_hook(
-        lambda _, inputs, options: ((states, *inputs[1:]), options), with_kwargs=True
-    )
-    with _with_blocks(body, name, stack[shared.depth :]), entry:
+    below = [_Computed(block, states, shared.in_tuple) for block in stack[: shared.depth]]
+    with _with_blocks(owner, name, nn.ModuleList([*below, *stack[shared.depth :]])):
         return _run(body, packed)
 
 
 @torch.no_grad()
 def shared_states(body: PreTrainedModel, packed: Packed, depth: int) -> SharedStates:
     """The states that enter block `depth`, computed by the blocks before it."""
-    name, stack = blocks(body)
-    found: list[Tensor] = []
-    leave = stack[depth - 1].register_forward_hook(
-        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with _with_blocks(body, name, stack[:depth]), leave:
+    owner, name, stack = _stack(body)
+    found: list[Any] = []
+    leave = stack[depth - 1].register_forward_hook(lambda _, __, out: found.append(out))
+    with _with_blocks(owner, name, stack[:depth]), leave:
         _run(body, packed)
-    return SharedStates(body, depth, found[0][0])
+    in_tuple = isinstance(found[0], tuple)
+    return SharedStates(body, depth, (found[0][0] if in_tuple else found[0])[0], in_tuple)
 
 
 def blocks(body: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -152,33 +173,86 @@ def blocks(body: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Raises: ModelError when it has none.
     """
-    for name, child in body.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == body.config.num_hidden_layers:
-            return name, child
+    owner, name, stack = _stack(body)
+    path = next(path for path, module in body.named_modules() if module is owner)
+    return f"{path}.{name}" if path else name, stack
+
+
+def _stack(body: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The stack of blocks, the module that holds it, and its name there.
+
+    It is found where the text decoder is: in a multimodal model an encoder of images may have as
+    many blocks.
+    """
+    text = body.config.get_text_config(decoder=True)
+    for module in (body.get_decoder() or body).modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == text.num_hidden_layers:
+                return module, name, child
     raise ModelError(f"{type(body).__name__} has no stack of blocks; use another family")
 
 
+class _Computed(nn.Module):
+    """Stands in for a block below the adapters: returns the states that were computed before.
+
+    Bodies ask a block for its attributes and count its place in the stack, so it has both.
+    """
+
+    def __init__(self, block: nn.Module, states: Tensor, in_tuple: bool) -> None:
+        super().__init__()
+        self._of = [block]  # in a list, so that it is no child
+        self._out = (states,) if in_tuple else states
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_of"][0], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """The states that enter the first block with an adapter."""
+        return self._out
+
+
 @contextmanager
-def _with_blocks(body: PreTrainedModel, name: str, some: nn.ModuleList) -> Iterator[None]:
-    """Run the body with only some of its blocks."""
-    whole = getattr(body, name)
-    setattr(body, name, some)
+def _with_blocks(owner: nn.Module, name: str, some: nn.ModuleList) -> Iterator[None]:
+    """Run the body with other blocks."""
+    whole = getattr(owner, name)
+    setattr(owner, name, some)
     try:
         yield
     finally:
-        setattr(body, name, whole)
+        setattr(owner, name, whole)
 
 
 def _run(body: Any, packed: Packed) -> Tensor:
     states = body(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        # transformers takes a 4-d mask as it is, and builds none over the whole row.
-        attention_mask=packed.input_ids.new_zeros(1, 1, 1, 1),
+        attention_mask=packed.input_ids.new_zeros(UNMASKED),
         use_cache=False,
         packed=packed,
     ).last_hidden_state
     return cast(Tensor, states)[0]
+
+
+def _run_padded(body: Any, packed: Packed) -> Tensor:
+    """The same states from a block of sequences padded on the right, with the body's attention."""
+    columns = torch.arange(packed.unpack_index.shape[1], device=packed.unpack_index.device)
+    inside = columns < packed.lengths.unsqueeze(1)
+    states = body(
+        input_ids=packed.input_ids[0][packed.unpack_index],
+        attention_mask=inside.long(),
+        use_cache=False,
+        **with_positions(body, columns.expand_as(inside)),
+    ).last_hidden_state
+    return packed.repack(cast(Tensor, states))
+
+
+def with_positions(body: Any, positions: Tensor) -> dict[str, Tensor]:
+    """The argument for positions, if the body has one; others count unmasked tokens themselves."""
+    known = inspect.signature(body.forward).parameters
+    return {"position_ids": positions} if "position_ids" in known else {}
 
 
 class Memory(Protocol):
@@ -191,6 +265,13 @@ class Memory(Protocol):
 
         `window` is how far back the layer attends, None for all the way.
         """
+
+
+# Options of an attention function that packed attention follows, or that change no number without
+# training dropout, a cache or an output of weights.
+_FOLLOWED = {"scaling", "sliding_window", "dropout", "is_causal"}
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache", "past_key_values", "layer_idx"}
+_OFF = (None, False)  # values of any other option that ask for nothing
 
 
 def packed_attention(
@@ -208,12 +289,10 @@ def packed_attention(
 
     Shapes: query (1, H, N, D), key and value (1, H_kv, N, D) -> (1, N, H, D).
 
-    Raises: ModelError for models with capped attention scores, which SDPA does not support.
+    Raises: ModelError for a model that asks for more than a causal mask and a window: capped
+    scores, attention sinks, a mask of its own.
     """
-    if options.get("softcap") is not None:
-        raise ModelError(
-            "this model caps its attention scores, which is not supported; use another family"
-        )
+    _require_known(module, options)
     window: int | None = options.get("sliding_window")
     if memory is not None:
         layer = cast(int, module.layer_idx)
@@ -221,9 +300,10 @@ def packed_attention(
     if packed is None:
         mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return mixed, None
-    unpacked = (_unpack_heads(x, packed) for x in (query, key, value))
-    mask = _window(packed.unpack_index.shape[1], window, query.device)
-    mixed, _ = sdpa_attention_forward(module, *unpacked, mask, **options)
+    if attention_mask is not None and attention_mask.shape != UNMASKED:
+        raise ModelError(f"{type(module).__name__} makes a mask of its own")
+    q, k, v = (_unpack_heads(x, packed) for x in (query, key, value))
+    mixed = _causal(module, q, k, v, window, options)
     if packed.dense:
         return mixed.reshape(1, -1, *mixed.shape[2:]), None
     repacked = embedding(packed.pack_index, mixed.flatten(2).flatten(0, 1))
@@ -232,6 +312,46 @@ def packed_attention(
 
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _require_known(module: nn.Module, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        known = name in _FOLLOWED or name in _WITHOUT_EFFECT
+        if not (known or any(value is off for off in _OFF)):
+            raise ModelError(
+                f"{type(module).__name__} has the option '{name}', which packed attention does not "
+                "follow"
+            )
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{type(module).__name__} also attends to later tokens")
+
+
+def _causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """(S, H, L, D) queries -> (S, L, H, D): causal attention that looks back `window` tokens.
+
+    A window is computed in bands of as many queries, each with the keys it can see, so that memory
+    grows with L and not with its square.
+    """
+    length = query.shape[2]
+    if window is None or length <= window:
+        return cast(Tensor, sdpa_attention_forward(module, query, key, value, None, **options)[0])
+    bands = []
+    for start in range(0, length, window):
+        end, first = min(start + window, length), max(start - window + 1, 0)
+        at = torch.arange(first, end, device=query.device)
+        back = at[start - first :].unsqueeze(1) - at
+        mask = ((back >= 0) & (back < window)).view(1, 1, end - start, end - first)
+        seen = (x[:, :, first:end] for x in (key, value))
+        band, _ = sdpa_attention_forward(module, query[:, :, start:end], *seen, mask, **options)
+        bands.append(band)
+    return torch.cat(bands, dim=1)
 
 
 def _common_prefix(ours: np.ndarray, theirs: np.ndarray) -> int:
@@ -249,15 +369,6 @@ def _unpack_heads(x: Tensor, packed: Packed) -> Tensor:
     flat = x[0].transpose(0, 1).flatten(1)
     unpacked: Tensor = flat if packed.dense else embedding(packed.unpack_index, flat)
     return unpacked.view(*packed.unpack_index.shape, x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(L, L) mask of a sliding window; None when the causal mask is enough."""
-    if window is None or length <= window:
-        return None
-    positions = torch.arange(length, device=device)
-    back = positions.unsqueeze(1) - positions
-    return ((back >= 0) & (back < window)).view(1, 1, length, length)
 
 
 def pack_pairs(pairs: Sequence[Pair], device: torch.device) -> Packed:

@@ -15,7 +15,6 @@ from transformers import GgufConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.errors import ModelError, lacks_memory
 from rlhf_core.reading import UnreadableError, exists, expanded
 
@@ -32,7 +31,6 @@ def load_weights(
     would silently initialise at random.
     """
     options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    options |= {"attn_implementation": ATTENTION}
     if source.endswith(".gguf"):  # quantised weights can neither be trained nor saved
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     model, found = read_pretrained(factory, source, revision, **options)

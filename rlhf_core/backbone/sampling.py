@@ -1,7 +1,8 @@
 """Sampling responses from a policy. Knows token ids; knows nothing about rewards or training.
 
-Each token takes one forward pass over keys and values kept in place. There is no top-k or top-p:
-the sampled distribution is the one that the update differentiates. Finished rows leave the batch.
+Each token takes one forward pass over what the layers remember of the earlier ones. There is no
+top-k or top-p: the sampled distribution is the one that the update differentiates. Finished rows
+leave the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf_core.backbone.memory import continuation
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.packing import Memory, position_ids
+from rlhf_core.backbone.packing import position_ids
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.metrics import Between, batch_name, uncounted
@@ -142,26 +144,19 @@ def sample(
     """
     policy.switch()
     model = policy.model
-    head = model.get_output_embeddings()
     rows, steps = draws.shape
     draws = draws.to(prompts.mask.device)
     tokens = torch.full((rows, steps), pad_token_id, device=draws.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     finished = mask.new_zeros(rows)
     alive = torch.arange(rows, device=draws.device)  # the unfinished rows
-    memory = _KeyValues(prompts.mask, steps)
+    memory = continuation(model.base_model, prompts.mask, steps)
     step_ids, positions = prompts.input_ids, position_ids(prompts.mask)
     with policy.autocast_once():
         for t in range(steps):
             between()
-            hidden = model.base_model(
-                input_ids=step_ids,
-                position_ids=positions,
-                attention_mask=prompts.input_ids.new_zeros(1, 1, 1, 1),  # the memory has the mask
-                use_cache=False,
-                memory=memory,
-            ).last_hidden_state[:, -1]
-            token = draw(head(hidden), draws[alive, t], temperature)
+            hidden = memory.read(step_ids, positions)
+            token = draw(policy.logits(hidden), draws[alive, t], temperature)
             tokens[alive, t], mask[alive, t] = token, True
             ended = token == eos_token_id
             finished[alive] = ended
@@ -208,44 +203,3 @@ def _pass(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     level = torch.minimum(level, torch.nextafter(sums[:, -1:], sums.new_zeros(())))
     index = torch.searchsorted(sums, level, right=True)
     return index, level - (sums.gather(1, index) - weights.gather(1, index))
-
-
-class _KeyValues(Memory):
-    """Keys and values of all layers, in buffers sized for the whole text."""
-
-    def __init__(self, mask: Tensor, steps: int) -> None:
-        self._seen = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
-        self._padded = not bool(mask.all())
-        self._filled: dict[int, int] = {}
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(
-        self, layer: int, key: Tensor, value: Tensor, window: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append to the buffers."""
-        start = self._filled.get(layer, 0)
-        end = self._filled[layer] = start + key.shape[2]
-        if layer not in self._buffers:
-            room = (*key.shape[:2], self._seen.shape[1])
-            self._buffers[layer] = (
-                key.new_empty(*room, key.shape[3]),
-                value.new_empty(*room, value.shape[3]),
-            )
-        keys, values = self._buffers[layer]
-        keys[:, :, start:end], values[:, :, start:end] = key, value
-        narrow = window is not None and window < end
-        mask = self._mask(start, end, window) if self._padded or narrow else None
-        return keys[:, :, :end], values[:, :, :end], mask
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop the other rows."""
-        self._seen = self._seen[rows]
-        self._buffers = {n: (k[rows], v[rows]) for n, (k, v) in self._buffers.items()}
-
-    def _mask(self, start: int, end: int, window: int | None) -> Tensor:
-        """(B, 1, end - start, end): attend back to the first unmasked token; padding to itself."""
-        positions = torch.arange(end, device=self._seen.device)
-        queries = positions[start:].unsqueeze(1)
-        near = (positions <= queries) & (positions > queries - (window or end))
-        seen = self._seen[:, :end].unsqueeze(1) & near
-        return (seen | (positions == queries)).unsqueeze(1)

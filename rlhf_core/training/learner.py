@@ -43,7 +43,8 @@ class TrainingSection(Section):
     lora_rank: int = Field(
         0,
         ge=0,
-        description="Rank of LoRA adapters beside every linear layer; 0 = train all weights",
+        description="Rank of LoRA adapters beside the linear layers of the blocks; 0 = train all "
+        "weights",
     )
     lora_layers: int = Field(
         0,

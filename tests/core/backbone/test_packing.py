@@ -154,11 +154,13 @@ def test_nothing_is_predicted_in_a_text_of_one_token():
 # --- what is refused, and what stays as it was ---
 
 
-def test_model_that_caps_its_attention_is_refused():
+def test_attention_with_another_option_is_refused():
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 100}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     body = Gemma2Model(Gemma2Config(**size, **heads, attn_implementation=ATTENTION))
-    with pytest.raises(ModelError, match="caps its attention scores"):
+    with pytest.raises(
+        ModelError, match="has the option 'softcap', which packed attention does not follow"
+    ):
         hidden_states(body, pack([A, B], "cpu"))
 
 

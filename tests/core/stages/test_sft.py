@@ -14,7 +14,7 @@ from rlhf_core.backbone.base_model import ModelConfig, load_base
 from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts, write_table
-from rlhf_core.errors import ConfigError, DataError, NumericsError
+from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.stages.sft import SFTConfig, train_sft
 
@@ -200,14 +200,19 @@ def test_texts_longer_than_the_model(train):
         train(change(CONFIG, max_length=41))
 
 
-def test_training_that_blows_up_stops_with_the_name_of_what_is_not_finite(train, tmp_path, gpt2):
+def test_weights_that_are_not_finite_are_refused_at_load(train, tmp_path, gpt2):
     model, tokenizer = gpt2
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
     save_model(model, tokenizer, tmp_path / "broken", kind="policy")
-    with pytest.raises(NumericsError, match="the SFT loss is not finite"):
+    with pytest.raises(ModelError, match="its weights are broken"):
         train(model=ModelConfig(source=str(tmp_path / "broken")))
     assert not (tmp_path / "out").exists()
+
+
+def test_training_that_blows_up_stops_with_the_name_of_what_is_not_finite(train, tmp_path):
+    with pytest.raises(NumericsError, match="the SFT loss is not finite"):
+        train(change(CONFIG, learning_rate=1e30))
 
 
 def test_saved_config_is_one_that_transformers_reads(train, tmp_path):
