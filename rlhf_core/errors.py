@@ -27,8 +27,8 @@ class UserError(Exception):
     characters loses its middle.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(brief(arg) if isinstance(arg, str) else arg for arg in args))
+    def __str__(self) -> str:
+        return brief(super().__str__())
 
 
 class ConfigError(UserError):

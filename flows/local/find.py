@@ -177,7 +177,10 @@ def _expect(settings: Settings, address: str, path: str, name: str, variable: st
         problem = str(error)
     else:
         said = answer[:40].decode("utf-8", errors="replace").strip()
-        problem = "" if _VERSION.match(said) else f"it answers {said!r} where its version should be"
+        if said and not _VERSION.match(said):
+            problem = f"it answers {said!r} where its version should be"
+        else:
+            problem = ""
     if problem.startswith("it answers 401"):
         raise UserError(
             f"The {name} server at {address} requires a password: set RLHF_PASSWORD to the one "
