@@ -10,7 +10,7 @@ import sys
 import pytest
 from replay import replay, serving
 
-COUNTS = {"data": 120, "config": 100, "model": 40, "environment": 30, "command": 40}
+COUNTS = {"data": 70, "config": 80, "model": 40, "environment": 30, "command": 40}
 SEED = int(os.environ.get("RLHF_FUZZ_SEED", "1"))
 
 
