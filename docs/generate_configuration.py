@@ -106,7 +106,7 @@ def _type(field: FieldInfo) -> str:
         values = schema.get("enum", ())
     if values:
         return " or ".join(f"`{value}`" for value in values)
-    if _item(field) is not None:
+    if _item(field) is not None or get_origin(field.annotation) is list:
         return "list"
     name = {str: "text", int: "integer", float: "number", bool: "true or false"}.get(
         field.annotation or object, "mapping"

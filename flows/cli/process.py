@@ -110,6 +110,10 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
+    except Exception as error:
+        if was_interrupted(error):
+            raise end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
+        raise
     except Terminated:
         raise end(f"Terminated; {how_to_resume}", TERMINATED) from None
     finally:

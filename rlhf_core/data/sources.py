@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from rlhf_core.errors import DataError, printable
 from rlhf_core.reading import MIB, UnreadableError, exists, expanded, file_size, opened, read_whole
 
 Row = dict[str, Any]
+# Keys around the rows of a file.
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "entries", "samples")
 Unit = Literal["line", "row"]
 
 LONGEST_ROW = 64 * MIB  # of a .jsonl file, which is read line by line
@@ -64,7 +67,11 @@ class SourceRows:
 
     def columns(self) -> list[str]:
         """The field names of all rows, in order of appearance."""
-        return list(dict.fromkeys(name for _, row in self.rows for name in row))
+        return list(self._columns)
+
+    @cached_property
+    def _columns(self) -> dict[str, None]:
+        return dict.fromkeys(name for _, row in self.rows for name in row)
 
 
 def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
@@ -202,13 +209,17 @@ def _read_json_lines(path: Path, limit: int) -> SourceRows:
 
 
 def _read_json(path: Path, limit: int) -> SourceRows:
-    """One array of objects, or JSON lines."""
+    """One array of objects, also as the value of `data` in an object, or JSON lines."""
     with opened(path) as file:
-        start = file.read(MIB)
-    if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        start = file.read(MIB).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith((b"[", b"{")) or _is_first_of_lines(start):
+        return _read_json_lines(path, limit)
+    text = _text(path)
+    array = _wrapped(text)
+    if array is None and not text.lstrip().startswith("["):
         return _read_json_lines(path, limit)
     try:
-        array = json.loads(_text(path))
+        array = json.loads(text) if array is None else array
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{line}: not valid JSON ({_why(error)})") from error
@@ -216,6 +227,27 @@ def _read_json(path: Path, limit: int) -> SourceRows:
     for number, row in enumerate(array[: limit or None], start=1):
         found.add(number, row)
     return found.finish()
+
+
+def _is_first_of_lines(start: bytes) -> bool:
+    """Whether a file begins with a line that is an object, and goes on: it need not fit in memory."""
+    line, _, rest = start.partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _wrapped(text: str) -> list[Any] | None:
+    """The rows of a file that is one object, around them or alone; None if it is anything else."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # JSON lines, or damaged
+        return None
+    lists = [found[key] for key in _WRAPPERS if isinstance(found.get(key), list)]
+    return lists[0] if len(lists) == 1 else [found]
 
 
 def _why(error: Exception) -> str:

@@ -56,7 +56,7 @@ class Validation(_Facts):
 
     tables: Mapping[str, TableSummary]
     bad_rows: Sequence[str] = Field(description="The first bad rows: file, line, field, reason")
-    unread: Sequence[str] = Field(description="Columns that have a name of ours but other content")
+    unread: Sequence[str] = Field(description="Notes on columns: not read, or read unasked")
     ties: int = Field(description="Preferences without a winner")
     known_sides: int = Field(description="Votes for which the answer shown first is known")
     timed: int = Field(description="Votes for which the time is known")

@@ -1,13 +1,16 @@
-"""Optional details of how a vote was cast: the side shown first, gold, the time, the source.
+"""What a vote says: for which side it is, and the optional details of how it was cast.
 
-Their names are common ones: other people's files have a column `gold` with the right answer, or a
-`time` in seconds. So a column with such a name is read only if all of its values look like ours;
-otherwise it is skipped, with a note in the report. A column that the user has mapped is always
-read, and a wrong value in it is a bad row.
+The details are the side shown first, gold, the time and the source. Their names are common ones:
+other people's files have a column `gold` with the right answer, or a `time` in seconds. So a column
+with such a name is read only if all of its values look like ours; otherwise it is skipped, with a
+note in the report. A column that the user has mapped is always read, and a wrong value in it is a
+bad row.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, TypeAlias
 
@@ -25,6 +28,57 @@ class UnlikeError(Exception):
     def __init__(self, category: str, reason: str) -> None:
         super().__init__(reason)
         self.category = category
+
+
+_WORDS: Mapping[str, str] = {
+    **{"a": "a", "model_a": "a", "response_a": "a", "answer_a": "a", "assistant_a": "a"},
+    **{"b": "b", "model_b": "b", "response_b": "b", "answer_b": "b", "assistant_b": "b"},
+    **dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad"), "tie"),
+}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What the values of a source's votes mean.
+
+    A value means what `values` says; else the column that it is the name of, so that `left` is the
+    answer in the column `left`; else what it says by itself.
+    """
+
+    values: Mapping[str, str]  # as the settings say, by `word`
+    columns: Mapping[str, str]  # names of the two columns, by `word` -> "a" or "b"
+
+    @classmethod
+    def of(cls, values: Mapping[str, str], a: str, b: str) -> "Sides":
+        """The sides of a source whose answers stand in the columns or dotted paths `a` and `b`."""
+        names = ((name, side) for place, side in ((a, "a"), (b, "b")) for name in _ends(place))
+        found: dict[str, str] = {}
+        for name, side in names:
+            found[name] = "" if found.get(name, side) != side else side  # "" if both have it
+        return cls(values, {name: side for name, side in found.items() if side})
+
+    def named(self, value: Any) -> str:
+        """The side that the settings or the columns call so; "" if none does."""
+        name = word(value)
+        if name in ("yes", "no") and name not in self.values:
+            name = {"yes": "true", "no": "false"}[name]  # as YAML reads them
+        return self.values.get(name) or self.columns.get(name, "")
+
+    def vote(self, value: Any) -> str:
+        """ "a", "b" or "tie"; "" if the value is no vote."""
+        return self.named(value) or _WORDS.get(word(value), "")
+
+
+def word(value: Any) -> str:
+    """A value as votes are compared by: small letters, whole numbers without a decimal point."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text)
+
+
+def _ends(place: str) -> tuple[str, str]:
+    return word(place), word(place.rsplit(".", 1)[-1])
 
 
 def shown_first(value: Any) -> str:

@@ -10,13 +10,14 @@
 6. Write the tables and `validation.json`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
@@ -29,8 +30,9 @@ from rlhf_core.data.assembly import (
     shared_prompts,
     split_by_prompt,
 )
-from rlhf_core.data.encoding import Prompt
-from rlhf_core.data.formats import FIELDS, ParsedSource, parse
+from rlhf_core.data.formats import ParsedSource, parse
+from rlhf_core.data.forms.fields import FIELDS, names_in
+from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import (
     SPLITS,
@@ -49,6 +51,7 @@ from rlhf_core.data.validation import (
     count_truncated,
     summarise_lengths,
 )
+from rlhf_core.data.vote_details import word
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.simulation import SimulationConfig, simulate
@@ -75,10 +78,50 @@ class TableConfig(Section):
     eval_split: str = Field(
         "", description="Split with the evaluation data; empty = split by prompt"
     )
-    fields: dict[str, str] = Field({}, description="Field names that differ: ours -> the source's")
+    fields: dict[str, str] = Field(
+        {},
+        description="Fields that are called otherwise: ours -> a column of the source, a dotted "
+        'path such as `question.text`, or a template such as `"{instruction}\\n{input}"`',
+    )
+    votes: dict[str, list[str]] = Field(
+        {},
+        description="Values of votes that differ: `a`, `b` or `tie` -> the source's, one or more",
+    )
+    score_margin: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Margin for each point between the scores or ranks of two answers (raw reward)",
+    )
+    ignore: list[str] = Field(
+        [], description="Columns and keys of messages to leave out on purpose"
+    )
     limit: int = Field(
         0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
     )
+
+    @field_validator("votes", mode="before")
+    @classmethod
+    def _values_as_words(cls, votes: object) -> object:
+        """One value or several, of which YAML reads 1 as a number and yes as a truth value."""
+        if not isinstance(votes, dict):
+            return votes
+        listed = {vote: v if isinstance(v, list) else [v] for vote, v in votes.items()}
+        return {vote: [word(value) for value in values] for vote, values in listed.items()}
+
+    @field_validator("votes")
+    @classmethod
+    def _known_votes(cls, votes: dict[str, list[str]]) -> dict[str, list[str]]:
+        unknown = sorted(votes.keys() - {"a", "b", "tie"})
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is not a vote; write the vote first, 'a', 'b' or 'tie', and then "
+                "the values of the source that mean it"
+            )
+        counts = Counter(value for values in votes.values() for value in values)
+        if twice := [value for value, count in counts.items() if count > 1]:
+            raise ValueError(f"the value {twice[0]!r} is listed twice; it can mean one vote only")
+        return votes
 
     def evaluation(self) -> tuple[str, str] | None:
         """Path and split of the evaluation data; None if the data are split by prompt."""
@@ -122,7 +165,9 @@ class DataConfig(Section):
         "sends it as a user message through the model's chat template",
     )
     prompt_template: str = Field(
-        "{prompt}", description="Template of a text prompt; {prompt} stands for the text"
+        "{prompt}",
+        description="Template of a text prompt; {prompt} stands for the text, and any other column "
+        "for its text, e.g. {input} or {system}",
     )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the prompts split off for evaluation"
@@ -143,16 +188,20 @@ class DataConfig(Section):
         }
         return tables[kind]
 
-    def apply_template(self, prompt: Prompt) -> Prompt:
-        """Apply the template and style to a prompt; messages are not changed."""
-        if not isinstance(prompt, str):
-            return prompt
-        text = self.prompt_template.replace("{prompt}", prompt)
-        return text if self.prompt_style == "text" else [{"role": "user", "content": text}]
+    def reading(self, kind: TableKind) -> Reading:
+        """How the settings say that one table is to be read."""
+        table = self.table(kind)
+        return Reading(
+            {value: vote for vote, values in table.votes.items() for value in values},
+            frozenset(table.ignore),
+            table.score_margin,
+            self.prompt_template,
+            self.prompt_style,
+        )
 
     @model_validator(mode="after")
-    def _template_takes_the_prompt(self) -> "DataConfig":
-        if "{prompt}" not in self.prompt_template:
+    def _template_takes_a_text(self) -> "DataConfig":
+        if not names_in(self.prompt_template):
             raise ValueError(
                 f"prompt_template {self.prompt_template!r} does not contain {{prompt}}: write it "
                 "where the text belongs"
@@ -278,36 +327,49 @@ def _from_files(config: DataConfig, logger: StageLogger) -> CleanTables:
             "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
         )
-    tables: CleanTables = {}
+    parts: dict[TableKind, dict[str, ParsedSource]] = {}
     for kind in TABLE_KINDS:
         if config.table(kind).path:
             logger.phase(f"reading the {kind}")
-            tables[kind] = _read(config, kind)
+            parts[kind] = _read(config, kind)
+    _check_template(config, [source for found in parts.values() for source in found.values()])
+    tables = {kind: assemble(kind, found) for kind, found in parts.items()}
+    for kind, table in tables.items():
+        if table.frame.empty:  # before other tables are derived from it
+            raise DataError(_nothing_left(kind, table, "train", config))
     return tables
 
 
-def _read(config: DataConfig, kind: TableKind) -> CleanTable:
+def _read(config: DataConfig, kind: TableKind) -> dict[str, ParsedSource]:
+    """The sources of a table by their split, "" where the prompts decide."""
     settings = config.table(kind)
     evaluation = settings.evaluation()
     train = _parse(config, kind, settings.path, settings.split)
     if evaluation is None:
-        return assemble(kind, {"": train})
-    return assemble(kind, {"train": train, "eval": _parse(config, kind, *evaluation)})
+        return {"": train}
+    return {"train": train, "eval": _parse(config, kind, *evaluation)}
+
+
+def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None:
+    for name in names_in(config.prompt_template):
+        if all(name in source.lacks for source in sources):
+            raise ConfigError(
+                f"data.prompt_template names {{{name}}}, but no source has such a field; "
+                f"correct the name, or write {{{{{name}}}}} for the text {{{name}}} itself"
+            )
 
 
 def _parse(config: DataConfig, kind: TableKind, path: str, split: str) -> ParsedSource:
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
-    table = parse(source, kind, settings.fields)
+    table = parse(source, kind, settings.fields, config.reading(kind))
     if table.faults and config.on_bad_row == "error":
         count = len(table.faults)
         them = "it" if count == 1 else f"all {count} bad rows of this source"
         raise DataError(
             f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return replace(
-        table, frame=table.frame.assign(prompt=table.frame["prompt"].map(config.apply_template))
-    )
+    return table
 
 
 # --- checking ------------------------------------------------------------------------------------

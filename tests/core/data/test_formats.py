@@ -41,7 +41,7 @@ def pair(n, prompt, chosen, rejected, **more):
 
 def test_demonstrations_of_texts_messages_and_dialogues():
     text = {"id": 7, "prompt": " p", "response": "r ", "unused": None}
-    chat = {"id": "x", "prompt": [USER | {"name": "Ann"}], "response": "r"}
+    chat = {"id": "x", "prompt": [USER | {"name": None}], "response": "r"}
     assert records(table("demonstrations", text, chat)) == [
         {"id": "7", "prompt": " p", "response": "r "},
         {"id": "x", "prompt": [USER], "response": "r"},
@@ -98,9 +98,9 @@ def test_the_optional_fields_may_be_null_or_an_empty_cell():
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     optional = ("id", "annotator", "margin", "gold", "time", "source")
     null, empty = dict.fromkeys(optional), dict.fromkeys(optional, "")
-    assert records(table("preferences", row | null, row | empty)) == [
-        pair(1, "p", "c", "r"),
-        pair(2, "p", "c", "r"),
+    nan = dict.fromkeys(optional, math.nan)  # as pandas writes it
+    assert records(table("preferences", row | null, row | empty, row | nan)) == [
+        pair(n, "p", "c", "r") for n in (1, 2, 3)
     ]
 
 
@@ -381,6 +381,12 @@ NO_DIALOGUE = (
 )
 
 
+VOTE = (
+    "a vote is 'a', 'b' or 'tie', and data.preferences.votes says what other values mean, e.g. "
+    "{a: 1, b: 0}"
+)
+
+
 @pytest.mark.parametrize(
     ("good", "bad", "category", "message"),
     [
@@ -399,16 +405,16 @@ NO_DIALOGUE = (
          "'annotator': has half of a surrogate pair"),
         (VOTED | {"votes": ["a"]}, {"votes": [["w\ud83d", "a"]]}, "broken text",
          "'votes': has half of a surrogate pair"),
-        (PAIR, {"margin": float("nan")}, "bad margin", "'margin': nan is not a finite number"),
+        (PAIR, {"margin": "nan"}, "bad margin", "'margin': 'nan' is not a finite number"),
         (PAIR, {"margin": float("inf")}, "bad margin", "'margin': inf is not a finite number"),
         (PAIR, {"margin": "high"}, "bad margin", "'margin': 'high' is not a finite number"),
         (PAIR, {"margin": True}, "bad margin", "'margin': True is not a finite number"),
         (VOTED | {"votes": ["a"]}, {"votes": ["a", "c"]}, "unknown vote",
-         "'votes': 'c' is not a vote; a vote is 'a', 'b' or 'tie'"),
+         "'votes': 'c' is not a vote; " + VOTE),
         (VOTED | {"votes": ["a"]}, {"votes": [["w1"]]}, "unknown vote",
-         "'votes': ['w1'] is not a vote; a vote is 'a', 'b' or 'tie'"),
+         "'votes': ['w1'] is not a vote; " + VOTE),
         (VOTED | {"votes": ["a"]}, {"votes": [["w1", 1]]}, "unknown vote",
-         "'votes': 1 is not a vote; a vote is 'a', 'b' or 'tie'"),
+         "'votes': 1 is not a vote; " + VOTE),
         (VOTED | {"votes": ["a"]}, {"votes": "a"}, "wrong type",
          "'votes': is text, not a list of votes"),
         (VOTED | {"votes": ["a"]}, {"votes": None}, "missing", "'votes': is missing"),

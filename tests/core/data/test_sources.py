@@ -47,6 +47,8 @@ CSV = 'prompt,response\nWhy?,NA\n"1\n2",é“”\n'
         ("a.JSONL", "\ufeff" + JSON_LINES.replace("\n", "\r\n"), "line", [1, 2]),
         ("a.json", JSON_LINES, "line", [1, 2]),
         ("a.json", json.dumps(ROWS, indent=2), "row", [1, 2]),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}), "row", [1, 2]),
+        ("a.json", json.dumps({"rows": ROWS, "n": [1]}, indent=2), "row", [1, 2]),
         ("a.jsonl.gz", gzip.compress(JSON_LINES.encode(), mtime=0), "line", [1, 2]),
         ("a.csv", CSV, "line", [2, 3]),
         ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0), "line", [2, 3]),

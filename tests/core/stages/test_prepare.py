@@ -329,6 +329,109 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
         files(prompts=TableConfig(fields={"promt": "q"}))
 
 
+# --- what the settings say about the fields
+
+
+def test_the_input_of_alpaca_reaches_the_prompt_and_no_row_is_lost(tmp_path):
+    rows = [{"instruction": f"Q{n % 8}?", "input": f"I{n}", "output": "r"} for n in range(60)]
+    demonstrations = write(tmp_path / "d.jsonl", rows)
+    preferences = write(tmp_path / "p.jsonl", pairs(40, first=100))
+    names = {"prompt": "instruction", "response": "output"}
+
+    def prepared(fields, template, folder):
+        table = TableConfig(path=demonstrations, fields=fields)
+        config = files(
+            demonstrations=table,
+            preferences=preferences,
+            prompt_template=template,
+            eval_fraction=0.4,
+        )
+        report, _ = prepare(config, tmp_path / folder)
+        return report.validation, both(tmp_path / folder, "demonstrations")["prompt"].tolist()
+
+    found, _ = prepared(names, "{prompt}", "without")
+    assert found.tables["demonstrations"].dropped == {"duplicate": 52}
+    assert "column input (60 of 60 rows filled) holds text that is not read" in found.unread[0]
+    for fields, template in (
+        (names, "{prompt}\n{input}"),
+        (names, "{instruction}\n{input}"),
+        (names | {"prompt": "{instruction}\n{input}"}, "{prompt}"),
+    ):
+        found, prompts = prepared(fields, template, f"{len(template)}")
+        assert found.tables["demonstrations"].dropped == {}
+        assert sorted(prompts) == sorted(f"Q{n % 8}?\nI{n}" for n in range(60))
+        # The pairs have no input, and keep their prompts.
+        assert found.tables["preferences"].dropped == {}
+        assert [note for note in found.unread if "d.jsonl" in note] == []
+
+
+def test_a_name_in_the_template_that_no_source_has_is_an_error(tmp_path):
+    preferences = write(tmp_path / "p.jsonl", pairs(40))
+    config = files(preferences=preferences, prompt_template="{prompt} {inptu}")
+    assert error(config, ConfigError) == (
+        "data.prompt_template names {inptu}, but no source has such a field; correct the name, or "
+        "write {{inptu}} for the text {inptu} itself"
+    )
+    config = files(preferences=preferences, prompt_template="{prompt} {{inptu}}")
+    prepare(config, tmp_path / "out")
+    assert set(both(tmp_path / "out", "prompts")["prompt"].str[-8:]) == {" {inptu}"}
+
+
+def test_preferences_of_which_nothing_is_left_are_named_before_what_is_derived(tmp_path):
+    rows = [{"prompt": f"Q{n}?", "response": "r", "score": n} for n in range(9)]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert error(files(preferences=path)) == (
+        f"no preferences are left for training: of 9 rows ({path}) all were dropped (no other "
+        "answer to the prompt that is rated otherwise 9); check the fields and the data"
+    )
+
+
+def test_the_settings_of_a_table_reach_its_rows(tmp_path):
+    rows = [
+        {"q": f"Q{n}?", "left": "yes", "right": "no", "winner": n % 2, "margin": 2}
+        | {"context": "words"}
+        for n in range(40)
+    ]
+    fields = {"prompt": "q", "response_a": "left", "response_b": "right", "vote": "winner"}
+    table = TableConfig(
+        path=write(tmp_path / "p.jsonl", rows),
+        fields=fields,
+        votes={"a": 1, "b": 0},
+        ignore=["context", "margin"],
+    )
+    report, _ = prepare(files(preferences=table, prompt_style="chat"), tmp_path / "out")
+    frame = both(tmp_path / "out", "preferences")
+    assert dict(frame["vote"].value_counts()) == {"a": 20, "b": 20}
+    assert set(frame["margin"]) == {0.0}
+    assert [m["role"] for m in frame["prompt"].iloc[0]] == ["user"]
+    assert not report.validation.unread
+
+
+def test_bad_rows_of_every_kind_are_left_out_by_the_setting(tmp_path):
+    call = {"role": "assistant", "content": "x", "tool_calls": [{"id": "c"}]}
+    bad = [
+        {"chosen": [call]},
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+        {"prompt": '[{"role": "user", "content": '},
+        {"annotator": "\ud800"},
+        {"margin": -1},
+        {"system": 3},
+    ]
+    good = pairs(40)
+    rows = [*good, *(good[0] | row for row in bad)]
+    table = TableConfig(path=write(tmp_path / "p.jsonl", rows), fields={"system": "system"})
+    stopped = error(files(preferences=table))
+    assert stopped.endswith(
+        "fix the row, or set data.on_bad_row to 'drop' to leave all 6 bad rows of this source out"
+    )
+    found = inspect(files(preferences=table, on_bad_row="drop"), MODEL, LIMITS, seed=0)
+    assert [note.split(":")[0].removeprefix(table.path) for note in found.bad_rows] == [
+        f", line {41 + n}, field '{field}'"
+        for n, field in enumerate(["chosen", "prompt", "prompt", "annotator", "margin", "system"])
+    ]
+    assert found.tables["preferences"].train + found.tables["preferences"].eval == 40
+
+
 # --- real data
 
 
@@ -369,8 +472,9 @@ def test_the_argument_pairs_keep_every_vote(tmp_path):
     assert {row["response_a"] for row in loads(path)} >= set(frame["response_a"])
     # Its column `gold` is the better answer as its authors see it: no control question of ours.
     assert not frame["gold"].any()
-    [note] = report.validation.unread
-    assert "field 'gold': 'b' is neither true nor false" in note
+    other_gold, unread = report.validation.unread
+    assert "field 'gold': 'b' is neither true nor false" in other_gold
+    assert "the column debate (6447 of 6447 rows filled) holds text that is not read" in unread
     assert report.ties == sum(winner is None for *_, winner in kept)
     assert report.prompts_train + report.prompts_eval == 12  # six debates, two sides
 
