@@ -21,6 +21,7 @@ DISTRIBUTION = "rlhf-pipeline"
 
 def main() -> None:
     """The entry point of the command."""
+    sys.modules.setdefault("rlhf_command", sys.modules[__name__])  # if this file was started
     leave_when_interrupted()
     if sentence := clash(Path(__file__).parent):
         print(f"rlhf: {sentence}", file=sys.stderr)

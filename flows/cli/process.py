@@ -34,6 +34,8 @@ class Commands(TyperGroup):
         rlhf_command.interruptible()
         try:
             return super().invoke(ctx)
+        except typer.Exit:  # its sentence was said
+            raise
         except KeyboardInterrupt:
             raise end("Interrupted.", INTERRUPTED) from None
         except (ServiceError, NumericsError) as error:

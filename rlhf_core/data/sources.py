@@ -230,7 +230,7 @@ def _read_json(path: Path, limit: int) -> SourceRows:
 
 
 def _is_first_of_lines(start: bytes) -> bool:
-    """Whether a file begins with a line that is an object, and goes on: it need not fit in memory."""
+    """Whether a file begins with a line that is an object, and goes on."""
     line, _, rest = start.partition(b"\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(line), dict)
