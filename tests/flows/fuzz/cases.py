@@ -223,7 +223,7 @@ def _odd_file(rng: random.Random, folder: Path) -> Path:
             rng.choice(("~nosuch/data.jsonl", "A" * 5_000, f"{folder}/{'b' * 300}.jsonl", "/", "."))
         )
     elif how == 9:
-        texts = {name: name[0] * 3_000_000 for name in ("prompt", "chosen", "rejected")}
+        texts = {name: name[0] * 1_000_000 for name in ("prompt", "chosen", "rejected")}
         path = path.with_name("data.jsonl")
         path.write_bytes(material.as_lines([*material.pairs(), texts]))
     else:
