@@ -33,14 +33,17 @@ schema is the file, the form in the Prefect UI and the parameters of the MLflow 
 * An unknown key, a wrong type or a value out of bounds is an error that names file and line.
 * Settings that contradict each other are an error too: for example `ppo.batch_size` above
   `ppo.rollout_size`, or texts longer than the model reads.
-* `""` means "not given".
+* `""` means "not given". NaN and infinity are never a value.
+* A relative path starts from the folder of the file, one in `--set` from the working folder.
+* `rlhf validate` warns of settings that are valid and train for nothing, such as a learning rate
+  for all weights that is kept with adapters; `rlhf run` repeats those that need no data.
 """
 
 ENVIRONMENT = """\
 ## Environment variables
 
 Where things are kept and which device computes is no part of a run's config. These variables are
-read in one place, [`Settings`](../tasks/settings.py).
+read in one place, [`Settings`](../tasks/settings.py). An empty variable is one that is not set.
 
 | Variable | Default | Meaning |
 |---|---|---|

@@ -4,7 +4,10 @@ Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interru
 by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
 """
 
+import math
+import os
 import sys
+from functools import partial
 from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +31,10 @@ from flows.cli.printing import (
     show_start,
     show_validation,
 )
-from flows.cli.process import Commands, load, own_prefect, run_here, stoppable
+from flows.cli.process import Command, Commands, load, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
 from rlhf_core.errors import UserError, printable
-from tasks.settings import StoreSettings, read_settings
+from tasks.settings import StoreSettings, apply_environment, read_settings
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
@@ -46,6 +49,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+command = partial(app.command, cls=Command)
 
 
 def _print_version(version_option: bool) -> None:
@@ -68,6 +74,12 @@ def options(
     """Handle the options that belong to no single command."""
 
 
+def _number(value: float) -> float:
+    if math.isnan(value):  # it passes every bound
+        raise typer.BadParameter("nan is not a number.")
+    return value
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config file.")]
 Overrides = Annotated[
     list[str],
@@ -75,7 +87,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command(epilog="Examples: rlhf run configs/demo.yaml · rlhf run my.yaml --set ppo.kl_coef=0.1")
+@command(epilog="Examples: rlhf run configs/demo.yaml · rlhf run my.yaml --set ppo.kl_coef=0.1")
 def run(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
@@ -104,7 +116,7 @@ def run(
     run_here(_load(config, overrides), force, settings)
 
 
-@app.command(epilog="Example: rlhf resume happy-otter")
+@command(epilog="Example: rlhf resume happy-otter")
 def resume(
     run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
 ) -> None:
@@ -141,7 +153,7 @@ def resume(
     run_here(pipeline, [], settings)
 
 
-@app.command(epilog="Example: rlhf sweep my.yaml --grid ppo.kl_coef=0.02,0.05,0.1 --seeds 3")
+@command(epilog="Example: rlhf sweep my.yaml --grid ppo.kl_coef=0.02,0.05,0.1 --seeds 3")
 def sweep(
     config: ConfigFile,
     grid: Annotated[
@@ -170,14 +182,15 @@ def sweep(
     show_report(report)
 
 
-@app.command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
+@command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
 def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
     configs: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of YAML presets [default: ./configs, else the presets in the package]."
+            help="Folder of YAML presets [default: ./configs, else the presets in the package]. "
+            "Relative paths in them start from it, and modules in it may be rewards."
         ),
     ] = None,
 ) -> None:
@@ -205,13 +218,13 @@ def up(
         err.print("All services have been stopped.", highlight=False)
 
 
-@app.command(name="sign-in", epilog="Example: rlhf sign-in")
+@command(name="sign-in", epilog="Example: rlhf sign-in")
 def sign_in() -> None:
     """Print links to the pages of a running `rlhf up`; each link signs in one browser, once."""
     show_links(*find.signed_in(read_settings()))
 
 
-@app.command(
+@command(
     name="exec",
     epilog="Example: rlhf exec prefect deployment run rlhf/demo",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -225,7 +238,7 @@ def run_program(
     find.become(program, arguments or [])
 
 
-@app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy")
+@command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api rlhf deploy")
 def deploy(
     configs: Annotated[
         Path | None,
@@ -235,7 +248,9 @@ def deploy(
     ] = None,
     working_dir: Annotated[
         str,
-        typer.Option(help="The folder on the worker that relative paths in a config start from."),
+        typer.Option(
+            help="Where the folder of the presets lies on the worker: relative paths start there."
+        ),
     ] = "",
     owner: Annotated[
         str, typer.Option(help="Who owns the deployments; shown as a tag.")
@@ -275,42 +290,59 @@ def deploy(
         line(made)
 
 
-@app.command(epilog="Example: rlhf validate my.yaml --set data.preferences=pairs.jsonl")
+@command(epilog="Example: rlhf validate my.yaml --set data.preferences.path=pairs.jsonl")
 def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a config and its data, and print what a run would do with them; nothing is trained.
 
     The command validates every setting and reads the data as the pipeline would. It reports rows
     kept and dropped with reasons, duplicates, contradictions, lengths and truncation, then the
     steps and trainable parameters of each stage, and whether there are enough held-out prompts to
-    detect a difference. It loads no weights.
+    detect a difference. It imports the reward functions and looks up the registered models that
+    the config names. It loads no weights, and needs and starts no server.
     """
-    find.join(read_settings())
+    settings = read_settings()
+    apply_environment(settings)
     pipeline = _load(config, overrides)
     load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
+    from rlhf_core.doubts import doubts
     from rlhf_core.plan import make_plan
+    from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import inspect
     from tasks.record.terminal import on_terminal
+    from tasks.reward_places import reward_places
 
     with on_terminal("validate") as logger:
+        logger.phase("reward functions and registered models")
+        for setting, path in pipeline.reward_functions:
+            load_function(path, setting=setting, places=reward_places())
+        unchecked = ""
+        if pipeline.registered_models:
+            from tasks.registry.check import check_models  # MLflow takes seconds
+
+            unchecked = check_models(pipeline.registered_models, settings)
         limits, seed = pipeline.length_limits, pipeline.seed
         found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
     show_validation(found)
     show_plan(plan)
+    for sentence in doubts(pipeline.chosen, found):
+        line(f"Warning: {sentence}.")
+    if unchecked:
+        line(unchecked)
 
 
-@app.command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
+@command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
 def show_config(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Print a config as YAML with every default filled in; `rlhf run` accepts the output."""
     import yaml
 
-    find.join(read_settings())
+    apply_environment(read_settings())
     resolved = _load(config, overrides).model_dump(mode="json")
     typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), nl=False)
 
 
-@app.command(
+@command(
     epilog='Examples: rlhf generate --model models:/demo-policy@champion "The hotel" · '
     "rlhf generate --model gpt2 --temperature 0 < prompts.txt"
 )
@@ -325,10 +357,16 @@ def generate(
         int, typer.Option(min=1, help="Maximum length of a response (tokens).")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+        float,
+        typer.Option(
+            min=0.0, max=100.0, callback=_number, help="Sampling temperature; 0 is greedy decoding."
+        ),
     ] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed; the same seed gives the same texts.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=100_000, help="Responses to each prompt.")] = 1,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Seed; the same seed gives the same texts."),
+    ] = 0,
     chat: Annotated[
         bool,
         typer.Option(
@@ -373,7 +411,7 @@ def generate(
         typer.echo(printable(responses_as_text(texts, answers)))
 
 
-@app.command(epilog="Example: rlhf compare 3f2a happy-otter-12")
+@command(epilog="Example: rlhf compare 3f2a happy-otter-12")
 def compare(
     first: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
     second: Annotated[str, typer.Argument(help="The run to compare it with.")],
@@ -396,7 +434,7 @@ def compare(
         show_comparison(comparison, everything=everything)
 
 
-@app.command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')
+@command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')
 def promote(
     run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
     by: Annotated[str, typer.Option(help="Who approves [default: your user name].")] = "",
@@ -418,7 +456,7 @@ def promote(
     logs.deliver()
 
 
-@app.command(epilog="Examples: rlhf rollback demo · rlhf rollback demo --to 3")
+@command(epilog="Examples: rlhf rollback demo · rlhf rollback demo --to 3")
 def rollback(
     project: Annotated[str, typer.Argument(help="The project whose champion to replace.")],
     to: Annotated[
@@ -437,7 +475,7 @@ def rollback(
     logs.deliver()
 
 
-@app.command(epilog="Example: rlhf export models:/demo-policy@champion servable")
+@command(epilog="Example: rlhf export models:/demo-policy@champion servable")
 def export(
     model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     directory: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
@@ -453,7 +491,7 @@ def export(
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
 
 
-@app.command(epilog="Example: rlhf backup backups/monday")
+@command(epilog="Example: rlhf backup backups/monday")
 def backup(
     folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
 ) -> None:
@@ -468,7 +506,7 @@ def backup(
     line(f"{len(manifest.files)} files in {folder}")
 
 
-@app.command(epilog="Example: rlhf restore backups/monday")
+@command(epilog="Example: rlhf restore backups/monday")
 def restore(
     folder: Annotated[Path, typer.Argument(help="A folder that `rlhf backup` wrote.")],
 ) -> None:
@@ -491,9 +529,11 @@ def restore(
 def _load(path: Path, overrides: list[str]) -> "PipelineConfig":
     load("flows.config")
     from flows.cli.loading import load_config
+    from flows.cli.paths import folder_of
     from flows.config import PipelineConfig
 
-    return load_config(path, overrides, PipelineConfig)
+    os.environ["RLHF_CONFIG_FOLDER"] = str(folder_of(path))
+    return load_config(path, overrides, PipelineConfig, anchor=True)
 
 
 def _lines() -> list[str]:

@@ -7,8 +7,10 @@ from pydantic import AfterValidator, Field, model_validator
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
+from rlhf_core.doubts import Chosen
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
 from rlhf_core.plan import Sections
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
@@ -20,6 +22,8 @@ from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import algorithms
 from rlhf_core.training.learner import TrainingSection
 
+NAME_LENGTH = 100  # of a project: it is a folder, and begins the names of models and runs
+
 
 class RunConfig(Section):
     """The settings of every flow: its project and its seed."""
@@ -27,11 +31,15 @@ class RunConfig(Section):
     project: str = Field(
         "demo",
         pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        max_length=NAME_LENGTH,
         description="Name of the MLflow experiment, and prefix of the registered models, as in "
         "demo-policy (lower-case letters, digits, dashes)",
     )
     seed: int = Field(
-        0, ge=0, description="Random seed; on the same machine the same seed gives the same result"
+        0,
+        ge=0,
+        le=2**63 - 1,
+        description="Random seed; on the same machine the same seed gives the same result",
     )
 
 
@@ -135,20 +143,46 @@ class PipelineConfig(ByAlgorithm):
         )
 
     @property
+    def reward_functions(self) -> list[tuple[str, str]]:
+        """The import paths of functions that a run calls, each with its setting."""
+        rewards = getattr(self.policy, "rewards", ())
+        found = [("the reward", term.source) for term in rewards if not term.is_model]
+        truth = self.evaluation.true_reward
+        return [*found, ("evaluation.true_reward", truth)] if truth else found
+
+    @property
+    def registered_models(self) -> list[str]:
+        """The addresses of the registered models that a run uses."""
+        terms = getattr(self.policy, "rewards", ())
+        named = [term.source for term in terms if term.is_model and term.source != PIPELINE_REWARD]
+        return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
+
+    @property
     def plan_sections(self) -> Sections:
         """The sections that `make_plan` needs."""
+        return Sections(
+            model=self.model,
+            trainings=self._trainings,
+            sampling=self.sampling,
+            evaluation=self.evaluation,
+            reward_gate=self.reward_gate,
+            promotion=self.promotion,
+        )
+
+    @property
+    def chosen(self) -> Chosen:
+        """The sections that `doubts` looks at."""
+        return Chosen(self.model, self.data, self.sampling, self._trainings)
+
+    @property
+    def _trainings(self) -> dict[str, TrainingSection]:
+        """The sections of the stages that train, by stage."""
         trainings: dict[str, TrainingSection] = {
             name: section
             for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
             if not section.reuse
         }
-        return Sections(
-            model=self.model,
-            trainings={**trainings, self.algorithm: self.policy},
-            evaluation=self.evaluation,
-            reward_gate=self.reward_gate,
-            promotion=self.promotion,
-        )
+        return {**trainings, self.algorithm: self.policy}
 
     @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:

@@ -1,6 +1,7 @@
 """The decorator of every flow here: Prefect's `flow`, without side effects at import."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow
@@ -8,8 +9,10 @@ from prefect import Flow
 from flows.cli.logs import shorten_user_errors
 from flows.naming import name_flow_run
 from flows.working_dir import in_working_dir
+from rlhf_core.redaction import mask_error
 from tasks.prefect.events import beat_often
 from tasks.prefect.ui import forward_logs
+from tasks.settings import read_settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,10 +26,15 @@ class PipelineFlow(Flow[P, R]):
 
         Raises: ParameterTypeError, which Prefect then logs as one sentence.
         """
+        read_settings()  # from here on secrets are masked in the logs
         shorten_user_errors()
         forward_logs()
         beat_often()
-        return super().validate_parameters(parameters)
+        try:
+            return super().validate_parameters(parameters)
+        except Exception as error:
+            mask_error(error)
+            raise
 
 
 def pipeline_flow(
@@ -35,6 +43,21 @@ def pipeline_flow(
     """Make a function a flow that runs in the working folder of its deployment."""
 
     def decorate(function: Callable[P, R]) -> PipelineFlow[P, R]:
-        return PipelineFlow(in_working_dir(function), name=name, flow_run_name=flow_run_name)
+        inside = in_working_dir(_without_secrets(function))
+        return PipelineFlow(inside, name=name, flow_run_name=flow_run_name)
 
     return decorate
+
+
+def _without_secrets(function: Callable[P, R]) -> Callable[P, R]:
+    """Mask the secrets in what a flow raises, which Prefect keeps as the state of its run."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            mask_error(error)
+            raise
+
+    return call

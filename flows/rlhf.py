@@ -1,5 +1,6 @@
 """The whole pipeline: data, SFT, reward model, policy, evaluation, promotion."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
+from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.gates import RewardQuality, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
@@ -26,6 +28,9 @@ from tasks.steps.reward_model import (
 from tasks.steps.sft import train_sft
 
 Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
+
+
+log = logging.getLogger("tasks.flow")  # below the loggers that Prefect shows
 
 
 class Trained(BaseModel):
@@ -68,6 +73,8 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         force: stages to run again even if a result can be reused.
     """
     forced = forced_stages(force, config)
+    for sentence in doubts(config.chosen):
+        log.warning("%s", sentence)
     with open_run(config.project, config, config.seed, force=forced) as run:
         trained = train_models(config, run)
         champion = pin_champion(run, trained.policy)
@@ -87,7 +94,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
-    other_rewards = find_rewards(config.policy)
+    other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from flows.cli.loading import parse_override
+from flows.cli.loading import anchored_override, parse_override
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import evaluate_policy, train_models
@@ -120,7 +120,10 @@ def as_sweep(pipeline: PipelineConfig, grid: Sequence[str], seeds: int) -> Sweep
     for text in grid:
         key = ".".join(parse_override(text).path)
         values = text.partition("=")[2].split(",")
-        settings[key] = [parse_override(f"{key}={value}").value for value in values]
+        settings[key] = [
+            anchored_override(parse_override(f"{key}={value}"), PipelineConfig).value
+            for value in values
+        ]
     try:
         return SweepConfig(pipeline=pipeline, grid=settings, seeds=seeds)
     except ValidationError as error:

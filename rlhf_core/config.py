@@ -1,8 +1,29 @@
 """The base of every config section: frozen after parsing, no unknown keys."""
 
-from typing import Self
+from typing import Annotated, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from rlhf_core.redaction import without_forms
+
+
+class PathMark:
+    """Marks a field as the path of a file or folder, if it is no hub id and no address.
+
+    Whoever loads a config from a file makes such a path absolute.
+    """
+
+
+def _without_secrets(text: str) -> str:
+    if (shown := without_forms(text)) != text:
+        raise ValueError(
+            f"'{shown}' holds a password or a token, and MLflow and Prefect keep the config; "
+            "remove it, and give a local copy of the file, or HF_TOKEN for the hub"
+        )
+    return text
+
+
+FileOrHub: TypeAlias = Annotated[str, AfterValidator(_without_secrets), PathMark]
 
 
 class Section(BaseModel):
@@ -14,7 +35,10 @@ class Section(BaseModel):
 
     # The form labels a field with the name that it has in YAML and in error messages.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", field_title_generator=lambda name, info: name
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        field_title_generator=lambda name, info: name,
     )
 
     @classmethod

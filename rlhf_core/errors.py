@@ -8,11 +8,14 @@
     └── CheckpointError  a saved state that is damaged or belongs to another run
 
 The command prints only their message; anything else is a defect and keeps its traceback. A message
-quotes files and arguments, so `UserError` itself makes it safe to print, and short.
+quotes files and arguments, so `UserError` itself masks secrets in it, such as the password of an
+address, and makes it safe to print, and short.
 """
 
 import errno
 import re
+
+from rlhf_core.redaction import masked
 
 LONGEST_LINE, MOST_LINES = 2_000, 60
 # What a terminal obeys instead of showing: C0 but tab and line feed, DEL, C1, separators of lines,
@@ -28,7 +31,7 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return brief(super().__str__())
+        return brief(masked(super().__str__()))  # a secret cut in two would not be found
 
 
 class ConfigError(UserError):

@@ -34,6 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
 from rlhf_core.metrics import SilentLogger, StageLogger
+from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks, Strategy
 from rlhf_core.training.session import Interrupted, StopRequest
 
@@ -68,6 +69,9 @@ class Job(Section):
         "ddp", description="Each process has all weights (ddp), or a shard of them (fsdp)"
     )
     processes: int = Field(ge=1, description="Processes that share the work")
+    rewards_from: RewardPlaces | None = Field(
+        None, description="Where reward functions may come from; null = anywhere"
+    )
 
     @classmethod
     def of(
@@ -87,6 +91,7 @@ class Job(Section):
             every_seconds=work.recovery.every_seconds,
             strategy=strategy,
             processes=processes,
+            rewards_from=work.rewards_from,
         )
 
 
@@ -176,6 +181,7 @@ def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
         logger=logger,
         recovery=Recovery(job.checkpoints, job.every_seconds),
         ranks=ranks,
+        rewards_from=job.rewards_from,
     )
     return run_stage(job.stage, spec.config.model_validate(job.config), work)
 

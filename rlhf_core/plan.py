@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from rlhf_core.backbone.base_model import ModelConfig, outline
+from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.networks import Network, ScalarModel
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_show
 from rlhf_core.functional.ranking import win_rate
@@ -61,6 +63,7 @@ class Sections(NamedTuple):
 
     model: ModelConfig
     trainings: Mapping[str, TrainingSection]  # by stage, in order; without reused models
+    sampling: SamplingConfig
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
@@ -69,7 +72,8 @@ class Sections(NamedTuple):
 def make_plan(sections: Sections, validation: Validation) -> Plan:
     """The plan for validated data.
 
-    Raises: ModelError when the base model cannot be found, or its family has no scalar head.
+    Raises: ModelError when the base model cannot be found, or its family has no scalar head;
+        ConfigError when a text may be longer than the model reads, or an adapter does not fit.
     """
     return Plan(
         stages=tuple(_stages(sections, validation)),
@@ -87,8 +91,13 @@ ROWS = {"demonstrations": "demonstration", "preferences": "vote", "prompts": "pr
 def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
     # Parameters are known only if training starts from the base model, not a registered one.
     base = outline(sections.model, validation.vocabulary) if "sft" in sections.trainings else None
+    if base is not None:
+        require_context(base, sections.sampling.max_length, SAMPLING_LENGTH)
     for name, section in sections.trainings.items():
         spec = STAGES[name]
+        longest = getattr(section, "max_length", None)
+        if base is not None and longest is not None:
+            require_context(base, longest, f"{name}.max_length")
         steps, work = _work(section, spec, validation)
         learnt = tuple(
             fact

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from rlhf_core.config import Section
 from rlhf_core.metrics import MemoryLogger, StageLogger
+from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
@@ -27,6 +28,8 @@ class Work:
         logger: receives metrics, progress and phases.
         recovery: where checkpoints are kept; nowhere by default.
         ranks: the processes that share the work; only this one by default.
+        rewards_from: where reward functions may come from; anywhere by default, since whoever
+            calls a stage of this package has named them.
     """
 
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -37,6 +40,7 @@ class Work:
     logger: StageLogger = field(default_factory=MemoryLogger)
     recovery: Recovery = NO_RECOVERY
     ranks: Ranks = field(default_factory=Ranks)
+    rewards_from: RewardPlaces | None = None
 
     def section(self, kind: type[S]) -> S:
         """The shared settings of a class.

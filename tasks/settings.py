@@ -1,15 +1,17 @@
 """The only reader of environment variables: where data are kept, and which device computes."""
 
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from rlhf_core import redaction
 from rlhf_core.errors import ConfigError
 
 _LEASES = "prefect.server.concurrency.lease_storage"
@@ -47,19 +49,69 @@ ACCOUNT = "rlhf"  # the user of both servers, if a password is set
 PASSWORD_LENGTH = 12  # minimum: it also signs browser sessions
 
 
+HOME = ".rlhf"
+# Variables whose values never reach a message, a log or a report. A test checks that every secret
+# of the settings below is one of them.
+SECRETS = (
+    "RLHF_PASSWORD",
+    "RLHF_NOTIFY_WEBHOOK",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "PREFECT_API_KEY",
+    "PREFECT_API_AUTH_STRING",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "POSTGRES_PASSWORD",
+    "POSTGRES_PREFECT_PASSWORD",
+    "POSTGRES_MLFLOW_PASSWORD",
+    "POSTGRES_FEEDBACK_PASSWORD",
+    "S3_ACCESS_KEY",
+    "S3_SECRET_KEY",
+)
+
+
+def find_home() -> Path:
+    """The folder `.rlhf` of the working folder or of the nearest folder above it, as git looks for
+    `.git`; else the one to be made in the working folder.
+
+    A folder of another user is passed over: it would decide about models and results.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        found = folder / HOME
+        try:
+            if found.is_dir() and found.stat().st_uid == os.getuid():
+                return found
+        except OSError:  # a folder above that may not be read
+            continue
+    return here / HOME
+
+
 class Settings(BaseSettings):
     """Settings of this installation. Each field is read from the variable in its alias.
 
-    Explicit values, as in `Settings.model_validate({"RLHF_HOME": path})`, override the environment.
+    An empty variable is one that is not set. Explicit values, as in
+    `Settings.model_validate({"RLHF_HOME": path})`, override the environment.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        case_sensitive=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+    )
 
     home: Path = Field(
-        Path(".rlhf"),
+        Path(HOME),
         validation_alias="RLHF_HOME",
-        description="Folder for everything that is kept between runs",
-        validate_default=True,
+        description="Folder for everything that is kept between runs; `.rlhf` is looked for in "
+        "the working folder and in those above it",
     )
     tracking_uri: str = Field(
         "",
@@ -103,6 +155,18 @@ class Settings(BaseSettings):
         validation_alias="RLHF_STRATEGY",
         description="With several processes: each holds all weights (ddp) or a shard (fsdp)",
     )
+    reward_packages: str = Field(
+        "",
+        validation_alias="RLHF_REWARD_PACKAGES",
+        description="Python packages whose functions may be a reward, separated by commas; those "
+        "of the config's folder may be one without",
+    )
+    config_folder: str = Field(
+        "",
+        validation_alias="RLHF_CONFIG_FOLDER",
+        description="The folder of the config, whose modules may be rewards. `rlhf run` and the "
+        "like set it themselves, and so does `rlhf up` for its worker; another worker has none",
+    )
     checkpoint_seconds: float = Field(
         60.0,
         validation_alias="RLHF_CHECKPOINT_SECONDS",
@@ -127,15 +191,35 @@ class Settings(BaseSettings):
         description="How long the checkpoints of a stopped run are kept for resuming (days)",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _home_above(cls, given: Any) -> Any:
+        return {"RLHF_HOME": find_home(), **given} if isinstance(given, dict) else given
+
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().resolve()
+        try:
+            return home.expanduser().resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~nosuch
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"it cannot be used as a folder ({reason})") from None
+
+    @field_validator("tracking_uri", "prefect_api_url")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        try:
+            urlsplit(address)
+        except ValueError as error:
+            raise ValueError(f"it is not an address ({error})") from None
+        return address
 
     @field_validator("mlflow_public_url", "prefect_public_url")
     @classmethod
-    def _without_slash(cls, url: str) -> str:
-        return url.rstrip("/")
+    def _for_browsers(cls, url: str) -> str:
+        """A link is kept in MLflow and Prefect, so it carries neither user nor password."""
+        parts = urlsplit(url.rstrip("/"))
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     @property
     def prefect_stays(self) -> bool:
@@ -236,7 +320,11 @@ class StackSettings(BaseSettings):
     """Settings of docker-compose.yml from `.env`, which are validated before anything starts."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="ignore", case_sensitive=True, hide_input_in_errors=True
+        frozen=True,
+        extra="ignore",
+        case_sensitive=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
     )
 
     bind: str = Field("127.0.0.1", validation_alias="RLHF_BIND")
@@ -264,7 +352,9 @@ class StackSettings(BaseSettings):
 class StoreSettings(BaseSettings):
     """Databases and bucket of the stack, in the variables of its servers; empty = no stack."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True
+    )
 
     prefect_database: str = Field("", validation_alias="PREFECT_SERVER_DATABASE_CONNECTION_URL")
     mlflow_database: str = Field("", validation_alias="MLFLOW_BACKEND_STORE_URI")
@@ -273,24 +363,33 @@ class StoreSettings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """The settings from the environment.
+    """The settings from the environment, whose secrets are masked in every message from now on.
 
     Raises: ConfigError that names the invalid variable.
     """
+    redaction.remember(value for name in SECRETS if (value := os.environ.get(name)))
+    redaction.mask_logs()
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
+        value = reprlib.repr(redaction.masked(str(first["input"])))
         raise ConfigError(
-            f"the environment variable {first['loc'][0]} is '{first['input']}': {first['msg']}; "
-            "correct it or unset it"
+            f"the environment variable {first['loc'][0]} is {value}: "
+            f"{first['msg'].removeprefix('Value error, ')}; correct it or unset it"
         ) from error
 
 
 def apply_environment(settings: Settings) -> None:
-    """Put `settings.environment()` into `os.environ`; variables that are set already are kept.
+    """Put `settings.environment()` into `os.environ`; variables with a value are kept.
 
     Call this before importing MLflow, Prefect or transformers, which read it at import.
     """
-    for name, value in settings.environment().items():
-        os.environ.setdefault(name, value)
+    set_defaults(settings.environment())
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set the environment variables that are unset or empty."""
+    for name, value in variables.items():
+        if not os.environ.get(name):
+            os.environ[name] = value

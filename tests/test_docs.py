@@ -22,6 +22,7 @@ from rlhf_core import functional
 from rlhf_core.data.formats import parse
 from rlhf_core.data.prepared import TABLE_KINDS
 from rlhf_core.data.sources import read_rows
+from rlhf_core.doubts import doubts
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.stages.table import STAGES as TABLE
 from rlhf_core.stages.table import run_stage
@@ -77,7 +78,8 @@ def test_the_configuration_page_is_what_the_schema_gives():
 def test_every_yaml_example_is_a_config(page):
     for _, text in fenced(page.read_text(encoding="utf-8"), "yaml"):
         # A part of a config stands for a model that reads long texts, as the fresh one does not.
-        PipelineConfig.model_validate({"model": {"source": "gpt2"}, **yaml.safe_load(text)})
+        given = {"model": {"source": "gpt2"}, **yaml.safe_load(text)}
+        assert doubts(PipelineConfig.model_validate(given).chosen) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

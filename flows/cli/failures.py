@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from socket import gaierror
 
 from rlhf_core.errors import brief, lacks_memory
+from rlhf_core.redaction import masked
 
 UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the host name is unknown
 NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
@@ -64,6 +65,8 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
             f"The disk is full ({_first_line(text)}): free some space, or set RLHF_HOME to a "
             "folder on another disk."
         )
+    if code == errno.ENAMETOOLONG:
+        return f"A name is too long for this disk ({_first_line(text)}): choose a shorter one."
     if code in NO_NAMES:
         return f"There is no such file or folder ({_first_line(text)}): check the name."
     if code in FORBIDDEN or any(phrase in text for phrase in DATABASE_CLOSED):
@@ -82,4 +85,4 @@ def _explain_one(cause: BaseException, error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    return masked(text.strip().partition("\n")[0])[:300]  # a secret cut in two would not be found

@@ -13,10 +13,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from flows.cli.paths import anchored, folder_of
 from flows.cli.plain_yaml import parse_yaml
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, UserError
 from rlhf_core.reading import MIB, UnreadableError, exists, read_whole
+from rlhf_core.redaction import masked
 
 LARGEST = MIB // 4  # of a config file; YAML is read at some hundred KiB a second
 MOST_ERRORS = 50  # that are told
@@ -32,8 +34,14 @@ class Override(NamedTuple):
     value: object
 
 
-def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> Config:
+def load_config(
+    path: Path, overrides: Sequence[str], schema: type[Config], *, anchor: bool = False
+) -> Config:
     """Read `path`, apply each `key.path=value` of `overrides` in order, and validate.
+
+    Args:
+        anchor: make relative paths absolute: those of the file start from its folder, those of the
+            overrides from the working folder. Otherwise they stay as they are written.
 
     Raises:
         ConfigError: names the file and line, or the `--set`, of every error, and what would be
@@ -41,6 +49,9 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
     """
     tree, data = _parse(path)
     settings = [parse_override(text) for text in overrides]
+    if anchor:
+        data = _anchored(data, schema, folder_of(path), str(path))
+        settings = [anchored_override(override, schema) for override in settings]
     for override in settings:
         _apply(override, data)
     try:
@@ -61,7 +72,12 @@ def load_config(path: Path, overrides: Sequence[str], schema: type[Config]) -> C
 def presets() -> Path:
     """The folder `./configs`, else the one in the package."""
     here = Path("configs")
-    return here if here.is_dir() else Path(__file__).parents[2] / "configs"
+    return here if here.is_dir() else packaged_presets()
+
+
+def packaged_presets() -> Path:
+    """The folder of presets in the package."""
+    return Path(__file__).parents[2] / "configs"
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -103,6 +119,26 @@ def parse_override(text: str) -> Override:
             "characters."
         ) from None
     return Override(text, path, value)
+
+
+def anchored_override(override: Override, schema: type[BaseModel]) -> Override:
+    """An override whose paths start from the working folder."""
+    nested: Any = override.value
+    for part in reversed(override.path):
+        nested = {part: nested}
+    nested = _anchored(nested, schema, Path.cwd(), f"--set {override.text}")
+    for part in override.path:
+        nested = nested[part]
+    return override._replace(value=nested)
+
+
+def _anchored(
+    data: Mapping[str, Any], schema: type[BaseModel], folder: Path, where: str
+) -> dict[str, Any]:
+    try:
+        return anchored(data, schema, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 # ---- the file ----
@@ -196,7 +232,12 @@ def _sentence(item: ErrorDetails, schema: type[BaseModel]) -> str:
             text = str(item["ctx"]["error"])
             return f"{name}: {text}" if name else text
     rule = item["msg"].replace("Input should be", "must be")
-    return f"{name} {rule}; it is {reprlib.repr(item['input'])}."
+    return f"{name} {rule}; it is {_shown(item['input'])}."
+
+
+def _shown(value: object) -> str:
+    """A value, short and without secrets."""
+    return reprlib.repr(masked(value) if isinstance(value, str) else value)
 
 
 def _suggestion(location: Location, schema: type[BaseModel]) -> str:

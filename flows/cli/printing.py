@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rlhf_core.errors import brief, printable
+from rlhf_core.redaction import masked
 from tasks.servers import sign_in
 
 if TYPE_CHECKING:
@@ -28,15 +29,19 @@ err = Console(stderr=True)
 
 
 def line(text: str) -> None:
-    """Print a line verbatim: no markup, no colours, no breaks that would cut an address."""
-    shown = printable(text)
-    out.print(shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    """Print a line verbatim, without its secrets: no markup, no colours, no breaks in addresses."""
+    _print(masked(text))
+
+
+def _print(text: str) -> None:
+    out.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_start(settings: "Settings") -> None:
     """Print the servers that a run uses, before the imports, which take seconds."""
     prefect = settings.prefect_api_url or "started for this run"
-    err.print(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}", markup=False, soft_wrap=True)
+    text = masked(f"MLflow: {settings.mlflow_uri}\nPrefect: {prefect}")
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def show_report(report: str) -> None:
@@ -68,13 +73,13 @@ def show_links(services: "Services", settings: "Settings") -> None:
     """Print links that sign a browser in, one per line."""
     line("Open the pages with these links; each one signs in one browser, once:")
     for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
-        line(f"  {name:8}{sign_in.link(address, settings.account)}")
+        _print(f"  {name:8}{sign_in.link(address, settings.account)}")  # a secret, and asked for
     line("`rlhf sign-in` prints new ones.")
 
 
 def warn_on_terminal(text: str) -> None:
     """Print a message at once, also while progress bars are shown."""
-    err.print(f"rlhf: {brief(text)}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"rlhf: {brief(masked(text))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(server: str, error: str, log: Path) -> None:

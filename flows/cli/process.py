@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import rlhf_command
 from flows.cli.failures import explain, was_interrupted
@@ -17,6 +17,7 @@ from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError, brief
+from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
@@ -24,6 +25,31 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = typer.BadParameter.__bases__  # of typer: a wrong option, argument or command
 FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Command(TyperCommand):
+    """Refuses an argument or option that was given as nothing, as by an unset shell variable."""
+
+    MAY_BE_EMPTY = frozenset({"by", "reason", "working_dir", "prompts", "arguments"})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises: UserError that names the empty argument.
+        """
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        parameter: Any
+        for parameter in self.get_params(ctx):
+            value = given.get(parameter.name or "")
+            values = value if isinstance(value, list | tuple) else [value]
+            if parameter.name not in self.MAY_BE_EMPTY and any(
+                isinstance(text, str) and not text.strip() for text in values
+            ):
+                raise UserError(
+                    f"{parameter.get_error_hint()} is empty: pass a value, and check the shell "
+                    "variables in the command."
+                )
+        return super().parse_args(ctx, args)
 
 
 class Commands(TyperGroup):
@@ -50,12 +76,15 @@ class Commands(TyperGroup):
                 raise end("Interrupted.", INTERRUPTED) from None
             if sentence := explain(error):
                 raise end(sentence, FAILED) from None
+            mask_error(error)  # a defect, whose traceback Python prints
             raise
 
 
 def end(sentence: str, status: int) -> typer.Exit:
     """Print a sentence, and return what ends the command with this status."""
-    err.print(f"[bold red]rlhf:[/] {escape(brief(sentence))}", highlight=False, soft_wrap=True)
+    err.print(
+        f"[bold red]rlhf:[/] {escape(brief(masked(sentence)))}", highlight=False, soft_wrap=True
+    )
     return typer.Exit(status)
 
 

@@ -127,8 +127,8 @@ def deploy(folder: Path, *, working_dir: str = "", owner: str = OWNER) -> list[s
     schedules, and whether a deployment is paused.
 
     Args:
-        working_dir: the folder that relative paths in a config start from; empty leaves it to the
-            worker.
+        working_dir: where `folder` lies on the worker, so that the relative paths in its files,
+            which stay as they are written, start there; empty leaves it to the worker.
 
     Returns: the names, as `flow/deployment`.
 

@@ -10,14 +10,13 @@ import os
 import sys
 
 from flows.local import allocator
-from tasks.settings import apply_environment, read_settings
+from tasks.settings import apply_environment, read_settings, set_defaults
 
 
 def main(program: str, *arguments: str) -> None:
     """Replace this process by `program`; variables that are set already are kept."""
     apply_environment(read_settings())
-    for name, value in allocator.ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_defaults(allocator.ENVIRONMENT)
     os.execvp(program, [program, *arguments])
 
 

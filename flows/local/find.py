@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from rlhf_core.errors import UserError
 from tasks.servers.client import ask
-from tasks.settings import Settings, apply_environment, read_settings
+from tasks.settings import Settings, apply_environment, read_settings, set_defaults
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
@@ -43,8 +43,7 @@ def join(settings: Settings, *, prefect: bool = False) -> Settings:
     Raises:
         UserError: an address does not answer, or the home cannot be written.
     """
-    for name, value in _addresses(settings, prefect).items():
-        os.environ.setdefault(name, value)
+    set_defaults(_addresses(settings, prefect))
     apply_environment(settings)
     make_home(settings)
     return read_settings()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from flows.cli.loading import config_files
+from flows.cli.loading import config_files, packaged_presets
 from flows.local import allocator
 from flows.local.find import (
     HOST,
@@ -82,7 +82,7 @@ def up(
             for server in servers:
                 group.start(server)
             group.until_ready(*servers)
-            clients = _client_environment(settings, services)
+            clients = _client_environment(settings, services, configs)
             group.run(_deploy(configs, clients))
             worker = _worker(services, clients)
             group.start(worker)
@@ -276,8 +276,9 @@ def _mlflow(settings: Settings, address: str) -> Service:
     return Service("mlflow", command, environment, partial(unreachable, f"{address}/health"))
 
 
-def _client_environment(settings: Settings, services: Services) -> dict[str, str]:
+def _client_environment(settings: Settings, services: Services, configs: Path) -> dict[str, str]:
     return {
+        "RLHF_CONFIG_FOLDER": str(_folder_of(configs)),  # its modules may be rewards
         **settings.environment(),
         "PREFECT_API_URL": f"{services.prefect}/api",
         "MLFLOW_TRACKING_URI": services.mlflow,
@@ -288,9 +289,15 @@ def _client_environment(settings: Settings, services: Services) -> dict[str, str
 
 
 def _deploy(configs: Path, environment: Mapping[str, str]) -> Service:
-    here = str(Path.cwd())
-    command = _python("flows", "deploy", str(configs.resolve()), "--working-dir", here)
+    folder = str(_folder_of(configs))
+    command = _python("flows", "deploy", str(configs.resolve()), "--working-dir", folder)
     return Service("deploy", command, environment)
+
+
+def _folder_of(configs: Path) -> Path:
+    """The folder that relative paths of the presets start from: their own, as in `rlhf run`; for
+    those of the package, which lie in no folder of the user, the working folder."""
+    return Path.cwd() if configs == packaged_presets() else configs.resolve()
 
 
 def _worker(services: Services, environment: Mapping[str, str]) -> Service:

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -23,7 +23,7 @@ from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import complete
-from rlhf_core.config import Section
+from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
 
@@ -34,17 +34,19 @@ _ENDLESS = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
 class FreshModelConfig(Section):
     """A small GPT-2 with random weights and a byte-level BPE tokenizer trained on the data."""
 
-    layers: int = Field(2, ge=1, description="Transformer blocks")
-    width: int = Field(128, ge=8, description="Hidden size; a multiple of `heads`")
-    heads: int = Field(4, ge=1, description="Attention heads")
-    context: int = Field(512, ge=8, description="Longest text (tokens)")
-    vocab_size: int = Field(1024, ge=260, description="Tokens in the vocabulary, at most")
+    layers: int = Field(2, ge=1, le=1000, description="Transformer blocks")
+    width: int = Field(128, ge=8, le=65_536, description="Hidden size; a multiple of `heads`")
+    heads: int = Field(4, ge=1, le=1024, description="Attention heads")
+    context: int = Field(512, ge=8, le=1_000_000, description="Longest text (tokens)")
+    vocab_size: int = Field(
+        1024, ge=260, le=1_000_000, description="Tokens in the vocabulary, at most"
+    )
 
 
 class ModelConfig(Section):
     """The model that fine-tuning starts from."""
 
-    source: str = Field(
+    source: FileOrHub = Field(
         "",
         description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
         "Python package; empty = a fresh model",
@@ -53,6 +55,15 @@ class ModelConfig(Section):
     fresh: FreshModelConfig = Field(
         default_factory=FreshModelConfig, description="Used when `source` is empty"
     )
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        width, heads = self.fresh.width, self.fresh.heads
+        if not self.source and width % heads:
+            raise ValueError(
+                f"fresh.width {width} is not a multiple of fresh.heads {heads}; change one of them"
+            )
+        return self
 
 
 def load_base(
@@ -134,11 +145,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _fresh_model(config: FreshModelConfig, vocabulary: int, **token_ids: int) -> PreTrainedModel:
-    if config.width % config.heads:
-        raise ModelError(
-            f"model.fresh.width {config.width} is not a multiple of heads {config.heads}; "
-            "change one of them"
-        )
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,

@@ -23,13 +23,8 @@ from rlhf_core.data.encoding import (
 )
 from rlhf_core.evaluation.scorecard import ArmName
 from rlhf_core.metrics import StageLogger, counted
-from rlhf_core.rewards.scoring import (
-    PIPELINE_REWARD,
-    Reward,
-    RewardFunction,
-    RewardTerm,
-    call_function,
-)
+from rlhf_core.rewards.functions import RewardFunction, call_function
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, RewardTerm
 from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Responses
 

@@ -15,9 +15,15 @@ class OnPolicySection(TrainingSection):
     """Settings that PPO, RLOO and GRPO share."""
 
     learning_rate: float = Field(3e-6, gt=0, description="Peak learning rate of the policy")
-    iterations: int = Field(100, ge=1, description="Roll-outs, each followed by its updates")
-    rollout_size: int = Field(128, ge=2, description="Responses sampled in one iteration")
-    epochs: int = Field(4, ge=1, description="Passes over the responses of one iteration")
+    iterations: int = Field(
+        100, ge=1, le=1_000_000, description="Roll-outs, each followed by its updates"
+    )
+    rollout_size: int = Field(
+        128, ge=2, le=1_000_000, description="Responses sampled in one iteration"
+    )
+    epochs: int = Field(
+        4, ge=1, le=10_000, description="Passes over the responses of one iteration"
+    )
     rewards: tuple[RewardTerm, ...] = Field(
         (RewardTerm(),), min_length=1, description="The reward of a response: one part or several"
     )

@@ -6,8 +6,6 @@ A model with the policy's tokenizer reads the sampled tokens themselves. For any
 is decoded, and prompt and response are encoded as that model was trained on them.
 """
 
-import importlib
-import math
 import re
 import sys
 from collections import Counter
@@ -15,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, SupportsFloat, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field, field_validator
@@ -38,9 +36,13 @@ from rlhf_core.data.encoding import (
 )
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional.rewards import Combination, combine
+from rlhf_core.rewards.functions import (
+    RewardFunction,
+    RewardPlaces,
+    call_function,
+    load_function,
+)
 from rlhf_core.types import Responses
-
-RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 PIPELINE_REWARD = "reward_model"  # the source that means this pipeline's reward model
 _REGISTERED = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]*)(?:/([1-9]\d*)|@([A-Za-z0-9_-]+))")
@@ -56,9 +58,7 @@ class RewardTerm(Section):
         "models:/NAME@ALIAS = another in the registry; package.module:function = a Python "
         "function, called with prompts and responses (lists of str), returns one number each",
     )
-    weight: float = Field(
-        1.0, allow_inf_nan=False, description="Factor of this part; negative for a penalty, never 0"
-    )
+    weight: float = Field(1.0, description="Factor of this part; negative for a penalty, never 0")
 
     @field_validator("source")
     @classmethod
@@ -134,6 +134,7 @@ class Reward:
         max_length: tokens of the longest text that the policy writes.
         combination: how the weighted parts are combined.
         variance_coef: λ of mean_minus_variance.
+        places: where functions may come from; None = anywhere.
 
     Raises: ConfigError when a function cannot be imported, or when the context of a model with the
     policy's tokenizer is too short. For a model with another tokenizer, texts are cut.
@@ -149,6 +150,7 @@ class Reward:
         max_length: int,
         combination: Combination = "sum",
         variance_coef: float = 1.0,
+        places: RewardPlaces | None = None,
     ) -> None:
         check_terms(terms)
         self._combine = partial(combine, how=combination, variance_coef=variance_coef)
@@ -157,7 +159,7 @@ class Reward:
         self._scorers: dict[str, _Scorer] = {}
         for term in terms:
             if not term.is_model:
-                function = load_function(term.source, setting="the reward")
+                function = load_function(term.source, setting="the reward", places=places)
                 scorer: _Scorer = partial(_by_function, function, f"the reward '{term.source}'")
             elif same_tokens(policy_tokenizer, tokenizers[term.source]):
                 require_context(models[term.source].model, max_length, SAMPLING_LENGTH)
@@ -199,6 +201,7 @@ def load_reward(
     loaded: Mapping[str, ScalarModel] | None = None,
     combination: Combination = "sum",
     variance_coef: float = 1.0,
+    places: RewardPlaces | None = None,
 ) -> Reward:
     """Load a reward whose models are in these directories, by source.
 
@@ -227,69 +230,8 @@ def load_reward(
         max_length=max_length,
         combination=combination,
         variance_coef=variance_coef,
+        places=places,
     )
-
-
-def reach_working_dir() -> None:
-    """Make modules in the working folder importable, after all others, so that none is shadowed."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-
-
-def load_function(path: str, *, setting: str) -> RewardFunction:
-    """Import the function `module:name`; `setting` names the setting with the path.
-
-    Raises: ConfigError when the module cannot be imported or has no such function.
-    """
-    module, _, name = path.partition(":")
-    reach_working_dir()
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{setting} '{path}' cannot be imported ({error}); write it as package.module:function"
-        ) from error
-    if not callable(function):
-        raise ConfigError(
-            f"{setting} '{path}' is a {type(function).__name__}, not a function; "
-            "write it as package.module:function"
-        )
-    return cast(RewardFunction, function)
-
-
-def call_function(
-    function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str]
-) -> Tensor:
-    """(B,) the value of a function for each response; `name` is its name in error messages.
-
-    Raises: ConfigError when it fails or does not return one finite number each.
-    """
-    try:
-        values: list[object] = list(function(prompts, responses))
-    except Exception as error:
-        raise ConfigError(
-            f"{name} failed on {len(responses)} texts ({type(error).__name__}: {error}); fix the "
-            "function"
-        ) from error
-    wanted = f"{name} must return one finite number for each of the {len(responses)} responses"
-    if len(values) != len(responses):
-        raise ConfigError(f"{wanted}; it returned {len(values)}")
-    numbers = torch.tensor([_number(value) for value in values])
-    if not numbers.isfinite().all():
-        row = int(numbers.isfinite().logical_not().nonzero()[0])
-        raise ConfigError(
-            f"{wanted}; it returned {values[row]!r} for number {row}: {responses[row]!r}"
-        )
-    return numbers
-
-
-def _number(value: object) -> float:
-    """A value as a float; NaN if it is not a number."""
-    try:
-        return float(value) if isinstance(value, SupportsFloat) else math.nan
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # arrays of several, 10**400
-        return math.nan
 
 
 @dataclass(frozen=True)

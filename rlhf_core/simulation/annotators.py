@@ -42,7 +42,7 @@ Preference = Literal["a", "b", "tie"]
 class AnnotatorsConfig(Section):
     """The number of simulated annotators, and their reliability and biases."""
 
-    count: int = Field(12, ge=1, description="Simulated annotators (persons)")
+    count: int = Field(12, ge=1, le=100_000, description="Simulated annotators (persons)")
     lowest_reliability: float = Field(
         0.8, ge=0, le=1, description="Reliability of the least careful annotator (share of votes)"
     )

@@ -19,8 +19,10 @@ class SimulationConfig(Section):
     prompts: int = Field(
         480, ge=2, le=len(all_prompts()), description="Distinct prompts, shared by the three tables"
     )
-    demonstrations: int = Field(8000, ge=1, description="Reviews to imitate (rows)")
-    preference_pairs: int = Field(4000, ge=1, description="Compared pairs, one vote each (rows)")
+    demonstrations: int = Field(8000, ge=1, le=10_000_000, description="Reviews to imitate (rows)")
+    preference_pairs: int = Field(
+        4000, ge=1, le=10_000_000, description="Compared pairs, one vote each (rows)"
+    )
     annotators: AnnotatorsConfig = Field(
         default_factory=AnnotatorsConfig,
         description="The simulated people who compare the pairs",

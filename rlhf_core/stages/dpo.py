@@ -56,7 +56,7 @@ class DPOConfig(TrainingSection):
     """Settings of DPO."""
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of the policy")
-    epochs: int = Field(1, ge=1, description="Passes over the preferences")
+    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
     beta: float = Field(
         0.1, gt=0, description="β: price of moving away from the reference (reward per nat)"

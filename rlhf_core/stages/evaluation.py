@@ -30,10 +30,7 @@ from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
 from rlhf_core.functional.ranking import (
     Interval,
 )
-from rlhf_core.rewards.scoring import (
-    RewardFunction,
-    load_function,
-)
+from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -41,9 +38,13 @@ from rlhf_core.work import Work
 class EvaluationConfig(Section):
     """Settings of the evaluation."""
 
-    prompts: int = Field(128, ge=2, description="Most held-out prompts to answer")
-    samples_per_prompt: int = Field(2, ge=1, description="Answers of each policy to each prompt")
-    best_of: int = Field(8, ge=1, description="n of best-of-n: SFT samples to choose from")
+    prompts: int = Field(128, ge=2, le=1_000_000, description="Most held-out prompts to answer")
+    samples_per_prompt: int = Field(
+        2, ge=1, le=10_000, description="Answers of each policy to each prompt"
+    )
+    best_of: int = Field(
+        8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
+    )
     true_reward: str = Field(
         "",
         description="Import path module:function of the known truth, called with prompts and "
@@ -105,7 +106,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         tokenizer=tokenizer,
         reward_model=ScalarModel.load(reward_model, device, config.precision),
         reward_tokenizer=load_saved_tokenizer(reward_model),
-        truth=_known_truth(config),
+        truth=_known_truth(config, work.rewards_from),
         sampling=sampling,
         seed=work.seed,
         logger=logger,
@@ -126,10 +127,10 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})
 
 
-def _known_truth(config: EvaluationConfig) -> RewardFunction | None:
+def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> RewardFunction | None:
     if not config.true_reward:
         return None
-    return load_function(config.true_reward, setting="evaluation.true_reward")
+    return load_function(config.true_reward, setting="evaluation.true_reward", places=places)
 
 
 def _report(

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import ModelConfig, load_tokenizer
-from rlhf_core.config import Section
+from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.assembly import (
     CleanTable,
     CleanTables,
@@ -65,14 +65,14 @@ if TYPE_CHECKING:
 class TableConfig(Section):
     """The source of one table."""
 
-    path: str = Field(
+    path: FileOrHub = Field(
         "",
         description="A .jsonl, .json, .csv or .parquet file (also .gz), a save_to_disk folder, or "
         "the hub id of a data set; empty = none",
     )
     split: str = Field("train", description="Split of a Hugging Face data set")
     subset: str = Field("", description="Subset (configuration) of a hub data set")
-    eval_path: str = Field(
+    eval_path: FileOrHub = Field(
         "", description="Separate evaluation data; empty = `path`, split by prompt"
     )
     eval_split: str = Field(

@@ -59,7 +59,7 @@ from rlhf_core.work import Work
 class RewardModelConfig(TrainingSection):
     """Settings of reward-model training."""
 
-    epochs: int = Field(1, ge=1, description="Passes over the preferences")
+    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
     loss: Literal["bradley_terry", "pointwise_mse"] = Field(
         "bradley_terry",
@@ -73,6 +73,7 @@ class RewardModelConfig(TrainingSection):
     normalization_samples: int = Field(
         256,
         ge=2,
+        le=1_000_000,
         description="SFT samples used to normalise the reward to mean 0 and standard deviation 1",
     )
 

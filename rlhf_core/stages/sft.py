@@ -43,7 +43,7 @@ from rlhf_core.work import Work
 class SFTConfig(TrainingSection):
     """Settings of supervised fine-tuning."""
 
-    epochs: int = Field(1, ge=1, description="Passes over the demonstrations")
+    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the demonstrations")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
     train_on_prompt: bool = Field(False, description="Also learn to predict the prompt")
     evaluations: int = Field(

@@ -33,7 +33,9 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
+from rlhf_core.redaction import mask_error
 from tasks.record import tags
+from tasks.record.runs import NAME_LENGTH
 from tasks.record.terminal import how_far
 from tasks.settings import Settings
 
@@ -45,7 +47,6 @@ SUSPENSION = Pause  # raised in a flow that suspends itself
 LIBRARIES = ("rlhf_core", "tasks")
 TABLE_ROWS = 20
 FIGURE_BYTES = 200_000
-NAME_LENGTH = 250  # MLflow's limit for the name of a run
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,15 @@ def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[
     """Make a function a Prefect task, shown as Cached if it returns `as_cached`."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        prefect_task = task(name=name, task_run_name=run_name)(function)
+        @wraps(function)
+        def masking(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:  # Prefect keeps its text as the state of the task
+                mask_error(error)
+                raise
+
+        prefect_task = task(name=name, task_run_name=run_name)(masking)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 import rlhf_core
-from rlhf_core.rewards.scoring import reach_working_dir
+from rlhf_core.rewards.functions import source_file
 from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.reward_places import reward_places
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The first module of a stage, unless it is the one in `rlhf_core.stages` with its name.
@@ -105,14 +105,15 @@ def stage_code(stage: str, settings: Mapping[str, Any]) -> str:
 
     Args:
         stage: its name; an unknown stage is taken to run the whole core.
-        settings: its sections as JSON values; functions that they name are part of the code.
+        settings: its sections as JSON values; functions that they name are part of the code, unless
+            they may not be imported.
     """
     start = STARTS.get(stage, f"rlhf_core.stages.{stage}")
     files = set(closure(start)) if _file(start) else set(ROOT.rglob("*.py"))
     for module in sorted(_modules(settings)):
         if module.partition(".")[0] == "rlhf_core":
             files |= closure(module)
-        elif found := _foreign(module):
+        elif found := source_file(module, reward_places()):
             files.add(found)
     return _digest(sorted(files))
 
@@ -162,16 +163,6 @@ def _modules(value: object) -> set[str]:
         return set().union(*map(_modules, value))
     match = FUNCTION.fullmatch(value) if isinstance(value, str) else None
     return {match[1]} if match else set()
-
-
-def _foreign(module: str) -> Path | None:
-    """The file of a user's module; None if it is not found, which the call reports later."""
-    reach_working_dir()  # otherwise the key would change once the function is loaded
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def _digest(files: list[Path]) -> str:

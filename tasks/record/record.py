@@ -11,6 +11,7 @@ from typing import Self
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
+from rlhf_core.redaction import masked
 from tasks.record import tags
 from tasks.record.runs import Runs
 from tasks.record.tracking import connect
@@ -46,7 +47,8 @@ class Record:
 
     def add_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Tag a run in one call."""
-        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        new = [RunTag(name, masked(value)) for name, value in tags.items()]
+        self.client.log_batch(run_id, tags=new)
 
     def add_numbers(self, run_id: str, numbers: Mapping[str, float]) -> None:
         """Log metrics with one value each to a run, in one call."""
@@ -56,5 +58,6 @@ class Record:
 
     def write_page(self, run_id: str, text: str) -> None:
         """Store a Markdown report with a run, and make it the description of the run."""
+        text = masked(text)
         self.client.log_text(run_id, text, PAGE)
         self.client.set_tag(run_id, tags.DESCRIPTION, text)

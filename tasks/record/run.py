@@ -7,6 +7,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from pydantic import BaseModel
 
+from rlhf_core.redaction import masked
 from tasks.prefect import ui
 from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin, write_settings
@@ -106,7 +107,7 @@ def close_run_on_exit(
         raise
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        message = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
+        message = masked(f"{type(error).__name__}: {error}")[:ERROR_LENGTH]
         for step in (
             undo,
             lambda: client.set_tag(run_id, tags.ERROR, message),

@@ -8,8 +8,10 @@ from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import UserError
 from tasks.record import tags
+from tasks.registry.refs import place_of
 
 PAGE = 1000
+NAME_LENGTH = 250  # MLflow's limit for the name of a run
 FINISHED = "attributes.status = 'FINISHED'"
 OLDEST_FIRST = ("attributes.start_time ASC",)
 NEWEST_FIRST = ("attributes.start_time DESC",)
@@ -53,8 +55,16 @@ class Runs:
 
         Raises: UserError if no run, or more than one, matches.
         """
+        if not name.strip():
+            raise UserError("the name of the run is empty; pass the name, or the id, of a run")
+        if len(name) > NAME_LENGTH:
+            raise UserError(
+                f"no pipeline run has a name of {len(name)} characters; {NAME_LENGTH} are the most"
+            )
+        place = place_of(self._client.tracking_uri)
         experiments = [found.experiment_id for found in self._client.search_experiments()]
-        return _named(name, list(self._search(experiments, _tagged(tags.STAGE, tags.PIPELINE))))
+        found = self._search(experiments, _tagged(tags.STAGE, tags.PIPELINE))
+        return _named(name, list(found), place)
 
     def last_pipeline(self, project: str) -> Run | None:
         """The newest finished run of a project that made a policy."""
@@ -101,7 +111,7 @@ def _tagged(name: str, value: str) -> str:
     return f"tags.`{name}` = '{value}'"
 
 
-def _named(name: str, known: list[Run]) -> Run:
+def _named(name: str, known: list[Run], place: str) -> Run:
     matches = [run for run in known if name in (run.info.run_id, run.info.run_name)]
     matches = matches or [run for run in known if run.info.run_id.startswith(name)]
     if len(matches) == 1:
@@ -113,4 +123,4 @@ def _named(name: str, known: list[Run]) -> Run:
         )
     newest = ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in known[:5])
     hint = f"the newest are {newest}" if newest else "there are none yet: start one with `rlhf run`"
-    raise UserError(f"no pipeline run matches '{name}'; {hint}")
+    raise UserError(f"no pipeline run matches '{name}' in {place}; {hint}")

@@ -59,6 +59,7 @@ from tasks.record.terminal import Display, TerminalDisplay
 from tasks.record.work_folder import CHECKPOINTS, INPUTS, sweep, work_folder
 from tasks.registry.datasets import fetch_dataset, store_dataset
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.reward_places import reward_places
 from tasks.settings import Settings
 
 T = TypeVar("T")
@@ -152,6 +153,7 @@ class Stage:
             device=settings.training_device if trains else settings.device,
             logger=self.logger,
             recovery=self.recovery,
+            rewards_from=reward_places(settings),
         )
         if not trains:
             return run_stage(self.name, config, work)

@@ -82,7 +82,7 @@ def _probe(uri: str) -> None:
         if error.status == 403 and "host" in error.text.lower():
             raise UserError(
                 f"the MLflow server refuses the address {uri} (invalid Host header); start it with "
-                f"MLFLOW_SERVER_ALLOWED_HOSTS='{urlsplit(uri).netloc},localhost:*,127.0.0.1:*'"
+                f"MLFLOW_SERVER_ALLOWED_HOSTS='{urlsplit(uri).netloc.rpartition('@')[2]},localhost:*,127.0.0.1:*'"
             ) from error
 
 

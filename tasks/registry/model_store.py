@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.errors import ModelError
 from tasks.record.tags import DIGEST, LOGGED_MODEL, MODEL_VERSIONS
 from tasks.registry.files import check_copy, check_files, model_digest, staged
-from tasks.registry.refs import ModelRef, is_version, name_and_alias
+from tasks.registry.refs import ModelRef, name_and_alias, place_of, require_address
 
 
 class Upload(BaseModel):
@@ -166,29 +166,28 @@ class MlflowModelStore:
 
         Raises: ModelError, which lists the existing versions, if there is none.
         """
+        require_address(uri)
         if found := name_and_alias(uri):
             ref = self.get_alias(*found)
             if ref is None:
                 raise ModelError(f"'{uri}' points to no version; {self._existing(found[0])}")
             return ref
-        if not is_version(uri):
-            raise ModelError(
-                f"'{uri}' is not a model reference; write models:/name/3 or models:/name@champion"
-            )
         ref = ModelRef.parse(uri)
         self.require(ref)
         return ref
 
     def _existing(self, name: str) -> str:
+        """What there is instead of a model or version, and where we looked."""
+        place = place_of(self._client.tracking_uri)
         if versions := self.versions(name):
-            return f"'{name}' has the versions {', '.join(map(str, versions))}"
+            return f"'{name}' has the versions {', '.join(map(str, versions))}, in {place}"
         names = self.names()
         known = (
             f"the registered models are {', '.join(names)}"
             if names
             else "no model is registered yet"
         )
-        return f"there is no model '{name}'; {known}"
+        return f"there is no model '{name}'; {known}, in {place}"
 
     def _search(self, condition: str) -> list[ModelVersion]:
         found, token = list[ModelVersion](), None

@@ -2,14 +2,16 @@
 
 import re
 from abc import abstractmethod
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_core.errors import ModelError
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
+SHOWN = 200  # characters of a bad reference in a message
 DATA_FOLDER = "data"  # artifact folder of the run that prepared them
-_VERSION_URI = re.compile(rf"models:/({NAME})/([1-9]\d*)")
+_VERSION_URI = re.compile(rf"models:/({NAME})/([1-9]\d{{0,8}})")
 _ALIAS_URI = re.compile(rf"models:/({NAME})@([A-Za-z0-9_-]+)")
 _DATA_URI = re.compile(rf"runs:/([0-9a-f]{{32}})/{DATA_FOLDER}")
 
@@ -72,6 +74,24 @@ class PipelineRun(_Frozen):
     force: tuple[str, ...] = ()  # stages to run again even if a result can be reused
 
 
+def require_name(name: str, what: str) -> None:
+    """Raise ModelError unless MLflow can have a model of this name; `what` is the user's word."""
+    if not re.fullmatch(NAME, name):
+        raise ModelError(
+            f"{what[:SHOWN]}: there can be none of this name, which has letters, digits, dots, "
+            "dashes and underscores, 250 at most; check the name"
+        )
+
+
+def require_address(uri: str) -> None:
+    """Raise ModelError unless a text is `models:/name/version` or `models:/name@alias`."""
+    if not is_version(uri) and name_and_alias(uri) is None:
+        shown = uri if len(uri) <= SHOWN else f"{uri[:SHOWN]}…"
+        raise ModelError(
+            f"'{shown}' is not a model reference; write models:/name/3 or models:/name@champion"
+        )
+
+
 def is_version(uri: str) -> bool:
     """Whether a text is `models:/name/version`."""
     return _VERSION_URI.fullmatch(uri) is not None
@@ -87,3 +107,13 @@ def run_of_data(uri: str) -> str | None:
     """The run in `runs:/run_id/data`; None for any other text."""
     match = _DATA_URI.fullmatch(uri)
     return match[1] if match else None
+
+
+def place_of(tracking_uri: str) -> str:
+    """Where MLflow keeps things, for a message that something is not there: home or server."""
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database == tracking_uri:
+        return f"the MLflow at {tracking_uri}"
+    path = Path(database)
+    ours = path.parts[-2:] == ("mlflow", "mlflow.db")
+    return f"the home {path.parents[1]}" if ours else f"the database {path}"

@@ -9,6 +9,8 @@ from base64 import b64encode
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from rlhf_core.redaction import masked
+
 SECONDS = 5.0
 DRIP_FACTOR = 2  # the whole response may take this many times as long as a part of it
 LARGEST = 16 << 20  # bytes of a response: ours are of kilobytes
@@ -91,4 +93,4 @@ def unreachable(url: str, account: str = "") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(unreachable(sys.argv[1]) or 0)
+    sys.exit(masked(unreachable(sys.argv[1])) or 0)

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from functools import cache
 
+from rlhf_core.redaction import masked
+
 PATH = "/errors"
 LOGGERS = ("", "prefect", "uvicorn", "uvicorn.error", "mlflow", "alembic")
 KEPT = 50
@@ -44,7 +46,7 @@ class ErrorLog(logging.Handler):
         if record is self._last:
             return
         self._last = record
-        text = record.getMessage().strip().partition("\n")[0]
+        text = masked(record.getMessage()).strip().partition("\n")[0]
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             text = f"{text} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"

@@ -8,6 +8,7 @@ import json
 import sys
 from urllib.parse import urlsplit
 
+from rlhf_core.redaction import masked
 from tasks.servers.client import ask
 from tasks.servers.error_log import PATH
 from tasks.settings import read_settings
@@ -23,7 +24,7 @@ def problem(url: str) -> str:
         ask(url, seconds=SECONDS)
         answer = ask(root, account=read_settings().account, seconds=SECONDS)
     except OSError as error:
-        return f"{url}: {error}"
+        return masked(f"{url}: {error}")
     errors: list[str] = json.loads(answer)
     repeated = [error for error in errors if errors.count(error) > TOLERATED]
     return f"it keeps logging the same error: {repeated[-1]}" if repeated else ""

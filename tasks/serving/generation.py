@@ -16,6 +16,7 @@ from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, enc
 from rlhf_core.errors import ModelError, UserError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from tasks.record.record import Record
+from tasks.registry.refs import SHOWN
 from tasks.settings import Settings
 
 BATCH_ROWS = 64
@@ -80,12 +81,23 @@ def _load(
     name: str, scratch: Path, settings: Settings
 ) -> tuple[Policy, PreTrainedTokenizerBase, bool]:
     """Load the policy and its tokenizer, and whether it was trained on messages."""
+    if not name.strip():
+        raise ModelError("the name of the model is empty; pass a reference, a folder or a hub id")
+    if "://" in name:
+        raise ModelError(f"'{name[:SHOWN]}' is an address; pass a reference, a folder or a hub id")
     if name.startswith("models:/"):
         store = Record.open(settings).store
         source = str(store.fetch(store.resolve(name), scratch))
     else:
         source = name
-    card = read_card(Path(source)) if (Path(source) / CARD).is_file() else {"kind": "policy"}
+    try:
+        ours = (Path(source) / CARD).is_file()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(
+            f"'{name[:SHOWN]}' is no model ({reason}); pass a reference, a folder or a hub id"
+        ) from None
+    card = read_card(Path(source)) if ours else {"kind": "policy"}
     if card["kind"] != "policy":
         raise ModelError(
             f"{name} is a {card['kind']} model, which generates no text; pass a policy"

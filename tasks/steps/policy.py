@@ -8,10 +8,12 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.onpolicy.config import OnPolicySection
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, load_function
+from rlhf_core.rewards.functions import load_function
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.reward_places import reward_places
 from tasks.steps.stage import do_stage
 
 
@@ -25,17 +27,23 @@ class TrainedPolicy(BaseModel):
 
 
 @task(name="find-rewards", task_run_name="find rewards")
-def find_rewards(config: Section) -> dict[str, ModelRef]:
+def find_rewards(config: Section, true_reward: str = "") -> dict[str, ModelRef]:
     """The reward models in the config other than the pipeline's own, by role, as explicit versions.
 
-    Raises: ModelError for a model that does not exist, ConfigError for a function that cannot be
-        imported.
+    Args:
+        true_reward: the setting of the evaluation, which is only checked.
+
+    Raises: ModelError for a model that does not exist, ConfigError for a function that may not or
+        cannot be imported.
     """
+    places = reward_places()
+    if true_reward:
+        load_function(true_reward, setting="evaluation.true_reward", places=places)
     if not isinstance(config, OnPolicySection):
         return {}
     for term in config.rewards:
         if not term.is_model:
-            load_function(term.source, setting="the reward")
+            load_function(term.source, setting="the reward", places=places)
     store = Record.open().store
     others = [term for term in config.rewards if term.is_model and term.source != PIPELINE_REWARD]
     return {term.role: store.resolve(term.source) for term in others}

@@ -27,7 +27,7 @@ from tasks.registry.champion import (
     project_of,
     take_back,
 )
-from tasks.registry.refs import ModelRef, PipelineRun, Ref
+from tasks.registry.refs import ModelRef, PipelineRun, Ref, place_of, require_name
 from tasks.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -172,10 +172,15 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
     Raises:
         UserError: there is no champion, it replaced no other version, or there is no version `to`.
     """
+    if not project.strip():
+        raise UserError("The name of the project is empty: pass that of an existing project.")
+    require_name(policy_of(project), f"project '{project}'")
     record = Record.open(settings)
     present = champion_of(record, policy_of(project))
     if present is None:
-        raise UserError(f"The project '{project}' has no champion.")
+        raise UserError(
+            f"The project '{project}' has no champion in {place_of(settings.mlflow_uri)}."
+        )
     target = ModelRef(name=present.name, version=to) if to else predecessor(record, present)
     if target is None:
         raise UserError(f"{present.uri} has no predecessor: choose a version with --to VERSION.")

@@ -6,6 +6,7 @@ import torch
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base, outline
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel
+from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
@@ -18,11 +19,11 @@ from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.sft import SFTConfig
 
-MODEL = ModelConfig(fresh=FreshModelConfig(layers=3, width=16, heads=2, context=40))
+MODEL = ModelConfig(fresh=FreshModelConfig(layers=3, width=16, heads=2, context=512))
 VOCABULARY = 290
 # GPT-2: per block 12·d² + 13·d, embeddings V·d and C·d, a last norm of 2·d; the head is tied.
 BLOCK = 12 * 16**2 + 13 * 16
-BODY = VOCABULARY * 16 + 40 * 16 + 3 * BLOCK + 2 * 16
+BODY = VOCABULARY * 16 + 512 * 16 + 3 * BLOCK + 2 * 16
 # LoRA beside d -> 3d, d -> d, d -> 4d and 4d -> d: rank · (4 + 2 + 5 + 5)·d.
 ADAPTERS = 16 * 16
 
@@ -72,6 +73,7 @@ def sections(algorithm="ppo", **changes):
     given = {
         "model": MODEL,
         "trainings": {name: section for name, section in trainings.items() if section is not None},
+        "sampling": SamplingConfig(max_prompt_length=32, max_new_tokens=16),
         "evaluation": EvaluationConfig(),
         "reward_gate": RewardGateConfig(),
         "promotion": PromotionConfig(),

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flows.config import PipelineConfig
+from rlhf_core.doubts import doubts
+from rlhf_core.stages.prepare import inspect
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -25,6 +27,96 @@ def test_shipped_configs_are_valid(path):
 
 def test_configs_are_found():
     assert "demo" in [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_configs_raise_no_doubts(path):
+    assert doubts(PipelineConfig.model_validate(yaml.safe_load(path.read_text())).chosen) == []
+
+
+def test_the_demo_and_its_data_raise_no_doubts():
+    (path,) = (path for path in CONFIGS if path.stem == "demo")
+    config = PipelineConfig.model_validate(yaml.safe_load(path.read_text()))
+    found = inspect(config.data, config.model, config.length_limits, config.seed)
+    assert len(found.truncated) == 4
+    assert doubts(config.chosen, found) == []
+
+
+def test_the_report_counts_what_the_doubts_look_up():
+    """The doubts find a count by its name: a limit that cuts everything is told for each name."""
+    short = {
+        "model": {"fresh": {"context": 64}},
+        "data": {"simulation": {"prompts": 40, "demonstrations": 60, "preference_pairs": 60}},
+        "sft": {"max_length": 2, "batch_size": 8},
+        "reward_model": {"max_length": 2, "batch_size": 8},
+        "sampling": {"max_prompt_length": 1, "max_new_tokens": 1},
+    }
+    config = PipelineConfig.model_validate(short)
+    found = inspect(config.data, config.model, config.length_limits, config.seed)
+    names = {sentence.partition(" ")[0] for sentence in doubts(config.chosen, found)}
+    lengths = {"sft.max_length", "reward_model.max_length"}
+    assert names == lengths | {"sampling.max_prompt_length", "sampling.max_new_tokens"}
+
+
+def number_fields(schema, prefix=()):
+    """The path of every setting that is a float."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from number_fields(field.annotation, (*prefix, name))
+        elif field.annotation is float:
+            yield (*prefix, name)
+
+
+NUMBERS = list(number_fields(PipelineConfig))
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "'NaN'", "Infinity", "1e999"])
+def test_no_setting_is_infinite_or_no_number(value):
+    assert len(NUMBERS) > 40
+    for path in NUMBERS:
+        given = yaml.safe_load(value)
+        for part in reversed(path):
+            given = {part: given}
+        with pytest.raises(ValidationError) as error:
+            PipelineConfig.model_validate({"model": {"source": "gpt2"}, **given})
+        assert error.value.errors()[0]["loc"] == path
+    reward = {"ppo": {"rewards": [{"weight": yaml.safe_load(value)}]}}
+    with pytest.raises(ValidationError, match="weight"):
+        PipelineConfig.model_validate({"model": {"source": "gpt2"}, **reward})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "most"),
+    [
+        ("sft", "epochs", 10_000),
+        ("reward_model", "epochs", 10_000),
+        ("dpo", "epochs", 10_000),
+        ("ppo", "epochs", 10_000),
+        ("ppo", "iterations", 1_000_000),
+        ("evaluation", "prompts", 1_000_000),
+        ("evaluation", "samples_per_prompt", 10_000),
+        ("evaluation", "best_of", 10_000),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(section, name, most):
+    given = {"model": {"source": "gpt2"}}
+    PipelineConfig.model_validate({**given, section: {name: most}})
+    for number in (most + 1, 10**9, 10**30):
+        with pytest.raises(ValidationError, match=f"less than or equal to {most}"):
+            PipelineConfig.model_validate({**given, section: {name: number}})
+
+
+def test_a_seed_is_one_that_every_library_takes():
+    PipelineConfig(model={"source": "gpt2"}, seed=2**63 - 1)
+    for seed in (2**63, 2**64, 10**20):
+        with pytest.raises(ValidationError, match="seed"):
+            PipelineConfig(model={"source": "gpt2"}, seed=seed)
+
+
+def test_a_project_s_name_is_short_enough_for_a_folder_and_a_model():
+    PipelineConfig(model={"source": "gpt2"}, project="a" * 100)
+    with pytest.raises(ValidationError, match="at most 100 characters"):
+        PipelineConfig(model={"source": "gpt2"}, project="a" * 101)
 
 
 FRESH = {"model": {"fresh": {"context": 64}}}

@@ -351,13 +351,22 @@ def test_a_reward_of_several_parts_names_each(client, store, first):
         ("models:/nobody/3", ModelError, "there is no model 'nobody'"),
         ("models:/tiny-reward@none", ModelError, "points to no version"),
         ("no_such_module:f", ConfigError, "'no_such_module:f' cannot be imported"),
+        ("os:getcwd", ConfigError, "'os:getcwd' is not run: os is none of the packages whose"),
+        ("json.tool:main", ConfigError, "add json to RLHF_REWARD_PACKAGES where the stage runs"),
     ],
 )
+@pytest.mark.parametrize("setting", ["ppo.rewards", "evaluation.true_reward"])
 def test_a_reward_that_is_not_there_is_said_before_anything_trains(
-    client, first, source, error, said
+    client, first, setting, source, error, said
 ):
+    if setting == "ppo.rewards":
+        changed = config(ppo={"rewards": [{"source": "reward_model"}, {"source": source}]})
+    elif error is ModelError:
+        pytest.skip("a truth is a function")
+    else:
+        changed = config(evaluation={"true_reward": source})
     with pytest.raises(error, match=said):
-        rlhf(config(ppo={"rewards": [{"source": "reward_model"}, {"source": source}]}))
+        rlhf(changed)
     newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
     condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
     assert newest.info.status == "FAILED"
@@ -399,8 +408,8 @@ def test_a_champion_that_moved_meanwhile_is_not_overruled(client, store, first):
 
 
 def test_a_stage_that_fails_fails_the_run_and_leaves_the_champion(client, store, first):
-    with pytest.raises(ConfigError, match="no_such_module"):
-        rlhf(config(evaluation={"true_reward": "no_such_module:f"}))
+    with pytest.raises(ConfigError, match=r"evaluation\.true_reward failed on"):
+        rlhf(config(evaluation={"true_reward": "rlhf_core.simulation:simulate"}))
     newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
     stages = client.search_runs(
         [first.run.experiment_id], f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"

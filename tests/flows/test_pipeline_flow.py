@@ -29,7 +29,7 @@ from prefect.settings import (
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import rlhf
-from tasks.prefect.ui import LIBRARIES, forward_logs
+from tasks.prefect.ui import LIBRARIES, forward_logs, stage_task
 
 IMPORT = """
 import logging
@@ -170,3 +170,28 @@ def test_a_worker_says_in_one_sentence_which_parameters_do_not_fit(prefect_serve
     )
     assert "batch_size 64 is larger than rollout_size 4" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pipeline_flow("leaky-of-the-test", "leaky")
+def leaky(in_task: bool) -> None:
+    leak() if in_task else _leak()
+
+
+@stage_task("leak", "leak")
+def leak() -> None:
+    _leak()
+
+
+def _leak() -> None:
+    raise RuntimeError("API request to http://me:secret@mlflow:5000/api failed")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("in_task", [True, False])
+def test_prefect_keeps_no_password_of_what_a_library_raises(prefect_server, caplog, in_task):
+    state = leaky(in_task, return_state=True)
+    assert state.is_failed()
+    assert "http://me:***@mlflow:5000/api failed" in state.message
+    assert "me:secret" not in state.message
+    assert "me:***@mlflow" in caplog.text
+    assert "RuntimeError: API request to http://me:secret" not in caplog.text

@@ -1,15 +1,25 @@
 """Settings come from the environment, and importing them changes nothing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from prefect.settings import get_current_settings
+from pydantic import SecretStr
 
 from rlhf_core.errors import ConfigError
-from tasks.settings import QUIET, Settings, apply_environment, read_settings
+from rlhf_core.redaction import masked
+from tasks.settings import (
+    QUIET,
+    SECRETS,
+    Settings,
+    StackSettings,
+    apply_environment,
+    read_settings,
+)
 
 VARIABLES = [field.validation_alias for field in Settings.model_fields.values()]
 
@@ -40,6 +50,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_DEVICE": "cpu",
         "RLHF_PROCESSES": "4",
         "RLHF_STRATEGY": "fsdp",
+        "RLHF_REWARD_PACKAGES": "rules, judges",
+        "RLHF_CONFIG_FOLDER": "/srv/configs",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
         "RLHF_KEEP_WORK_DAYS": "30",
         "RLHF_OUTAGE_SECONDS": "10",
@@ -58,6 +70,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.prefect_public_url == "https://prefect.example.org"
     assert settings.device == "cpu"
     assert (settings.processes, settings.strategy) == (4, "fsdp")
+    assert settings.reward_packages == "rules, judges"
+    assert settings.config_folder == "/srv/configs"
     assert settings.checkpoint_seconds == 0.5
     assert settings.keep_work_days == 30
     assert settings.outage_seconds == 10
@@ -79,12 +93,81 @@ def test_what_is_given_by_hand_comes_first(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RLHF_DEVICE", "gpu"), ("RLHF_PROCESSES", "0"), ("RLHF_STRATEGY", "zero")],
+    [
+        ("RLHF_DEVICE", "gpu"),
+        ("RLHF_PROCESSES", "0"),
+        ("RLHF_STRATEGY", "zero"),
+        ("RLHF_CHECKPOINT_SECONDS", "nan"),
+        ("RLHF_OUTAGE_SECONDS", "inf"),
+        ("RLHF_HOME", "~nosuch/home"),
+        ("MLFLOW_TRACKING_URI", "http://[half"),
+    ],
 )
 def test_a_bad_value_names_its_variable(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"environment variable {name} is '{value}'"):
+    with pytest.raises(ConfigError, match=re.escape(f"environment variable {name} is '{value}'")):
         read_settings()
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    expected = read_settings()
+    monkeypatch.setenv(name, "")
+    assert read_settings() == expected
+
+
+def test_an_empty_variable_gives_way_to_what_a_library_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"RLHF_HOME": "", "MLFLOW_TRACKING_URI": ""})
+    apply_environment(Settings.model_validate({"RLHF_HOME": tmp_path}))
+    assert os.environ["RLHF_HOME"] == str(tmp_path)
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+
+
+def test_the_home_is_looked_for_upwards(monkeypatch, tmp_path):
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    (tmp_path / ".rlhf").mkdir()
+    (tmp_path / "a" / ".rlhf").write_text("a file is no home")
+    monkeypatch.chdir(below)
+    assert read_settings().home == tmp_path / ".rlhf"
+    (below / ".rlhf").mkdir()
+    assert read_settings().home == below / ".rlhf"
+    monkeypatch.setenv("RLHF_HOME", ".rlhf2")
+    assert read_settings().home == below / ".rlhf2"
+
+
+def test_the_home_of_another_user_is_passed_over(monkeypatch, tmp_path):
+    (tmp_path / ".rlhf").mkdir()
+    below = tmp_path / "mine"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    assert read_settings().home == below / ".rlhf"
+
+
+@pytest.mark.parametrize("name", ["RLHF_MLFLOW_URL", "RLHF_PREFECT_URL"])
+def test_a_link_carries_no_password(monkeypatch, name):
+    monkeypatch.setenv(name, "https://user:secret@host:81/page/")
+    settings = read_settings()
+    links = {settings.mlflow_public_url, settings.prefect_public_url}
+    assert "https://host:81/page" in links
+    assert not any("secret" in link for link in links)
+
+
+def test_every_secret_of_the_settings_is_masked_from_the_start(monkeypatch):
+    for settings in (Settings, StackSettings):
+        for name, field in settings.model_fields.items():
+            if field.annotation is SecretStr:
+                assert field.validation_alias in SECRETS, name
+    for number, name in enumerate(SECRETS):
+        monkeypatch.setenv(name, f"the-value-{number:03}")
+    monkeypatch.setenv("RLHF_DEVICE", "tpu the-value-007 ftp://u:pw@h")
+    with pytest.raises(ConfigError) as error:
+        read_settings()
+    assert "'tpu *** ftp://u:***@h'" in str(error.value)
+    texts = [masked(f"<the-value-{number:03}>") for number in range(len(SECRETS))]
+    assert texts == ["<***>"] * len(SECRETS)
 
 
 def test_a_device_that_is_not_there_is_an_error():

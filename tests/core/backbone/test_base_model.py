@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -147,10 +148,11 @@ def test_fresh_model_has_the_configured_shape(toy_corpus):
     assert model.get_input_embeddings().weight.shape == (280, 24)
 
 
-def test_width_that_heads_do_not_divide_is_refused(toy_corpus):
+def test_width_that_heads_do_not_divide_is_refused_by_the_config():
     fresh = FreshModelConfig(width=10, heads=4)
-    with pytest.raises(ModelError, match=r"width 10 is not a multiple of heads 4"):
-        load_base(ModelConfig(fresh=fresh), toy_corpus, 0)
+    with pytest.raises(ValidationError, match=r"fresh.width 10 is not a multiple of fresh.heads 4"):
+        ModelConfig(fresh=fresh)
+    assert ModelConfig(source="gpt2", fresh=fresh).fresh == fresh  # it is not used
 
 
 def test_fresh_tokenizer_writes_any_text_back(gpt2):

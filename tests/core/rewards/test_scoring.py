@@ -15,7 +15,8 @@ from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.rewards.scoring import Reward, RewardTerm, check_terms, load_function, load_reward
+from rlhf_core.rewards.functions import load_function
+from rlhf_core.rewards.scoring import Reward, RewardTerm, check_terms, load_reward
 from rlhf_core.types import Responses
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

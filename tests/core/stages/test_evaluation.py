@@ -19,7 +19,7 @@ from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
 from rlhf_core.evaluation.scorecard import Arm
-from rlhf_core.rewards.scoring import load_function
+from rlhf_core.rewards.functions import load_function
 from rlhf_core.seeding import generator
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.work import Work

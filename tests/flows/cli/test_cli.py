@@ -263,7 +263,56 @@ def test_validate_prints_the_report_and_the_plan_and_trains_nothing(rlhf, tmp_pa
         assert learnt in result.stdout
     assert "Verdict: 3 held-out prompts, 1 answer to each" in result.stdout
     assert "Warning: No policy can be promoted: 3 held-out prompts cannot show" in result.stdout
-    assert not (tmp_path / "home" / "mlflow" / "mlflow.db").exists()
+    assert not (tmp_path / "home").exists()
+
+
+def test_validate_and_config_need_no_server_and_make_nothing(rlhf, tmp_path):
+    away = {
+        "MLFLOW_TRACKING_URI": "http://me:secret@127.0.0.1:1",
+        "PREFECT_API_URL": "http://127.0.0.1:1/api",
+    }
+    assert rlhf("config", "tiny.yaml", **away).exit_code == 0
+    result = rlhf("validate", "tiny.yaml", "--set", "sft.reuse=models:/x/1", **away)
+    assert result.exit_code == 0, result.output
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("Not checked: models:/x/1, because the MLflow server at http://me:***@")
+    assert "secret" not in result.output
+    assert not (tmp_path / "home").exists()
+
+
+def test_validate_runs_in_a_process_of_its_own_without_prefect(tmp_path):
+    code = (
+        "import sys; from flows.__main__ import app\n"
+        "try: app(['validate', sys.argv[1]])\n"
+        "finally: print({'prefect', 'mlflow'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TINY)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RLHF_HOME": str(tmp_path / "home")},
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "set()")
+
+
+def test_a_config_runs_from_another_folder_with_its_data_and_its_function(rlhf, tmp_path):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "rules_of_test_cli.py").write_text(
+        "def score(p, r): return [float(len(t)) for t in r]"
+    )
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f" It is {n}.", "rejected": " No."} for n in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = TINY.read_text().replace("rlhf_core.simulation:true_reward", "rules_of_test_cli:score")
+    data = "data: {source: files, preferences: {path: pairs.jsonl}, eval_fraction: 0.3}\n"
+    (folder / "my.yaml").write_text(re.sub(r"data:\n.*\n", data, text))
+    result = rlhf("validate", "configs/my.yaml")
+    assert result.exit_code == 0, result.output
+    Path("pairs.jsonl").write_text("")
+    Path("other.yaml").write_text((folder / "my.yaml").read_text())
+    assert "rules_of_test_cli is neither in" in sentence(rlhf("validate", "other.yaml"))
 
 
 # ---- runs ----

@@ -483,7 +483,7 @@ def test_up_makes_a_deployment_of_each_config(up):
     assert deployment["tags"] == ["rlhf", "tiny", "owner:rlhf-team"]
     config = load_config(TINY, (), PipelineConfig).model_dump(mode="json")
     assert deployment["parameters"] == {"config": config}
-    assert deployment["job_variables"] == {"working_dir": str(up.folder)}
+    assert deployment["job_variables"] == {"working_dir": str(up.configs)}
 
 
 @pytest.mark.integration
