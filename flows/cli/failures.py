@@ -15,7 +15,7 @@ from rlhf_core.redaction import masked
 UNREACHABLE = (ConnectionError, TimeoutError, gaierror)  # gaierror: the host name is unknown
 NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-NO_NAMES = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
+NO_NAMES = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 FORBIDDEN = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
 # SQLite errors have no errno, and a server reports them as text.
 # The writers of safetensors and of torch give a full disk as text.

@@ -159,6 +159,9 @@ def test_lack_of_memory_is_told_as_that():
 
 def test_a_name_that_no_file_can_have(tmp_path):
     error = caught(lambda: (tmp_path / ("a" * 300)).write_text(""))
+    assert explain(error).startswith("A name is too long for this disk (")
+    (tmp_path / "file").touch()
+    error = caught(lambda: (tmp_path / "file" / "x").write_text(""))
     assert explain(error).startswith("There is no such file or folder (")
 
 
