@@ -31,9 +31,9 @@ from flows.cli.printing import (
     show_start,
     show_validation,
 )
-from flows.cli.process import Command, Commands, own_prefect, run_here, stoppable
+from flows.cli.process import Command, Commands, load, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
-from rlhf_core.errors import UserError
+from rlhf_core.errors import UserError, printable
 from tasks.settings import StoreSettings, apply_environment, read_settings
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def resume(
     Prefect loses a retry within seconds of a crash. Any other run resumes in this process.
     """
     settings = find.join(read_settings(), prefect=True)
+    load("tasks.history.stopped", "tasks.record.run", "flows.config")
     from tasks.history.stopped import find_stopped
 
     stopped = find_stopped(run, settings=settings)
@@ -302,6 +303,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     settings = read_settings()
     apply_environment(settings)
     pipeline = _load(config, overrides)
+    load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
     from rlhf_core.doubts import doubts
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
@@ -387,6 +389,7 @@ def generate(
     """
     texts = prompts or _lines()
     settings = find.join(read_settings())
+    load("tasks.record.terminal", "tasks.serving.generation")
     from tasks.record.terminal import on_terminal
     from tasks.serving.generation import generate as generate_texts
 
@@ -402,7 +405,10 @@ def generate(
             chat=chat,
             logger=logger,
         )
-    typer.echo(responses_as_json(texts, answers) if as_json else responses_as_text(texts, answers))
+    if as_json:  # for programs: JSON has escapes of its own
+        typer.echo(responses_as_json(texts, answers))
+    else:
+        typer.echo(printable(responses_as_text(texts, answers)))
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")
@@ -418,6 +424,7 @@ def compare(
     the metrics of that run.
     """
     settings = find.join(read_settings())
+    load("tasks.history.comparison")
     from tasks.history.comparison import compare as compare_runs
 
     comparison = compare_runs(first, second, settings=settings)
@@ -441,6 +448,7 @@ def promote(
     policy becomes the champion, provided that the champion is still the one it was compared with.
     """
     settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.logs", "tasks.steps.promotion")
     from flows.cli import logs
     from tasks.steps.promotion import promote_run
 
@@ -459,6 +467,7 @@ def rollback(
 ) -> None:
     """Restore the previous champion, or any other version, as champion."""
     settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.logs", "tasks.steps.promotion")
     from flows.cli import logs
     from tasks.steps.promotion import roll_back
 
@@ -473,6 +482,7 @@ def export(
 ) -> None:
     """Export a policy, which answers prompts, or a reward model for `mlflow models serve`."""
     settings = find.join(read_settings())
+    load("tasks.serving.export")
     from tasks.record.record import Record
     from tasks.serving.export import export_servable
 
@@ -517,6 +527,7 @@ def restore(
 
 
 def _load(path: Path, overrides: list[str]) -> "PipelineConfig":
+    load("flows.config")
     from flows.cli.loading import load_config
     from flows.cli.paths import folder_of
     from flows.config import PipelineConfig

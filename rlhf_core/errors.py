@@ -7,18 +7,31 @@
     ├── NumericsError    a loss, gradient or reward that is no longer finite
     └── CheckpointError  a saved state that is damaged or belongs to another run
 
-The command prints only their message; anything else is a defect and keeps its traceback. Secrets
-in a message, such as the password of an address that it repeats, are masked.
+The command prints only their message; anything else is a defect and keeps its traceback. A message
+quotes files and arguments, so `UserError` itself masks secrets in it, such as the password of an
+address, and makes it safe to print, and short.
 """
+
+import errno
+import re
 
 from rlhf_core.redaction import masked
 
+LONGEST_LINE, MOST_LINES = 2_000, 60
+# What a terminal obeys instead of showing: C0 but tab and line feed, DEL, C1, separators of lines,
+# marks that reverse the order of writing. Half a surrogate pair cannot be written at all.
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(Exception):
-    """One or two sentences: what is wrong, where, and how to fix it."""
+    """One or two sentences: what is wrong, where, and how to fix it.
+
+    Control characters in them are shown as escapes, and a line of more than `LONGEST_LINE`
+    characters loses its middle.
+    """
 
     def __str__(self) -> str:
-        return masked(super().__str__())
+        return brief(masked(super().__str__()))  # a secret cut in two would not be found
 
 
 class ConfigError(UserError):
@@ -39,3 +52,36 @@ class NumericsError(UserError):
 
 class CheckpointError(UserError):
     """A saved state of a training run that is damaged or belongs to another run."""
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of any library says that there is not enough memory, of a CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY)
+
+
+def printable(text: str) -> str:
+    """The text with `\\x1b` and the like in place of characters that would control a terminal."""
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def brief(text: str) -> str:
+    """A message that is printable, with at most `MOST_LINES` lines of at most `LONGEST_LINE`."""
+    lines = text.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[-1] = f"… and {lines[-1].count(chr(10)) + 1} more lines"
+    return printable("\n".join(map(_without_middle, lines)))
+
+
+def _without_middle(line: str) -> str:
+    """The sentence begins with the place and ends with what to do: a quotation is between them."""
+    if len(line) <= LONGEST_LINE:
+        return line
+    head, tail = LONGEST_LINE // 2, LONGEST_LINE // 4
+    return f"{line[:head]} … ({len(line) - head - tail:,} characters are left out) … {line[-tail:]}"

@@ -1,8 +1,10 @@
 """The script `rlhf`: it starts ours, or says whose package stands in its place."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,21 @@ def test_one_that_is_missing_is_named():
     assert rlhf_command.clash(ROOT, ["no_such_package"]) == (
         "The package no_such_package is missing: reinstall rlhf-pipeline."
     )
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0])
+def test_ctrl_c_at_the_start_is_one_line(tmp_path, seconds):
+    (tmp_path / "a.yaml").write_text("project: demo\n")
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(ROOT / "rlhf_command.py"), "config", "a.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "RLHF_HOME": str(tmp_path / "home")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "rlhf: Interrupted.\n")

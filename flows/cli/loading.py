@@ -14,10 +14,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from flows.cli.paths import anchored, folder_of
+from flows.cli.plain_yaml import parse_yaml
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, UserError
+from rlhf_core.reading import MIB, UnreadableError, exists, read_whole
 from rlhf_core.redaction import masked
 
+LARGEST = MIB // 4  # of a config file; YAML is read at some hundred KiB a second
+MOST_ERRORS = 50  # that are told
 Config = TypeVar("Config", bound=Section)
 Location = tuple[str | int, ...]
 
@@ -53,10 +57,13 @@ def load_config(
     try:
         return schema.model_validate(data)
     except ValidationError as error:
+        errors = error.errors(include_url=False)
         sentences = [
             f"{_place(path, tree, settings, item['loc'])}: {_sentence(item, schema)}"
-            for item in error.errors(include_url=False)
+            for item in errors[:MOST_ERRORS]
         ]
+        if len(errors) > MOST_ERRORS:
+            sentences.append(f"… and {len(errors) - MOST_ERRORS:,} more errors")
         raise ConfigError("\n".join(sentences)) from None
     except UserError as error:  # a check across settings, which names them itself
         raise ConfigError(f"{path}: {error}") from None
@@ -105,8 +112,8 @@ def parse_override(text: str) -> Override:
     if not equals or not all(path):
         raise ConfigError(f"--set {text}: write it as section.key=value, as in ppo.kl_coef=0.1.")
     try:
-        value = yaml.safe_load(raw) if raw.strip() else ""
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(raw, "the value")[1] if raw.strip() else ""
+    except ConfigError:
         raise ConfigError(
             f"--set {text}: {raw!r} is not a YAML value; put quotes around text with special "
             "characters."
@@ -140,17 +147,16 @@ def _anchored(
 def _read(path: Path) -> str:
     """The text of `path`, or a ConfigError that explains why it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, LARGEST).decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, _yaml_names(path.parent), n=1)
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
         raise ConfigError(f"{path}: no such file.{hint}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder: pass a YAML file in it.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: pass a YAML file.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnreadableError as error:
+        inside = " in it" if exists(path) and path.is_dir() else ""
+        raise ConfigError(f"{path} {error}: pass a YAML file{inside}.") from None
 
 
 def _yaml_names(folder: Path) -> list[str]:
@@ -159,47 +165,12 @@ def _yaml_names(folder: Path) -> list[str]:
 
 def _parse(path: Path) -> tuple[yaml.MappingNode, dict[str, Any]]:
     """The node tree of the file, which knows the line of every key, and its plain data."""
-    text = _read(path)
-    try:
-        loader = _Loader(text)
-        loader.name = str(path)
-        tree = loader.get_single_node()
-        if tree is None:
-            raise ConfigError(f"{path} is empty: write settings as lines of the form key: value.")
-        if not isinstance(tree, yaml.MappingNode):
-            raise ConfigError(f"{path}: the file must consist of lines of the form key: value.")
-        data = loader.construct_document(tree)
-    except yaml.constructor.ConstructorError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(
-            f"{path}: the YAML value{line} cannot be read: {error.problem}."
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{line}: this is not valid YAML ({error.problem}); "
-            "check the indentation, colons and quotes there."
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: this is not valid YAML ({reason}).") from None
+    tree, data = parse_yaml(_read(path), str(path))
+    if tree is None:
+        raise ConfigError(f"{path} is empty: write settings as lines of the form key: value.")
+    if not isinstance(tree, yaml.MappingNode) or not isinstance(data, dict):
+        raise ConfigError(f"{path}: the file must consist of lines of the form key: value.")
     return tree, {str(key): value for key, value in data.items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader, in which no tag creates an object, that also rejects duplicate keys."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        first: dict[str, yaml.Node] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
-                raise ConfigError(
-                    f"{self.name}:{key.start_mark.line + 1}: {key.value!r} is a duplicate of line "
-                    f"{first[key.value].start_mark.line + 1}: keep one of them."
-                )
-        return node
 
 
 def _apply(override: Override, data: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 from rich.text import Text
 
+from rlhf_core.errors import brief, printable
 from rlhf_core.redaction import masked
 from tasks.servers import sign_in
 
@@ -33,7 +34,7 @@ def line(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_start(settings: "Settings") -> None:
@@ -47,7 +48,7 @@ def show_report(report: str) -> None:
     """Print Markdown; on a terminal its tables are drawn."""
     for block in report.strip().split("\n\n"):
         if block.startswith("|") and out.is_terminal:
-            out.print(Markdown(block))
+            out.print(Markdown(printable(block)))
         else:
             line(block)
         line("")
@@ -78,7 +79,7 @@ def show_links(services: "Services", settings: "Settings") -> None:
 
 def warn_on_terminal(text: str) -> None:
     """Print a message at once, also while progress bars are shown."""
-    err.print(f"rlhf: {masked(text)}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"rlhf: {brief(masked(text))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(server: str, error: str, log: Path) -> None:
@@ -197,7 +198,7 @@ def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
         return
     table = Table(*(Column(name, no_wrap=True) for name in columns))
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, map(printable, row)))
     wide = Console(width=WIDEST)
     if not out.is_terminal:
         wide.print(table)
@@ -272,4 +273,4 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
 def _cell(value: object) -> RenderableType:
     if value is None:
         return "–"
-    return Text(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return Text(f"{value:.4g}" if isinstance(value, float) else brief(str(value)))

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -10,17 +11,19 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from flows.cli.failures import explain
+import rlhf_command
+from flows.cli.failures import explain, was_interrupted
 from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
-from rlhf_core.errors import NumericsError, UserError
+from rlhf_core.errors import NumericsError, UserError, brief
 from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
     from tasks.settings import Settings
 
+USAGE_ERROR = typer.BadParameter.__bases__  # of typer: a wrong option, argument or command
 FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
@@ -54,8 +57,11 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; a defect propagates with its traceback."""
+        rlhf_command.interruptible()
         try:
             return super().invoke(ctx)
+        except typer.Exit:  # its sentence was said
+            raise
         except KeyboardInterrupt:
             raise end("Interrupted.", INTERRUPTED) from None
         except (ServiceError, NumericsError) as error:
@@ -63,6 +69,11 @@ class Commands(TyperGroup):
         except UserError as error:
             raise end(str(error), USER_ERROR) from None
         except Exception as error:
+            if isinstance(error, USAGE_ERROR):
+                error.message = brief(str(error.message))  # type: ignore[attr-defined]
+                raise
+            if was_interrupted(error):  # a library made an error of its own of it
+                raise end("Interrupted.", INTERRUPTED) from None
             if sentence := explain(error):
                 raise end(sentence, FAILED) from None
             mask_error(error)  # a defect, whose traceback Python prints
@@ -71,8 +82,20 @@ class Commands(TyperGroup):
 
 def end(sentence: str, status: int) -> typer.Exit:
     """Print a sentence, and return what ends the command with this status."""
-    err.print(f"[bold red]rlhf:[/] {escape(masked(sentence))}", highlight=False, soft_wrap=True)
+    err.print(
+        f"[bold red]rlhf:[/] {escape(brief(masked(sentence)))}", highlight=False, soft_wrap=True
+    )
     return typer.Exit(status)
+
+
+def load(*modules: str) -> None:
+    """Import slow modules before the command begins anything: Ctrl-C ends the process at once.
+
+    An import that KeyboardInterrupt interrupts may swallow it, or make another error of it.
+    """
+    with rlhf_command.leaving_when_interrupted():
+        for module in modules:
+            import_module(module)
 
 
 def run_here(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
@@ -118,6 +141,10 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
+    except Exception as error:
+        if was_interrupted(error):
+            raise end(f"Interrupted; {how_to_resume}", INTERRUPTED) from None
+        raise
     except Terminated:
         raise end(f"Terminated; {how_to_resume}", TERMINATED) from None
     finally:

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +14,12 @@ from typing import IO, NamedTuple, NoReturn
 from pydantic import SecretStr
 
 from rlhf_core.errors import UserError
-from tasks.servers.client import unreachable
+from tasks.servers.client import ask
 from tasks.settings import Settings, apply_environment, read_settings, set_defaults
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
+LEAST_SPACE = 16 << 20  # bytes
 OWNER = "rlhf-team"  # default owner of the deployments
 
 
@@ -64,6 +67,17 @@ def make_home(settings: Settings) -> None:
             f"RLHF_HOME cannot be used: {settings.home} cannot be written ({error.strerror}); set "
             "it to a folder that you own."
         ) from None
+
+
+def require_space(home: Path) -> None:
+    """Raise UserError when the disk of a home is full: a server on it would just end."""
+    free = shutil.disk_usage(home).free
+    if free < LEAST_SPACE:
+        raise UserError(
+            f"The disk is full: {free >> 20} MiB are free for {home}, and the databases alone need "
+            f"{LEAST_SPACE >> 20} MiB; free some space, or set RLHF_HOME to a folder on another "
+            "disk."
+        )
 
 
 def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
@@ -152,8 +166,20 @@ def state_file(settings: Settings) -> Path:
     return settings.home / "services.json"
 
 
+_VERSION = re.compile(r'"?\d+\.\d+')
+
+
 def _expect(settings: Settings, address: str, path: str, name: str, variable: str) -> None:
-    problem = unreachable(address.rstrip("/") + path, settings.account)
+    try:
+        answer = ask(address.rstrip("/") + path, account=settings.account)
+    except OSError as error:
+        problem = str(error)
+    else:
+        said = answer[:40].decode("utf-8", errors="replace").strip()
+        if said and not _VERSION.match(said):
+            problem = f"it answers {said!r} where its version should be"
+        else:
+            problem = ""
     if problem.startswith("it answers 401"):
         raise UserError(
             f"The {name} server at {address} requires a password: set RLHF_PASSWORD to the one "

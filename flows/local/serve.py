@@ -31,6 +31,7 @@ from flows.local.find import (
     make_home,
     password_file,
     read_state,
+    require_space,
     state_file,
     with_password,
 )
@@ -73,6 +74,7 @@ def up(
         f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}", os.getpid()
     )
     with _claim(settings) as state, _password(settings) as settings:
+        require_space(settings.home)
         config_files(configs)
         _check_ports(prefect_port, mlflow_port)
         with Supervisor(settings.home, ("worker", "deploy", "mlflow", "prefect")) as group:
@@ -170,6 +172,7 @@ def prefect_server(
     if settings.prefect_api_url:
         yield lambda: None
         return
+    require_space(settings.home)
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         address = f"http://{HOST}:{probe.getsockname()[1]}"

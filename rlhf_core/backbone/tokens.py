@@ -12,9 +12,19 @@ from rlhf_core.errors import ModelError
 def complete(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
     """The tokenizer with a separate pad token and a chat template.
 
-    Raises: ModelError naming the source when it has no vocabulary or no end-of-sequence token.
+    Raises: ModelError naming the source when it is damaged, has no vocabulary or no end-of-sequence
+        token.
     """
-    if not tokenizer("a", add_special_tokens=False).input_ids:
+    try:
+        ids = tokenizer("a", add_special_tokens=False).input_ids
+        tokenizer.decode(ids)
+    except Exception as error:  # its files can say anything, and are believed
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the tokenizer of '{source}' is damaged ({reason}); get its files from where the "
+            "model came from"
+        ) from error
+    if not ids:
         raise ModelError(
             f"the tokenizer of '{source}' has no vocabulary: its tokenizer.json is missing "
             "or empty; get that file from where the model came from"

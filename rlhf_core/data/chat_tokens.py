@@ -1,7 +1,7 @@
 """Texts and messages as tokens. The one place where text becomes tokens, in training and serving.
 
-An exported model carries a copy of this file, and runs where this package is not installed: it
-imports nothing of `rlhf_core`.
+An exported model carries a copy of this file, and runs where this package is not installed: of
+`rlhf_core` it imports only the limits of templates, which are left out there.
 
 A training text is `prompt tokens + response tokens + end`. Prompt and response are tokenised
 separately, so that a policy is prompted with exactly the tokens it was trained on. Control tokens
@@ -10,11 +10,23 @@ are written by the chat template and by this module; one that is written out in 
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
+
+try:
+    from rlhf_core.data.templates import within_limits
+except ImportError:  # in an exported model, whose template has passed them
+
+    def within_limits(  # type: ignore[misc]
+        template: str, messages: Any
+    ) -> AbstractContextManager[None]:
+        """Render without limits."""
+        return nullcontext()
+
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[Message]
@@ -206,9 +218,10 @@ def _apply(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **op
     """
     template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, return_dict=False, **options
-        )
+        with within_limits(str(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE), messages):
+            return tokenizer.apply_chat_template(
+                list(messages), chat_template=template, return_dict=False, **options
+            )
     except Exception as error:  # a template is code of the model's, which may fail in any way
         start = "; ".join(f"{m['role']}: {m['content'][:40]}" for m in messages[:3])
         why = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,17 +1,17 @@
 """Read files, folders and hub data sets as numbered rows.
 
 This module knows file formats, not what a row means. Nothing is unpickled, and code shipped with a
-data set never runs.
+data set never runs. A file is read up to a limit, and what cannot be read is a DataError or a fault
+of its row.
 """
 
 import csv
 import difflib
-import gzip
 import io
 import json
 import re
 import sys
-import zlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +19,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rlhf_core.errors import DataError
+from rlhf_core.data.columnar import DamagedError, read_columnar
+from rlhf_core.errors import DataError, printable
+from rlhf_core.reading import MIB, UnreadableError, exists, expanded, file_size, opened, read_whole
 
 Row = dict[str, Any]
 # Keys around the rows of a file.
 _WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "entries", "samples")
 Unit = Literal["line", "row"]
+
+LONGEST_ROW = 64 * MIB  # of a .jsonl file, which is read line by line
+LARGEST_TEXT = 2_048 * MIB  # a .json or .csv file, which is read in one piece
+DEEPEST = 100  # lists and objects within each other
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Fault:
 
     def __str__(self) -> str:
         where = f"{self.source}, {self.unit} {self.number}"
-        return (
+        return printable(
             f"{where}, field '{self.field}': {self.reason}"
             if self.field
             else f"{where}: {self.reason}"
@@ -79,25 +82,34 @@ def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
 
     Raises: DataError when `path` does not exist or cannot be read.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _read_folder(local, split, limit)
-    if local.is_file():
-        return _read_file(local, limit)
+    try:
+        local = expanded(path)
+    except UnreadableError as error:
+        raise DataError(f"the path of the data, {path!r}, {error}; check it") from error
+    if exists(local):
+        try:
+            if local.is_dir():
+                return _read_folder(local, split, limit)
+            return _read_file(local, limit)
+        except (UnreadableError, DamagedError) as error:
+            raise DataError(f"{local}: {error}; check the file, or write it again") from error
     if _format(local) is not None or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
         raise DataError(f"there is no file {path}{_nearest(local)}")
     return _read_hub(path, split, subset, limit)
 
 
-def _format(path: Path) -> Callable[[str, bytes, int], SourceRows] | None:
+def _format(path: Path) -> Callable[[Path, int], SourceRows] | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
+    try:
+        names = sorted(sibling.name for sibling in path.parent.iterdir())
+    except FileNotFoundError:
         return f": there is no folder {path.parent} either"
-    names = sorted(sibling.name for sibling in path.parent.iterdir())
+    except OSError as error:
+        return f": the folder {path.parent} cannot be read ({error.strerror})"
     close = difflib.get_close_matches(path.name, names, n=3)
     return (
         f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
@@ -105,37 +117,39 @@ def _nearest(path: Path) -> str:
 
 
 def _read_file(path: Path, limit: int) -> SourceRows:
+    file_size(path)
     read = _format(path)
     if read is None:
         raise DataError(
             f"{path}: this kind of file is not supported; "
             "use .jsonl, .json, .csv or .parquet, plain or as .gz"
         )
-    try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the file") from error
-    return read(str(path), data, limit)
+    return read(path, limit)
 
 
-def _decode(name: str, data: bytes) -> str:
+def _text(path: Path) -> str:
+    """A file that is read in one piece."""
+    return _decode(path, read_whole(path, LARGEST_TEXT), 1)
+
+
+def _decode(path: Path, data: bytes, line: int) -> str:
+    """The text of a file from a line on."""
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line += data.count(b"\n", 0, error.start)
         raise DataError(
-            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; "
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; "
             "save the file as UTF-8"
         ) from error
+    return text.removeprefix("\ufeff") if line == 1 else text
 
 
 class _Collector:
     """Collects the rows of a text file, up to the limit."""
 
-    def __init__(self, name: str, unit: Unit, limit: int) -> None:
-        self.name, self.unit, self.limit = name, unit, limit
+    def __init__(self, path: Path, unit: Unit, limit: int) -> None:
+        self.name, self.unit, self.limit = str(path), unit, limit
         self.rows: list[tuple[int, Row]] = []
         self.unreadable: list[Fault] = []
 
@@ -143,10 +157,12 @@ class _Collector:
         return 0 < self.limit <= len(self.rows) + len(self.unreadable)
 
     def add(self, number: int, row: object) -> None:
-        if isinstance(row, dict):
-            self.rows.append((number, row))
-        else:
+        if not isinstance(row, dict):
             self.reject(number, "is not a JSON object with fields")
+        elif _deep(row):
+            self.reject(number, f"has lists or objects more than {DEEPEST} deep in each other")
+        else:
+            self.rows.append((number, row))
 
     def reject(self, number: int, reason: str) -> None:
         self.unreadable.append(Fault(self.name, self.unit, number, "", "unreadable", reason))
@@ -155,36 +171,71 @@ class _Collector:
         return SourceRows(self.name, self.unit, self.rows, self.unreadable)
 
 
-def _read_json_lines(name: str, data: bytes, limit: int) -> SourceRows:
-    found = _Collector(name, "line", limit)
-    # str.splitlines would also split at U+2028, which may occur inside a JSON string.
-    for number, line in enumerate(_decode(name, data).split("\n"), start=1):
-        if found.full():
-            break
-        if not line.strip():
-            continue
-        try:
-            found.add(number, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            found.reject(number, f"not valid JSON ({_why(error)})")
+def _deep(value: object) -> bool:
+    """Whether something is nested so deeply that to print or copy it would fail."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [
+            part
+            for outer in level
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _read_json_lines(path: Path, limit: int) -> SourceRows:
+    found = _Collector(path, "line", limit)
+    with opened(path) as file:
+        number = 0
+        # str.splitlines would also split at U+2028, which may occur inside a JSON string.
+        while not found.full() and (data := file.readline(LONGEST_ROW + 1)):
+            number += 1
+            if len(data) > LONGEST_ROW:
+                raise DataError(
+                    f"{path}, line {number}: is longer than {LONGEST_ROW // MIB} MiB; write one "
+                    "row a line, or shorten it"
+                )
+            line = _decode(path, data.removesuffix(b"\n"), number)
+            if not line.strip():
+                continue
+            try:
+                found.add(number, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                found.reject(number, f"not valid JSON ({_why(error)})")
     return found.finish()
 
 
-def _read_json(name: str, data: bytes, limit: int) -> SourceRows:
+def _read_json(path: Path, limit: int) -> SourceRows:
     """One array of objects, also as the value of `data` in an object, or JSON lines."""
-    text = _decode(name, data)
+    with opened(path) as file:
+        start = file.read(MIB).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith((b"[", b"{")) or _is_first_of_lines(start):
+        return _read_json_lines(path, limit)
+    text = _text(path)
     array = _wrapped(text)
     if array is None and not text.lstrip().startswith("["):
-        return _read_json_lines(name, data, limit)
+        return _read_json_lines(path, limit)
     try:
         array = json.loads(text) if array is None else array
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{name}{line}: not valid JSON ({_why(error)})") from error
-    found = _Collector(name, "row", limit)
+        raise DataError(f"{path}{line}: not valid JSON ({_why(error)})") from error
+    found = _Collector(path, "row", limit)
     for number, row in enumerate(array[: limit or None], start=1):
         found.add(number, row)
     return found.finish()
+
+
+def _is_first_of_lines(start: bytes) -> bool:
+    """Whether a file begins with a line that is an object, and goes on."""
+    line, _, rest = start.partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _wrapped(text: str) -> list[Any] | None:
@@ -205,13 +256,13 @@ def _why(error: Exception) -> str:
     return str(error)
 
 
-def _read_csv(name: str, data: bytes, limit: int) -> SourceRows:
+def _read_csv(path: Path, limit: int) -> SourceRows:
     """Every cell stays text: "NA" and "001" are what the author wrote."""
-    found = _Collector(name, "line", limit)
-    records = _csv_records(name, _decode(name, data))
+    found = _Collector(path, "line", limit)
+    records = _csv_records(path, _text(path))
     _, header = next(records, (1, []))
     if len(set(header)) < len(header):
-        raise DataError(f"{name}, line 1: a column name occurs twice in the header; rename one")
+        raise DataError(f"{path}, line 1: a column name occurs twice in the header; rename one")
     for number, cells in records:
         if found.full():
             break
@@ -222,7 +273,7 @@ def _read_csv(name: str, data: bytes, limit: int) -> SourceRows:
     return found.finish()
 
 
-def _csv_records(name: str, text: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """Each record with the line on which it begins, since a quoted cell may span lines."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     begins = 1
@@ -234,7 +285,7 @@ def _csv_records(name: str, text: str) -> Iterator[tuple[int, list[str]]]:
                 begins = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"{name}, line {begins}: not valid CSV ({error}); check the quotes of this record"
+                f"{path}, line {begins}: not valid CSV ({error}); check the quotes of this record"
             ) from error
 
 
@@ -248,33 +299,106 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(name: str, data: bytes, limit: int) -> SourceRows:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a Parquet file ({_first_line(error)})") from error
-    return _numbered(name, table.slice(0, limit or None).to_pylist())
+def _read_parquet(path: Path, limit: int) -> SourceRows:
+    if path.suffix.lower() != ".gz":
+        return _columnar(str(path), [path], limit)
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as unpacked:
+        unpacked.write(read_whole(path, LARGEST_TEXT))
+        unpacked.flush()
+        return _columnar(str(path), [Path(unpacked.name)], limit)
+
+
+def _columnar(name: str, files: Sequence[Path], limit: int) -> SourceRows:
+    rows, bad = read_columnar(files, limit)
+    faults = [Fault(name, "row", n + 1, field, "unreadable", reason) for n, field, reason in bad]
+    return SourceRows(name, "row", [(number + 1, row) for number, row in rows], faults)
+
+
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_LARGEST_NOTE = 64 * MIB
 
 
 def _read_folder(path: Path, split: str, limit: int) -> SourceRows:
-    import datasets  # takes half a second
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
+    """A `save_to_disk` folder, without the package datasets, which trusts every byte of it."""
+    state = path / _STATE
+    if state.is_file():
+        splits, folder = [str(_note(state).get("_split") or "train")], path
+    elif (path / _SPLITS).is_file():
+        listed = _note(path / _SPLITS).get("splits")
+        if not isinstance(listed, list) or not all(map(_plain_name, listed)):
+            raise DataError(f"{path / _SPLITS} is damaged: it lists no splits; save it again")
+        splits, folder = listed, path / split
+    else:
         raise DataError(
             f"{path} is a folder that was not written by save_to_disk; "
             "name a file in it, or save the data set with Dataset.save_to_disk"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        splits = list(loaded)
-        dataset = loaded.get(split)
-    else:
-        splits = [str(loaded.split or "train")]
-        dataset = loaded if split in splits else None
-    if dataset is None:
+        )
+    if split not in splits:
         raise DataError(f"{path} has no split '{split}'; it has: {', '.join(splits)}")
-    return _from_dataset(f"{path} ({split})", dataset, limit)
+    found = _columnar(f"{path} ({split})", _arrow_files(folder), limit)
+    return _with_json_columns(found, folder)
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """One of the JSON files beside the data."""
+    try:
+        note = json.loads(read_whole(path, _LARGEST_NOTE))
+        if isinstance(note, dict):
+            return note
+        reason = "it is not an object"
+    except FileNotFoundError:
+        reason = "it is missing"
+    except UnreadableError as error:
+        reason = f"it {error}"
+    except (ValueError, RecursionError) as error:
+        reason = _why(error)
+    raise DataError(f"{path} is damaged ({reason}); save the data set again") from None
+
+
+def _plain_name(name: object) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[^/\0]*", name))
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    listed = _note(folder / _STATE).get("_data_files")
+    files = listed if isinstance(listed, list) else [None]
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
+    if not all(map(_plain_name, names)):
+        raise DataError(
+            f"{folder / _STATE} is damaged: its _data_files are not files of this folder; save the "
+            "data set again"
+        )
+    paths = [folder / str(name) for name in names]
+    for path in paths:
+        try:
+            file_size(path)
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder} is incomplete: {path.name} is missing; copy or save the data set again"
+            ) from None
+        except UnreadableError as error:
+            raise DataError(f"{path} {error}; copy or save the data set again") from error
+    return paths
+
+
+def _with_json_columns(found: SourceRows, folder: Path) -> SourceRows:
+    """The rows, with the values of columns that the package datasets stores as JSON."""
+    features = _note(folder / _INFO).get("features")
+    if '"Json"' not in json.dumps(features):
+        return found
+    from datasets import Features  # takes half a second
+    from datasets.utils.json import get_json_field_paths_from_feature, json_decode_field
+
+    try:
+        for column, *inner in get_json_field_paths_from_feature(Features.from_dict(features)):
+            for _, row in found.rows:
+                row[column] = json_decode_field(row[column], inner)
+    except Exception as error:  # a damaged note can lead these functions anywhere
+        raise DataError(
+            f"{folder / _INFO} does not fit the data ({_first_line(error)}); save the data set "
+            "again"
+        ) from error
+    return found
 
 
 def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
@@ -294,10 +418,13 @@ def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
 
 def _from_dataset(name: str, dataset: Any, limit: int) -> SourceRows:
     count = min(limit or len(dataset), len(dataset))
-    return _numbered(name, dataset.select(range(count)).to_list())
-
-
-def _numbered(name: str, rows: Sequence[Row]) -> SourceRows:
+    try:
+        rows = dataset.select(range(count)).to_list()
+    except Exception as error:  # a value that Python cannot hold, such as a date after 9999
+        raise DataError(
+            f"{name}: a value cannot be read ({_first_line(error)}); use another data set, or save "
+            "the columns that you need"
+        ) from error
     return SourceRows(name, "row", list(enumerate(rows, start=1)))
 
 

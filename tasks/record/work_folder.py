@@ -1,7 +1,7 @@
 """The working folder of a stage: used by one process at a time, and kept for resuming.
 
     RLHF_HOME/work/NAME/
-    ├── lock           held by the process that works here, until it ends
+    ├── lock           held by the process that works here, until it ends; says since when
     ├── run.json       the MLflow run that a later process may resume
     ├── inputs/        fetched inputs, which can be fetched again
     ├── checkpoints/   checkpoints that a training resumes from
@@ -26,6 +26,7 @@ from typing import IO
 
 INPUTS, CHECKPOINTS = "inputs", "checkpoints"
 _LOCK, _RUN = "lock", "run.json"
+_BOOT, _UPTIME = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/uptime")
 DAY = 86_400.0
 POLL_SECONDS = 0.5
 log = logging.getLogger(__name__)
@@ -38,11 +39,12 @@ def work_folder(path: Path, *, kept: bool) -> Iterator[Path]:
     With `kept`, a block that raises leaves the folder, without its inputs. If another process works
     there, we block until it exits.
     """
-    with _claim(path):
+    with _claim(path) as lock:
         try:
             yield path
         except BaseException:
             if kept:
+                _write_use(lock)
                 shutil.rmtree(path / INPUTS, ignore_errors=True)
             else:
                 _remove(path)
@@ -61,13 +63,19 @@ def abandoned_runs(root: Path) -> Iterator[str]:
 
 
 def sweep(root: Path, days: float) -> None:
-    """Remove the folders under `root` that are unlocked and were last used `days` ago."""
+    """Remove the folders under `root` that are unlocked and were last used `days` ago.
+
+    A clock that jumps makes everything look old, so a folder that was used since this machine was
+    started is judged by the time that the machine has been running.
+    """
     since = time.time() - days * DAY
     for folder in root.glob("*/"):
         try:
-            if _touched(folder) < since and (lock := _lock(folder, touch=False)) is not None:
+            old = _touched(folder) < since and not _used_since(folder, days)
+            if old and (lock := _lock(folder, touch=False)) is not None:
                 with lock:
                     _remove(folder)
+                log.info("removed %s: not used for %g days", folder, days)
         except OSError:
             continue  # it has just been removed, or is another user's
 
@@ -123,6 +131,7 @@ def _lock(folder: Path, *, touch: bool = True) -> IO[bytes] | None:
         if _is_still_there(file, folder / _LOCK):
             if touch:
                 os.utime(folder)
+                _write_use(file)
             return file
         file.close()
 
@@ -133,6 +142,33 @@ def _is_still_there(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _write_use(lock: IO[bytes]) -> None:
+    """Note in the lock when it was taken, in seconds since the start of the machine."""
+    with suppress(OSError):  # a full disk: then the clock decides
+        lock.truncate(0)
+        lock.write(json.dumps(_running()).encode())
+        lock.flush()
+
+
+def _used_since(folder: Path, days: float) -> bool:
+    """Whether a folder was used in the last `days` for certain: without a look at the clock."""
+    boot, now = _running()
+    try:
+        then = json.loads((folder / _LOCK).read_bytes())
+        return bool(boot) and then[0] == boot and now - then[1] < days * DAY
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _running() -> tuple[str, float]:
+    """The start of this machine by its id, and the seconds since then; no id if it has none."""
+    try:
+        boot = _BOOT.read_text(encoding="ascii").strip()
+        return boot, float(_UPTIME.read_text(encoding="ascii").split()[0])
+    except OSError:
+        return "", 0.0
 
 
 def _touched(folder: Path) -> float:

@@ -4,12 +4,16 @@ python -m tasks.servers.client URL: the exit status is 0 if the response is a su
 """
 
 import sys
+import time
 from base64 import b64encode
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from rlhf_core.redaction import masked
 
 SECONDS = 5.0
+DRIP_FACTOR = 2  # the whole response may take this many times as long as a part of it
+LARGEST = 16 << 20  # bytes of a response: ours are of kilobytes
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -38,7 +42,8 @@ def ask(
 
     Args:
         account: `user:password`.
-        seconds: timeout for the connection and for each part of the response.
+        seconds: timeout for the connection and for each part of the response, which is read for
+            twice as long.
         verify: whether the certificate of the server must be trusted.
 
     Raises: NoAnswerError.
@@ -55,13 +60,27 @@ def ask(
             verify=verify,
         ) as client:
             method = "GET" if question is None else "POST"
-            answer = client.request(method, url, json=question, headers=headers)
+            with client.stream(method, url, json=question, headers=headers) as answer:
+                content = _read(answer.iter_bytes(), time.monotonic() + DRIP_FACTOR * seconds)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise NoAnswerError(str(error) or type(error).__name__) from error
     if not answer.is_success:
         status = answer.status_code
-        raise NoAnswerError(f"it answers {status} {answer.reason_phrase}", status, answer.text)
-    return answer.content
+        text = content.decode("utf-8", errors="replace")
+        raise NoAnswerError(f"it answers {status} {answer.reason_phrase}", status, text)
+    return content
+
+
+def _read(parts: Iterable[bytes], deadline: float) -> bytes:
+    """A response that comes in parts, each of which may be in time and tiny."""
+    content = bytearray()
+    for part in parts:
+        content += part
+        if len(content) > LARGEST:
+            raise NoAnswerError(f"its response has more than {LARGEST >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise NoAnswerError("its response does not end")
+    return bytes(content)
 
 
 def unreachable(url: str, account: str = "") -> str:

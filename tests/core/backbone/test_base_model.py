@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn import Dropout
 from torch.testing import assert_close
@@ -392,3 +395,51 @@ def test_smollm2_answers_and_survives_a_save(tmp_path):
     with torch.no_grad():
         before, after = (m(prompts.input_ids).logits for m in (model, loaded))
     assert torch.equal(before, after)
+
+
+def test_a_word_of_megabytes_does_not_take_hours():
+    """Quadratic, a tenth of this text takes ten seconds, and all of it a quarter of an hour."""
+    begin = time.process_time()
+    tokenizer = load_tokenizer(ModelConfig(), ["a" * 1_000_000])
+    assert time.process_time() - begin < 10
+    assert tokenizer.decode(tokenizer("a" * 5_000).input_ids) == "a" * 5_000
+
+
+def test_the_tokenizer_of_ordinary_texts_is_that_of_the_whole_corpus(toy_corpus):
+    """Against a trainer that gets the texts as they are."""
+    corpus = [*toy_corpus, "x" * 999, "一段没有空格的中文。" * 60, " " * 900 + "y"]
+    plain = Tokenizer(BPE())
+    plain.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    plain.train_from_iterator(corpus, trainer)
+    assert load_tokenizer(ModelConfig(), corpus).get_vocab() == plain.get_vocab()
+
+
+@pytest.mark.parametrize("card", ["[1, 2]", "{}", '{"kind": 3}', "null", "[" * 100_000])
+def test_a_card_that_is_none(saved, card):
+    (saved / CARD).write_text(card)
+    with pytest.raises(ModelError, match="is not a model directory of this pipeline"):
+        load_policy(saved)
+
+
+def test_weights_that_are_no_numbers_are_refused(gpt2, tmp_path):
+    model, tokenizer = gpt2
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = math.nan
+    save_model(model, tokenizer, tmp_path / "model", kind="policy")
+    with pytest.raises(ModelError, match=r"mlp\.c_fc\.weight has a value that is not finite"):
+        load_policy(tmp_path / "model")
+
+
+def test_lack_of_memory_is_not_told_as_a_damaged_model(saved, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ModelError, match="there is not enough memory for the model"):
+        load_policy(saved)

@@ -7,10 +7,11 @@ import sqlite3
 
 import httpx
 import pytest
+import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mlflow import MlflowClient
 
-from flows.cli.failures import explain
+from flows.cli.failures import explain, was_interrupted
 
 
 def caught(action) -> Exception:
@@ -141,3 +142,41 @@ def test_a_chain_that_bites_its_tail_ends():
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert explain(first) == ""
+
+
+def test_a_full_disk_that_is_told_as_text():
+    """By the writers of torch and of safetensors, which are not Python."""
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert explain(RuntimeError(text)).startswith("The disk is full (")
+
+
+def test_lack_of_memory_is_told_as_that():
+    error = caught(lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert explain(error).startswith("There is not enough memory (")
+    assert "micro_batch_size" in explain(error)
+    assert explain(MemoryError()).startswith("There is not enough memory (MemoryError)")
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    error = caught(lambda: (tmp_path / ("a" * 300)).write_text(""))
+    assert explain(error).startswith("A name is too long for this disk (")
+    (tmp_path / "file").touch()
+    error = caught(lambda: (tmp_path / "file" / "x").write_text(""))
+    assert explain(error).startswith("There is no such file or folder (")
+
+
+def test_an_error_that_ctrl_c_became():
+    def imports():
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise ImportError("cannot import") from error
+
+    assert was_interrupted(caught(imports))
+    assert not was_interrupted(ImportError("cannot import"))
+
+
+def test_a_sentence_is_short_and_printable():
+    said = explain(ConnectionError("\x1b[31m" + "A" * 100_000))
+    assert "\\x1b[31mAAA" in said
+    assert len(said) < 600

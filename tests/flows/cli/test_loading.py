@@ -1,5 +1,6 @@
 """What the YAML loader accepts, and the sentence for each mistake: file, line, way out."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -264,3 +265,56 @@ def test_the_description_is_the_leading_comment(write):
     path = write("# The demo.\n#\n# Runs on a CPU.\n\nproject: p # not this\n# nor this\n")
     assert describe(path) == "The demo.\n\nRuns on a CPU."
     assert describe(write("project: p\n")) == ""
+
+
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 24)
+)
+LAUGHS = "a0: &a0 [x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize("value", ["!!int abc", '!!int ""', "!!float x", "!!bool maybe"])
+@pytest.mark.parametrize("before", ["", "\n\n"])
+def test_a_value_that_does_not_fit_its_tag_is_named_with_its_line(write, value, before):
+    said = complaint(write(f"{before}seed: {value}\n"))
+    assert said.startswith(f"run.yaml:{1 + len(before)}: this is not valid YAML ('")
+    assert f"is not a valid {value.split()[0].removeprefix('!!')}: " in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("project: !!timestamp x", "run.yaml:1: this is not valid YAML ('x' is not a valid time"),
+        ('project: "\\ud800"', "has half of a surrogate pair, which is not a character"),
+        (BOMB, "expands to more than 20,000 values"),
+        (LAUGHS, "expands to more than 20,000 values"),
+        ("ppo: &a {b: *a}", "nested more than 50 deep, or within itself"),
+        ("names: " + "[" * 60 + "]" * 60, "nested more than 50 deep, or within itself"),
+        ("names: " + "[" * 5_000, "the YAML is nested too deeply"),
+        ("a: 1\n" + "# comment\n" * 30_000, "has more than 256 KiB, which is too much to read"),
+    ],
+)
+def test_yaml_that_means_too_much_is_refused(write, text, said):
+    assert said in complaint(write(text))
+
+
+def test_an_override_is_as_strict_as_a_file(write):
+    for value in ("!!int abc", "&a [*a]", "[" * 5_000):
+        said = complaint(write("seed: 1"), f"names={value}")
+        assert "is not a YAML value" in said
+        assert len(said) < 3_000
+
+
+def test_only_a_regular_file_is_a_config(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert complaint(Path("/dev/zero")).endswith("is a device, not a file: pass a YAML file.")
+    assert complaint(tmp_path / "pipe.yaml").endswith("is a pipe, not a file: pass a YAML file.")
+    assert "File name too long" in complaint(tmp_path / ("a" * 300))
+
+
+def test_of_many_errors_the_first_are_told(write):
+    said = complaint(write("".join(f"a{n}: {n}\n" for n in range(200))))
+    assert said.count("\n") == 50
+    assert said.endswith("… and 150 more errors")

@@ -234,6 +234,40 @@ def test_a_server_that_does_not_answer_is_named_with_its_variable(
     assert f"set {variable} to its address" in text
 
 
+@pytest.mark.parametrize(
+    ("variable", "name"), [("MLFLOW_TRACKING_URI", "MLflow"), ("PREFECT_API_URL", "Prefect")]
+)
+def test_a_page_is_not_taken_for_a_server(tmp_path, own_environment, variable, name):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!doctype html>\x1b[31m<title>It works!</title>")
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError) as caught:
+            find.join(local(tmp_path, **{variable: address}), prefect=True)
+        server.shutdown()
+    said = str(caught.value)
+    assert f"The {name} server at {address} does not respond (it answers '<!doctype html>" in said
+    assert "where its version should be" in said
+    assert "\x1b" not in said
+
+
+def test_a_full_disk_is_told_before_a_server_starts_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "LEAST_SPACE", 2**62)
+    with (
+        pytest.raises(UserError, match=r"^The disk is full: \d+ MiB are free for "),
+        serve.prefect_server(local(tmp_path)),
+    ):
+        pass
+
+
 def test_a_home_that_cannot_be_made_is_named(own_environment):
     with pytest.raises(UserError, match=r"RLHF_HOME cannot be used: /dev/null/x .*; set it to"):
         find.join(local(Path("/dev/null/x")))

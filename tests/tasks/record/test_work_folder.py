@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import tasks.record.work_folder as work_folder_module
 from tasks.record.work_folder import (
     DAY,
     abandoned_runs,
@@ -116,3 +117,37 @@ def test_the_run_is_remembered_until_the_folder_is_emptied(tmp_path):
         assert remembered_run(folder) is None
         empty(folder)
         assert names(folder) == ["lock"]
+
+
+def stop(folder):
+    """A training in a folder, stopped."""
+    with pytest.raises(KeyboardInterrupt):
+        fail(folder, kept=True)
+
+
+def test_a_clock_that_jumps_sweeps_nothing(tmp_path, monkeypatch):
+    stop(tmp_path / "sft")
+    ahead = time.time() + 30 * DAY
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    sweep(tmp_path, days=7)
+    assert names(tmp_path / "sft") == ["checkpoints", "lock"]
+
+
+def test_what_is_old_by_the_machine_or_from_another_start_of_it_is_swept(tmp_path, monkeypatch):
+    boot, running = tmp_path / "boot", tmp_path / "uptime"
+    boot.write_text("first\n")
+    running.write_text(f"{DAY} 1.0\n")
+    monkeypatch.setattr(work_folder_module, "_BOOT", boot)
+    monkeypatch.setattr(work_folder_module, "_UPTIME", running)
+    home = tmp_path / "work"
+    for name in ("old", "before"):
+        stop(home / name)
+        age(home / name, 8)
+    running.write_text(f"{7 * DAY} 1.0\n")  # six days later
+    sweep(home, days=7)
+    assert names(home) == ["before", "old"]
+    running.write_text(f"{9 * DAY} 1.0\n")
+    (home / "before" / "lock").write_text('["another", 8.9e5]')
+    age(home / "before", 8)
+    sweep(home, days=7)
+    assert names(home) == []

@@ -126,3 +126,32 @@ def test_as_a_program(echo, closed):
     assert status(f"http://{echo}/") == 0
     assert status(f"http://{echo}/secret") == 1
     assert status(f"http://{closed}/") == 1
+
+
+def answering(code: str):
+    """A server in a process of its own, which answers one connection by some code on `c`."""
+    server = socket.create_server(("127.0.0.1", 0))
+    program = f"import socket, time; s = socket.socket(fileno=0); c, _ = s.accept(); {code}"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=server.fileno())
+    return server, process, f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("[(c.sendall(b'x'), time.sleep(0.05)) for _ in range(10_000)]", "does not end"),
+        ("[c.sendall(b'x' * 2**20) for _ in range(100)]", "more than 16 MiB"),
+    ],
+)
+def test_a_response_that_never_ends_is_given_up(body, reason):
+    head = "c.sendall(b'HTTP/1.1 200 OK' + b'\\r\\n' * 2)"
+    server, process, address = answering(f"{head}; {body}")
+    try:
+        start = time.monotonic()
+        with pytest.raises(NoAnswerError, match=reason):
+            ask(address, seconds=1.0)
+        assert time.monotonic() - start < 8
+    finally:
+        process.kill()
+        process.wait()
+        server.close()
