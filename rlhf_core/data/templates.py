@@ -7,14 +7,14 @@ deadline. It imports nothing of ours, because that process runs it by its path.
 
 import ctypes
 import json
-import math
+import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 MIB = 2**20
 SECONDS, MEMORY = 2, 512 * MIB  # for one dialogue, which takes a millisecond
 TOKENISED = 100_000  # characters a second, at least
+LOOK = 0.1  # seconds between two looks at those that render
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -78,48 +79,73 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     The clock of the wall would also count the time that a busy machine or a stopped process waits.
     """
-    thread, lock = threading.get_ident(), threading.Lock()
-    end = time.thread_time() + seconds
-    done = fired = False
-    timers: list[threading.Timer] = []
-
-    def look() -> None:
-        nonlocal fired
-        with lock:
-            if done:
-                return
-            if (left := end - _thread_time(thread)) > 0:
-                timers.append(_start_timer(left, look))
-            else:
-                fired = True
-                _raise_in(thread, TemplateLimitError)
-
-    timers.append(_start_timer(seconds, look))
+    watch, thread = _watch(), threading.get_ident()
+    watch.start(thread, seconds)
     try:
         yield
     except TemplateLimitError:
-        fired = False
+        watch.raised(thread)
         raise
     finally:
-        with lock:
-            done = True
-            timers[-1].cancel()
-            if fired:  # in the last moment, and not raised yet
+        watch.stop(thread)
+
+
+class _Watch:
+    """A thread that looks at those that render: one for all, since a new one takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._lock = threading.Lock()
+        self._ends: dict[int, float] = {}  # by thread, on its clock
+        self._late: set[int] = set()  # threads that an exception is on its way to
+        self._busy = threading.Event()
+        threading.Thread(target=self._look, name="templates", daemon=True).start()
+
+    def start(self, thread: int, seconds: float) -> None:
+        with self._lock:
+            self._ends[thread] = _thread_time(thread) + seconds
+        self._busy.set()
+
+    def raised(self, thread: int) -> None:
+        with self._lock:
+            self._late.discard(thread)
+
+    def stop(self, thread: int) -> None:
+        with self._lock:
+            self._ends.pop(thread, None)
+            if thread in self._late:  # in the last moment, and not raised yet
+                self._late.discard(thread)
                 _raise_in(thread, None)
+
+    def _look(self) -> None:
+        while True:
+            self._busy.wait()
+            time.sleep(LOOK)
+            with self._lock:
+                for thread, end in list(self._ends.items()):
+                    if _thread_time(thread) > end:
+                        del self._ends[thread]
+                        self._late.add(thread)
+                        _raise_in(thread, TemplateLimitError)
+                if not self._ends:
+                    self._busy.clear()
+
+
+_watches: list[_Watch] = []
+
+
+def _watch() -> _Watch:
+    """The watch of this process; a fork has no threads but the one that forked."""
+    if not _watches or _watches[0].process != os.getpid():
+        _watches[:] = [_Watch()]
+    return _watches[0]
 
 
 def _thread_time(thread: int) -> float:
-    """The CPU time of another thread (s); infinite where the system does not tell (macOS)."""
+    """The CPU time of a thread (s); the time of the wall where the system does not tell (macOS)."""
     if not hasattr(time, "pthread_getcpuclockid"):
-        return math.inf
+        return time.monotonic()
     return time.clock_gettime(time.pthread_getcpuclockid(thread))
-
-
-def _start_timer(seconds: float, function: Callable[[], None]) -> threading.Timer:
-    timer = threading.Timer(seconds, function)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def _raise_in(thread: int, error: type[Exception] | None) -> None:
