@@ -1,6 +1,7 @@
 """Prints results as tables for a terminal. It knows rich and computes nothing."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,8 +90,16 @@ def show_error(server: str, error: str, log: Path) -> None:
 
 def show_validation(validation: "Validation") -> None:
     """Print the validation report: rows kept, rows dropped and why, lengths of the texts."""
+    here = f"{Path.cwd()}{os.sep}"  # paths below the working folder are shown without it
     rows = [
-        (name, table.source, table.rows, table.train, table.eval, sum(table.dropped.values()))
+        (
+            name,
+            table.source.replace(here, ""),
+            table.rows,
+            table.train,
+            table.eval,
+            sum(table.dropped.values()),
+        )
         for name, table in validation.tables.items()
     ]
     _table("Examples", ("Table", "Source", "Rows", "Train", "Eval", "Dropped"), rows)

@@ -91,7 +91,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 class _Watch:
-    """A thread that looks at those that render: one for all, since a new one takes a millisecond."""
+    """A thread that looks at those that render: one for all, as a new one takes a millisecond."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
