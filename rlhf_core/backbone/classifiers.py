@@ -7,6 +7,8 @@ the head as `score.weight`.
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -32,6 +34,20 @@ def classifiers(config: PreTrainedConfig) -> Any:
     return AutoModelForSequenceClassification
 
 
+def on_body(body: PreTrainedModel) -> PreTrainedModel:
+    """A classifier with one output and no trained head on the body of a family that has none.
+
+    The body is loaded by itself, because transformers leaves buffers that are computed and not
+    saved without a value when it loads a generic classifier.
+    """
+    body.config.num_labels = 1
+    with torch.device("meta"):
+        model: PreTrainedModel = classifiers(body.config).from_config(body.config)
+    setattr(model, model.base_model_prefix, body)
+    model.score = nn.Linear(model.score.in_features, 1, bias=False)
+    return model
+
+
 def has_classifier(config: PreTrainedConfig) -> bool:
     """Whether transformers itself has a sequence classifier for this config."""
     return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -50,5 +66,10 @@ def _classifier(kind: Any) -> type[PreTrainedModel]:
     return type(
         f"{name}ForSequenceClassification",
         (GenericForSequenceClassification, family),
-        {"base_model_prefix": causal.base_model_prefix, "config_class": kind},
+        # Transformers reads in the source of its module what a family supports.
+        {
+            "base_model_prefix": causal.base_model_prefix,
+            "config_class": kind,
+            "__module__": causal.__module__,
+        },
     )

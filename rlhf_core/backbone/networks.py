@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_core.backbone.adapters import (
     adapter_parameters,
@@ -29,7 +36,7 @@ from rlhf_core.backbone.adapters import (
     save_adapter,
     use_adapter,
 )
-from rlhf_core.backbone.classifiers import classifiers
+from rlhf_core.backbone.classifiers import classifiers, has_classifier, on_body
 from rlhf_core.backbone.directory import (
     ModelKind,
     add_facts,
@@ -53,6 +60,7 @@ from rlhf_core.functional.logprobs import (
 
 Precision = Literal["float32", "bfloat16"]
 ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
+HEAD = "score.weight"  # of a scalar model, in its model directory
 CHUNK = 128  # tokens whose logits exist at a time
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # CPU features on x86 and ARM
 
@@ -261,8 +269,7 @@ class ScalarModel(Network):
 
         Raises: ModelError when the source cannot be read, or its family has no such head.
         """
-        kind = classifiers(read_pretrained(AutoConfig, source, revision))
-        return cls(load_weights(kind, source, revision, new=("score.weight",), num_labels=1))
+        return cls(_load_scalar(source, revision))
 
     @classmethod
     def outline(cls, policy: PreTrainedModel) -> Self:
@@ -298,9 +305,12 @@ class ScalarModel(Network):
         Raises: ModelError when the directory holds no scalar model.
         """
         card = require_kind(directory, "reward", "critic")
-        config = read_pretrained(AutoConfig, str(directory))
-        model = load_weights(classifiers(config), str(directory)).to(device)
-        return cls(model, mean=card["reward_mean"], std=card["reward_std"], precision=precision)
+        model = _load_scalar(str(directory))
+        with torch.no_grad():
+            cast(nn.Linear, model.score).weight.copy_(_read_tensor(directory, HEAD))
+        return cls(
+            model.to(device), mean=card["reward_mean"], std=card["reward_std"], precision=precision
+        )
 
     def save(
         self,
@@ -317,6 +327,28 @@ class ScalarModel(Network):
             setattr(whole.config, name, value)
         save_model(whole, tokenizer, directory, kind=kind, facts=constants)
         _save_adapter(self, directory, base)
+
+
+def _load_scalar(source: str, revision: str = MAIN) -> PreTrainedModel:
+    """A body with a head `score`, whose weights are those of the source or new."""
+    if has_classifier(read_pretrained(AutoConfig, source, revision)):
+        kind = AutoModelForSequenceClassification
+        return load_weights(kind, source, revision, new=(HEAD,), num_labels=1)
+    return on_body(load_weights(AutoModel, source, revision))
+
+
+def _read_tensor(directory: Path, name: str) -> Tensor:
+    """A tensor of a model directory.
+
+    Raises: ModelError when it is not there.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in list(tensors.keys()):
+                return cast(Tensor, tensors.get_tensor(name))
+    raise ModelError(
+        f"the weights of '{directory}' are incomplete: {name} is missing; use a complete model"
+    )
 
 
 def load_as_adapter(

@@ -5,7 +5,6 @@ import logging
 from prefect import task
 
 from rlhf_core.backbone.base_model import ModelConfig, outline
-from rlhf_core.backbone.classifiers import has_classifier
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.gates import RewardGateConfig, RewardQuality, require_reward_model
@@ -24,15 +23,11 @@ log = logging.getLogger(__name__)
 def check_base_model(model: ModelConfig) -> None:
     """Check that a reward model can be put on the base model's body, before fine-tuning.
 
-    Only the config is read if transformers has a classifier for the family. On the body of any
-    other family the generic one has to compute the right states, so it is loaded.
+    Only its config is read.
 
     Raises: ModelError when it cannot, or the source cannot be found, reached or read.
     """
-    plain = outline(model, vocabulary=0)
-    ScalarModel.outline(plain)
-    if not has_classifier(plain.config):
-        ScalarModel.on_body_of(model.source, model.revision)
+    ScalarModel.outline(outline(model, vocabulary=0))
 
 
 @stage_task("reward-model", "reward model")

@@ -78,6 +78,7 @@ FAMILIES: dict[str, dict] = {
     "codegen": {},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {**_WINDOW, "logit_scale": 0.25},
+    "ctrl": {"dff": 96},
     "cwm": _WINDOW,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
@@ -257,10 +258,13 @@ def _reward_model(folder: Path, tokenizer, saved: Path) -> str:
         rows = [plain(input_ids=torch.tensor([t]), use_cache=False).logits[0] for t in TEXTS]
         _require(scores, torch.cat(rows))
         return "yes"
-    body = AutoModel.from_pretrained(saved, **options).eval()
+    plain_body = AutoModel.from_pretrained(saved, **options).eval()
+    for body in (plain_body, _plain(folder).base_model):  # what is saved, and what it stands on
+        last = [body(torch.tensor([t]), use_cache=False).last_hidden_state[0, -1] for t in TEXTS]
+        _require(scores, torch.stack(last) @ scalar.head.weight[0])
     (head,) = (f["score.weight"] for f in map(load_file, saved.glob("*.safetensors")))
-    last = [body(torch.tensor([t]), use_cache=False).last_hidden_state[0, -1] for t in TEXTS]
-    _require(scores, torch.stack(last) @ head[0])
+    assert torch.equal(head, scalar.head.weight)
+    _require(ScalarModel.load(saved).scores(pack(TEXTS, "cpu")), scores)
     return "body and `score.weight`"
 
 
@@ -317,7 +321,7 @@ def _reason(error: UserError) -> str:
     for part, reason in {
         "does more to its logits": "its logits are more than a linear head times a factor",
         "without its head": "its body cannot be called without its head",
-        "NaN or infinity": "transformers' generic classifier does not initialise it",
+        "classifier.weight is missing": "its classifier in transformers has no linear head `score`",
         "no attribute 'past_key_values'": "it has no cache of transformers' own kind",
     }.items():
         if part in message:

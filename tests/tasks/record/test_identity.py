@@ -79,7 +79,7 @@ def test_all_that_an_import_really_loads_is_in_it(stage):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert loaded <= {str(path) for path in closure(start)}
-    assert len(closure(start)) < 60 < len(list(identity.ROOT.rglob("*.py")))
+    assert 3 * len(closure(start)) < 2 * len(list(identity.ROOT.rglob("*.py")))
 
 
 def test_a_stage_that_nobody_knows_has_the_whole_core(core):
