@@ -429,8 +429,17 @@ class Up:
                 **self._proof,
             },
         )
-        with urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
+
+        def answered():
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return [json.loads(answer.read() or "null")]
+            except HTTPError as error:
+                if error.code != 503:  # its database is busy; Prefect's client asks again, too
+                    raise
+                return None
+
+        return wait_until(answered, 60)[0]
 
     def kill(self) -> None:
         self.process.kill()
