@@ -144,12 +144,13 @@ PUBLISHED: tuple[Published, ...] = (
 
 
 def hint(columns: Sequence[str], kind: TableKind) -> str:
-    """The settings that read a set with these columns; empty if none is known."""
-    known = [p for p in PUBLISHED if p.kind == kind and p.columns <= set(columns)]
+    """The settings that read a set with these columns, as another table if not as this one; empty
+    if none is known."""
+    known = [p for p in PUBLISHED if p.columns <= set(columns)]
     if not known:
         return ""
-    found = max(known, key=lambda p: len(p.columns))
+    found = max(known, key=lambda p: (p.kind == kind, len(p.columns)))
     return (
-        f"they look like those of {found.name}, which data.{kind} reads by {{path: ..., "
+        f"they look like those of {found.name}, which data.{found.kind} reads by {{path: ..., "
         f"{found.settings}}}"
     )

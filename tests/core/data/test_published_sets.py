@@ -276,6 +276,14 @@ def test_without_its_line_the_error_has_the_line(known, tmp_path):
     assert f"by {{path: ..., {known.settings}}}" in str(caught.value)
 
 
+def test_a_set_of_another_table_is_named_with_that_table(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Air."}]
+    path.write_text(json.dumps({"conversations": turns}) + "\n")
+    with pytest.raises(DataError, match=r"ShareGPT, which data\.demonstrations reads by"):
+        read(path, "preferences", "")
+
+
 def test_the_page_lists_every_set_with_its_line():
     rows = re.findall(
         r"^\| ([^|]+) \| (demonstrations|preferences) \| (?:`([^|]+)`|nothing) \| [^|]+ \|$",
