@@ -57,7 +57,7 @@ class Servers:
         )
         self.clients = {
             **os.environ,
-            **serve._client_environment(self.settings, self.addresses),
+            **serve._client_environment(self.settings, self.addresses, folder / "configs"),
             "RLHF_CHECKPOINT_SECONDS": "0",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             **variables,
