@@ -29,17 +29,14 @@ from rlhf_core.backbone.packing import (
     position_ids,
 )
 from rlhf_core.backbone.pretrained import quiet
-from rlhf_core.errors import ModelError, UserError
+from rlhf_core.errors import ModelError, UserError, lacks_memory
 
 # Largest difference of hidden states, relative to their root mean square. Rounding gives 3e-5 in 30
 # blocks of attention and up to 5e-4 in scans of states; the faults that were found give 3e-3 with
 # the smallest of weights, and 0.1 and more with others.
 CLOSE = 1e-3
 WINDOW = 4  # tokens; shorter than every text of the check
-WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-)  # settings that bound how far back a layer looks
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of how far back a layer looks
 TESTED = "GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma 3, Phi, OLMo, ..."
 
 _log = logging.getLogger(__name__)
@@ -84,6 +81,8 @@ def _find(model: PreTrainedModel) -> str:
                     _attend(model, attention)
                     _require_equal(body, texts, wanted)
                 except Exception as error:  # whatever a family raises when it is called this way
+                    if lacks_memory(error):
+                        raise
                     wrong.append(f"{_label(attention)}, {_line(error)}")
                     continue
                 if wrong:
@@ -111,6 +110,8 @@ def _plain_states(
         rows = (torch.tensor([text], device=model.device) for text in texts)
         states = [body(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise _refused(model, f"a plain forward pass fails ({_line(error)})") from error
     if not all(state.isfinite().all() for state in states):
         raise broken(model)

@@ -166,6 +166,15 @@ def test_model_with_broken_weights_is_refused_with_that_reason():
         Policy(spoiled(lambda out: out / 0))
 
 
+def test_lack_of_memory_is_not_taken_for_a_family_that_cannot_be_packed(monkeypatch):
+    def lacking(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(load_check, "hidden_states", lacking)
+    with pytest.raises(torch.OutOfMemoryError):
+        Policy(llama())
+
+
 def test_model_with_another_attention_in_some_block_is_not_computed_packed(caplog):
     caplog.set_level(logging.INFO)
     model = llama()
