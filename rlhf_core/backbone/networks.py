@@ -242,6 +242,14 @@ class ScalarModel(Network):
         """(S,) the value at the last token of each text."""
         return cast(Tensor, self(packed, packed.last()))
 
+    def member_scores(self, packed: Packed) -> Tensor:
+        """(K, S) the scores of each member; a model alone is its only member, K = 1."""
+        return self.scores(packed).unsqueeze(0)
+
+    def last_states(self, packed: Packed) -> Tensor:
+        """(S, d) the hidden state at the last token of each text, which the head reads."""
+        return self.hidden(packed)[packed.last()]
+
     def with_own_head(self) -> Self:
         """A scalar model on the same transformer with a copy of the head: equal values for now."""
         return type(self)(
