@@ -12,7 +12,6 @@ from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
 from rlhf_core.backbone.networks import Precision, ScalarModel
 from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import Prompt, encode_answers
-from rlhf_core.training.order import chunks
 
 
 class RewardModel(Protocol):
@@ -65,7 +64,8 @@ def score_texts(
         found = encode_answers(prompt, [answer], tokenizer, max_length)
         rows.append(found.prompt + found.responses[0] or [tokenizer.eos_token_id])
     scores = []
-    for batch in chunks(rows, batch_size):
+    for start in range(0, len(rows), batch_size):
         between()
+        batch = rows[start : start + batch_size]
         scores.append(model.member_scores(pack(batch, model.model.device)).cpu())
     return torch.cat(scores, 1)

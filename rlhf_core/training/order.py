@@ -1,11 +1,9 @@
 """The order in which training takes its rows, and the position in it, which can be saved."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
 
 
 class Batches(Iterator[list[int]]):
@@ -81,7 +79,7 @@ class PromptStream(Iterator[list[int]]):
         self._order.set_state(state["order"])
 
 
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def chunks(items: list[int], size: int) -> Iterator[list[int]]:
     """Consecutive chunks of at most `size` items: the micro-batches of a batch."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
