@@ -9,6 +9,8 @@ in a folder, so that a second call only measures what is missing.
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,10 @@ from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import decode_responses, encode_prompt
 from rlhf_core.data.prepared import read_table, write_table
-from rlhf_core.rewards.models import RewardModel
+from rlhf_core.evaluation.overoptimisation import Measure, Point, best_of_n_path, gain_over
+from rlhf_core.evaluation.overoptimisation import Path as GainPath
+from rlhf_core.functional.ranking import clustered_bootstrap
+from rlhf_core.rewards.models import RewardModel, load_reward_model
 from rlhf_core.seeding import generator
 from rlhf_core.simulation import AnnotatorsConfig, SimulationConfig, true_reward
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
@@ -55,19 +60,20 @@ TEXT_LENGTH = 80  # tokens
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=128, heads=4, context=96))
 SAMPLING = SamplingConfig(max_prompt_length=24, max_new_tokens=48)
 SFT = SFTConfig(learning_rate=3e-3, max_length=TEXT_LENGTH)
-REWARD = RewardModelConfig(learning_rate=3e-3, max_length=TEXT_LENGTH, lora_rank=8)
+REWARD = RewardModelConfig(learning_rate=3e-3, max_length=TEXT_LENGTH, lora_rank=64, epochs=3)
 FULL_REWARD = RewardModelConfig(learning_rate=1e-3, max_length=TEXT_LENGTH)
 PAIRS = 4000  # votes, before they are halved
 PPO = PPOConfig(
-    learning_rate=5e-4,
+    learning_rate=1.5e-4,
     critic_learning_rate=1e-3,
     schedule="constant",
-    iterations=40,
+    iterations=30,
     rollout_size=64,
     batch_size=32,
     epochs=3,
-    kl_coef=0.0,
+    kl_coef=0.02,
     kl_control="fixed",
+    kl_budget=20,
     keep_every=2,
 )
 
@@ -142,6 +148,23 @@ class World:
 
         return self._made(name, train)
 
+    def kept(self, name: str, measure: Callable[[], GainPath]) -> GainPath:
+        """What was measured before under a name, or is measured now and kept: a line of JSON."""
+        path = self.root / "results.jsonl"
+        key = {"regime": self.regime, "seed": self.seed, "name": name}
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            record = json.loads(line)
+            if {field: record[field] for field in key} == key:
+                return GainPath.model_validate(record["path"])
+        begun = time.perf_counter()
+        found = measure()
+        seconds = round(time.perf_counter() - begun, 1)
+        record = {**key, "seconds": seconds, "path": found.model_dump(mode="json")}
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{self.regime}, seed {self.seed}, {name}: {seconds} s", file=sys.stderr)
+        return found
+
     def _prepare(self, folder: Path) -> None:
         simulation = SimulationConfig(annotators=REGIMES[self.regime], preference_pairs=PAIRS)
         config = DataConfig(source="simulated", eval_fraction=0.2, simulation=simulation)
@@ -152,9 +175,7 @@ class World:
             response=SAMPLING.max_new_tokens,
         )
         sections = {"model": MODEL, "limits": limits}
-        prepare_data(
-            config, Work(outputs={"data": folder}, sections=sections, seed=self.seed)
-        )
+        prepare_data(config, Work(outputs={"data": folder}, sections=sections, seed=self.seed))
 
     def _train_sft(self, folder: Path) -> None:
         train_sft(SFT, self._work({"data": self.data}, {"sft": folder}))
@@ -199,7 +220,9 @@ class Judge:
         answers, kl, written = [], [], []
         for batch, responses in respond(policy, asked, SAMPLING, generator=draws):
             answers += decode_responses(responses.tokens, responses.mask, self.tokenizer)
-            written += [t[m].tolist() for t, m in zip(responses.tokens, responses.mask, strict=True)]
+            written += [
+                t[m].tolist() for t, m in zip(responses.tokens, responses.mask, strict=True)
+            ]
             laid = lay_out(batch, responses)
             ours, theirs = (
                 response_logprobs(network, laid, temperature=SAMPLING.temperature).sum(-1)
@@ -220,3 +243,52 @@ def scores(model: RewardModel, texts: Texts) -> Tensor:
     """(N,) the reward of each answer, of the tokens that were sampled."""
     parts = [texts.rows[start : start + 128] for start in range(0, len(texts.rows), 128)]
     return torch.cat([model.scores(pack(rows, model.model.device)).cpu() for rows in parts])
+
+
+def measures(judge: Judge, proxy: Path, texts: Texts) -> dict[Measure, Tensor]:
+    """(N,) each: what the proxy, the held-out reward model and the truth say of answers."""
+    held_out = judge.world.reward("reward-held_out", "held_out", REWARD)
+    return {
+        "proxy": scores(load_reward_model(proxy)[0], texts),
+        "held_out": scores(load_reward_model(held_out)[0], texts),
+        "truth": texts.truth,
+    }
+
+
+def best_of_n(judge: Judge, name: str, proxy: Path, each: int) -> GainPath:
+    """Best-of-n by a reward model, from one pool of SFT answers."""
+
+    def measure() -> GainPath:
+        found = measures(judge, proxy, judge.pool(each))
+        pools = {key: values.view(-1, each) for key, values in found.items()}
+        seed = judge.world.seed
+        return best_of_n_path(f"seed {seed}", pools["proxy"], pools, seed)
+
+    return judge.world.kept(f"{name}-best_of_{each}", measure)
+
+
+def on_policy(judge: Judge, name: str, proxy: Path, each: int, config: PPOConfig = PPO) -> GainPath:
+    """PPO against a reward model, with its policies along the way measured."""
+
+    def measure() -> GainPath:
+        seed = judge.world.seed
+        pool = measures(judge, proxy, judge.pool(each))
+        base = {key: values.view(-1, each).double().mean(1) for key, values in pool.items()}
+        points = []
+        for folder in sorted(judge.world.policies(name, proxy, config).iterdir()):
+            texts = judge.texts(Policy.load(folder, "cpu")[0], judge.each, f"{name}/{folder.name}")
+            draws = generator(seed, f"regimes/kl/{folder.name}")
+            found = measures(judge, proxy, texts)
+            point = Point(
+                number=int(folder.name),
+                kl=clustered_bootstrap(texts.kl, texts.prompt, generator=draws),
+                gains={
+                    key: gain_over(values, texts.prompt, base[key], seed)
+                    for key, values in found.items()
+                },
+            )
+            points.append(point)
+        chosen = points[-1].number
+        return GainPath(name=f"seed {seed}", kind="on_policy", points=tuple(points), chosen=chosen)
+
+    return judge.world.kept(name, measure)

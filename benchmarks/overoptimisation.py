@@ -1,0 +1,66 @@
+"""The demo's world in three regimes: what a policy gains, and what it only seems to gain.
+
+    python benchmarks/overoptimisation.py --regimes clean flips shared --seeds 3 \\
+        --work .rlhf/bench/regimes --output docs/images
+
+In each regime and for each seed: SFT, a reward model on one half of the votes (the proxy), another
+on the other half (held out), and PPO against the proxy with a low price of KL; policies along the
+way, and best-of-n of SFT, are measured on held-out prompts by proxy, held-out reward model and
+truth. Prints the fits and a table, and draws the chart. What is made is kept in --work, so that a
+second call only measures what is missing; a line of JSON for each run goes to results.jsonl there.
+"""
+
+import argparse
+from pathlib import Path as Folder
+
+from flows.local import allocator
+
+if __name__ == "__main__":
+    allocator.keep_memory()
+
+import regimes
+import torch
+from regimes import Judge, World
+
+from rlhf_core.evaluation.chart import Chart, draw
+from rlhf_core.evaluation.overoptimisation import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--regimes", nargs="+", choices=list(regimes.REGIMES), default=list(regimes.REGIMES)
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Folder, required=True, help="where models are kept")
+    parser.add_argument("--output", type=Folder, help="folder of the picture")
+    parser.add_argument("--prompts", type=int, default=96, help="held-out prompts")
+    parser.add_argument("--answers", type=int, default=3, help="of a policy to each prompt")
+    parser.add_argument("--pool", type=int, default=64, help="answers of SFT to each prompt")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    charts = []
+    for regime in arguments.regimes:
+        paths: list[Path] = []
+        for seed in range(arguments.seeds):
+            world = World(arguments.work, regime, seed)
+            judge = Judge(world, arguments.prompts, arguments.answers)
+            proxy = world.reward("reward-proxy", "proxy", regimes.REWARD)
+            paths += [
+                regimes.best_of_n(judge, "single", proxy, arguments.pool),
+                regimes.on_policy(judge, "single", proxy, arguments.pool),
+            ]
+        title = f"{regimes.TITLES[regime]}, {arguments.seeds} seeds"
+        charts.append(Chart(title=title, paths=tuple(paths), kl_budget=regimes.PPO.kl_budget))
+    for chart in charts:
+        print(f"\n## {chart.title}\n")
+        print("\n".join(f"* {fit.sentence()}" for fit in chart.fits()))
+    if arguments.output is not None:
+        draw(charts).savefig(arguments.output / "overoptimisation.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
