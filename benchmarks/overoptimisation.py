@@ -11,6 +11,7 @@ second call only measures what is missing; a line of JSON for each run goes to r
 """
 
 import argparse
+from itertools import product
 from pathlib import Path as Folder
 
 from flows.local import allocator
@@ -37,24 +38,28 @@ def main() -> None:
     parser.add_argument("--work", type=Folder, required=True, help="where models are kept")
     parser.add_argument("--output", type=Folder, help="folder of the picture")
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts")
-    parser.add_argument("--answers", type=int, default=3, help="of a policy to each prompt")
-    parser.add_argument("--pool", type=int, default=64, help="answers of SFT to each prompt")
+    parser.add_argument("--answers", type=int, default=2, help="of a policy to each prompt")
+    parser.add_argument("--pool", type=int, default=32, help="answers of SFT to each prompt")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    charts = []
-    for regime in arguments.regimes:
-        paths: list[Path] = []
-        for seed in range(arguments.seeds):
-            world = World(arguments.work, regime, seed)
-            judge = Judge(world, arguments.prompts, arguments.answers)
-            proxy = world.reward("reward-proxy", "proxy", regimes.REWARD)
-            paths += [
-                regimes.best_of_n(judge, "single", proxy, arguments.pool),
-                regimes.on_policy(judge, "single", proxy, arguments.pool),
-            ]
-        title = f"{regimes.TITLES[regime]}, {arguments.seeds} seeds"
-        charts.append(Chart(title=title, paths=tuple(paths), kl_budget=regimes.PPO.kl_budget))
+    paths: dict[str, list[Path]] = {regime: [] for regime in arguments.regimes}
+    for seed, regime in product(range(arguments.seeds), arguments.regimes):
+        world = World(arguments.work, regime, seed)
+        judge = Judge(world, arguments.prompts, arguments.answers)
+        proxy = world.reward("reward-proxy", "proxy", regimes.REWARD)
+        paths[regime] += [
+            regimes.on_policy(judge, "single", proxy, arguments.pool),
+            regimes.best_of_n(judge, "single", proxy, arguments.pool),
+        ]
+    charts = [
+        Chart(
+            title=f"{regimes.TITLES[regime]}, {arguments.seeds} seeds",
+            paths=tuple(found),
+            kl_budget=regimes.PPO.kl_budget,
+        )
+        for regime, found in paths.items()
+    ]
     for chart in charts:
         print(f"\n## {chart.title}\n")
         print("\n".join(f"* {fit.sentence()}" for fit in chart.fits()))

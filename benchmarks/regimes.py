@@ -60,21 +60,23 @@ TEXT_LENGTH = 80  # tokens
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=128, heads=4, context=96))
 SAMPLING = SamplingConfig(max_prompt_length=24, max_new_tokens=48)
 SFT = SFTConfig(learning_rate=3e-3, max_length=TEXT_LENGTH)
-REWARD = RewardModelConfig(learning_rate=3e-3, max_length=TEXT_LENGTH, lora_rank=64, epochs=3)
+REWARD = RewardModelConfig(
+    learning_rate=4e-3, max_length=TEXT_LENGTH, lora_rank=64, center_coef=0.05
+)
 FULL_REWARD = RewardModelConfig(learning_rate=1e-3, max_length=TEXT_LENGTH)
-PAIRS = 4000  # votes, before they are halved
+PAIRS = 12_000  # votes, before they are halved
 PPO = PPOConfig(
     learning_rate=1.5e-4,
     critic_learning_rate=1e-3,
     schedule="constant",
-    iterations=30,
+    iterations=24,
     rollout_size=64,
     batch_size=32,
     epochs=3,
     kl_coef=0.02,
     kl_control="fixed",
     kl_budget=20,
-    keep_every=2,
+    keep_every=1,
 )
 
 

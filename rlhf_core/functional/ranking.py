@@ -111,7 +111,7 @@ def best_of_n_mean(scores: Tensor, values: Tensor, n: int) -> Tensor:
         raise ValueError(f"n must lie between 1 and the {size} samples of a prompt, got {n}.")
     subsets = math.comb(size, n)
     shares = [math.comb(i, n - 1) / subsets for i in range(size)]
-    ranked = values.double().gather(1, scores.argsort(1, stable=True))
+    ranked = values.double().gather(1, scores.argsort(dim=1, stable=True))
     return ranked @ torch.tensor(shares, dtype=torch.float64, device=values.device)
 
 
