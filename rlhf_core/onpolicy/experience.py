@@ -88,6 +88,8 @@ class Collector:
             scored = self._experience(prompts, draws, minibatches, rows) if rows else []
         rollout = self.ranks.gather(scored, rows, Rollout.join)
         require_finite("the reward-model score", rollout.scores)
+        if rollout.spread is not None:
+            require_finite("the spread of the members", rollout.spread)
         require_finite("the log-probability of a sampled token", rollout.logprobs)
         require_finite("its log-probability under the reference", rollout.ref_logprobs)
         require_finite("the critic's value", rollout.values)
@@ -141,4 +143,5 @@ class Collector:
             scores=scores.total,
             parts=scores.parts,
             below=rows.shared_states(),
+            spread=scores.spread,
         )
