@@ -241,6 +241,7 @@ def _train_ensemble(
 ) -> EnsembleReport:
     """Train the members on one trunk, normalise each, and write them as one model."""
     sft, seed, ranks, logger = work.inputs["sft"], work.seed, work.ranks, work.logger
+    ranks.require_shared("set reward_model.members to 1")
     members = [
         trunk.with_new_head(generator(seed, f"reward/head/{number}"))
         for number in range(1, config.members + 1)
@@ -254,7 +255,7 @@ def _train_ensemble(
     prompts = read_table(work.inputs["data"], "preferences", "train")["prompt"]
     sampling = work.section(SamplingConfig)
     sampled, states = [], []
-    with ranks.whole(*members):
+    with torch.no_grad():
         for packed in _sft_samples(sft, trunk, prompts, config, sampling, seed, logger):
             sampled.append(ensemble.member_scores(packed))
             states.append(average.last_states(packed))
@@ -266,7 +267,7 @@ def _train_ensemble(
         member.std = scale_of(its_samples, chosen - rejected)
     average_head(average, members)
     averaged = _scores(average, votes.held_out.pairs, config, ranks, logger)[0]
-    its_samples = average.head(torch.cat(states)).squeeze(-1).cpu()
+    its_samples = average.head(torch.cat(states)).squeeze(-1).detach().cpu()
     require_finite("the score of the weight average", its_samples)
     average.mean = its_samples.mean().item()
     average.std = scale_of(its_samples, averaged[0] - averaged[1])
