@@ -14,6 +14,7 @@ Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -144,8 +145,8 @@ def average_adapters(model: PreTrainedModel, names: Sequence[str], average: str)
     with torch.no_grad():
         for layer in layers.values():
             for matrices, side in ((layer.lora_A, 0), (layer.lora_B, 1)):
-                joined = torch.cat([matrices[name].weight for name in names], side)
-                matrices[average].weight.copy_(joined)
+                weights = {name: cast(Tensor, matrices[name].weight) for name in (*names, average)}
+                weights[average].copy_(torch.cat([weights[name] for name in names], side))
 
 
 def save_adapter(

@@ -1,6 +1,7 @@
 """An ensemble of reward models: members on one trunk, each an adapter with a head of its own.
 
-    mean:  r̄ = Σₖ rₖ / K          min:  minₖ rₖ          mean_minus_variance:  r̄ - λ·Σₖ (rₖ - r̄)² / K
+    mean:  r̄ = Σₖ rₖ / K                    min:  minₖ rₖ
+    mean_minus_variance:  r̄ - λ·Σₖ (rₖ - r̄)² / K
     weight_average:  one model, whose weights are the mean of the members'
 
 Every rₖ is normalised: on samples of the SFT policy each member has mean 0 and standard deviation
