@@ -67,6 +67,7 @@ class Rollout:
     # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
     shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
+    spread: Tensor | None = None  # (B,) of the members of a reward model; None without members
 
     @property
     def outcomes(self) -> Tensor:
@@ -85,6 +86,7 @@ class Rollout:
         prompts = [part.prompts for part in parts]
         responses = [part.responses for part in parts]
         below = [part.below for part in parts if part.below is not None]
+        spread = [part.spread for part in parts if part.spread is not None]
         return cls(
             PromptBatch(
                 _stack([p.input_ids for p in prompts], left=True),
@@ -101,6 +103,7 @@ class Rollout:
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             _stack(below) if below else None,
+            torch.cat(spread) if spread else None,
         )
 
     def to(self, device: str) -> "Rollout":
@@ -115,6 +118,7 @@ class Rollout:
             {name: part.to(device) for name, part in self.parts.items()},
             None if self.below is None else self.below.to(device),
             None if self.shaped is None else self.shaped.to(device),
+            None if self.spread is None else self.spread.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -129,6 +133,7 @@ class Rollout:
             {name: part[index] for name, part in self.parts.items()},
             None if self.below is None else self.below[index],
             None if self.shaped is None else self.shaped[index],
+            None if self.spread is None else self.spread[index],
         )
 
 
