@@ -103,7 +103,7 @@ class Rollout:
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             _stack(below) if below else None,
-            torch.cat(spread) if spread else None,
+            spread=torch.cat(spread) if spread else None,
         )
 
     def to(self, device: str) -> "Rollout":
