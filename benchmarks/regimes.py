@@ -29,6 +29,7 @@ from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.evaluation.overoptimisation import Measure, Point, best_of_n_path, gain_over
 from rlhf_core.evaluation.overoptimisation import Path as GainPath
 from rlhf_core.functional.ranking import clustered_bootstrap
+from rlhf_core.rewards.ensemble import MEAN, MemberSection
 from rlhf_core.rewards.models import RewardModel, load_reward_model
 from rlhf_core.seeding import generator
 from rlhf_core.simulation import AnnotatorsConfig, SimulationConfig, true_reward
@@ -56,6 +57,7 @@ TITLES = {
 }
 HALVES = ("proxy", "held_out")
 TEXT_LENGTH = 80  # tokens
+SCORED = 8  # answers of SFT to each prompt that are the zero of a reward model's gain
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=128, heads=4, context=96))
 SAMPLING = SamplingConfig(max_prompt_length=24, max_new_tokens=48)
@@ -88,6 +90,12 @@ class Texts(NamedTuple):
     kl: Tensor  # (N,) log π - log π_sft of the answer, nats
     truth: Tensor  # (N,)
     length: Tensor  # (N,) tokens of the answer
+
+    def first(self, each: int, count: int) -> "Texts":
+        """The first `count` of the `each` answers to each prompt."""
+        kept = torch.arange(len(self.rows)).view(-1, each)[:, :count].reshape(-1)
+        rows = [self.rows[i] for i in kept.tolist()]
+        return Texts(rows, *(values[kept] for values in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -247,11 +255,13 @@ def scores(model: RewardModel, texts: Texts) -> Tensor:
     return torch.cat([model.scores(pack(rows, model.model.device)).cpu() for rows in parts])
 
 
-def measures(judge: Judge, proxy: Path, texts: Texts) -> dict[Measure, Tensor]:
+def measures(
+    judge: Judge, proxy: Path, texts: Texts, members: MemberSection = MEAN
+) -> dict[Measure, Tensor]:
     """(N,) each: what the proxy, the held-out reward model and the truth say of answers."""
     held_out = judge.world.reward("reward-held_out", "held_out", REWARD)
     return {
-        "proxy": scores(load_reward_model(proxy)[0], texts),
+        "proxy": scores(load_reward_model(proxy, members=members)[0], texts),
         "held_out": scores(load_reward_model(held_out)[0], texts),
         "truth": texts.truth,
     }
@@ -274,13 +284,15 @@ def on_policy(judge: Judge, name: str, proxy: Path, each: int, config: PPOConfig
 
     def measure() -> GainPath:
         seed = judge.world.seed
-        pool = measures(judge, proxy, judge.pool(each))
-        base = {key: values.view(-1, each).double().mean(1) for key, values in pool.items()}
+        pool = judge.pool(each)
+        scored = measures(judge, proxy, pool.first(each, SCORED), config)
+        base = {key: values.view(-1, SCORED).double().mean(1) for key, values in scored.items()}
+        base["truth"] = pool.truth.view(-1, each).double().mean(1)
         points = []
         for folder in sorted(judge.world.policies(name, proxy, config).iterdir()):
             texts = judge.texts(Policy.load(folder, "cpu")[0], judge.each, f"{name}/{folder.name}")
             draws = generator(seed, f"regimes/kl/{folder.name}")
-            found = measures(judge, proxy, texts)
+            found = measures(judge, proxy, texts, config)
             point = Point(
                 number=int(folder.name),
                 kl=clustered_bootstrap(texts.kl, texts.prompt, generator=draws),

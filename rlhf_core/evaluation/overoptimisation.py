@@ -39,6 +39,7 @@ MEASURES: Mapping[Measure, str] = {
 }
 KINDS: Mapping[Kind, str] = {"on_policy": "trained policy", "best_of_n": "best of n"}
 _FARTHEST_PEAK = 1e4  # nats; a peak beyond is none
+_NEAR = 0.6  # √nats around a KL of which the gain is asked
 _LEAST_DISTANCE = 0.1  # √nats; what is nearer to SFT shows no curve
 
 
@@ -179,6 +180,23 @@ def best_of_n_path(
         for n in numbers
     ]
     return Path(name=name, kind="best_of_n", points=tuple(points))
+
+
+def gain_at(path: Path, measure: Measure, kl: float) -> float | None:
+    """The gain of a path at a KL: a straight line in √KL through the points around it, by least
+    squares, which averages their noise.
+
+    The points are those within 0.6 √nats and the nearest one on each side. None when the path does
+    not reach the KL.
+    """
+    at = math.sqrt(kl)
+    points = path.series(measure)
+    below, above = [p for p in points if p[0] <= at], [p for p in points if p[0] > at]
+    if not below or not above:
+        return None
+    near = {max(below), min(above)} | {p for p in points if abs(p[0] - at) <= _NEAR}
+    distance, gains = np.array(sorted(near)).T
+    return float(np.polynomial.polynomial.polyfit(distance - at, gains, 1)[0])
 
 
 def fit_gains(paths: Sequence[Path], measure: Measure) -> Fit | Unfitted:

@@ -17,6 +17,7 @@ from rlhf_core.evaluation.overoptimisation import (
     Unfitted,
     best_of_n_path,
     fit_gains,
+    gain_at,
     gain_over,
 )
 from rlhf_core.functional.ranking import Interval, best_of_n_mean
@@ -151,6 +152,13 @@ def test_a_path_of_best_of_n_starts_at_sft():
     assert last.kl.value == pytest.approx(math.log(12) - 11 / 12)
     assert last.gains["proxy"].low > 1
     assert last.gains["truth"].value == pytest.approx(-last.gains["proxy"].value)
+
+
+def test_the_gain_at_a_kl_is_read_off_a_line_through_the_points_around_it():
+    line = path([0, 1, 2, 2.4, 2.8, 3.2, 4], [0.0, 9, 1.0, 1.2, 1.4, 1.6, 9])
+    assert gain_at(line, "truth", 2.5**2) == pytest.approx(1.25)  # 1 and 4 are too far away
+    assert gain_at(path([1, 3], [1, 2]), "truth", 2.5**2) == pytest.approx(1.75)
+    assert gain_at(path([1, 2], [1, 2]), "truth", 2.5**2) is None
 
 
 def test_a_gain_is_paired_by_prompt():
