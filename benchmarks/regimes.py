@@ -68,10 +68,10 @@ REWARD = RewardModelConfig(
 FULL_REWARD = RewardModelConfig(learning_rate=1e-3, max_length=TEXT_LENGTH)
 PAIRS = 12_000  # votes, before they are halved
 PPO = PPOConfig(
-    learning_rate=1.5e-4,
+    learning_rate=3e-4,
     critic_learning_rate=1e-3,
     schedule="constant",
-    iterations=24,
+    iterations=16,
     rollout_size=64,
     batch_size=32,
     epochs=3,

@@ -157,7 +157,7 @@ def gain_over(values: Tensor, prompt: Tensor, base: Tensor, seed: int) -> Interv
 def best_of_n_path(
     name: str, scores: Tensor, measures: Mapping[Measure, Tensor], seed: int
 ) -> Path:
-    """Best-of-n for n = 1, 2, 4 … N from one pool: N samples of SFT to each prompt.
+    """Best-of-n for n = 1, 2, 3, 4, 6, 8, 12 … N from one pool: N samples of SFT to each prompt.
 
     The KL is the exact one of samples whose scores differ, and has no error; a gain is bootstrapped
     over prompts.
@@ -165,7 +165,8 @@ def best_of_n_path(
     Shapes: (P, N) scores that select, and each measure of the same samples.
     """
     size = scores.shape[1]
-    numbers = sorted({*(2**k for k in range(size.bit_length())), size})
+    steps = (n for k in range(size.bit_length()) for n in (2**k, 3 * 2**k))
+    numbers = sorted({*(n for n in steps if n <= size), size})
     prompt = torch.arange(len(scores))
     base = {measure: values.double().mean(1) for measure, values in measures.items()}
     points = [

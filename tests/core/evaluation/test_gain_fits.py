@@ -145,7 +145,7 @@ def test_best_of_n_of_uniform_scores_is_the_known_order_statistic():
 def test_a_path_of_best_of_n_starts_at_sft():
     scores = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     found = best_of_n_path("pool", scores, {"proxy": scores, "truth": -scores}, seed=0)
-    assert [point.number for point in found.points] == [1, 2, 4, 8, 12]
+    assert [point.number for point in found.points] == [1, 2, 3, 4, 6, 8, 12]
     first, last = found.points[0], found.points[-1]
     assert first.kl.value == 0
     assert first.gains["proxy"].value == pytest.approx(0)
