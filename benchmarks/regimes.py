@@ -71,7 +71,8 @@ PPO = PPOConfig(
     learning_rate=3e-4,
     critic_learning_rate=1e-3,
     schedule="constant",
-    iterations=16,
+    warmup_ratio=0.3,
+    iterations=18,
     rollout_size=64,
     batch_size=32,
     epochs=3,
@@ -200,7 +201,10 @@ class World:
         if not folder.is_dir():
             begun.mkdir(parents=True)
             make(begun)
-            begun.rename(folder)
+            if folder.is_dir():  # another process was faster; it has made the same
+                shutil.rmtree(begun)
+            else:
+                begun.rename(folder)
         return folder
 
 
