@@ -133,7 +133,11 @@ def logged(tmp_path_factory):
 
     reports = {name: report(name) for name in STAGES}
     return {
-        name: {general(key) for _, values in loggers[name].history for key in values}
+        name: {
+            general(key, arms=name == "evaluation")
+            for _, values in loggers[name].history
+            for key in values
+        }
         | {general(f"summary/{key}", arms=name == "evaluation") for key in report.summary()}
         for name, report in reports.items()
     }

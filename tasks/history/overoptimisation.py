@@ -74,9 +74,10 @@ def write_chart(chart: Chart, picture: FilePath) -> tuple[FilePath, FilePath]:
     kinds = figure.canvas.get_supported_filetypes()
     if picture.suffix.removeprefix(".").lower() not in kinds:
         raise UserError(
-            f"{picture.name} is no name of a picture: give it one of the endings "
+            f"{picture} is no name of a picture: give it one of the endings "
             f"{', '.join(sorted(kinds))}"
         )
+    picture.parent.mkdir(parents=True, exist_ok=True)
     table = picture.with_suffix(".csv")
     pd.DataFrame(chart.rows()).to_csv(table, index=False)
     figure.savefig(picture, dpi=100)

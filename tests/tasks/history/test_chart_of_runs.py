@@ -123,7 +123,7 @@ def test_a_run_without_iterations_is_one_sentence(recorded, settings):
 def test_the_picture_and_its_numbers_are_written(recorded, settings, tmp_path):
     run = recorded({"ppo": rollouts(1.0), "evaluation": EVALUATED})
     chart = overoptimisation([run], settings=settings)
-    picture, table = write_chart(chart, tmp_path / "chart.png")
+    picture, table = write_chart(chart, tmp_path / "new" / "chart.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     with table.open() as file:
         rows = list(csv.DictReader(file))
