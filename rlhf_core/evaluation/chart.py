@@ -76,7 +76,7 @@ def draw(charts: Sequence[Chart]) -> "Figure":
     """A panel for each chart, on the same axes.
 
     Every run is drawn: thin lines with error bars in both directions; a ring marks its chosen
-    checkpoint. Bold lines are the fits, broken beyond the points, with a star at the predicted
+    checkpoint. Bold lines are the fits, dotted beyond the points, with a star at the predicted
     peak. Dashed lines and squares are best-of-n.
     """
     figure = blank(5.6 * len(charts) + 1.2, 4.8)
@@ -142,11 +142,12 @@ def _path(axes: "Axes", path: Path, measure: Measure) -> None:
 
 def _fit(axes: "Axes", fit: Fit) -> None:
     right = max(fit.farthest, axes.get_xlim()[1])
-    within, beyond = np.linspace(0, fit.farthest, 100), np.linspace(fit.farthest, right, 20)
+    peak = fit.peak if fit.peak is not None and fit.peak <= right else fit.farthest
+    end = right if fit.kind == "on_policy" else max(fit.farthest, peak)
+    within, beyond = np.linspace(0, fit.farthest, 100), np.linspace(fit.farthest, end, 20)
     color, style = _COLORS[fit.measure], _DASHES[fit.kind]
     axes.plot(within, [fit.gain(d) for d in within], color=color, linewidth=2.2, linestyle=style)
-    if fit.kind == "on_policy":
-        axes.plot(beyond, [fit.gain(d) for d in beyond], color=color, linewidth=1, linestyle=":")
+    axes.plot(beyond, [fit.gain(d) for d in beyond], color=color, linewidth=1, linestyle=":")
     if fit.peak is not None and fit.peak <= right:
         axes.scatter(fit.peak, fit.gain(fit.peak), marker="*", s=150, color=color, zorder=5)
 

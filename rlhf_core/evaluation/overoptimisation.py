@@ -38,7 +38,7 @@ MEASURES: Mapping[Measure, str] = {
     "truth": "true reward",
 }
 KINDS: Mapping[Kind, str] = {"on_policy": "trained policy", "best_of_n": "best of n"}
-_FARTHEST_PEAK = 1e4  # nats; a peak beyond is none
+_FARTHEST_PEAK = 1000.0  # nats; a peak beyond is none
 _NEAR = 0.6  # √nats around a KL of which the gain is asked
 _LEAST_DISTANCE = 0.1  # √nats; what is nearer to SFT shows no curve
 
@@ -111,7 +111,7 @@ class Fit(_Frozen):
         form = "d(α - β log d)" if self.kind == "on_policy" else "d(α - βd)"
         return (
             f"{KINDS[self.kind]}, {MEASURES[self.measure]}: {form} with α {_text(self.alpha)}, "
-            f"β {_text(self.beta)}, R² {self.r2:.2f}; {self._about_peak()} {self._about_interval()}"
+            f"β {_text(self.beta)}, R² {self.r2:.2f}; {self._about_peak()} ({self._about_intervals()})."
         )
 
     @property
@@ -121,25 +121,20 @@ class Fit(_Frozen):
     def _about_peak(self) -> str:
         if self.peak_kl is None:
             if self.beta.value > 0 >= self.alpha.value:
-                return "it falls from the start, so no peak is predicted."
-            return (
-                f"no peak is predicted (β is not above 0 by enough), up to {_FARTHEST_PEAK:g} nats."
-            )
+                return "it falls from the start, so no peak is predicted"
+            return f"no peak is predicted up to {_FARTHEST_PEAK:g} nats"
         peak, farthest = self.peak_kl, self.farthest**2
         text = f"predicted peak at d* {math.sqrt(peak.value):.2f}, KL {_text(peak)} nats"
         if self.beta.low <= 0:
             text += ", but β may be 0, so there may be none"
         if peak.value > farthest:
             text += f", which is beyond the farthest point ({farthest:.1f} nats): an extrapolation"
-        return text + "."
+        return text
 
-    def _about_interval(self) -> str:
+    def _about_intervals(self) -> str:
         if self.paths > 1:
-            return f"Intervals: jackknife over {self.paths} runs."
-        return (
-            "Intervals: from the residuals of one run, whose points are not independent, so they "
-            "are too narrow."
-        )
+            return f"jackknife over {self.paths} runs"
+        return "intervals from the residuals of one run, which are too narrow"
 
 
 def gain_over(values: Tensor, prompt: Tensor, base: Tensor, seed: int) -> Interval:
