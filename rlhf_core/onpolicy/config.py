@@ -7,12 +7,13 @@ from pydantic import Field, model_validator
 from rlhf_core.functional.logprobs import KLKind
 from rlhf_core.functional.rewards import Combination, MissingEOS
 from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
+from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.scoring import RewardTerm, check_terms
 from rlhf_core.rewards.shaping import ShapingSection
 from rlhf_core.training.learner import TrainingSection
 
 
-class OnPolicySection(TrainingSection):
+class OnPolicySection(TrainingSection, MemberSection):
     """Settings that PPO, RLOO and GRPO share."""
 
     learning_rate: float = Field(3e-6, gt=0, description="Peak learning rate of the policy")

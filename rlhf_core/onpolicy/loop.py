@@ -192,6 +192,7 @@ def iterate(
                 loaded=actors.rewards,
                 combination=config.combine_rewards,
                 variance_coef=config.variance_coef,
+                members=config,
                 places=work.rewards_from,
             ),
             sampler=sampler or PolicySampler(actors.policy, sampling.temperature),

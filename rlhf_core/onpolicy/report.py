@@ -67,6 +67,8 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         stats["objective/shaped_score"] = rollout.shaped.mean().item()
     if len(rollout.parts) > 1:
         stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
+    if rollout.spread is not None:
+        stats["reward/spread"] = rollout.spread.mean().item()
     return stats
 
 
