@@ -66,6 +66,12 @@ class Rollout:
     # states that enter the first block with an adapter, which networks on one transformer share;
     # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
+    shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
+
+    @property
+    def outcomes(self) -> Tensor:
+        """(B,) what credit is assigned by: the shaped scores, or the scores."""
+        return self.scores if self.shaped is None else self.shaped
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
@@ -108,6 +114,7 @@ class Rollout:
             self.scores.to(device),
             {name: part.to(device) for name, part in self.parts.items()},
             None if self.below is None else self.below.to(device),
+            None if self.shaped is None else self.shaped.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -121,6 +128,7 @@ class Rollout:
             self.scores[index],
             {name: part[index] for name, part in self.parts.items()},
             None if self.below is None else self.below[index],
+            None if self.shaped is None else self.shaped[index],
         )
 
 

@@ -31,6 +31,7 @@ from rlhf_core.functional.ranking import (
     Interval,
 )
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
+from rlhf_core.rewards.shaping import LengthPenaltySection
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -44,6 +45,10 @@ class EvaluationConfig(Section):
     )
     best_of: int = Field(
         8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
+    )
+    best_of_penalty: LengthPenaltySection = Field(
+        default_factory=LengthPenaltySection,
+        description="Best-of-n takes the best by the reward less this price of long answers",
     )
     true_reward: str = Field(
         "",
@@ -116,7 +121,8 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     answers: dict[ArmName, Answers] = {}
     pool = answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
-    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy, n))
+    price = config.best_of_penalty.excess(pool.tokens)
+    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
     for done, name in enumerate(others, start=2):
         logger.progress(done, 4, name)
         if name in work.inputs:
