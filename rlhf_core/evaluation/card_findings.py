@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from rlhf_core.evaluation.intervals import FEW_PROMPTS
 from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.rewards.canaries import MOST_BEATEN
 
 STRONG_CORRELATION = 0.5  # a rule of thumb: a quarter of the variance of the ranks
 _NAMED = 3
@@ -274,9 +275,9 @@ def _length(card: ReportCard) -> Iterator[Finding]:
 def _canaries(card: ReportCard) -> Iterator[Finding]:
     if not card.canaries:
         return
-    caught = [canary for canary in card.canaries if canary.beats_real.high <= 0.5]
-    better = [canary for canary in card.canaries if canary.beats_real.low >= 0.5]
-    unsure = [canary for canary in card.canaries if canary not in caught + better]
+    better = [canary for canary in card.canaries if canary.caught()]
+    worse = [canary for canary in card.canaries if canary.beats_real.high <= MOST_BEATEN]
+    unsure = [canary for canary in card.canaries if canary not in worse + better]
     for canary in better:
         value, low, high = canary.beats_real
         yield Finding(
@@ -293,8 +294,8 @@ def _canaries(card: ReportCard) -> Iterator[Finding]:
             f"The reward of these bad answers is not clearly below that of real ones: {named}.",
             "Look at the table of canaries; more held-out prompts give sharper answers.",
         )
-    if caught:
-        of = f"all {len(caught)}" if len(caught) == len(card.canaries) else f"{len(caught)}"
+    if worse:
+        of = f"all {len(worse)}" if len(worse) == len(card.canaries) else f"{len(worse)}"
         yield Finding("good", f"It rates {of} kinds of bad answers below real ones.")
 
 

@@ -19,6 +19,7 @@ from rlhf_core.data.prepared import prompt_key
 
 NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
 _WORDS, _PERMUTATIONS = 3, 64
+_FIRST = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
 
 class Leaks(BaseModel):
@@ -110,7 +111,8 @@ def _shingles(text: str) -> frozenset[bytes]:
 
 
 def _hashed(shingles: Iterable[bytes]) -> MinHash:
-    hashed = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
+    # The permutations are slow to draw.
+    hashed = MinHash(num_perm=_PERMUTATIONS, hashfunc=crc32, permutations=_FIRST.permutations)
     hashed.update_batch(shingles)
     return hashed
 
