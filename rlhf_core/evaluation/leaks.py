@@ -19,7 +19,7 @@ from rlhf_core.data.prepared import prompt_key
 
 NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
 _WORDS, _PERMUTATIONS = 3, 64
-_FIRST = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
+_EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
 
 class Leaks(BaseModel):
@@ -111,8 +111,7 @@ def _shingles(text: str) -> frozenset[bytes]:
 
 
 def _hashed(shingles: Iterable[bytes]) -> MinHash:
-    # The permutations are slow to draw.
-    hashed = MinHash(num_perm=_PERMUTATIONS, hashfunc=crc32, permutations=_FIRST.permutations)
+    hashed = _EMPTY.copy()  # the permutations are slow to draw
     hashed.update_batch(shingles)
     return hashed
 
