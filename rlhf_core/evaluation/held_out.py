@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_core.data.pairs import half_for_ties, prompt_numbers, with_winners
-from rlhf_core.data.prepared import canonical_prompt
+from rlhf_core.data.prepared import KEPT, canonical_prompt
 from rlhf_core.evaluation.intervals import (
     Estimate,
     calibration_estimate,
@@ -221,10 +221,10 @@ class HeldOutVotes:
         for column, title in named.items():
             yield title, [str(value) or UNKNOWN for value in self.table[column]]
         yield "length difference", _buckets(self.longer.abs())
-        if "kept" in self.table:
-            names = dict.fromkeys(name for kept in self.table["kept"] for name in kept)
+        if KEPT in self.table:
+            names = dict.fromkeys(name for kept in self.table[KEPT] for name in kept)
             for name in names:
-                yield name, [str(kept.get(name, "")) or UNKNOWN for kept in self.table["kept"]]
+                yield name, [kept.get(name) or UNKNOWN for kept in self.table[KEPT]]
 
     def _by_value(self, values: list[str]) -> dict[str, Tensor]:
         """The rows of the votes with a winner, by value."""

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
+from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import Policy, Precision
 from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.backbone.sampling import SamplingConfig, respond
@@ -236,9 +238,16 @@ def _vote_scores(exam: _Examinee, table: pd.DataFrame) -> HeldOutVotes:
         table[known.numpy()],
         gaps[:, at] * sign,
         longer[at] * sign,
-        float(getattr(exam.model, "std", 1.0)),
+        _logits_in_a_unit(exam.work.inputs["reward"]),
         exam.work.seed,
     )
+
+
+def _logits_in_a_unit(reward_model: Path) -> float:
+    """The standard deviation that the reward was divided by; of an ensemble its members' mean."""
+    card = read_card(reward_model)
+    scales = [float(one["reward_std"]) for one in card.get("members", [card])]
+    return sum(scales) / len(scales)
 
 
 @dataclass(frozen=True)
