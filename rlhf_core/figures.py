@@ -69,7 +69,7 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     shown = {name: title for name, title in panels.items() if name in history[0]}
     figure = blank(11.0, 5.6)
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, shown.items(), strict=False):
-        _dress(axes, title, "iteration", "")
+        dress(axes, title, "iteration", "")
         axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
     return figure
 
@@ -85,7 +85,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Fi
     figure = blank(9.0, 5.6)
     steps = [step for step, _ in history]
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        _dress(axes, title, "optimizer step", "")
+        dress(axes, title, "optimizer step", "")
         axes.plot(steps, [values[name] for _, values in history], color=BLUE)
     return figure
 
@@ -132,7 +132,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
     figure = blank(3.6 * len(rows), 3.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
-        _dress(axes, title, "", "")
+        dress(axes, title, "", "")
         known = [(name, i) for name, i in zip(names, intervals, strict=True) if i is not None]
         for name, (value, low, high) in known:
             axes.bar(name, value, color=ARM_COLORS[name], width=0.6)
@@ -153,11 +153,12 @@ def proxy_against_truth(points: Mapping[str, Points]) -> "Figure":
 def _single(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
     figure = blank(6.4, 4.0)
     axes = figure.add_subplot()
-    _dress(axes, title, x, y)
+    dress(axes, title, x, y)
     return figure, axes
 
 
-def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
+def dress(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Give a panel its title and labels, and a light frame."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
 from rlhf_core.backbone.networks import Precision, ScalarModel
-from rlhf_core.backbone.packing import pack
+from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
@@ -42,6 +42,7 @@ from rlhf_core.rewards.functions import (
     call_function,
     load_function,
 )
+from rlhf_core.rewards.models import RewardModel
 from rlhf_core.types import Responses
 
 PIPELINE_REWARD = "reward_model"  # the source that means this pipeline's reward model
@@ -156,6 +157,8 @@ class Reward:
         self._combine = partial(combine, how=combination, variance_coef=variance_coef)
         self._tokenizer = policy_tokenizer
         self._weights = {term.name: term.weight for term in terms}
+        self._models, self._tokenizers = models, tokenizers
+        self._first_model = next((term.source for term in terms if term.is_model), None)
         self._scorers: dict[str, _Scorer] = {}
         for term in terms:
             if not term.is_model:
@@ -183,6 +186,21 @@ class Reward:
         parts = {name: scorer(answers) for name, scorer in self._scorers.items()}
         weighted = [self._weights[name] * part for name, part in parts.items()]
         return Scores(self._combine(torch.stack(weighted)), parts)
+
+    def read_by_model(
+        self, prompts: Sequence[Prompt], response_rows: ResponseRows, responses: Responses
+    ) -> tuple[RewardModel, Packed] | None:
+        """The first reward model and the texts as it reads them; None if all parts are functions.
+
+        For who looks into a model instead of asking for its score.
+        """
+        if self._first_model is None:
+            return None
+        model, tokenizer = self._models[self._first_model], self._tokenizers[self._first_model]
+        if same_tokens(self._tokenizer, tokenizer):
+            return model, response_rows.packed
+        answers = _Answers(prompts, response_rows, responses, self._tokenizer)
+        return model, _read_text(model, tokenizer, answers)
 
 
 def reward_directories(terms: Sequence[RewardTerm], inputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -257,6 +275,10 @@ def _by_tokens(model: ScalarModel, answers: _Answers) -> Tensor:
 
 
 def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Tensor:
+    return model.scores(_read_text(model, tokenizer, answers))
+
+
+def _read_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Packed:
     room = context_of(model.model) or sys.maxsize
     spaced = answers.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
     rows = []
@@ -266,7 +288,7 @@ def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _A
             text = text.removeprefix(" ")  # from the policy's template, not part of the answer
         found = encode_answers(prompt, [text], tokenizer, room, ended=ended)
         rows.append(found.prompt + found.responses[0] or [tokenizer.eos_token_id])
-    return model.scores(pack(rows, model.model.device))
+    return pack(rows, model.model.device)
 
 
 def _by_function(function: RewardFunction, name: str, answers: _Answers) -> Tensor:

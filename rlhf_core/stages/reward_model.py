@@ -36,10 +36,12 @@ from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.pairs import (
     Pair,
+    Votes,
     encode_pairs,
     half_for_ties,
     prompt_numbers,
     require_decided,
+    select_votes,
     smoothing,
     with_winners,
 )
@@ -66,6 +68,11 @@ class RewardModelConfig(TrainingSection):
 
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
+    votes: Votes = Field(
+        "all",
+        description="The votes to train on: all, or those on one half of the prompts. Which half a "
+        "prompt is in is decided by a hash of it, so models of both halves share no prompt",
+    )
     loss: Literal["bradley_terry", "pointwise_mse"] = Field(
         "bradley_terry",
         description="bradley_terry learns from comparisons; pointwise_mse, for demonstration, "
@@ -124,7 +131,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
     tokenizer = load_saved_tokenizer(sft)
     logger.phase("encoding the preferences")
-    train_table = read_table(data, "preferences", "train")
+    train_table = select_votes(read_table(data, "preferences", "train"), config.votes)
     limit = (config.max_length, "reward_model.max_length")
     train, _, same = encode_pairs(train_table, tokenizer, *limit)
     held_out, held_out_table, also_same = encode_pairs(

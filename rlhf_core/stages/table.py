@@ -54,7 +54,8 @@ class StageSpec:
 
 
 _ON_POLICY = {"sampling": SamplingConfig}
-_REWARDS = ("reward", "reward.*")  # the pipeline's reward model, and others by name
+# the pipeline's reward model, others by name, and that of the monitor
+_REWARDS = ("reward", "reward.*", "held_out")
 
 STAGES: dict[str, StageSpec] = {
     "prepare": StageSpec(
