@@ -21,6 +21,7 @@ from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import GroupSection, OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.kl_control import KLController
+from rlhf_core.onpolicy.monitor.config import HELD_OUT
 from rlhf_core.onpolicy.monitor.guard import Guard
 from rlhf_core.onpolicy.monitor.last_good import LastGood
 from rlhf_core.onpolicy.monitor.monitor import Monitor, monitor_prompts
@@ -283,7 +284,7 @@ def finish_iteration(
 def watched(config: OnPolicySection, work: Work, actors: Actors, collector: Collector) -> Watched:
     """What the monitor looks at: its prompts, the reward, and the held-out reward model if any."""
     sampling, held_out = collector.sampling, None
-    if (directory := work.inputs.get("held_out")) is not None:
+    if (directory := work.inputs.get(HELD_OUT)) is not None:
         held_out = load_reward(
             (RewardTerm(),),
             {PIPELINE_REWARD: directory},

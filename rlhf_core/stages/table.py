@@ -18,6 +18,7 @@ from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
@@ -80,6 +81,15 @@ STAGES: dict[str, StageSpec] = {
         inputs=("sft", "data"),
         outputs=("reward",),
         learns={"reward model": "scalar"},
+        passes_over="preferences",
+    ),
+    "held_out": StageSpec(
+        config=RewardModelConfig,
+        function=train_held_out,
+        sections={"sampling": SamplingConfig},
+        inputs=("sft", "data"),
+        outputs=("held_out",),
+        learns={"held-out reward model": "scalar"},
         passes_over="preferences",
     ),
     "ppo": StageSpec(

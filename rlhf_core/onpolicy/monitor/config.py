@@ -1,10 +1,13 @@
 """Settings of the monitor: what it looks at, the limit of each measure, and what happens there."""
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_core.config import Section
+
+TRAIN: Final = "train"
+HELD_OUT: Final = "held_out"  # the role of the held-out reward model among the inputs of a stage
 
 MonitorAction: TypeAlias = Literal["warn", "halve_learning_rate", "roll_back", "stop"]
 
@@ -17,6 +20,13 @@ class MonitorConfig(Section):
         ge=0,
         le=1_000_000,
         description="Held-out prompts that the policy answers for the monitor; 0 = no monitor",
+    )
+    held_out: str = Field(
+        "",
+        pattern=rf"^({TRAIN}|models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9]\d*|@[A-Za-z0-9_-]+))?$",
+        description="The held-out reward model: models:/NAME/VERSION or models:/NAME@ALIAS; train "
+        "= the pipeline trains two, the reward model on one half of the votes and PROJECT-held-out "
+        "on the other; empty = none",
     )
     every: int = Field(1, ge=1, description="Iterations from one measurement to the next")
     confirm: int = Field(
@@ -109,6 +119,17 @@ class MonitorConfig(Section):
     max_roll_backs: int = Field(
         3, ge=1, description="At this many roll-backs the run ends, with the state of the last one"
     )
+
+    @model_validator(mode="after")
+    def _held_out_is_used(self) -> Self:
+        if self.held_out and not self.prompts:
+            raise ValueError("held_out has no effect without a monitor; set prompts, or remove it")
+        return self
+
+    @property
+    def trains_held_out(self) -> bool:
+        """Whether the pipeline trains the held-out reward model."""
+        return self.held_out == TRAIN
 
     @property
     def on(self) -> bool:
