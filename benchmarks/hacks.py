@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--hacks", nargs="+", default=list(HACKS), choices=list(HACKS))
     parser.add_argument("--scratch", type=Path, required=True, help="models and runs; kept")
     parser.add_argument("--output", type=Path, help="folder for the picture of each hack's monitor")
-    parser.add_argument("--iterations", type=int, default=PPO.iterations)
-    parser.add_argument("--prompts", type=int, default=48, help="of the monitor")
+    parser.add_argument("--iterations", type=int, default=20, help="of a hack; clean runs have 30")
+    parser.add_argument("--prompts", type=int, default=32, help="of the monitor")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -173,7 +173,7 @@ def run(name: str, world: World, arguments: argparse.Namespace) -> dict[str, obj
         | settings
         | {
             "rewards": rewards,
-            "iterations": arguments.iterations,
+            "iterations": arguments.iterations if name != "clean" else PPO.iterations,
             "monitor": MonitorConfig(prompts=arguments.prompts),
         }
     )

@@ -258,7 +258,7 @@ def finish_iteration(
     history = [values for _, values in session.history]
     monitor, last = guard.monitor, number == config.iterations
     if monitor is not None and monitor.due(number, last):
-        metrics |= monitor.measure(actors.policy, number, history)
+        metrics |= monitor.measure(number, history)
     actions = observe(observers, Observation(number, rollout, metrics, history))
     for action in actions:
         if work.ranks.main:
@@ -295,6 +295,7 @@ def watched(config: OnPolicySection, work: Work, actors: Actors, collector: Coll
         )
     return Watched(
         prompts=monitor_prompts(config.monitor, work, actors.tokenizer, sampling.max_prompt_length),
+        policy=actors.policy,
         reference=actors.reference,
         reward=collector.reward,
         held_out=held_out,

@@ -56,8 +56,8 @@ class MonitorConfig(Section):
     max_agreement_drop: float = Field(
         0.6,
         ge=0,
-        description="How far the rank correlation of reward and held-out reward model may fall "
-        "below that on SFT samples; 0 = no limit",
+        description="How far the rank correlation of reward and held-out reward model, over SFT "
+        "samples and the policy's, may be below that over SFT samples; 0 = no limit",
     )
     at_agreement_drop: MonitorAction = Field("warn", description="What happens there")
     max_spread: float = Field(
@@ -106,7 +106,7 @@ class MonitorConfig(Section):
     max_distance: float = Field(
         5.0,
         ge=0,
-        description="Largest mean squared distance of the reward model's last hidden state from "
+        description="Largest median squared distance of the reward model's last hidden state from "
         "those of SFT samples (multiples of SFT samples); a heuristic; 0 = no limit",
     )
     at_distance: MonitorAction = Field("warn", description="What happens at max_distance")

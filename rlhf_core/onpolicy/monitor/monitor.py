@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.encoding import encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
@@ -79,6 +78,7 @@ class Baseline:
 
     values: dict[str, float]  # by measure, mean over the sets
     spreads: dict[str, float]  # standard deviation over the sets: the noise of one measurement
+    scores: Tensor  # (N, 2) reward and held-out reward of one set; (N, 1) without the latter
     cloud: Cloud | None  # of hidden states; None without a reward model
 
     @classmethod
@@ -95,21 +95,20 @@ class Baseline:
         for name, scores in (("proxy", everything.proxy), ("held_out", everything.held_out)):
             values[f"{name}_std"] = scores.std().item() if scores.numel() > 1 else math.nan
         if cloud is not None:
-            distances = cloud.distances(sets[-1].states)
-            values["distance"] = distances.mean().item()
-            spreads["distance"] = distances.std().item() / math.sqrt(len(distances))
-        return cls(values, spreads, cloud)
+            values["distance"] = cloud.distances(sets[-1].states).median().item()
+        return cls(values, spreads, _scores(sets[-1]), cloud)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
         cloud = self.cloud and {"centre": self.cloud.centre, "offsets": self.cloud.offsets}
-        return {"values": self.values, "spreads": self.spreads, "cloud": cloud}
+        known = {"values": self.values, "spreads": self.spreads, "scores": self.scores}
+        return {**known, "cloud": cloud}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Baseline":
         """The baseline of such a state."""
         cloud = state["cloud"] and Cloud(state["cloud"]["centre"], state["cloud"]["offsets"])
-        return cls(state["values"], state["spreads"], cloud)
+        return cls(state["values"], state["spreads"], state["scores"], cloud)
 
 
 def plain(samples: Samples) -> dict[str, float]:
@@ -124,12 +123,11 @@ def plain(samples: Samples) -> dict[str, float]:
     held_out = samples.held_out
     return {
         "kl": ratio.mean().item(),
+        "kl_median": ratio.median().item(),
         "kl_error": (ratio.std() / math.sqrt(len(ratio))).item() if len(ratio) > 1 else math.nan,
         "proxy": samples.proxy.mean().item(),
         "held_out": held_out.mean().item() if held_out.numel() else math.nan,
-        "agreement": rank_correlation(samples.proxy, held_out[:, 0])
-        if held_out.numel()
-        else math.nan,
+        "agreement": agreement(_scores(samples)),
         "member_spread": spread(samples.members),
         "tokens": tokens / len(texts),
         "repeated": repetition(texts),
@@ -137,6 +135,15 @@ def plain(samples: Samples) -> dict[str, float]:
         "surprise": -samples.logprobs[samples.mask].double().sum().item() / tokens,
         "ended": samples.finished.double().mean().item(),
     }
+
+
+def _scores(samples: Samples) -> Tensor:
+    return torch.cat([samples.proxy.unsqueeze(1), samples.held_out], 1)
+
+
+def agreement(scores: Tensor) -> float:
+    """Rank correlation of reward and held-out reward; NaN without the latter."""
+    return rank_correlation(scores[:, 0], scores[:, 1]) if scores.shape[1] > 1 else math.nan
 
 
 class Monitor:
@@ -162,17 +169,16 @@ class Monitor:
         """Whether an iteration is measured."""
         return last or number % self.config.every == 0
 
-    def measure(
-        self, policy: Policy, number: int, history: Sequence[Mapping[str, float]]
-    ) -> dict[str, float]:
+    def measure(self, number: int, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """The metrics of the policy after an iteration, the same to the bit on every rank.
 
         What is not defined, such as a correlation with scores that are all equal, is left out.
         """
         assert self._watched is not None
-        samples = self._watched.respond(policy, self._draws(str(number)), "monitor: sampling")
+        watched = self._watched
+        samples = watched.respond(watched.policy, self._draws(str(number)), "monitor: sampling")
         found = self._compare(samples, history)
-        ranks = self._watched.ranks
+        ranks = watched.ranks
         shared = ranks.sum({name: value if ranks.main else 0.0 for name, value in found.items()})
         return {f"{PREFIX}{name}": value for name, value in shared.items() if math.isfinite(value)}
 
@@ -205,17 +211,21 @@ class Monitor:
         """The measures, in the units of their limits."""
         assert self.baseline is not None
         now, sft = plain(samples), self.baseline.values
-        proxy = _gain(samples.proxy, sft["proxy"], sft["proxy_std"])
-        held_out = _gain(samples.held_out, sft["held_out"], sft["held_out_std"])
-        past = [m[f"{PREFIX}kl"] for m in since_roll_back(history) if f"{PREFIX}kl" in m]
-        found = {name: now[name] for name in ("kl", "kl_error", "proxy", "held_out", "agreement")}
+        proxy = gain(samples.proxy, sft["proxy"], sft["proxy_std"])
+        held_out = gain(samples.held_out, sft["held_out"], sft["held_out_std"])
+        median = f"{PREFIX}kl_median"
+        past = [m[median] for m in since_roll_back(history) if median in m]
+        # With SFT responses: among those of a policy alone, which are much alike, ranks are noise.
+        both = agreement(torch.cat([self.baseline.scores, _scores(samples)]))
+        found = {name: now[name] for name in ("kl", "kl_median", "kl_error", "proxy", "held_out")}
         found |= {
+            "agreement": both,
             "proxy_gain": proxy,
             "held_out_gain": held_out,
-            "kl_acceleration": acceleration([*past, now["kl"]], self.config.every),
+            "kl_acceleration": acceleration([*past, now["kl_median"]], self.config.every),
             "negative_kl": _over(-now["kl"], now["kl_error"]),
             "gap": proxy - held_out,
-            "agreement_drop": sft["agreement"] - now["agreement"],
+            "agreement_drop": sft["agreement"] - both,
             "spread": _over(now["member_spread"], sft["member_spread"]),
             "length": _over(now["tokens"], sft["tokens"]),
             "repetition": now["repeated"] - sft["repeated"],
@@ -224,7 +234,7 @@ class Monitor:
             "finished": _over(now["ended"], sft["ended"]),
         }
         if self.baseline.cloud is not None:
-            distance = self.baseline.cloud.distances(samples.states).mean().item()
+            distance = self.baseline.cloud.distances(samples.states).median().item()
             found["distance"] = _over(distance, sft["distance"])
         return found
 
@@ -232,7 +242,7 @@ class Monitor:
         return generator(self._seed, f"{self._stage}/monitor/{purpose}")
 
 
-def _gain(scores: Tensor, sft_mean: float, sft_std: float) -> float:
+def gain(scores: Tensor, sft_mean: float, sft_std: float) -> float:
     """By how many standard deviations of SFT samples the mean score is higher than theirs.
 
     When all SFT samples have one score, as for a rare event, the unit is that of the mixture of

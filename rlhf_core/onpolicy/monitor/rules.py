@@ -131,8 +131,8 @@ RULES: Final = (
         "agreement_drop",
         "max_agreement_drop",
         "above",
-        "reward and held-out reward model rank the responses differently: their correlation is "
-        "{value} lower than on SFT samples",
+        "reward and held-out reward model rank the responses differently: with them their "
+        "correlation is {value} lower than on SFT samples alone",
         "the responses are where the reward was never taught, or the policy exploits it",
         f"{_READ}, and collect votes on responses like these",
     ),

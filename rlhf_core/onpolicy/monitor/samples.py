@@ -54,6 +54,7 @@ class Watched:
     """Samples responses to fixed prompts and scores them."""
 
     prompts: PromptTable
+    policy: Policy  # that is trained
     reference: Policy
     reward: Reward
     held_out: Reward | None
@@ -64,14 +65,14 @@ class Watched:
 
     @torch.no_grad()
     def respond(self, policy: Policy, draws: torch.Generator, what: str) -> Samples:
-        """One response of a policy to each prompt; the same on every rank.
+        """One response of the policy or the reference to each prompt; the same on every rank.
 
         Raises: NumericsError naming the tensor that is not finite.
         """
         number = len(self.prompts.tokens)
         numbers = uniforms(number, self.sampling.max_new_tokens, draws)
         rows = self.ranks.share(range(number))
-        with self.ranks.whole(policy):
+        with self.ranks.whole(self.policy):  # the reference may share its transformer
             parts = self._measured(policy, numbers, rows, what) if rows else []
         samples = self.ranks.gather(parts, rows, Samples.join).to("cpu")
         require_finite("the reward of a monitor sample", samples.proxy)
