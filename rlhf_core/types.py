@@ -66,8 +66,8 @@ class Rollout:
     # states that enter the first block with an adapter, which networks on one transformer share;
     # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
-    shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
     spread: Tensor | None = None  # (B,) of the members of a reward model; None without members
+    shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
 
     @property
     def outcomes(self) -> Tensor:
@@ -103,7 +103,7 @@ class Rollout:
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             _stack(below) if below else None,
-            spread=torch.cat(spread) if spread else None,
+            torch.cat(spread) if spread else None,
         )
 
     def to(self, device: str) -> "Rollout":
@@ -117,8 +117,8 @@ class Rollout:
             self.scores.to(device),
             {name: part.to(device) for name, part in self.parts.items()},
             None if self.below is None else self.below.to(device),
-            None if self.shaped is None else self.shaped.to(device),
             None if self.spread is None else self.spread.to(device),
+            None if self.shaped is None else self.shaped.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -132,8 +132,8 @@ class Rollout:
             self.scores[index],
             {name: part[index] for name, part in self.parts.items()},
             None if self.below is None else self.below[index],
-            None if self.shaped is None else self.shaped[index],
             None if self.spread is None else self.spread[index],
+            None if self.shaped is None else self.shaped[index],
         )
 
 
@@ -156,6 +156,11 @@ class Report:
     def result(self) -> BaseModel | None:
         """The part that later stages read; None when they read only the numbers."""
         return None
+
+    @property
+    def page(self) -> str:
+        """Markdown for people; empty when the numbers, tables and figures say it all."""
+        return ""
 
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name, logged once when the stage ends."""
