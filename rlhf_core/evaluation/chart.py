@@ -1,7 +1,7 @@
 """The over-optimisation chart: gains over SFT against √KL, with Gao's forms through the points."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -21,10 +21,11 @@ from rlhf_core.figures import BLUE, GREEN, ORANGE, blank
 if TYPE_CHECKING:  # imported when something is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _COLORS: Mapping[Measure, str] = {"proxy": BLUE, "held_out": ORANGE, "truth": GREEN}
 _MARKERS: Mapping[Kind, str] = {"on_policy": "o", "best_of_n": "s"}
-_DASHES: Mapping[Kind, str] = {"on_policy": "-", "best_of_n": "--"}
+_DASHES: Mapping[Kind, Literal["-", "--"]] = {"on_policy": "-", "best_of_n": "--"}
 
 
 class Chart(BaseModel):
@@ -58,14 +59,14 @@ class Chart(BaseModel):
         rows = []
         for path in self.paths:
             for point in path.points:
-                row = {
+                row: dict[str, float | str | bool] = {
                     "panel": self.title,
                     "path": path.name,
                     "kind": path.kind,
                     "number": point.number,
                     "chosen": point.number == path.chosen,
                 }
-                for name, interval in {"kl": point.kl, **point.gains}.items():
+                for name, interval in [("kl", point.kl), *point.gains.items()]:
                     bounds = zip(("", "_low", "_high"), interval, strict=True)
                     row |= {f"{name}{end}": value for end, value in bounds}
                 rows.append(row)
@@ -152,7 +153,7 @@ def _fit(axes: "Axes", fit: Fit) -> None:
         axes.scatter(fit.peak, fit.gain(fit.peak), marker="*", s=150, color=color, zorder=5)
 
 
-def _legend(charts: Sequence[Chart]) -> list[object]:
+def _legend(charts: Sequence[Chart]) -> "list[Line2D]":
     from matplotlib.lines import Line2D
 
     measured = {pair for chart in charts for pair in chart.measured()}
@@ -168,6 +169,9 @@ def _legend(charts: Sequence[Chart]) -> list[object]:
         for k, t in KINDS.items()
         if any(k == kind for kind, _ in measured)
     ]
-    ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "label": "chosen checkpoint"}
-    star = {"marker": "*", "markersize": 11, "label": "predicted peak"}
-    return colors + lines + [Line2D([], [], color="grey", linestyle="", **m) for m in (ring, star)]
+    marks = [
+        Line2D([], [], color="grey", linestyle="", marker=marker, markersize=size, label=label)
+        for marker, size, label in (("o", 9, "chosen checkpoint"), ("*", 11, "predicted peak"))
+    ]
+    marks[0].set_markerfacecolor("none")
+    return [*colors, *lines, *marks]

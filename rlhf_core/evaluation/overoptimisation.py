@@ -111,7 +111,8 @@ class Fit(_Frozen):
         form = "d(α - β log d)" if self.kind == "on_policy" else "d(α - βd)"
         return (
             f"{KINDS[self.kind]}, {MEASURES[self.measure]}: {form} with α {_text(self.alpha)}, "
-            f"β {_text(self.beta)}, R² {self.r2:.2f}; {self._about_peak()} ({self._about_intervals()})."
+            f"β {_text(self.beta)}, R² {self.r2:.2f}; {self._about_peak()} "
+            f"({self._about_intervals()})."
         )
 
     @property
