@@ -66,7 +66,7 @@ REWARD = RewardModelConfig(
     learning_rate=4e-3, max_length=TEXT_LENGTH, lora_rank=64, center_coef=0.05
 )
 FULL_REWARD = RewardModelConfig(learning_rate=1e-3, max_length=TEXT_LENGTH)
-PAIRS = 10_000  # votes, before they are halved
+PAIRS = 12_000  # votes, before they are halved
 PPO = PPOConfig(
     learning_rate=3e-4,
     critic_learning_rate=1e-3,

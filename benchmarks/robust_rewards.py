@@ -110,8 +110,8 @@ def table(paths: dict[str, list[Path]], kl: float) -> list[str]:
     """Lines of Markdown: the true gain of each variant, and its ratio to that of `single`."""
     lines = [
         f"| reward | true reward gained at {kl:g} nats, each seed | mean | minus one model's | "
-        "ratio to it | best on the way |",
-        "|---|---|---|---|---|---|",
+        f"ratio to it | best on the way | last point below {STOP:g} nats, each seed (its nats) |",
+        "|---|---|---|---|---|---|---|",
     ]
     single = [gain_at(path, "truth", kl) for path in paths["single"]]
     for name, runs in paths.items():
@@ -120,7 +120,9 @@ def table(paths: dict[str, list[Path]], kl: float) -> list[str]:
         pairs = [(g, s) for g, s in zip(gains, single, strict=True) if None not in (g, s)]
         cells = [VARIANTS[name].title, each, *_compared(pairs)]
         best = mean(max(gain for _, gain in path.series("truth")) for path in runs)
-        lines.append(f"| {' | '.join(cells)} | {best:.2f} |")
+        last = [[p for p in path.points if p.kl.value <= STOP][-1] for path in runs]
+        ends = ", ".join(f"{p.gains['truth'].value:.2f} ({p.kl.value:.1f})" for p in last)
+        lines.append(f"| {' | '.join(cells)} | {best:.2f} | {ends} |")
     return lines
 
 

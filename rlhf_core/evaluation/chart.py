@@ -87,7 +87,11 @@ def draw(charts: Sequence[Chart]) -> "Figure":
     panels[0].set_ylabel("gain over SFT")
     handles = _legend(charts)
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 3 * len(charts)),
+        frameon=False,
+        fontsize=9,
     )
     return figure
 
