@@ -158,12 +158,8 @@ class StopsAt(MemoryLogger):
 
     def phase(self, what, done=0, total=0):
         super().phase(what, done, total)
-        if (
-            self.what
-            and what.startswith(self.what)
-            and len(self.history) == self.number
-            and done == 2
-        ):
+        here = self.what is not None and what.startswith(self.what)
+        if here and len(self.history) == self.number and done == 2:
             signal.raise_signal(signal.SIGTERM)
 
 
