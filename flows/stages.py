@@ -128,6 +128,9 @@ def _field(role: str) -> str:
 RewardModelFlowConfig = stage_form(
     "reward_model", "Train a reward model from a registered SFT policy."
 )
+HeldOutFlowConfig = stage_form(
+    "held_out", "Train a second reward model on votes that the first, on the other half, never saw."
+)
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
     "evaluation", "Compare a registered policy with SFT, best-of-n and the champion."
@@ -236,9 +239,14 @@ reward_model = stage_flow(
     RewardModelFlowConfig,
     "Learn a reward from preferences, starting from a registered SFT policy.",
 )
+held_out = stage_flow(
+    "held_out",
+    HeldOutFlowConfig,
+    "Learn the monitor's reward from the second half of the votes, for a registered SFT policy.",
+)
 evaluation = stage_flow(
     "evaluation",
     EvaluationFlowConfig,
     "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
 )
-SINGLE_FLOWS = (prepare, sft, reward_model, policy, evaluation)
+SINGLE_FLOWS = (prepare, sft, reward_model, held_out, policy, evaluation)

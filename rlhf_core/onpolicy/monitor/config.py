@@ -37,7 +37,7 @@ class MonitorConfig(Section):
     )
     at_kl: MonitorAction = Field("warn", description="What happens at max_kl")
     max_kl_acceleration: float = Field(
-        1.0, ge=0, description="Largest acceleration of the KL (nats per iteration²); 0 = no limit"
+        2.0, ge=0, description="Largest acceleration of the KL (nats per iteration²); 0 = no limit"
     )
     at_kl_acceleration: MonitorAction = Field("warn", description="What happens there")
     max_negative_kl: float = Field(
@@ -104,7 +104,7 @@ class MonitorConfig(Section):
     )
     at_finished: MonitorAction = Field("warn", description="What happens at min_finished")
     max_distance: float = Field(
-        5.0,
+        15.0,
         ge=0,
         description="Largest median squared distance of the reward model's last hidden state from "
         "those of SFT samples (multiples of SFT samples); a heuristic; 0 = no limit",
