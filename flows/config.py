@@ -16,6 +16,7 @@ from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
+from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
@@ -116,6 +117,10 @@ class PipelineConfig(ByAlgorithm):
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Reward-model training on preferences"
     )
+    report_card: ReportCardConfig = Field(
+        default_factory=ReportCardConfig,
+        description="Examination of the reward model before a policy is trained",
+    )
     reward_gate: RewardGateConfig = Field(
         default_factory=RewardGateConfig,
         description="What the reward model must reach before a policy is trained",
@@ -131,6 +136,12 @@ class PipelineConfig(ByAlgorithm):
     promotion: PromotionConfig = Field(
         default_factory=PromotionConfig, description="When the policy becomes the champion"
     )
+
+    @property
+    def examination(self) -> ReportCardConfig:
+        """The settings of the report card, with the length at which the reward model cuts."""
+        length = self.report_card.max_length or self.reward_model.max_length
+        return self.report_card.model_copy(update={"max_length": length})
 
     @property
     def length_limits(self) -> LengthLimits:

@@ -7,7 +7,7 @@ table: `stage_flow` makes a flow of any row that needs only its inputs.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Field, create_model
 
@@ -16,6 +16,7 @@ from flows.pipeline_flow import PipelineFlow, pipeline_flow
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.gates import RewardGateConfig
+from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
@@ -25,6 +26,7 @@ from tasks.registry.registered import find_data, find_model, find_parent
 from tasks.steps.data import prepare_data
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
+from tasks.steps.report_card import check_report_card
 from tasks.steps.reward_model import check_reward_model
 from tasks.steps.sft import train_sft
 from tasks.steps.stage import StageOutputs, any_stage
@@ -131,6 +133,7 @@ RewardModelFlowConfig = stage_form(
 HeldOutFlowConfig = stage_form(
     "held_out", "Train a second reward model on votes that the first, on the other half, never saw."
 )
+ReportCardFlowConfig = stage_form("report_card", "Examine a registered reward model.")
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
     "evaluation", "Compare a registered policy with SFT, best-of-n and the champion."
@@ -175,7 +178,9 @@ def stage_flow(
                     inputs["champion"] = champion
             made = any_stage(stage, getattr(config, stage), sections, inputs, run)
             if "reward" in made.models:
-                check_reward_model(RewardGateConfig(), made.models["reward"])
+                check_reward_model(made.models["reward"])
+            if isinstance(made.result, ReportCard):
+                check_report_card(RewardGateConfig(), made.result, cast(ModelRef, inputs["reward"]))
             if made.result is not None:
                 return made.result
             return next(iter(made.models.values())) if len(made.models) == 1 else made
@@ -244,9 +249,14 @@ held_out = stage_flow(
     HeldOutFlowConfig,
     "Learn the monitor's reward from the second half of the votes, for a registered SFT policy.",
 )
+report_card = stage_flow(
+    "report_card",
+    ReportCardFlowConfig,
+    "Examine a registered reward model on held-out votes, samples of SFT and known-bad answers.",
+)
 evaluation = stage_flow(
     "evaluation",
     EvaluationFlowConfig,
     "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
 )
-SINGLE_FLOWS = (prepare, sft, reward_model, held_out, policy, evaluation)
+SINGLE_FLOWS = (prepare, sft, reward_model, report_card, held_out, policy, evaluation)

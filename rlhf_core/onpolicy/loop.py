@@ -30,6 +30,7 @@ from rlhf_core.onpolicy.monitor.samples import Watched
 from rlhf_core.onpolicy.observe import Observation, Observer, kl_budget, observe
 from rlhf_core.onpolicy.report import OnPolicyReport, sample_rows
 from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm, load_reward, reward_directories
+from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
@@ -165,6 +166,10 @@ def iterate(
     order = generator(work.seed, f"{stage}/prompts")
     stream = PromptStream(len(table.tokens), config.rollout_size // group, order)
     draws = generator(work.seed, f"{stage}/sampling")
+    shaping = None
+    if config.shaping.active:
+        reference_draws = generator(work.seed, f"{stage}/reference answers")
+        shaping = Shaping(config.shaping, len(table.tokens), reference_draws)
     now = Iteration(config, generator(work.seed, f"{stage}/order"), work.device)
     monitor = Monitor(config.monitor, stage, work.seed) if config.monitor.on else None
     good = LastGood(learners, controller, work.ranks) if config.monitor.rolls_back else None
@@ -180,7 +185,9 @@ def iterate(
         work.logger,
         identity=run_identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
         learners={**learners, **({"good": good} if good else {})},
-        positions=positions | ({"monitor": monitor} if monitor else {}),
+        positions=positions
+        | ({"shaping": shaping} if shaping else {})
+        | ({"monitor": monitor} if monitor else {}),
         ranks=work.ranks,
     ) as session:
         session.resume()
@@ -199,6 +206,7 @@ def iterate(
                 loaded=actors.rewards,
                 combination=config.combine_rewards,
                 variance_coef=config.variance_coef,
+                members=config,
                 places=work.rewards_from,
             ),
             sampler=sampler or PolicySampler(actors.policy, sampling.temperature),
@@ -206,6 +214,7 @@ def iterate(
             sampling=sampling,
             draws=draws,
             ranks=work.ranks,
+            shaping=shaping,
             between=session.between,
         )
         if monitor is not None:

@@ -139,6 +139,17 @@ class Ranks:
         _join_shards(network)
         return network
 
+    def require_shared(self, setting: str) -> None:
+        """Raise ConfigError when several networks that train cannot share a transformer here.
+
+        `setting` is what the user can change, as an instruction.
+        """
+        if self._device is not None and self._strategy == "fsdp":
+            raise ConfigError(
+                "FSDP cannot shard a transformer on which several networks train; use strategy "
+                f"ddp, or {setting}"
+            )
+
     @contextmanager
     def whole(self, *networks: nn.Module | None) -> Iterator[None]:
         """Gather all weights of the networks on every rank. Inside the block each rank may call and

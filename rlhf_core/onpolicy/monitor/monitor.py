@@ -70,7 +70,7 @@ def monitor_prompts(config: MonitorConfig, work: Work, tokenizer: Any, longest: 
             cut,
             len(chosen),
         )
-    return PromptTable(chosen, tokens)
+    return PromptTable(chosen, tokens, list(range(len(chosen))))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ DDP = {
     "sft": changed("sft", **UNEVEN),
     "sft with LoRA": changed("sft", **UNEVEN, lora_rank=2),
     "reward model": changed("reward_model", **UNEVEN),
+    "reward model with members": changed("reward_model_members", **UNEVEN),
     "dpo": changed("dpo", **UNEVEN),
     "dpo with LoRA": changed("dpo", **UNEVEN, lora_rank=2),
     "ppo": changed("ppo", iterations=2),
@@ -120,10 +121,11 @@ def pair(world: tiny.World, folder: Path) -> None:
     for name in FSDP:
         found[f"fsdp {name}"] = course(name, world, folder / "fsdp" / name, ranks)
     found["shards"] = shards(world, ranks)
-    try:
-        course("ppo on one trunk", world, folder / "fsdp" / "trunk", ranks)
-    except ConfigError as error:
-        found["refused"] = str(error)
+    for name in ("ppo on one trunk", "reward model with members"):
+        try:
+            course(name, world, folder / "fsdp" / "trunk", ranks)
+        except ConfigError as error:
+            found[f"refused {name}"] = str(error)
     torch.save(found, folder / f"{ranks.rank}.pt")
 
 
@@ -265,7 +267,9 @@ def test_fsdp_spreads_parameters_gradients_and_optimizer(both):
 
 def test_fsdp_refuses_a_trunk_that_two_networks_learn_on(both):
     for found in both:
-        assert "use strategy ddp, set lora_rank to 0" in found["refused"]
+        assert "use strategy ddp, set lora_rank to 0" in found["refused ppo on one trunk"]
+        refused = found["refused reward model with members"]
+        assert "use strategy ddp, or set reward_model.members to 1" in refused
 
 
 # --- whose rows ---
