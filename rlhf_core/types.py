@@ -67,6 +67,12 @@ class Rollout:
     # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
     spread: Tensor | None = None  # (B,) of the members of a reward model; None without members
+    shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
+
+    @property
+    def outcomes(self) -> Tensor:
+        """(B,) what credit is assigned by: the shaped scores, or the scores."""
+        return self.scores if self.shaped is None else self.shaped
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
@@ -112,6 +118,7 @@ class Rollout:
             {name: part.to(device) for name, part in self.parts.items()},
             None if self.below is None else self.below.to(device),
             None if self.spread is None else self.spread.to(device),
+            None if self.shaped is None else self.shaped.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -126,6 +133,7 @@ class Rollout:
             {name: part[index] for name, part in self.parts.items()},
             None if self.below is None else self.below[index],
             None if self.spread is None else self.spread[index],
+            None if self.shaped is None else self.shaped[index],
         )
 
 

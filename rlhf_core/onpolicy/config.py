@@ -9,6 +9,7 @@ from rlhf_core.functional.rewards import Combination, MissingEOS
 from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.scoring import RewardTerm, check_terms
+from rlhf_core.rewards.shaping import ShapingSection
 from rlhf_core.training.learner import TrainingSection
 
 
@@ -35,6 +36,10 @@ class OnPolicySection(TrainingSection, MemberSection):
     )
     variance_coef: float = Field(
         1.0, ge=0, description="λ of mean_minus_variance: price of the parts' variance"
+    )
+    shaping: ShapingSection = Field(
+        default_factory=ShapingSection,
+        description="What is made of the score before the policy learns from it",
     )
     clip_range: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to 1 ± ε")
     dual_clip: float = Field(

@@ -24,6 +24,7 @@ from rlhf_core.onpolicy.kl_control import KLController
 from rlhf_core.onpolicy.observe import Observation, Observer, kl_budget, observe
 from rlhf_core.onpolicy.report import OnPolicyReport, sample_rows
 from rlhf_core.rewards.scoring import load_reward, reward_directories
+from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
@@ -156,13 +157,23 @@ def iterate(
     order = generator(work.seed, f"{stage}/prompts")
     stream = PromptStream(len(table.tokens), config.rollout_size // group, order)
     draws = generator(work.seed, f"{stage}/sampling")
+    shaping = None
+    if config.shaping.active:
+        reference_draws = generator(work.seed, f"{stage}/reference answers")
+        shaping = Shaping(config.shaping, len(table.tokens), reference_draws)
     now = Iteration(config, generator(work.seed, f"{stage}/order"), work.device)
     all_observers = (kl_budget(config), *observers)
     with work.recovery.open(
         work.logger,
         identity=run_identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
         learners=learners,
-        positions={"prompts": stream, "draws": draws, "kl": controller, "iteration": now},
+        positions={
+            "prompts": stream,
+            "draws": draws,
+            "kl": controller,
+            "iteration": now,
+            **({} if shaping is None else {"shaping": shaping}),
+        },
         ranks=work.ranks,
     ) as session:
         session.resume()
@@ -189,6 +200,7 @@ def iterate(
             sampling=sampling,
             draws=draws,
             ranks=work.ranks,
+            shaping=shaping,
             between=session.between,
         )
         while not now.ended:

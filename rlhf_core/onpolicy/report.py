@@ -63,6 +63,8 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response/length": mask.sum(-1).float().mean().item(),
         "response/finished": rollout.responses.finished.float().mean().item(),
     }
+    if rollout.shaped is not None:
+        stats["objective/shaped_score"] = rollout.shaped.mean().item()
     if len(rollout.parts) > 1:
         stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
     if rollout.spread is not None:

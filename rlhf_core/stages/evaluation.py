@@ -30,7 +30,11 @@ from rlhf_core.functional.ranking import (
 )
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
+<<<<<<< HEAD
 from rlhf_core.rewards.models import load_reward_model
+=======
+from rlhf_core.rewards.shaping import LengthPenaltySection
+>>>>>>> main
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -44,6 +48,10 @@ class EvaluationConfig(MemberSection):
     )
     best_of: int = Field(
         8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
+    )
+    best_of_penalty: LengthPenaltySection = Field(
+        default_factory=LengthPenaltySection,
+        description="Best-of-n takes the best by the reward less this price of long answers",
     )
     true_reward: str = Field(
         "",
@@ -118,7 +126,8 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     answers: dict[ArmName, Answers] = {}
     pool = answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
-    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy, n))
+    price = config.best_of_penalty.excess(pool.tokens)
+    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
     for done, name in enumerate(others, start=2):
         logger.progress(done, 4, name)
         if name in work.inputs:

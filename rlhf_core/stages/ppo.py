@@ -160,7 +160,7 @@ def assign_credit(
     mask, finished = rollout.responses.mask, rollout.responses.finished
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(
-        rollout.scores, finished, mode=config.missing_eos, value=config.missing_eos_value
+        rollout.outcomes, finished, mode=config.missing_eos, value=config.missing_eos_value
     )
     rewards = shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
     advantages, returns = gae(
