@@ -30,11 +30,8 @@ from rlhf_core.functional.ranking import (
 )
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
-<<<<<<< HEAD
 from rlhf_core.rewards.models import load_reward_model
-=======
 from rlhf_core.rewards.shaping import LengthPenaltySection
->>>>>>> main
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
