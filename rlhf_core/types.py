@@ -157,6 +157,11 @@ class Report:
         """The part that later stages read; None when they read only the numbers."""
         return None
 
+    @property
+    def page(self) -> str:
+        """Markdown for people; empty when the numbers, tables and figures say it all."""
+        return ""
+
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name, logged once when the stage ends."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

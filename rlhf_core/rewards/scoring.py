@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Precision
-from rlhf_core.backbone.packing import pack
+from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
@@ -160,6 +160,8 @@ class Reward:
         self._combine = partial(combine, how=combination, variance_coef=variance_coef)
         self._tokenizer = policy_tokenizer
         self._weights = {term.name: term.weight for term in terms}
+        self._models, self._tokenizers = models, tokenizers
+        self._first_model = next((term.source for term in terms if term.is_model), None)
         self._scorers: dict[str, _Scorer] = {}
         for term in terms:
             if not term.is_model:
@@ -194,6 +196,21 @@ class Reward:
         ]
         spread = torch.stack(spreads).sum(0).sqrt() if spreads else None
         return Scores(self._combine(torch.stack(weighted)), parts, spread)
+
+    def read_by_model(
+        self, prompts: Sequence[Prompt], response_rows: ResponseRows, responses: Responses
+    ) -> tuple[RewardModel, Packed] | None:
+        """The first reward model and the texts as it reads them; None if all parts are functions.
+
+        For who looks into a model instead of asking for its score.
+        """
+        if self._first_model is None:
+            return None
+        model, tokenizer = self._models[self._first_model], self._tokenizers[self._first_model]
+        if same_tokens(self._tokenizer, tokenizer):
+            return model, response_rows.packed
+        answers = _Answers(prompts, response_rows, responses, self._tokenizer)
+        return model, _read_text(model, tokenizer, answers)
 
 
 def reward_directories(terms: Sequence[RewardTerm], inputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -271,6 +288,10 @@ def _by_tokens(model: RewardModel, answers: _Answers) -> _Scored:
 
 
 def _by_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> _Scored:
+    return scores_and_spread(model, _read_text(model, tokenizer, answers))
+
+
+def _read_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Packed:
     room = context_of(model.model) or sys.maxsize
     spaced = answers.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
     rows = []
@@ -280,7 +301,7 @@ def _by_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _A
             text = text.removeprefix(" ")  # from the policy's template, not part of the answer
         found = encode_answers(prompt, [text], tokenizer, room, ended=ended)
         rows.append(found.prompt + found.responses[0] or [tokenizer.eos_token_id])
-    return scores_and_spread(model, pack(rows, model.model.device))
+    return pack(rows, model.model.device)
 
 
 def _by_function(function: RewardFunction, name: str, answers: _Answers) -> _Scored:

@@ -38,14 +38,16 @@ from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.pairs import (
     EncodedPairs,
     Pair,
+    Votes,
     encode_pairs,
     half_for_ties,
     prompt_numbers,
     require_decided,
+    select_votes,
     smoothing,
     with_winners,
 )
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.prepared import Split, read_table
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
@@ -80,6 +82,11 @@ class RewardModelConfig(TrainingSection):
 
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
+    votes: Votes = Field(
+        "all",
+        description="The votes to train on: all, or those on one half of the prompts. Which half a "
+        "prompt is in is decided by a hash of it, so models of both halves share no prompt",
+    )
     loss: Literal["bradley_terry", "pointwise_mse"] = Field(
         "bradley_terry",
         description="bradley_terry learns from comparisons; pointwise_mse, for demonstration, "
@@ -198,7 +205,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
             pass
 
-    prompts = read_table(work.inputs["data"], "preferences", "train")["prompt"]
+    prompts = _train_table(config, work)["prompt"]
     samples = _sft_scores(reward_model, sft, prompts, config, sampling, seed, logger)
     chosen, rejected = _scores(reward_model, held_out, config, ranks, logger).squeeze(0)
     require_finite("the reward-model score", torch.cat([samples.cpu(), chosen, rejected]))
@@ -212,11 +219,17 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     return _report(votes, chosen, rejected, mean, std, seed)
 
 
+def _table(work: Work, split: Split) -> pd.DataFrame:
+    return read_table(work.inputs["data"], "preferences", split)
+
+
+def _train_table(config: RewardModelConfig, work: Work) -> pd.DataFrame:
+    return select_votes(_table(work, "train"), config.votes)
+
+
 def _encode(config: RewardModelConfig, work: Work, tokenizer: PreTrainedTokenizerBase) -> _Votes:
     limit = (config.max_length, "reward_model.max_length")
-    train, held_out = (
-        read_table(work.inputs["data"], "preferences", split) for split in ("train", "eval")
-    )
+    train, held_out = _train_table(config, work), _table(work, "eval")
     return _Votes(
         encode_pairs(train, tokenizer, *limit),
         encode_pairs(with_winners(held_out), tokenizer, *limit),
@@ -252,7 +265,7 @@ def _train_ensemble(
     _learn_together(config, work, members, votes)
 
     average = average_of(members, "reward-average")
-    prompts = read_table(work.inputs["data"], "preferences", "train")["prompt"]
+    prompts = _train_table(config, work)["prompt"]
     sampling = work.section(SamplingConfig)
     sampled, states = [], []
     with torch.no_grad():

@@ -225,6 +225,14 @@ class Ranks:
         order = torch.tensor(self._all(list(rows))).argsort()
         return whole.rows(order).to(str(self._device))
 
+    def from_main(self, value: Item) -> Item:
+        """The value of the main rank; all ranks have to call this."""
+        if self._device is None:
+            return value
+        found = [value if self.main else None]
+        dist.broadcast_object_list(found, src=0, device=self._device)
+        return cast(Item, found[0])
+
     def _all(self, items: list[Item]) -> list[Item]:
         """The items of every rank, in the order of the ranks."""
         if self._device is None:

@@ -19,6 +19,7 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
 from rlhf_core.launch import Job, run, start_ranks
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.learner import Learner
@@ -40,6 +41,9 @@ LEARNT = {"rewards": (RewardTerm(),), "iterations": 2}
 # A rank has nothing to do in each minibatch.
 SMALL = {"rollout_size": 3, "batch_size": 1, "micro_batch_size": 1, "iterations": 2}
 
+# The first measurement is beyond a limit, so that the run is put back.
+ROLLS_BACK = {"prompts": 3, "confirm": 1, "max_distance": 1e-9, "at_distance": "roll_back"}
+
 DDP = {
     "sft": changed("sft", **UNEVEN),
     "sft with LoRA": changed("sft", **UNEVEN, lora_rank=2),
@@ -52,6 +56,10 @@ DDP = {
     "ppo on two trunks": changed("ppo_lora", iterations=2),
     "ppo, minibatches of one": changed("ppo", **SMALL),
     "rloo": changed("rloo", iterations=2),
+    "rloo, watched": changed("rloo", iterations=3, monitor=MonitorConfig(**ROLLS_BACK)),
+    "grpo with LoRA, watched": changed(
+        "grpo", **LEARNT, lora_rank=2, monitor=MonitorConfig(**ROLLS_BACK)
+    ),
     "grpo with LoRA": changed("grpo", **LEARNT, lora_rank=2),
 }
 FSDP = (
@@ -62,6 +70,8 @@ FSDP = (
     "ppo on two trunks",
     "ppo, minibatches of one",
     "grpo with LoRA",
+    "rloo, watched",
+    "grpo with LoRA, watched",
 )
 
 
