@@ -48,6 +48,7 @@ def monitor_figure(
     for axes, (rule, points) in zip(panels, shown.items(), strict=False):
         figures.dress(axes, _UNITS[rule.measure], "iteration", "")
         axes.plot(*zip(*points, strict=True), color=figures.BLUE)
+        axes.set_xlim(0, len(history) + 1)
         limit = rule.limit(config)
         for level in (limit, 1 / limit) if limit and rule.direction == "either" else (limit,):
             if limit:
