@@ -68,12 +68,18 @@ class MonitorConfig(Section):
     )
     at_spread: MonitorAction = Field("warn", description="What happens at max_spread")
     max_length: float = Field(
-        2.0,
+        1.5,
         ge=0,
-        description="Largest mean length of a response, and the inverse of the smallest (multiples "
-        "of SFT samples); 0 = no limit",
+        description="Largest mean length of a response (multiples of SFT samples); 0 = no limit",
     )
-    at_length: MonitorAction = Field("warn", description="What happens there")
+    at_length: MonitorAction = Field("warn", description="What happens at max_length")
+    min_length: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Smallest mean length of a response (multiples of SFT samples); 0 = no limit",
+    )
+    at_brevity: MonitorAction = Field("warn", description="What happens at min_length")
     max_repetition: float = Field(
         0.2,
         ge=0,
