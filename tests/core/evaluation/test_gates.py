@@ -17,6 +17,7 @@ from rlhf_core.evaluation.gates import (
 )
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.rewards.canaries import CanaryResult
 
 CONFIG = PromotionConfig(
     min_win_rate=0.6,

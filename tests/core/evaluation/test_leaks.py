@@ -12,17 +12,17 @@ def table(*rows):
 
 
 def test_equal_and_nearly_equal_texts_are_counted_apart():
-    train = table(("what is it", LONG, "no"), ("where", "here", "there it is"))
+    train = table(("what is it", LONG, "there it is"), ("where", "here", "never seen before"))
     near = LONG.replace("warm sun", "warm shade")  # 14 of 16 sequences
     held_out = table(
         ("what  is it", "something else", "and more"),  # the prompt, but for white space
-        ("who", near, "there   it is"),  # both answers
-        ("when", near, "never seen before"),  # one of them
+        ("who", "there   it is", near),  # two answers that were compared
+        ("when", near, "never seen before"),  # two that were not
         ("how", "a", "b"),
     )
     found, seen = find_leaks(train, held_out, 100)
     assert (found.prompts, found.equal_prompts, found.near_prompts) == (4, 1, 0)
-    assert (found.answers, found.equal_answers, found.near_answers) == (7, 1, 1)
+    assert (found.answers, found.equal_answers, found.near_answers) == (7, 2, 1)
     assert seen.tolist() == [True, True, False, False]
     assert (found.votes, found.compared, found.of) == (2, 2, 2)
 

@@ -1,4 +1,4 @@
-"""The report card on the toy world: its numbers by another way, its page, and what may be missing."""
+"""The report card on the toy world: its numbers by another way, and what may be missing."""
 
 import math
 import shutil
@@ -9,8 +9,9 @@ import torch
 from plain import plain_scores
 from scipy import stats
 from torch.nn.functional import logsigmoid
+from transformers import AutoTokenizer
 
-from rlhf_core.backbone.directory import load_policy, read_card
+from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import with_winners
@@ -19,6 +20,7 @@ from rlhf_core.evaluation.card_findings import findings, verdict
 from rlhf_core.rewards.canaries import KINDS
 from rlhf_core.stages.report_card import ReportCardConfig, _draw, write_report_card
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.work import Work
 
 CONFIG = ReportCardConfig(samples=24, min_slice_prompts=5, max_length=24)
 
@@ -33,8 +35,6 @@ def examine(toy_work):
 
 @pytest.fixture(scope="module")
 def report(prepared, toy_sft, toy_reward, toy_sampling):
-    from rlhf_core.work import Work
-
     inputs = {"reward": toy_reward, "data": prepared, "sft": toy_sft}
     return write_report_card(CONFIG, Work(inputs=inputs, sections={"sampling": toy_sampling}))
 
@@ -71,9 +71,6 @@ def said(card, kind):
 
 def test_the_numbers_are_those_of_plain_transformers(report, prepared, toy_reward):
     card = report.card
-    _, tokenizer = load_policy(toy_reward.parent / "sft") if False else (None, None)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(toy_reward)
     votes = with_winners(read_table(prepared, "preferences", "eval"))
 
@@ -91,7 +88,7 @@ def test_the_numbers_are_those_of_plain_transformers(report, prepared, toy_rewar
     logits = gap * read_card(toy_reward)["reward_std"]
     loss = torch.where(tie, -(logsigmoid(logits) + logsigmoid(-logits)) / 2, -logsigmoid(logits))
     assert card.log_loss.value == pytest.approx(loss.mean().item(), rel=1e-3)
-    assert card.log_loss.low < card.log_loss.value < card.log_loss.high
+    assert card.log_loss.low is None  # eight prompts
     assert {canary.kind for canary in card.canaries} <= set(KINDS)
     assert card.canaries_against == "chosen answer of a held-out vote"
     assert card.agreement is None
@@ -186,8 +183,6 @@ def test_a_constant_reward_model_is_no_better_than_chance(toy_reward, examine, t
     model = ScalarModel.load(toy_reward)
     with torch.no_grad():
         model.head.weight.zero_()
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(toy_reward)
     model.mean, model.std = 0.0, 1.0
     model.save(tokenizer, tmp_path / "constant", kind="reward")
@@ -200,17 +195,23 @@ def test_a_constant_reward_model_is_no_better_than_chance(toy_reward, examine, t
     assert "one length or one reward" in said(card, "unknown")
 
 
-def test_a_reward_for_length_is_seen_on_votes_and_on_samples(report, examine, monkeypatch):
+def test_a_reward_for_length_is_seen_on_votes_and_on_samples(
+    report, examine, prepared, tmp_path, monkeypatch
+):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    write_table(read_table(data, "prompts", "train"), data, "prompts", "eval")
+
     def lengths(self, packed):
-        ends = packed.last()
-        return (ends - torch.cat([torch.tensor([-1]), ends[:-1]])).float()[None]
+        return packed.lengths.float()[None]
 
     monkeypatch.setattr(ScalarModel, "member_scores", lengths)
-    found = examine().card
-    assert found.longer.share == found.accuracy.share or found.accuracy is not None
+    found = examine(data=data).card
+    assert found.accuracy.share.value == found.longer.share.value  # it is that rule
     assert found.length_correlation.value > 0.9
     assert "longer answers get the better reward" in said(found, "doubt")
-    assert found.length_correlation.value > report.card.length_correlation.value
+    # The toy world has eight held-out prompts, which are too few to tell.
+    assert report.card.length_correlation.low is None
+    assert "too few prompts to tell" in said(report.card, "unknown")
 
 
 def test_several_votes_on_a_pair_are_asked_once_and_have_a_ceiling(examine, prepared, tmp_path):
