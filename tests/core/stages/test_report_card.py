@@ -207,7 +207,7 @@ def test_a_reward_for_length_is_seen_on_votes_and_on_samples(
     monkeypatch.setattr(ScalarModel, "member_scores", lengths)
     found = examine(data=data).card
     assert found.accuracy.share.value == found.longer.share.value  # it is that rule
-    assert found.length_correlation.value > 0.9
+    assert found.length_correlation.value > 0.8  # rewards count the prompt as well
     assert "longer answers get the better reward" in said(found, "doubt")
     # The toy world has eight held-out prompts, which are too few to tell.
     assert report.card.length_correlation.low is None
