@@ -154,6 +154,20 @@ class PipelineConfig(ByAlgorithm):
         )
 
     @property
+    def trains_held_out(self) -> bool:
+        """Whether the monitor's reward model is trained on a half of the votes."""
+        monitor = getattr(self.policy, "monitor", None)
+        return monitor is not None and monitor.trains_held_out
+
+    @property
+    def rewarded(self) -> RewardModelConfig:
+        """The settings of the reward model: on one half of the votes if the monitor's has the
+        other."""
+        if not self.trains_held_out:
+            return self.reward_model
+        return self.reward_model.model_copy(update={"votes": "first_half"})
+
+    @property
     def reward_functions(self) -> list[tuple[str, str]]:
         """The import paths of functions that a run calls, each with its setting."""
         rewards = getattr(self.policy, "rewards", ())
@@ -166,6 +180,9 @@ class PipelineConfig(ByAlgorithm):
         """The addresses of the registered models that a run uses."""
         terms = getattr(self.policy, "rewards", ())
         named = [term.source for term in terms if term.is_model and term.source != PIPELINE_REWARD]
+        monitor = getattr(self.policy, "monitor", None)
+        if monitor is not None and not monitor.trains_held_out:
+            named.append(monitor.held_out)
         return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
 
     @property
@@ -193,7 +210,25 @@ class PipelineConfig(ByAlgorithm):
             for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
             if not section.reuse
         }
+        if self.trains_held_out:
+            trainings["held_out"] = self.reward_model
         return {**trainings, self.algorithm: self.policy}
+
+    @model_validator(mode="after")
+    def _halves_are_trained_here(self) -> Self:
+        if not self.trains_held_out:
+            return self
+        setting = f"{self.algorithm}.monitor.held_out is train"
+        if self.reward_model.reuse:
+            raise ValueError(
+                f"{setting}, but reward_model.reuse names a model that may have seen all votes; "
+                "train the reward model here, or name a registered held-out model"
+            )
+        if self.reward_model.votes != "all":
+            raise ValueError(
+                f"{setting}, which chooses the halves itself; remove reward_model.votes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:

@@ -22,7 +22,7 @@ from tasks.steps.policy import find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
 from tasks.steps.report_card import check_report_card, write_report_card
-from tasks.steps.reward_model import check_base_model, train_reward_model
+from tasks.steps.reward_model import check_base_model, train_held_out, train_reward_model
 from tasks.steps.sft import train_sft
 
 Forceable: TypeAlias = Literal[
@@ -107,11 +107,16 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     if config.reward_model.reuse:
         reward_model = find_model(config.reward_model.reuse)
     else:
-        reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
+        reward_model = train_reward_model(config.rewarded, config.sampling, sft, data, run)
     report_card = write_report_card(
         config.examination, config.sampling, reward_model, sft, data, run
     )
     check_report_card(config.reward_gate, report_card, reward_model)
+
+    if config.trains_held_out:
+        other_rewards["held_out"] = train_held_out(
+            config.reward_model, config.sampling, sft, data, run
+        )
 
     policy = train_policy(
         config.algorithm,
@@ -149,5 +154,8 @@ def evaluate_policy(
 
 
 def forced_stages(force: Sequence[Forceable], config: PipelineConfig) -> list[str]:
-    """The stage names in MLflow; the policy stage is named after its algorithm."""
-    return [config.algorithm if stage == "policy" else stage for stage in force]
+    """The stage names in MLflow; the policy stage is named after its algorithm, and with the reward
+    model goes the held-out one."""
+    names = [config.algorithm if stage == "policy" else stage for stage in force]
+    held_out = config.trains_held_out and "reward_model" in force
+    return [*names, "held_out"] if held_out else names

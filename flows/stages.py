@@ -14,6 +14,7 @@ from pydantic import Field, create_model
 from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
 from flows.pipeline_flow import PipelineFlow, pipeline_flow
 from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.gates import RewardGateConfig
 from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
@@ -205,12 +206,23 @@ def find_inputs(spec: StageSpec, config: RunConfig) -> dict[str, Ref]:
     return found
 
 
+def require_registered_held_out(section: Any) -> None:
+    """Raise ConfigError when the policy's flow would have to train a held-out reward model."""
+    monitor = getattr(section, "monitor", None)
+    if monitor is not None and monitor.trains_held_out:
+        raise ConfigError(
+            "monitor.held_out is train, which only the whole pipeline can; name a registered "
+            "reward model that has not seen the votes of the other"
+        )
+
+
 @pipeline_flow("policy")
 def policy(config: PolicyFlowConfig) -> TrainedPolicy:  # type: ignore[valid-type]
     """Optimise a registered SFT policy on a registered reward model."""
     chosen: Any = config
     inputs: Any = find_inputs(STAGES["ppo"], chosen)
     others = find_rewards(chosen.policy)
+    require_registered_held_out(chosen.policy)
     with open_run(chosen.project, chosen, chosen.seed) as run:
         return train_policy(
             chosen.algorithm,

@@ -67,7 +67,7 @@ def forest(rows: Sequence[tuple[str, Interval, bool]], whole: Interval) -> "Figu
     clearly worse is orange."""
     figure = blank(7.4, 1.3 + 0.28 * len(rows))
     axes = figure.add_subplot()
-    _dress(axes, "Accuracy by slice", "accuracy on held-out votes", "")
+    dress(axes, "Accuracy by slice", "accuracy on held-out votes", "")
     axes.axvspan(whole.low, whole.high, color=GREY, alpha=0.2, linewidth=0)
     axes.axvline(whole.value, color=GREY, linewidth=1, label="all votes")
     axes.axvline(0.5, color="black", linewidth=0.6, linestyle=":", label="chance")
@@ -93,7 +93,7 @@ def canaries(shares: Mapping[str, Interval]) -> "Figure":
     rows = sorted(shares.items(), key=lambda row: -row[1].value)
     figure = blank(7.4, 1.3 + 0.3 * len(rows))
     axes = figure.add_subplot()
-    _dress(axes, "Bad answers that beat the real one", "share of held-out prompts", "")
+    dress(axes, "Bad answers that beat the real one", "share of held-out prompts", "")
     for place, (_, (value, low, high)) in enumerate(rows):
         color = ORANGE if low >= 0.5 else BLUE if high > 0.5 else GREEN
         axes.barh(place, value, color=color, height=0.6)
@@ -127,7 +127,7 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     shown = {name: title for name, title in panels.items() if name in history[0]}
     figure = blank(11.0, 5.6)
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, shown.items(), strict=False):
-        _dress(axes, title, "iteration", "")
+        dress(axes, title, "iteration", "")
         axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
     return figure
 
@@ -143,7 +143,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Fi
     figure = blank(9.0, 5.6)
     steps = [step for step, _ in history]
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        _dress(axes, title, "optimizer step", "")
+        dress(axes, title, "optimizer step", "")
         axes.plot(steps, [values[name] for _, values in history], color=BLUE)
     return figure
 
@@ -190,7 +190,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
     figure = blank(3.6 * len(rows), 3.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
-        _dress(axes, title, "", "")
+        dress(axes, title, "", "")
         known = [(name, i) for name, i in zip(names, intervals, strict=True) if i is not None]
         for name, (value, low, high) in known:
             axes.bar(name, value, color=ARM_COLORS[name], width=0.6)
@@ -211,11 +211,12 @@ def proxy_against_truth(points: Mapping[str, Points]) -> "Figure":
 def _single(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
     figure = blank(6.4, 4.0)
     axes = figure.add_subplot()
-    _dress(axes, title, x, y)
+    dress(axes, title, x, y)
     return figure, axes
 
 
-def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
+def dress(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Give a panel its title and labels, and a light frame."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 from rlhf_core.functional.logprobs import KLKind
 from rlhf_core.functional.rewards import Combination, MissingEOS
 from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
+from rlhf_core.onpolicy.monitor.config import MonitorConfig
+from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.scoring import RewardTerm, check_terms
 from rlhf_core.rewards.shaping import ShapingSection
 from rlhf_core.training.learner import TrainingSection
 
 
-class OnPolicySection(TrainingSection):
+class OnPolicySection(TrainingSection, MemberSection):
     """Settings that PPO, RLOO and GRPO share."""
 
     learning_rate: float = Field(3e-6, gt=0, description="Peak learning rate of the policy")
@@ -60,6 +62,10 @@ class OnPolicySection(TrainingSection):
         ge=0,
         description="The epochs of an iteration end early when the policy has moved 1.5 times this "
         "far from the one that sampled (nats a token); 0 = never",
+    )
+    monitor: MonitorConfig = Field(
+        default_factory=MonitorConfig,
+        description="Watches the policy on fixed held-out prompts, and acts when it is gamed",
     )
     missing_eos: MissingEOS = Field(
         "subtract", description="How the score of a response that never ends is changed"

@@ -104,6 +104,8 @@ class Collector:
                 self._add_references(prompts, self.shaping)
         rollout = self.ranks.gather(scored, rows, Rollout.join)
         require_finite("the reward-model score", rollout.scores)
+        if rollout.spread is not None:
+            require_finite("the spread of the members", rollout.spread)
         require_finite("the log-probability of a sampled token", rollout.logprobs)
         require_finite("its log-probability under the reference", rollout.ref_logprobs)
         require_finite("the critic's value", rollout.values)
@@ -181,4 +183,5 @@ class Collector:
             scores=scores.total,
             parts=scores.parts,
             below=rows.shared_states(),
+            spread=scores.spread,
         )

@@ -19,6 +19,7 @@ from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
 from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
@@ -56,7 +57,8 @@ class StageSpec:
 
 
 _ON_POLICY = {"sampling": SamplingConfig}
-_REWARDS = ("reward", "reward.*")  # the pipeline's reward model, and others by name
+# the pipeline's reward model, others by name, and that of the monitor
+_REWARDS = ("reward", "reward.*", "held_out")
 
 STAGES: dict[str, StageSpec] = {
     "prepare": StageSpec(
@@ -89,6 +91,15 @@ STAGES: dict[str, StageSpec] = {
         sections={"sampling": SamplingConfig},
         inputs=("reward", "data", "sft"),
         result=ReportCard,
+    ),
+    "held_out": StageSpec(
+        config=RewardModelConfig,
+        function=train_held_out,
+        sections={"sampling": SamplingConfig},
+        inputs=("sft", "data"),
+        outputs=("held_out",),
+        learns={"held-out reward model": "scalar"},
+        passes_over="preferences",
     ),
     "ppo": StageSpec(
         config=PPOConfig,

@@ -69,6 +69,7 @@ NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
+_ALARM: Final = "alarm."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
@@ -80,6 +81,16 @@ def input_of(role: str) -> str:
 def output_of(kind: str) -> str:
     """The tag of an output, by its kind: a model, DATA or RESULT."""
     return f"{_OUTPUT}{kind}"
+
+
+def alarm_of(measure: str) -> str:
+    """The tag of the last alarm of a measure of the monitor."""
+    return f"{_ALARM}{measure}"
+
+
+def alarms(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags of all alarms of a run, as they are."""
+    return {name: line for name, line in tags.items() if name.startswith(_ALARM)}
 
 
 def parent_of(role: str) -> str:

@@ -49,6 +49,26 @@ def train_reward_model(
     )
 
 
+@stage_task("held-out", "held-out reward model")
+def train_held_out(
+    config: RewardModelConfig,
+    sampling: SamplingConfig,
+    sft: ModelRef,
+    data: DatasetRef,
+    run: PipelineRun,
+) -> ModelRef:
+    """Train the monitor's reward model on the other half of the votes; register
+    `<project>-held-out`."""
+    return do_stage(
+        "held_out",
+        config.model_copy(update={"votes": "second_half"}),
+        run,
+        inputs={"sft": sft, "data": data},
+        sections={"sampling": sampling},
+        returns=lambda made: made.models["held_out"],
+    )
+
+
 @task(name="check-reward-model", task_run_name="check {model.name}")
 def check_reward_model(model: ModelRef) -> RewardQuality | None:
     """The held-out accuracy of a reward model, with a warning if it is low or uncertain.
