@@ -2,12 +2,14 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from plain import plain_scores
 from scipy import stats
+from tiny import World, work_of
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
@@ -18,6 +20,7 @@ from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.evaluation.card_findings import findings, verdict
 from rlhf_core.rewards.canaries import KINDS
+from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.stages.report_card import ReportCardConfig, _draw, write_report_card
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.work import Work
@@ -259,3 +262,32 @@ def test_the_interval_of_a_slice_is_at_least_scipys(report):
         if won in (0, prompts):
             wilson = stats.binomtest(won, prompts).proportion_ci(method="wilson")
             assert share.high - share.low >= 0.99 * (wilson.high - wilson.low)
+
+
+# ---- an ensemble ----
+
+
+def test_an_ensemble_is_examined_by_its_mean_with_its_members_beside(tmp_path):
+    world = World.build(tmp_path / "world")
+    made = replace(world, reward=world.ensemble)
+    card = write_report_card(CONFIG, work_of("report_card", made, tmp_path / "out")).card
+    model, tokenizer = load_reward_model(world.ensemble)
+    votes = with_winners(read_table(world.data, "preferences", "eval"))
+    votes = votes[~votes["tie"]]
+    chosen, rejected = (
+        score_texts(model, tokenizer, list(votes["prompt"]), list(votes[column]), max_length=24)
+        for column in ("chosen", "rejected")
+    )
+    right = chosen > rejected  # (K, N)
+    assert [own.share.value for own in card.members.accuracies] == pytest.approx(
+        right.float().mean(1).tolist()
+    )
+    differ = (right != right[0]).any(0).float().mean().item()
+    assert card.members.disagreement.share.value == pytest.approx(differ)
+    mean = (chosen.mean(0) > rejected.mean(0)).float().mean().item()
+    assert card.accuracy.share.value == pytest.approx(mean)
+    assert f"Its {len(right)} members are right on" in said(card, "good")
+    # In logits by the mean of the members' standard deviations.
+    stds = [member["reward_std"] for member in read_card(world.ensemble)["members"]]
+    sure = torch.sigmoid((chosen - rejected).mean(0).abs() * sum(stds) / len(stds))
+    assert card.confidence == pytest.approx(sure.mean().item(), rel=1e-4)
