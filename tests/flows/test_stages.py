@@ -110,8 +110,8 @@ def test_a_policy_is_judged_by_what_it_was_made_from(store, policy, tiny):
 def test_a_registered_reward_model_is_examined_on_the_votes_it_was_trained_with(
     store, client, sft, reward, tiny
 ):
-    def examine(**settings):
-        card = tiny.report_card.model_copy(update={"samples": 8, **settings})
+    def examine():
+        card = tiny.examination.model_copy(update={"samples": 8})  # texts are cut as in training
         return stages.report_card(
             stages.ReportCardFlowConfig(
                 project="tiny", reward_model=reward.uri, sampling=tiny.sampling, report_card=card
