@@ -24,7 +24,7 @@ import torch
 from regimes import Judge, World
 
 from rlhf_core.evaluation.chart import Chart, draw
-from rlhf_core.evaluation.overoptimisation import Path
+from rlhf_core.evaluation.overoptimisation import MEASURES, Path
 
 
 def main() -> None:
@@ -62,9 +62,25 @@ def main() -> None:
     ]
     for chart in charts:
         print(f"\n## {chart.title}\n")
-        print("\n".join(f"* {fit.sentence()}" for fit in chart.fits()))
+        print("\n".join(table(chart)))
+        print("\n" + "\n".join(f"* {fit.sentence()}" for fit in chart.fits()))
     if arguments.output is not None:
         draw(charts).savefig(arguments.output / "overoptimisation.png", dpi=100)
+
+
+def table(chart: Chart) -> list[str]:
+    """Lines of Markdown: the last policy of each run, and its best on the way by the truth."""
+    lines = [
+        "| run | KL at the end | reward model | held-out | truth | best truth on the way (its KL) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in chart.of("on_policy"):
+        last, best = path.points[-1], max(path.points, key=lambda p: p.gains["truth"].value)
+        cells = [last.kl, *(last.gains[measure] for measure in MEASURES)]
+        texts = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in cells]
+        peak = f"{best.gains['truth'].value:.2f} ({best.kl.value:.1f})"
+        lines.append(f"| {path.name} | {' | '.join(texts)} | {peak} |")
+    return lines
 
 
 if __name__ == "__main__":
