@@ -71,7 +71,7 @@ def main() -> None:
 def table(chart: Chart) -> list[str]:
     """Lines of Markdown: the last policy of each run, and its best on the way by the truth."""
     lines = [
-        "| run | KL at the end | reward model | held-out | truth | best truth on the way (its KL) |",
+        "| run | KL at the end | reward model | held-out | truth | best truth (its KL) |",
         "|---|---|---|---|---|---|",
     ]
     for path in chart.of("on_policy"):
