@@ -16,6 +16,7 @@ from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
+from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.rloo import RLOOConfig
 from rlhf_core.stages.sft import SFTConfig
@@ -116,6 +117,10 @@ class PipelineConfig(ByAlgorithm):
     reward_model: RewardModelSection = Field(
         default_factory=RewardModelSection, description="Reward-model training on preferences"
     )
+    report_card: ReportCardConfig = Field(
+        default_factory=ReportCardConfig,
+        description="Examination of the reward model before a policy is trained",
+    )
     reward_gate: RewardGateConfig = Field(
         default_factory=RewardGateConfig,
         description="What the reward model must reach before a policy is trained",
@@ -133,6 +138,12 @@ class PipelineConfig(ByAlgorithm):
     )
 
     @property
+    def examination(self) -> ReportCardConfig:
+        """The settings of the report card, with the length at which the reward model cuts."""
+        length = self.report_card.max_length or self.reward_model.max_length
+        return self.report_card.model_copy(update={"max_length": length})
+
+    @property
     def length_limits(self) -> LengthLimits:
         """Where the stages truncate texts, for the validation report."""
         return LengthLimits(
@@ -141,6 +152,20 @@ class PipelineConfig(ByAlgorithm):
             sft=self.sft.max_length,
             reward=self.reward_model.max_length,
         )
+
+    @property
+    def trains_held_out(self) -> bool:
+        """Whether the monitor's reward model is trained on a half of the votes."""
+        monitor = getattr(self.policy, "monitor", None)
+        return monitor is not None and monitor.trains_held_out
+
+    @property
+    def rewarded(self) -> RewardModelConfig:
+        """The settings of the reward model: on one half of the votes if the monitor's has the
+        other."""
+        if not self.trains_held_out:
+            return self.reward_model
+        return self.reward_model.model_copy(update={"votes": "first_half"})
 
     @property
     def reward_functions(self) -> list[tuple[str, str]]:
@@ -155,6 +180,9 @@ class PipelineConfig(ByAlgorithm):
         """The addresses of the registered models that a run uses."""
         terms = getattr(self.policy, "rewards", ())
         named = [term.source for term in terms if term.is_model and term.source != PIPELINE_REWARD]
+        monitor = getattr(self.policy, "monitor", None)
+        if monitor is not None and not monitor.trains_held_out:
+            named.append(monitor.held_out)
         return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
 
     @property
@@ -182,7 +210,25 @@ class PipelineConfig(ByAlgorithm):
             for name, section in (("sft", self.sft), ("reward_model", self.reward_model))
             if not section.reuse
         }
+        if self.trains_held_out:
+            trainings["held_out"] = self.reward_model
         return {**trainings, self.algorithm: self.policy}
+
+    @model_validator(mode="after")
+    def _halves_are_trained_here(self) -> Self:
+        if not self.trains_held_out:
+            return self
+        setting = f"{self.algorithm}.monitor.held_out is train"
+        if self.reward_model.reuse:
+            raise ValueError(
+                f"{setting}, but reward_model.reuse names a model that may have seen all votes; "
+                "train the reward model here, or name a registered held-out model"
+            )
+        if self.reward_model.votes != "all":
+            raise ValueError(
+                f"{setting}, which chooses the halves itself; remove reward_model.votes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:

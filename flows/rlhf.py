@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
-from rlhf_core.evaluation.gates import RewardQuality, Verdict
+from rlhf_core.evaluation.gates import Verdict
+from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
@@ -20,14 +21,13 @@ from tasks.steps.evaluation import evaluate
 from tasks.steps.policy import find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
-from tasks.steps.reward_model import (
-    check_base_model,
-    check_reward_model,
-    train_reward_model,
-)
+from tasks.steps.report_card import check_report_card, write_report_card
+from tasks.steps.reward_model import check_base_model, train_held_out, train_reward_model
 from tasks.steps.sft import train_sft
 
-Forceable: TypeAlias = Literal["prepare", "sft", "reward_model", "policy", "evaluation"]
+Forceable: TypeAlias = Literal[
+    "prepare", "sft", "reward_model", "report_card", "policy", "evaluation"
+]
 
 
 log = logging.getLogger("tasks.flow")  # below the loggers that Prefect shows
@@ -41,7 +41,7 @@ class Trained(BaseModel):
     data: DatasetRef
     sft: ModelRef
     reward_model: ModelRef
-    reward_quality: RewardQuality | None  # None: not known
+    report_card: ReportCard  # of the reward model
     policy: ModelRef
     critic: ModelRef | None
 
@@ -87,7 +87,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
             scorecard=scorecard,
             verdict=verdict,
             report=write_report(
-                scorecard, verdict, trained.reward_quality, config.algorithm, trained.models, run
+                scorecard, verdict, trained.report_card, config.algorithm, trained.models, run
             ),
         )
 
@@ -107,8 +107,16 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     if config.reward_model.reuse:
         reward_model = find_model(config.reward_model.reuse)
     else:
-        reward_model = train_reward_model(config.reward_model, config.sampling, sft, data, run)
-    reward_quality = check_reward_model(config.reward_gate, reward_model)
+        reward_model = train_reward_model(config.rewarded, config.sampling, sft, data, run)
+    report_card = write_report_card(
+        config.examination, config.sampling, reward_model, sft, data, run
+    )
+    check_report_card(config.reward_gate, report_card, reward_model)
+
+    if config.trains_held_out:
+        other_rewards["held_out"] = train_held_out(
+            config.reward_model, config.sampling, sft, data, run
+        )
 
     policy = train_policy(
         config.algorithm,
@@ -124,7 +132,7 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
         data=data,
         sft=sft,
         reward_model=reward_model,
-        reward_quality=reward_quality,
+        report_card=report_card,
         **dict(policy),
     )
 
@@ -146,5 +154,8 @@ def evaluate_policy(
 
 
 def forced_stages(force: Sequence[Forceable], config: PipelineConfig) -> list[str]:
-    """The stage names in MLflow; the policy stage is named after its algorithm."""
-    return [config.algorithm if stage == "policy" else stage for stage in force]
+    """The stage names in MLflow; the policy stage is named after its algorithm, and with the reward
+    model goes the held-out one."""
+    names = [config.algorithm if stage == "policy" else stage for stage in force]
+    held_out = config.trains_held_out and "reward_model" in force
+    return [*names, "held_out"] if held_out else names

@@ -7,14 +7,16 @@ table: `stage_flow` makes a flow of any row that needs only its inputs.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import Field, create_model
 
 from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
 from flows.pipeline_flow import PipelineFlow, pipeline_flow
 from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.errors import ConfigError
 from rlhf_core.evaluation.gates import RewardGateConfig
+from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
@@ -24,6 +26,7 @@ from tasks.registry.registered import find_data, find_model, find_parent
 from tasks.steps.data import prepare_data
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
+from tasks.steps.report_card import check_report_card
 from tasks.steps.reward_model import check_reward_model
 from tasks.steps.sft import train_sft
 from tasks.steps.stage import StageOutputs, any_stage
@@ -127,6 +130,7 @@ def _field(role: str) -> str:
 RewardModelFlowConfig = stage_form(
     "reward_model", "Train a reward model from a registered SFT policy."
 )
+ReportCardFlowConfig = stage_form("report_card", "Examine a registered reward model.")
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
     "evaluation", "Compare a registered policy with SFT, best-of-n and the champion."
@@ -171,7 +175,9 @@ def stage_flow(
                     inputs["champion"] = champion
             made = any_stage(stage, getattr(config, stage), sections, inputs, run)
             if "reward" in made.models:
-                check_reward_model(RewardGateConfig(), made.models["reward"])
+                check_reward_model(made.models["reward"])
+            if isinstance(made.result, ReportCard):
+                check_report_card(RewardGateConfig(), made.result, cast(ModelRef, inputs["reward"]))
             if made.result is not None:
                 return made.result
             return next(iter(made.models.values())) if len(made.models) == 1 else made
@@ -200,12 +206,23 @@ def find_inputs(spec: StageSpec, config: RunConfig) -> dict[str, Ref]:
     return found
 
 
+def require_registered_held_out(section: Any) -> None:
+    """Raise ConfigError when the policy's flow would have to train a held-out reward model."""
+    monitor = getattr(section, "monitor", None)
+    if monitor is not None and monitor.trains_held_out:
+        raise ConfigError(
+            "monitor.held_out is train, which only the whole pipeline can; name a registered "
+            "reward model that has not seen the votes of the other"
+        )
+
+
 @pipeline_flow("policy")
 def policy(config: PolicyFlowConfig) -> TrainedPolicy:  # type: ignore[valid-type]
     """Optimise a registered SFT policy on a registered reward model."""
     chosen: Any = config
     inputs: Any = find_inputs(STAGES["ppo"], chosen)
     others = find_rewards(chosen.policy)
+    require_registered_held_out(chosen.policy)
     with open_run(chosen.project, chosen, chosen.seed) as run:
         return train_policy(
             chosen.algorithm,
@@ -224,9 +241,14 @@ reward_model = stage_flow(
     RewardModelFlowConfig,
     "Learn a reward from preferences, starting from a registered SFT policy.",
 )
+report_card = stage_flow(
+    "report_card",
+    ReportCardFlowConfig,
+    "Examine a registered reward model on held-out votes, samples of SFT and known-bad answers.",
+)
 evaluation = stage_flow(
     "evaluation",
     EvaluationFlowConfig,
     "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
 )
-SINGLE_FLOWS = (prepare, sft, reward_model, policy, evaluation)
+SINGLE_FLOWS = (prepare, sft, reward_model, report_card, policy, evaluation)

@@ -13,6 +13,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.validation import Validation
 from rlhf_core.onpolicy.config import KLSection, OnPolicySection
+from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.ppo import PPOConfig
 from rlhf_core.stages.prepare import DataConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
@@ -45,6 +46,7 @@ def doubts(chosen: Chosen, validation: Validation | None = None) -> list[str]:
             found += _of_reward_model(stage, section)
         if isinstance(section, OnPolicySection):
             found += _of_policy(stage, section, chosen.sampling)
+            found += _of_members(stage, section, chosen.trainings.get("reward_model"))
         if validation is not None:
             found += _of_data(stage, section, validation)
     return [*found, *(_cut_in_sampling(chosen.sampling, validation) if validation else ())]
@@ -163,6 +165,26 @@ def _of_policy(stage: str, section: OnPolicySection, sampling: SamplingConfig) -
                 yield f"{stage}.{name} has no effect with kl_control fixed; remove one of the two"
     if isinstance(section, PPOConfig):
         yield from _of_credit(stage, section, sampling)
+
+
+def _of_members(
+    stage: str, section: OnPolicySection, reward_model: TrainingSection | None
+) -> Iterator[str]:
+    how = section.combine_members
+    models = [term.source for term in section.rewards if term.is_model]
+    alone = isinstance(reward_model, RewardModelConfig) and reward_model.members == 1
+    if how != "mean" and alone and models == [PIPELINE_REWARD]:
+        yield (
+            f"{stage}.combine_members is {how}, but reward_model.members is 1, so there is nothing "
+            "to combine; set reward_model.members, for example to 4, or remove combine_members"
+        )
+    if how != "mean_minus_variance" and section.member_variance_coef != _default(
+        section, "member_variance_coef"
+    ):
+        yield (
+            f"{stage}.member_variance_coef has no effect with combine_members {how}; set that to "
+            "mean_minus_variance, or remove member_variance_coef"
+        )
 
 
 def _of_credit(stage: str, section: PPOConfig, sampling: SamplingConfig) -> Iterator[str]:

@@ -47,6 +47,64 @@ def calibration(
     return figure
 
 
+def reliability(dots: Sequence[tuple[float, Interval, int]]) -> "Figure":
+    """Reliability curve: for each bin the predicted share, the observed one with its interval, and
+    the votes, by which the dots are sized."""
+    figure, axes = _single("Reliability on held-out votes", "predicted share", "observed share")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
+    largest = max(votes for _, _, votes in dots)
+    for x, (value, low, high), votes in dots:
+        axes.errorbar(x, value, [[value - low], [high - value]], color=BLUE, capsize=3, alpha=0.7)
+        axes.scatter(x, value, s=20 + 120 * votes / largest, color=BLUE, alpha=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def forest(rows: Sequence[tuple[str, Interval, bool]], whole: Interval) -> "Figure":
+    """Accuracy of each slice with its interval, the worst on top, beside that of all votes; what is
+    clearly worse is orange."""
+    figure = blank(7.4, 1.3 + 0.28 * len(rows))
+    axes = figure.add_subplot()
+    dress(axes, "Accuracy by slice", "accuracy on held-out votes", "")
+    axes.axvspan(whole.low, whole.high, color=GREY, alpha=0.2, linewidth=0)
+    axes.axvline(whole.value, color=GREY, linewidth=1, label="all votes")
+    axes.axvline(0.5, color="black", linewidth=0.6, linestyle=":", label="chance")
+    for place, (_, (value, low, high), worse) in enumerate(rows):
+        color, bounds = ORANGE if worse else BLUE, [[value - low], [high - value]]
+        axes.errorbar(value, place, None, bounds, fmt="o", color=color, capsize=3, markersize=5)
+    names = [name if len(name) <= 40 else f"{name[:39]}…" for name, _, _ in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.1 - 0.5 / len(rows)),
+        ncols=2,
+    )
+    return figure
+
+
+def canaries(shares: Mapping[str, Interval]) -> "Figure":
+    """How often each known-bad answer beats the real one, with its interval; the worst on top."""
+    rows = sorted(shares.items(), key=lambda row: -row[1].value)
+    figure = blank(7.4, 1.3 + 0.3 * len(rows))
+    axes = figure.add_subplot()
+    dress(axes, "Bad answers that beat the real one", "share of held-out prompts", "")
+    for place, (_, (value, low, high)) in enumerate(rows):
+        color = ORANGE if low >= 0.5 else BLUE if high > 0.5 else GREEN
+        axes.barh(place, value, color=color, height=0.6)
+        axes.errorbar(value, place, None, [[value - low], [high - value]], color="black", capsize=3)
+    axes.axvline(0.5, color="black", linewidth=0.6, linestyle=":")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    return figure
+
+
 def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> "Figure":
     """Distributions of the reward of chosen and of rejected texts."""
     figure, axes = _single("Reward of held-out texts", "reward", "texts")
@@ -69,7 +127,7 @@ def policy_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     shown = {name: title for name, title in panels.items() if name in history[0]}
     figure = blank(11.0, 5.6)
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, shown.items(), strict=False):
-        _dress(axes, title, "iteration", "")
+        dress(axes, title, "iteration", "")
         axes.plot(range(1, len(history) + 1), [point[name] for point in history], color=BLUE)
     return figure
 
@@ -85,7 +143,7 @@ def preference_curves(history: Sequence[tuple[int, Mapping[str, float]]]) -> "Fi
     figure = blank(9.0, 5.6)
     steps = [step for step, _ in history]
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        _dress(axes, title, "optimizer step", "")
+        dress(axes, title, "optimizer step", "")
         axes.plot(steps, [values[name] for _, values in history], color=BLUE)
     return figure
 
@@ -132,7 +190,7 @@ def arms(names: Sequence[str], rows: Mapping[str, Sequence[Interval | None]]) ->
     figure = blank(3.6 * len(rows), 3.8)
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (title, intervals) in zip(panels, rows.items(), strict=True):
-        _dress(axes, title, "", "")
+        dress(axes, title, "", "")
         known = [(name, i) for name, i in zip(names, intervals, strict=True) if i is not None]
         for name, (value, low, high) in known:
             axes.bar(name, value, color=ARM_COLORS[name], width=0.6)
@@ -153,11 +211,12 @@ def proxy_against_truth(points: Mapping[str, Points]) -> "Figure":
 def _single(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
     figure = blank(6.4, 4.0)
     axes = figure.add_subplot()
-    _dress(axes, title, x, y)
+    dress(axes, title, x, y)
     return figure, axes
 
 
-def _dress(axes: "Axes", title: str, x: str, y: str) -> None:
+def dress(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Give a panel its title and labels, and a light frame."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

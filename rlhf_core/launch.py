@@ -3,10 +3,10 @@
     python -m rlhf_core.launch JOB.json
 
 starts the ranks and waits for them. The main rank reports progress on stdout as lines of JSON:
-`{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}` or
-`{"phase": "...", "done": 3, "total": 9}`. At the end it writes its report, or the error, beside the
-job. `launch` does all this from Python; on several machines that share a disk, torchrun starts the
-same command as its ranks.
+`{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}`,
+`{"phase": "...", "done": 3, "total": 9}` or `{"alarm": {...}}`. At the end it writes its report,
+or the error, beside the job. `launch` does all this from Python; on several machines that share a
+disk, torchrun starts the same command as its ranks.
 """
 
 import json
@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
@@ -33,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
-from rlhf_core.metrics import SilentLogger, StageLogger
+from rlhf_core.metrics import Alarm, SilentLogger, StageLogger
 from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks, Strategy
 from rlhf_core.training.session import Interrupted, StopRequest
@@ -206,6 +207,9 @@ class _Lines:
             self._phase, self._next = what, time.monotonic() + PHASE_SECONDS
             self._write({"phase": what, "done": done, "total": total})
 
+    def alarm(self, alarm: Alarm) -> None:
+        self._write({"alarm": asdict(alarm)})
+
     def _write(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._file, flush=True)
 
@@ -213,6 +217,8 @@ class _Lines:
 def _forward(logger: StageLogger, line: dict[str, Any]) -> None:
     if "metrics" in line:
         logger.metrics(line["metrics"], line["step"])
+    elif "alarm" in line:
+        logger.alarm(Alarm(**line["alarm"]))
     elif "phase" in line:
         logger.phase(line["phase"], line["done"], line["total"])
     else:

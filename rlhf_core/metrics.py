@@ -9,6 +9,31 @@ Between: TypeAlias = Callable[[str, int], Callable[[], None]]
 """Maps a phase and its number of parts to a callback for before each part, which may raise."""
 
 
+@dataclass(frozen=True)
+class Alarm:
+    """A measure of the monitor that went beyond its limit."""
+
+    measure: str
+    step: int  # the iteration
+    value: float
+    limit: float
+    action: str  # what happens: warn, halve_learning_rate, roll_back or stop
+    sentence: str  # what was seen, what it may mean, and what to do
+
+    @property
+    def line(self) -> str:
+        """The alarm as a line for people."""
+        return f"monitor, iteration {self.step}: {self.sentence}. {CONSEQUENCES[self.action]}"
+
+
+CONSEQUENCES: Mapping[str, str] = {
+    "warn": "The run goes on",
+    "halve_learning_rate": "The learning rate is halved",
+    "roll_back": "The run goes back to its last good state, at half the learning rate",
+    "stop": "The run stops",
+}
+
+
 class StageLogger(Protocol):
     """Receives the reports of a running stage."""
 
@@ -24,6 +49,9 @@ class StageLogger(Protocol):
         `total` 0: it has no parts. Call it as often as you like: it is cheap.
         """
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Report that a measure of the monitor went beyond its limit."""
+
 
 @dataclass
 class MemoryLogger:
@@ -32,6 +60,7 @@ class MemoryLogger:
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     notes: list[tuple[int, int, str]] = field(default_factory=list)
     phases: list[tuple[str, int, int]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Append `(step, values)` to `history`."""
@@ -44,6 +73,10 @@ class MemoryLogger:
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
         """Append `(what, done, total)` to `phases`."""
         self.phases.append((what, done, total))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Append to `alarms`."""
+        self.alarms.append(alarm)
 
     def series(self, name: str) -> list[float]:
         """All values of one metric, in the order in which they were logged."""
@@ -60,6 +93,9 @@ class SilentLogger:
         """Do nothing."""
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Do nothing."""
+
+    def alarm(self, alarm: Alarm) -> None:
         """Do nothing."""
 
 

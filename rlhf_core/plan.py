@@ -22,6 +22,7 @@ from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_sh
 from rlhf_core.functional.ranking import win_rate
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import TrainingSection
 
@@ -147,7 +148,18 @@ def _of_policy(
 def _of_scalar(
     base: PreTrainedModel | None, section: TrainingSection, name: str
 ) -> tuple[NetworkPlan, ...]:
-    return () if base is None else (_learnt(name, ScalarModel.outline(base), section),)
+    if base is None:
+        return ()
+    found = _learnt(name, ScalarModel.outline(base), section)
+    if isinstance(section, RewardModelConfig) and section.members > 1:
+        # Each has an adapter and a head; what is frozen is there once.
+        found = found.model_copy(
+            update={
+                "network": f"{name}, {section.members} members",
+                "parameters": section.members * found.parameters,
+            }
+        )
+    return (found,)
 
 
 def _learnt(name: str, network: Network, section: TrainingSection) -> NetworkPlan:

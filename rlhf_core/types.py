@@ -66,6 +66,13 @@ class Rollout:
     # states that enter the first block with an adapter, which networks on one transformer share;
     # the name is part of the checkpoint format
     below: Tensor | None = None  # (B, T, d), padded at the end
+    spread: Tensor | None = None  # (B,) of the members of a reward model; None without members
+    shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
+
+    @property
+    def outcomes(self) -> Tensor:
+        """(B,) what credit is assigned by: the shaped scores, or the scores."""
+        return self.scores if self.shaped is None else self.shaped
 
     @classmethod
     def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
@@ -79,6 +86,7 @@ class Rollout:
         prompts = [part.prompts for part in parts]
         responses = [part.responses for part in parts]
         below = [part.below for part in parts if part.below is not None]
+        spread = [part.spread for part in parts if part.spread is not None]
         return cls(
             PromptBatch(
                 _stack([p.input_ids for p in prompts], left=True),
@@ -95,6 +103,7 @@ class Rollout:
             torch.cat([part.scores for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             _stack(below) if below else None,
+            torch.cat(spread) if spread else None,
         )
 
     def to(self, device: str) -> "Rollout":
@@ -108,6 +117,8 @@ class Rollout:
             self.scores.to(device),
             {name: part.to(device) for name, part in self.parts.items()},
             None if self.below is None else self.below.to(device),
+            None if self.spread is None else self.spread.to(device),
+            None if self.shaped is None else self.shaped.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -121,6 +132,8 @@ class Rollout:
             self.scores[index],
             {name: part[index] for name, part in self.parts.items()},
             None if self.below is None else self.below[index],
+            None if self.spread is None else self.spread[index],
+            None if self.shaped is None else self.shaped[index],
         )
 
 
@@ -143,6 +156,11 @@ class Report:
     def result(self) -> BaseModel | None:
         """The part that later stages read; None when they read only the numbers."""
         return None
+
+    @property
+    def page(self) -> str:
+        """Markdown for people; empty when the numbers, tables and figures say it all."""
+        return ""
 
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name, logged once when the stage ends."""

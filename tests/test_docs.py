@@ -102,7 +102,10 @@ def test_every_setting_that_is_named_exists(page):
 def logged(tmp_path_factory):
     """The names of all metrics of each stage, as a run of them on the smallest data logs them."""
     root = tmp_path_factory.mktemp("stages")
-    config = PipelineConfig.model_validate(yaml.safe_load(TINY))
+    settings = yaml.safe_load(TINY)
+    for algorithm in ("ppo", "rloo", "grpo"):  # what adds a metric is on
+        settings.setdefault(algorithm, {})["shaping"] = {"clip": 5}
+    config = PipelineConfig.model_validate(settings)
     made = {kind: root / kind for kind in ("data", "sft", "reward", "policy")}
     made["champion"] = made["sft"]
     sections = {

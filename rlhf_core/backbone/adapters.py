@@ -12,8 +12,9 @@ Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -28,7 +29,9 @@ from rlhf_core.backbone.packing import blocks, is_packed
 from rlhf_core.errors import ConfigError, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD_MODULE = "score"  # of a sequence classifier, which an adapter may bring with it
 PREFIX = "base_model.model."  # peft's prefix for the names in its files
+_HEAD = f"{PREFIX}{HEAD_MODULE}.weight"
 
 
 def add_adapter(
@@ -124,10 +127,35 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) -> None:
+def average_adapters(model: PreTrainedModel, names: Sequence[str], average: str) -> None:
+    """Add the adapter that moves every weight by the mean of what some others move it by.
+
+        1/K·Σₖ (alpha/r)·Bₖ·Aₖ = (alpha/(K·r))·[B₁ … B_K]·[A₁; …; A_K]
+
+    so it is exact, and of rank K·r. The mean of the A times the mean of the B would be something
+    else.
+
+    Args:
+        names: adapters of one rank and one alpha, beside the same layers.
+    """
+    layers = {n: m for n, m in _named_layers(model.base_model) if names[0] in m.r}
+    first = next(iter(layers.values()))
+    rank, alpha = first.r[names[0]], int(first.lora_alpha[names[0]])
+    _add(model, average, sorted(layers), rank=rank * len(names), alpha=alpha)
+    with torch.no_grad():
+        for layer in layers.values():
+            for matrices, side in ((layer.lora_A, 0), (layer.lora_B, 1)):
+                weights = {name: cast(Tensor, matrices[name].weight) for name in (*names, average)}
+                weights[average].copy_(torch.cat([weights[name] for name in names], side))
+
+
+def save_adapter(
+    model: PreTrainedModel, name: str, directory: Path, base: str, head: nn.Linear | None = None
+) -> None:
     """Write an adapter as peft does, so that `PeftModel.from_pretrained(base, directory)` reads it.
 
-    `base` identifies the model it belongs to.
+    `base` identifies the model it belongs to. A `head` is written as the module `score` that peft
+    puts in the place of the base's own.
     """
     carriers = {n: m for n, m in _named_layers(model.base_model) if name in m.r}
     first = next(iter(carriers.values()))
@@ -138,6 +166,7 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) 
         lora_dropout=0.0,
         fan_in_fan_out=bool(first.fan_in_fan_out),
         base_model_name_or_path=base,
+        modules_to_save=None if head is None else [HEAD_MODULE],
     )
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
@@ -146,6 +175,8 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, base: str) 
         PREFIX + key.replace(f".{name}.", "."): parameter.detach().contiguous().cpu()
         for key, parameter in adapter_parameters(model, name).items()
     }
+    if head is not None:
+        weights[_HEAD] = head.weight.detach().clone().cpu()
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -157,8 +188,10 @@ def _sort_targets(path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
+def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> Tensor | None:
     """Put a stored adapter into a model under a name.
+
+    Returns: the weight of the head that was stored with it, if there is one.
 
     Raises: ModelError when it cannot be read, or was made for another architecture.
     """
@@ -172,6 +205,7 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
         one = min(strange)
         raise ModelError(f"the adapter in {directory} is for another model: {one} does not fit")
     _add(model, name, targets, rank=config.r, alpha=config.lora_alpha)
+    head = weights.pop(_HEAD, None) if config.modules_to_save == [HEAD_MODULE] else None
     wanted = {
         PREFIX + key.replace(f".{name}.", "."): parameter
         for key, parameter in adapter_parameters(model, name).items()
@@ -182,6 +216,7 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(weights[key])
+    return head
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

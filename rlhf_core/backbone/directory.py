@@ -24,7 +24,7 @@ from rlhf_core.digests import content_digest
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.reading import MIB, read_whole
 
-ModelKind = Literal["policy", "reward", "critic"]
+ModelKind = Literal["policy", "reward", "critic", "trunk"]  # trunk: of an ensemble's members
 CARD = "rlhf.json"
 _SCALE = ("reward_mean", "reward_std")
 

@@ -8,6 +8,7 @@ Windows of attention are made as short as these texts while they are checked. Te
 rope allows are refused elsewhere: `context.require_rope`.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ TESTED = "GPT-2, Llama, Qwen, SmolLM, Mistral, Gemma 3, Phi, OLMo, ..."
 _log = logging.getLogger(__name__)
 
 
+_NOT_COMPUTED = {"_name_or_path", "architectures", "transformers_version"}
+_NOT_COMPUTED |= {"reward_mean", "reward_std", "id2label", "label2id"}
 _ways: dict[tuple[str, ...], str] = {}  # the attention that is right, by class, config and device
 
 
@@ -55,11 +58,19 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
     """
     if model.device.type == "meta":
         return model
-    key = (type(model).__qualname__, model.config.to_json_string(), model.device.type)
+    key = (type(model).__qualname__, _computed_by(model), model.device.type)
     if key not in _ways:
         _ways[key] = _find(model)
     _attend(model, _ways[key])
     return model
+
+
+def _computed_by(model: PreTrainedModel) -> str:
+    """The config without what no block reads: where it was loaded from, constants of a reward."""
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key not in _NOT_COMPUTED
+    }
+    return json.dumps(config, sort_keys=True, default=str)
 
 
 def _find(model: PreTrainedModel) -> str:

@@ -261,6 +261,12 @@ class ScalarModel(Network):
             precision=self.precision,
         )
 
+    def with_new_head(self, generator: torch.Generator) -> Self:
+        """A scalar model on the same transformer with a head of its own, drawn as the first is."""
+        other = self.with_own_head()
+        _draw_head(other.head, generator)
+        return other
+
     def learnable(self) -> dict[str, nn.Parameter]:
         """The parameters that train: all of them, or those of the adapter and the head."""
         if self.adapter is None:
@@ -300,10 +306,7 @@ class ScalarModel(Network):
         """
         require_kind(directory, "policy")
         scalar = cls.on_body_of(str(directory))
-        weight = scalar.head.weight
-        std = (weight.shape[-1] + 1) ** -0.5
-        with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        _draw_head(scalar.head, generator)
         return scalar
 
     @classmethod
@@ -366,14 +369,24 @@ def load_as_adapter(
 
     None when it was not trained as an adapter of the model in `base`, whose weights `trunk` has.
     """
-    card = read_card(directory)
-    if card.get(ADAPTER) != weights_digest(base):
+    if read_card(directory).get(ADAPTER) != weights_digest(base):
         return None
+    return adapter_of(directory, trunk, name, precision)
+
+
+def adapter_of(
+    directory: Path, trunk: PreTrainedModel, name: str, precision: Precision
+) -> ScalarModel:
+    """The scalar model in a directory, as adapter `name` on a transformer with its base's weights.
+
+    Raises: ModelError when the directory holds no scalar model with an adapter for it.
+    """
+    card = require_kind(directory, "reward", "critic")
     load_adapter(trunk, name, directory / ADAPTER)
-    head = _copy_head(ScalarModel.load(directory).head)
+    weight = _read_tensor(directory, HEAD).to(trunk.device, torch.float32)
     return ScalarModel(
         trunk,
-        head.to(trunk.device),
+        _as_head(weight),
         mean=card["reward_mean"],
         std=card["reward_std"],
         adapter=name,
@@ -401,10 +414,22 @@ def _warn_if_slow(device: str) -> None:
         )
 
 
+@torch.no_grad()
+def _draw_head(head: nn.Linear, generator: torch.Generator) -> None:
+    weight = head.weight
+    std = (weight.shape[-1] + 1) ** -0.5
+    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
 def _copy_head(head: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(head.in_features, 1, bias=False, device=head.weight.device)
-    copy.weight = nn.Parameter(head.weight.detach().clone())
-    return copy
+    return _as_head(head.weight.detach().clone())
+
+
+def _as_head(weight: Tensor) -> nn.Linear:
+    """The linear layer of a (1, d) weight."""
+    head = nn.Linear(weight.shape[1], 1, bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    return head
 
 
 def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:

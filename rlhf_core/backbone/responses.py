@@ -61,12 +61,17 @@ def with_shared_states(rows: ResponseRows, network: Network) -> ResponseRows:
 
     They are the output of the blocks before the first adapter; without adapters there are none.
     """
-    depth = adapted_from(network.model)
-    if depth is None:
-        return rows
+    return replace(rows, packed=share(rows.packed, network))
+
+
+def share(packed: Packed, network: Network) -> Packed:
+    """Texts with the states that all networks on a transformer share, computed if they are not
+    there."""
+    depth, body = adapted_from(network.model), network.model.base_model
+    if depth is None or (packed.shared is not None and packed.shared.body is body):
+        return packed
     with network.autocast():
-        shared = shared_states(network.model.base_model, rows.packed, depth)
-    return replace(rows, packed=replace(rows.packed, shared=shared))
+        return replace(packed, shared=shared_states(body, packed, depth))
 
 
 def restore_rows(rollout: Rollout, network: Network) -> ResponseRows:

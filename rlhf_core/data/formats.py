@@ -32,7 +32,7 @@ import pandas as pd
 from rlhf_core.data.forms.columns import Columns, without
 from rlhf_core.data.forms.rows import BadRowError, Reading, SkippedRowError
 from rlhf_core.data.forms.table import form_of
-from rlhf_core.data.prepared import COLUMNS, TableKind
+from rlhf_core.data.prepared import COLUMNS, KEPT, TableKind
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.errors import DataError
 
@@ -45,7 +45,7 @@ class ParsedSource:
     of the same row, so that they are not dropped as duplicates.
     """
 
-    frame: pd.DataFrame  # COLUMNS of its kind, and `ballot`
+    frame: pd.DataFrame  # COLUMNS of its kind, `ballot`, and KEPT if columns are kept
     source: str
     rows: int
     faults: Sequence[Fault]
@@ -76,6 +76,8 @@ def parse(
     for number, row in columns.rows(Path(source.source)):
         try:
             common = {"id": row.identity(), "ballot": 0, "row": number}
+            if reading.keep:
+                common[KEPT] = row.kept()
             examples += [{**common, **example} for example in form.convert(row)]
         except BadRowError as bad:
             where = (source.source, source.unit, number, bad.field)
@@ -86,7 +88,11 @@ def parse(
         examples, left_over = form.join(examples)
         skipped.update(left_over)
     columns.note_unused_template()
-    frame = pd.DataFrame(examples, columns=[*COLUMNS[kind], "ballot"], dtype=object)
+    frame = pd.DataFrame(
+        examples,
+        columns=[*COLUMNS[kind], "ballot", *([KEPT] if reading.keep else [])],
+        dtype=object,
+    )
     faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
     numbers = [example.get("row", 0) for example in examples]

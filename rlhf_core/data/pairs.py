@@ -1,7 +1,7 @@
 """Preferences as tokens, for the reward model and DPO."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import pandas as pd
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.encoding import encode_answers
+from rlhf_core.data.prepared import falls_to_eval, prompt_key
 from rlhf_core.errors import DataError
+
+Votes: TypeAlias = Literal["all", "first_half", "second_half"]
 
 
 class Pair(NamedTuple):
@@ -37,6 +40,27 @@ def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
         rejected=votes["response_a"].where(second, votes["response_b"]),
         tie=votes["vote"] == "tie",
     )
+
+
+def select_votes(votes: pd.DataFrame, which: Votes) -> pd.DataFrame:
+    """All votes of a table, or those on one half of the prompts.
+
+    A hash decides the half of a prompt, whatever the seed, so the two halves share no prompt, and
+    models of different seeds can be trained on disjoint halves. The hash is not the one that holds
+    prompts out.
+
+    Raises: DataError when no vote is in the half.
+    """
+    if which == "all":
+        return votes
+    second = votes["prompt"].map(lambda prompt: falls_to_eval(f"half/{prompt_key(prompt)}", 0, 0.5))
+    found = votes[second.astype(bool) == (which == "second_half")]
+    if found.empty:
+        raise DataError(
+            f"none of the {len(votes)} votes is on a prompt of the {which.replace('_', ' ')}; add "
+            "votes on more prompts, or train on all of them"
+        )
+    return found.reset_index(drop=True)
 
 
 class EncodedPairs(NamedTuple):

@@ -16,6 +16,8 @@ is one vote, as it was cast; the votes on one pair share its id:
     time             when the vote was cast, as the source has it; "" if unknown
     source           where the row comes from
 
+Columns of the user's that `data.preferences.keep` names are in an object `kept`, by name, as text.
+
 `rlhf_core.data.pairs.with_winners` derives who won.
 """
 
@@ -45,6 +47,7 @@ COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     ),
     "prompts": ("id", "prompt"),
 }
+KEPT = "kept"  # a column of preferences, only where columns of the source are kept
 
 
 def canonical_prompt(prompt: Prompt) -> str:
@@ -88,7 +91,8 @@ def writable(text: str) -> bool:
 
 def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:
     """Write one prepared table as JSON lines."""
-    records = frame[list(COLUMNS[kind])].to_dict("records")
+    kept = [KEPT] if kind == "preferences" and KEPT in frame else []
+    records = frame[[*COLUMNS[kind], *kept]].to_dict("records")
     # Not DataFrame.to_json, which rounds numbers to ten digits.
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     _file(directory, kind, split).write_text(text, encoding="utf-8", newline="\n")
@@ -109,7 +113,8 @@ def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
     if kind != "preferences":
         return pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
     records = [_as_cast(record) for record in records]
-    frame = pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
+    kept = [KEPT] if any(KEPT in record for record in records) else []
+    frame = pd.DataFrame(records, columns=[*COLUMNS[kind], *kept], dtype=object)
     return frame.astype({"gold": bool, "margin": float})
 
 

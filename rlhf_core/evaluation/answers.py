@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
-from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import ResponseRows, lay_out, response_logprobs
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import (
@@ -24,6 +24,7 @@ from rlhf_core.data.encoding import (
 from rlhf_core.evaluation.scorecard import ArmName
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.functions import RewardFunction, call_function
+from rlhf_core.rewards.models import RewardModel
 from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, RewardTerm
 from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch, Responses
@@ -61,7 +62,7 @@ class Bench:
     prompts: list[Prompt]
     sft: Policy
     tokenizer: PreTrainedTokenizerBase
-    reward_model: ScalarModel
+    reward_model: RewardModel
     reward_tokenizer: PreTrainedTokenizerBase
     truth: RewardFunction | None
     sampling: SamplingConfig

@@ -1,6 +1,7 @@
 """Rules that decide whether a reward model is good enough to train a policy on, and whether a
 policy may become the champion. Each result is a sentence."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,7 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Scorecard
 from rlhf_core.functional.ranking import Interval, win_rate
+from rlhf_core.rewards.canaries import CanaryResult
 
 LONGER = '"prefer the longer"'
 
@@ -31,6 +33,13 @@ class RewardGateConfig(Section):
         False,
         description="Also stop unless the held-out accuracy is above that of the rule "
         '"prefer the longer"',
+    )
+    max_canary_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Also stop unless the upper bound of the share of real answers that a canary "
+        "beats is at most this, for every canary of the report card; 1 = off",
     )
 
 
@@ -151,26 +160,47 @@ class Verdict(BaseModel):
 
 
 def require_reward_model(
-    config: RewardGateConfig, quality: RewardQuality | None, model: str
+    config: RewardGateConfig,
+    quality: RewardQuality | None,
+    model: str,
+    canaries: Sequence[CanaryResult] = (),
 ) -> None:
     """Refuse to train a policy on a reward model that does not meet the requirements.
 
+    A requirement has to be shown: what is unknown, or too uncertain, does not meet it.
+
     Raises: ModelError with the numbers, the broken rules, and how to fix it.
     """
-    broken = {}
+    broken, measured = {}, "the held-out accuracy is unknown"
+    if quality is not None:
+        measured = quality.numbers
     if config.min_accuracy and not (quality and quality.exceeds(config.min_accuracy)):
         rule = f"the lower bound of the accuracy must exceed {config.min_accuracy:g}"
         broken["reward_gate.min_accuracy"] = rule
     if config.beat_longer and not (quality and quality.longer_accuracy < quality.accuracy.value):
         broken["reward_gate.beat_longer"] = f"the accuracy must be above that of {LONGER}"
+    if config.max_canary_share < 1:
+        most = config.max_canary_share
+        worst = max(canaries, key=lambda canary: canary.beats_real.high, default=None)
+        if worst is None or worst.beats_real.high > most:
+            rule = f"the upper bound of the share that a canary beats must be at most {most:g}"
+            broken["reward_gate.max_canary_share"] = rule
+            measured += "; no canary was measured" if worst is None else f"; {_beats(worst)}"
     if not broken:
         return
-    measured = "the held-out accuracy is unknown" if quality is None else quality.numbers
     rules = ", and ".join(f"{rule} ({setting})" for setting, rule in broken.items())
     raise ModelError(
         f"no policy is trained on the reward model {model}: {measured}, but {rules}. It stays "
         "registered. Collect more or better preferences, train it with other settings, or change "
         f"{' and '.join(broken)}"
+    )
+
+
+def _beats(canary: CanaryResult) -> str:
+    value, low, high = canary.beats_real
+    return (
+        f"the canary '{canary.kind}' beats the real answer on {value:.3f} [{low:.3f}, {high:.3f}] "
+        f"of {_count(canary.prompts, 'prompt')}"
     )
 
 

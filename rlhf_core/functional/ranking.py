@@ -141,10 +141,10 @@ def clustered_share(
 
         bounds = the wider of clustered_bootstrap and Wilson's at n,  n = (Σ N)² / Σ N²
 
-    if n < 50 or n·min(p, 1 - p) < 5, and those of clustered_bootstrap otherwise. N is the size of a
-    cluster; n, Kish's effective number, is the number of clusters when they are of one size. The
-    bootstrap has no width when all clusters agree, and is too narrow for few of them; Wilson's
-    interval counts a whole cluster as one trial.
+    if n < 50 or n·min(p, 1 - p) < 5 or all clusters have one mean, and those of clustered_bootstrap
+    otherwise. N is the size of a cluster; n, Kish's effective number, is the number of clusters
+    when they are of one size. The bootstrap has no width when all clusters agree, be it on 1 or on
+    1/2, and is too narrow for few of them; Wilson's interval counts a whole cluster as one trial.
 
     Args:
         values: (N,) in [0, 1]: 1 for a win, 0.5 for a tie.
@@ -167,7 +167,8 @@ def clustered_share(
     )
     sizes = torch.unique(clusters, return_counts=True)[1].double()
     n, p = (sizes.sum() ** 2 / (sizes**2).sum()).item(), drawn.value
-    if n >= FEW_CLUSTERS and n * min(p, 1 - p) >= FEW_EITHER_WAY:
+    differ = drawn.high - drawn.low > 1e-9  # more than rounding
+    if differ and n >= FEW_CLUSTERS and n * min(p, 1 - p) >= FEW_EITHER_WAY:
         return drawn
     score = _wilson(p, n, confidence)
     return Interval(drawn.value, min(drawn.low, score.low), max(drawn.high, score.high))

@@ -4,7 +4,8 @@ Results have the type of the input, or the wider of two. bfloat16 works with its
 float32 for more.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,94 @@ def combine(parts: Tensor, *, how: Combination, variance_coef: float = 1.0) -> T
     if how == "mean_minus_variance":
         return parts.mean(0) - variance_coef * parts.var(0, correction=0)
     raise ValueError(f"how must be sum, mean, min or mean_minus_variance, got {how!r}")
+
+
+class Moments(NamedTuple):
+    """Number, mean and spread of all values that were seen so far."""
+
+    number: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of the squared distances from the mean
+
+    def with_values(self, values: Tensor) -> "Moments":
+        """The moments of the values seen so far and of these, (N,).
+
+            n = n₁ + n₂,  d = μ₂ - μ₁,  μ = μ₁ + d·n₂ / n,  S = S₁ + S₂ + d²·n₁·n₂ / n
+
+        Reference: Chan et al. 1979, equation 2.1, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf.
+        """
+        if not len(values):
+            return self
+        new = values.detach().double().cpu()
+        n, mean = len(new), new.mean().item()
+        total, apart = self.number + n, mean - self.mean
+        return Moments(
+            total,
+            self.mean + apart * n / total,
+            self.squares + (new - mean).square().sum().item() + apart**2 * self.number * n / total,
+        )
+
+    @property
+    def std(self) -> float:
+        """Standard deviation √(S / n); 0 for no value."""
+        return math.sqrt(self.squares / self.number) if self.number else 0.0
+
+
+def whiten(scores: Tensor, moments: Moments) -> Tensor:
+    """Scores in standard deviations from the mean of all scores so far.
+
+        (score - μ) / σ;   score - μ where σ is 0
+
+    Shapes: (B,) -> (B,), without unit.
+
+    Reference: Zheng et al. 2023, section 5.3.1, https://arxiv.org/abs/2307.04964.
+    """
+    return (scores - moments.mean) / (moments.std or 1.0)
+
+
+def against_reference(scores: Tensor, reference: Tensor) -> Tensor:
+    """How surely a response is better than reference responses to its prompt: bounded rewards.
+
+        Σₘ σ(score - referenceₘ) / M
+
+    Under a Bradley-Terry model with rewards in logits it is the probability that the response is
+    preferred. It is steepest where both are alike and flat far above, where a hack would pay.
+
+    Args:
+        scores: (B,) score of the whole response.
+        reference: (B, M) scores of M reference responses to the same prompt.
+
+    Returns:
+        (B,) in (0, 1).
+
+    Raises:
+        ValueError: if the shapes do not fit, or there is no reference.
+
+    Reference: Fu et al. 2025, "preference as reward", https://arxiv.org/abs/2502.18770.
+    """
+    check_shapes(scores=(scores, "B"), reference=(reference, "BM"))
+    if not reference.shape[1]:
+        raise ValueError("there is no reference to compare with")
+    return torch.sigmoid(scores.unsqueeze(-1) - reference).mean(-1)
+
+
+def excess_length(lengths: Tensor, *, limit: int, coef: float) -> Tensor:
+    """The penalty for tokens beyond a limit, to be subtracted from the score.
+
+        coef·max(0, length - limit)
+
+    Args:
+        lengths: (B,) tokens of each response.
+        limit: tokens that cost nothing.
+        coef: price of each further token (reward units).
+
+    Returns:
+        (B,) in the unit of the scores, at least 0.
+
+    Reference: Yu et al. 2025, equation 13, https://arxiv.org/abs/2503.14476, whose penalty also
+    rises from a length on, and is 1 at the longest.
+    """
+    return coef * (lengths - limit).clamp(min=0)
 
 
 def missing_eos(scores: Tensor, finished: Tensor, *, mode: MissingEOS, value: float) -> Tensor:

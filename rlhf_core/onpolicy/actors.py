@@ -7,8 +7,9 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.networks import Policy, ScalarModel, load_as_adapter
+from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.rewards.models import RewardModel, load_on_trunk
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.training.saving import save_policy
 from rlhf_core.work import Work
@@ -22,7 +23,7 @@ class Actors:
     reference: Policy
     tokenizer: PreTrainedTokenizerBase
     critic: ScalarModel | None = None  # of PPO
-    rewards: Mapping[str, ScalarModel] = field(default_factory=dict)  # already loaded, by source
+    rewards: Mapping[str, RewardModel] = field(default_factory=dict)  # already loaded, by source
 
     @classmethod
     def load(cls, config: OnPolicySection, work: Work) -> Self:
@@ -39,7 +40,9 @@ class Actors:
         reference = Policy(policy.model, precision=precision)
         config.adapt(policy, "policy", seed=work.seed, stream="policy/adapter")
         directory = work.inputs.get("reward")
-        reward = directory and load_as_adapter(directory, sft, policy.model, "reward", precision)
+        reward = directory and load_on_trunk(
+            directory, sft, policy.model, "reward", precision, members=config
+        )
         return cls(
             policy, reference, tokenizer, rewards={PIPELINE_REWARD: reward} if reward else {}
         )

@@ -7,11 +7,14 @@ from pydantic import Field, model_validator
 from rlhf_core.functional.logprobs import KLKind
 from rlhf_core.functional.rewards import Combination, MissingEOS
 from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
+from rlhf_core.onpolicy.monitor.config import MonitorConfig
+from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.scoring import RewardTerm, check_terms
+from rlhf_core.rewards.shaping import ShapingSection
 from rlhf_core.training.learner import TrainingSection
 
 
-class OnPolicySection(TrainingSection):
+class OnPolicySection(TrainingSection, MemberSection):
     """Settings that PPO, RLOO and GRPO share."""
 
     learning_rate: float = Field(3e-6, gt=0, description="Peak learning rate of the policy")
@@ -35,6 +38,10 @@ class OnPolicySection(TrainingSection):
     variance_coef: float = Field(
         1.0, ge=0, description="λ of mean_minus_variance: price of the parts' variance"
     )
+    shaping: ShapingSection = Field(
+        default_factory=ShapingSection,
+        description="What is made of the score before the policy learns from it",
+    )
     clip_range: float = Field(0.2, gt=0, lt=1, description="ε: the ratio is clipped to 1 ± ε")
     dual_clip: float = Field(
         0.0, ge=0, description="c > 1 bounds the loss of bad actions at c·|advantage|; 0 = off"
@@ -55,6 +62,10 @@ class OnPolicySection(TrainingSection):
         ge=0,
         description="The epochs of an iteration end early when the policy has moved 1.5 times this "
         "far from the one that sampled (nats a token); 0 = never",
+    )
+    monitor: MonitorConfig = Field(
+        default_factory=MonitorConfig,
+        description="Watches the policy on fixed held-out prompts, and acts when it is gamed",
     )
     missing_eos: MissingEOS = Field(
         "subtract", description="How the score of a response that never ends is changed"

@@ -1,7 +1,7 @@
 """Experience: sampled responses, with log-probabilities, values and scores."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -16,13 +16,20 @@ from rlhf_core.backbone.responses import (
     response_values,
     with_shared_states,
 )
-from rlhf_core.backbone.sampling import Sampler, SamplingConfig, prompt_batch, uniforms
+from rlhf_core.backbone.sampling import (
+    PolicySampler,
+    Sampler,
+    SamplingConfig,
+    prompt_batch,
+    uniforms,
+)
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.rewards.scoring import Reward
+from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.training.learner import require_finite
 from rlhf_core.training.order import chunks
 from rlhf_core.training.ranks import Ranks
@@ -35,6 +42,7 @@ class PromptTable:
 
     prompts: list[Prompt]
     tokens: list[list[int]]
+    numbers: list[int]  # in the whole table
 
     @classmethod
     def read(cls, data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
@@ -49,11 +57,16 @@ class PromptTable:
                 "data.eval_fraction"
             )
         prompts = list(table["prompt"])
-        return cls(prompts, [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts])
+        tokens = [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts]
+        return cls(prompts, tokens, list(range(len(prompts))))
 
     def pick(self, numbers: Sequence[int]) -> "PromptTable":
         """Some of the prompts."""
-        return PromptTable([self.prompts[i] for i in numbers], [self.tokens[i] for i in numbers])
+        return PromptTable(
+            [self.prompts[i] for i in numbers],
+            [self.tokens[i] for i in numbers],
+            [self.numbers[i] for i in numbers],
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Collector:
     sampling: SamplingConfig
     draws: torch.Generator
     ranks: Ranks
+    shaping: Shaping | None = None
     between: Between = uncounted
 
     @torch.no_grad()
@@ -86,12 +100,40 @@ class Collector:
         rows = [row for minibatch in minibatches for row in minibatch]
         with self.ranks.whole(self.policy, self.critic):
             scored = self._experience(prompts, draws, minibatches, rows) if rows else []
+            if self.shaping is not None:
+                self._add_references(prompts, self.shaping)
         rollout = self.ranks.gather(scored, rows, Rollout.join)
         require_finite("the reward-model score", rollout.scores)
+        if rollout.spread is not None:
+            require_finite("the spread of the members", rollout.spread)
         require_finite("the log-probability of a sampled token", rollout.logprobs)
         require_finite("its log-probability under the reference", rollout.ref_logprobs)
         require_finite("the critic's value", rollout.values)
-        return rollout
+        if self.shaping is None:
+            return rollout
+        lengths = rollout.responses.mask.sum(-1)
+        return replace(rollout, shaped=self.shaping(rollout.scores, lengths, prompts.numbers))
+
+    def _add_references(self, prompts: PromptTable, shaping: Shaping) -> None:
+        """Have the reference policy answer the prompts that are new, and keep the rewards."""
+        if not (new := shaping.unknown(prompts.numbers)):
+            return
+        places = [prompts.numbers.index(number) for number in new]
+        answers = prompts.pick([p for p in places for _ in range(shaping.config.reference_answers)])
+        draws = uniforms(len(answers.tokens), self.sampling.max_new_tokens, shaping.draws)
+        sampler = PolicySampler(self.reference, self.sampling.temperature)
+
+        def score(rows: list[int]) -> Tensor:
+            picked = answers.pick(rows)
+            batch = prompt_batch(self.reference, picked.tokens, self.sampling.max_prompt_length)
+            responses = sampler(batch, draws[rows])
+            return self.reward(picked.prompts, lay_out(batch, responses), responses).total
+
+        size = self.sampling.batch_size
+        between = self.between("reference answers", self.ranks.passes(len(answers.tokens), size))
+        scores = self.ranks.collect(len(answers.tokens), size, score, between)
+        require_finite("the reward-model score of a reference answer", scores)
+        shaping.keep_reference(new, scores.view(len(new), -1))
 
     def _experience(
         self, prompts: PromptTable, draws: Tensor, minibatches: list[list[int]], all_rows: list[int]
@@ -141,4 +183,5 @@ class Collector:
             scores=scores.total,
             parts=scores.parts,
             below=rows.shared_states(),
+            spread=scores.spread,
         )

@@ -6,7 +6,7 @@ functions, `credit` and `update`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +21,21 @@ from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.config import GroupSection, OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.kl_control import KLController
+from rlhf_core.onpolicy.monitor.config import HELD_OUT
+from rlhf_core.onpolicy.monitor.guard import Guard
+from rlhf_core.onpolicy.monitor.last_good import LastGood
+from rlhf_core.onpolicy.monitor.monitor import Monitor, monitor_prompts
+from rlhf_core.onpolicy.monitor.rules import ACTION, SEVERITY
+from rlhf_core.onpolicy.monitor.samples import Watched
 from rlhf_core.onpolicy.observe import Observation, Observer, kl_budget, observe
 from rlhf_core.onpolicy.report import OnPolicyReport, sample_rows
-from rlhf_core.rewards.scoring import load_reward, reward_directories
+from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm, load_reward, reward_directories
+from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.seeding import generator
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
 from rlhf_core.training.recovery import run_identity
-from rlhf_core.training.session import Session
+from rlhf_core.training.session import Session, Stateful
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
 
@@ -72,6 +79,7 @@ class Iteration:
     rollout: Rollout | None = None  # of this iteration, once sampled
     used: list[dict[str, float]] = field(default_factory=list)  # metrics of its updates so far
     samples: list[dict[str, Any]] = field(default_factory=list)  # texts for the report
+    alarms: list[dict[str, Any]] = field(default_factory=list)  # of the monitor, for the report
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -110,6 +118,7 @@ class Iteration:
             "rollout": self.rollout,
             "used": self.used,
             "samples": self.samples,
+            "alarms": self.alarms,
             "ended": self.ended,
             "minibatches": self.minibatches.state_dict(),
         }
@@ -119,7 +128,8 @@ class Iteration:
         rollout = state["rollout"]
         self.rollout = None if rollout is None else rollout.to(self.device)
         self.number, self.used = state["number"], state["used"]
-        self.samples, self.ended = state["samples"], state["ended"]
+        self.samples, self.alarms = state["samples"], state["alarms"]
+        self.ended = state["ended"]
         self.minibatches = self._all_minibatches()
         self.minibatches.load_state_dict(state["minibatches"])
 
@@ -156,13 +166,28 @@ def iterate(
     order = generator(work.seed, f"{stage}/prompts")
     stream = PromptStream(len(table.tokens), config.rollout_size // group, order)
     draws = generator(work.seed, f"{stage}/sampling")
+    shaping = None
+    if config.shaping.active:
+        reference_draws = generator(work.seed, f"{stage}/reference answers")
+        shaping = Shaping(config.shaping, len(table.tokens), reference_draws)
     now = Iteration(config, generator(work.seed, f"{stage}/order"), work.device)
-    all_observers = (kl_budget(config), *observers)
+    monitor = Monitor(config.monitor, stage, work.seed) if config.monitor.on else None
+    good = LastGood(learners, controller, work.ranks) if config.monitor.rolls_back else None
+    guard = Guard(config.monitor, learners, monitor, good)
+    all_observers = (kl_budget(config), *(monitor.observers() if monitor else ()), *observers)
+    positions: dict[str, Stateful | torch.Generator] = {
+        "prompts": stream,
+        "draws": draws,
+        "kl": controller,
+        "iteration": now,
+    }
     with work.recovery.open(
         work.logger,
         identity=run_identity(stage, work.seed, {stage: config, "sampling": sampling}, work.inputs),
-        learners=learners,
-        positions={"prompts": stream, "draws": draws, "kl": controller, "iteration": now},
+        learners={**learners, **({"good": good} if good else {})},
+        positions=positions
+        | ({"shaping": shaping} if shaping else {})
+        | ({"monitor": monitor} if monitor else {}),
         ranks=work.ranks,
     ) as session:
         session.resume()
@@ -181,6 +206,7 @@ def iterate(
                 loaded=actors.rewards,
                 combination=config.combine_rewards,
                 variance_coef=config.variance_coef,
+                members=config,
                 places=work.rewards_from,
             ),
             sampler=sampler or PolicySampler(actors.policy, sampling.temperature),
@@ -188,8 +214,13 @@ def iterate(
             sampling=sampling,
             draws=draws,
             ranks=work.ranks,
+            shaping=shaping,
             between=session.between,
         )
+        if monitor is not None:
+            monitor.start(watched(config, work, actors, collector))
+            if good is not None and good.number < 0:
+                good.keep(0, halvings=0)
         while not now.ended:
             if now.rollout is None:
                 prompts = [prompt for prompt in next(stream) for _ in range(group)]
@@ -211,10 +242,10 @@ def iterate(
                 now.used.append(metrics)
                 session.safe_point()
             controller.update(stats["objective/kl"], config.rollout_size)
-            finish_iteration(now, stats, session, actors, work, all_observers)
+            finish_iteration(now, stats, session, actors, work, all_observers, guard)
             session.safe_point()
         history = [values for _, values in session.history]
-    return OnPolicyReport.of(stage, config, history, now.samples)
+    return OnPolicyReport.of(stage, config, history, now.samples, now.alarms)
 
 
 def finish_iteration(
@@ -224,18 +255,30 @@ def finish_iteration(
     actors: Actors,
     work: Work,
     observers: Sequence[Observer],
+    guard: Guard,
 ) -> None:
     """Log a finished iteration, keep some of its texts, and save a milestone if one is due.
 
-    Ends the run if the planned number of iterations is reached or an observer stops it.
+    Ends the run if the planned number of iterations is reached or an observer stops it. Of several
+    actions only the most severe is taken.
     """
     number, config, rollout = now.number, now.config, now.experience
     metrics = {**stats, **now.means()}
     history = [values for _, values in session.history]
+    monitor, last = guard.monitor, number == config.iterations
+    if monitor is not None and monitor.due(number, last):
+        metrics |= monitor.measure(number, history)
     actions = observe(observers, Observation(number, rollout, metrics, history))
     for action in actions:
-        _log.warning("%s", action.reason)
-    last = number == config.iterations or any(action.kind == "stop" for action in actions)
+        if work.ranks.main:
+            _log.warning("%s", action.reason)
+        if action.alarm is not None:
+            now.alarms.append(asdict(action.alarm))
+            session.alarm(action.alarm)
+    taken = max((action.kind for action in actions), key=SEVERITY.__getitem__, default=None)
+    last |= guard.act(taken, number, metrics, history)
+    if monitor is not None:
+        metrics[ACTION] = SEVERITY[taken]
     if number == 1 or last:
         now.samples += sample_rows(rollout, actors.tokenizer, number)
     if config.keep_every and number % config.keep_every == 0:
@@ -245,6 +288,31 @@ def finish_iteration(
     session.metrics(metrics, number)
     note = f"score {metrics['objective/score']:+.2f}, KL {metrics['objective/kl']:.2f} nats"
     session.progress(number, config.iterations, note)
+
+
+def watched(config: OnPolicySection, work: Work, actors: Actors, collector: Collector) -> Watched:
+    """What the monitor looks at: its prompts, the reward, and the held-out reward model if any."""
+    sampling, held_out = collector.sampling, None
+    if (directory := work.inputs.get(HELD_OUT)) is not None:
+        held_out = load_reward(
+            (RewardTerm(),),
+            {PIPELINE_REWARD: directory},
+            actors.tokenizer,
+            work.device,
+            config.precision,
+            max_length=sampling.max_length,
+        )
+    return Watched(
+        prompts=monitor_prompts(config.monitor, work, actors.tokenizer, sampling.max_prompt_length),
+        policy=actors.policy,
+        reference=actors.reference,
+        reward=collector.reward,
+        held_out=held_out,
+        sampling=sampling,
+        micro_batch_size=config.micro_batch_size,
+        ranks=work.ranks,
+        between=collector.between,
+    )
 
 
 def save_milestone(actors: Actors, work: Work, number: int) -> None:

@@ -6,9 +6,11 @@ An observer is a function from an `Observation` to an `Action`, or to None. It h
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
+from rlhf_core.metrics import Alarm
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.monitor.config import MonitorAction
 from rlhf_core.types import Rollout
 
 
@@ -24,10 +26,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Action:
-    """A request of an observer: to log a warning, or to log it and stop the run."""
+    """A request of an observer: to log a warning, and perhaps to change the run or stop it."""
 
-    kind: Literal["warn", "stop"]
+    kind: MonitorAction
     reason: str  # a sentence
+    alarm: Alarm | None = None  # if it comes from the monitor
 
 
 Observer: TypeAlias = Callable[[Observation], Action | None]

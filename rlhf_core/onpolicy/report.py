@@ -1,6 +1,6 @@
 """The output of an on-policy run: metrics of an iteration, sample texts, and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import figures
 from rlhf_core.data.encoding import decode_responses
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.monitor.figure import monitor_figure
 from rlhf_core.onpolicy.observe import over_kl_budget
 from rlhf_core.types import Report, Rollout
 
@@ -33,9 +34,14 @@ class OnPolicyReport(Report):
         config: OnPolicySection,
         history: Sequence[dict[str, float]],
         samples: list[dict[str, Any]],
+        alarms: Sequence[Mapping[str, Any]] = (),
     ) -> Self:
         """The report on the metrics of all iterations."""
         last = history[-1]
+        tables = {f"{stage}_alarms": pd.DataFrame(alarms)} if alarms else {}
+        pictures = {}
+        if config.monitor.on:
+            pictures[f"{stage}_monitor"] = monitor_figure(config.monitor, history, alarms)
         path = [(point["objective/kl"], point["objective/score"]) for point in history]
         return cls(
             score=last["objective/score"],
@@ -44,10 +50,11 @@ class OnPolicyReport(Report):
             response_length=last["response/length"],
             iterations=len(history),
             over_kl_budget=float(over_kl_budget(last, config)),
-            tables={f"{stage}_samples": pd.DataFrame(samples)},
+            tables={f"{stage}_samples": pd.DataFrame(samples), **tables},
             figures={
                 f"{stage}_training": figures.policy_curves(history),
                 f"{stage}_frontier": figures.reward_kl_path(path),
+                **pictures,
             },
         )
 
@@ -63,8 +70,12 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response/length": mask.sum(-1).float().mean().item(),
         "response/finished": rollout.responses.finished.float().mean().item(),
     }
+    if rollout.shaped is not None:
+        stats["objective/shaped_score"] = rollout.shaped.mean().item()
     if len(rollout.parts) > 1:
         stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
+    if rollout.spread is not None:
+        stats["reward/spread"] = rollout.spread.mean().item()
     return stats
 
 

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
-from rlhf_core.backbone.networks import Precision, ScalarModel
+from rlhf_core.backbone.directory import (
+    load_saved_tokenizer,
+    read_card,
+    require_kind,
+    weights_digest,
+)
+from rlhf_core.backbone.networks import ADAPTER, Precision, ScalarModel, load_as_adapter
 from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.encoding import Prompt, encode_answers
+from rlhf_core.rewards.ensemble import MEAN, Ensemble, MemberSection, has_members
 
 
 class RewardModel(Protocol):
@@ -32,14 +38,54 @@ class RewardModel(Protocol):
 
 
 def load_reward_model(
-    directory: Path, device: str = "cpu", precision: Precision = "float32"
+    directory: Path,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    *,
+    members: MemberSection = MEAN,
 ) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """A saved reward model and its tokenizer, dropout off.
+    """A saved reward model, or an ensemble of them, and its tokenizer, dropout off.
+
+    Args:
+        members: how the members of an ensemble become one reward.
 
     Raises: ModelError when the directory holds no reward model.
     """
     require_kind(directory, "reward")
-    return ScalarModel.load(directory, device, precision), load_saved_tokenizer(directory)
+    tokenizer = load_saved_tokenizer(directory)
+    if not has_members(directory):
+        return ScalarModel.load(directory, device, precision), tokenizer
+    return Ensemble.load(directory, device, precision, how=members), tokenizer
+
+
+def load_on_trunk(
+    directory: Path,
+    base: Path,
+    trunk: PreTrainedModel,
+    name: str,
+    precision: Precision = "float32",
+    *,
+    members: MemberSection = MEAN,
+) -> RewardModel | None:
+    """A saved reward model as an adapter, or several, of a transformer that is already loaded.
+
+    None when it was not trained on the model in `base`, whose weights `trunk` has.
+    """
+    if not has_members(directory):
+        return load_as_adapter(directory, base, trunk, name, precision)
+    if read_card(directory).get(ADAPTER) != weights_digest(base):
+        return None
+    return Ensemble.on_trunk(directory, trunk, name, precision, how=members)
+
+
+def scores_and_spread(model: RewardModel, packed: Packed) -> tuple[Tensor, Tensor | None]:
+    """(S,) the reward of each text, and (S,) the standard deviation of the members' rewards.
+
+    The second is None for a model without members.
+    """
+    if isinstance(model, Ensemble):
+        return model.scores_and_spread(packed)
+    return model.scores(packed), None
 
 
 @torch.no_grad()

@@ -21,9 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
-from rlhf_core.backbone.directory import load_saved_tokenizer, require_kind
-from rlhf_core.backbone.networks import Precision, ScalarModel
-from rlhf_core.backbone.packing import pack
+from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
@@ -36,12 +35,14 @@ from rlhf_core.data.encoding import (
 )
 from rlhf_core.errors import ConfigError
 from rlhf_core.functional.rewards import Combination, combine
+from rlhf_core.rewards.ensemble import MEAN, MemberSection
 from rlhf_core.rewards.functions import (
     RewardFunction,
     RewardPlaces,
     call_function,
     load_function,
 )
+from rlhf_core.rewards.models import RewardModel, load_reward_model, scores_and_spread
 from rlhf_core.types import Responses
 
 PIPELINE_REWARD = "reward_model"  # the source that means this pipeline's reward model
@@ -121,6 +122,9 @@ class Scores(NamedTuple):
 
     total: Tensor  # (B,) weighted parts combined
     parts: dict[str, Tensor]  # (B,) each, unweighted, by name
+    # (B,) how far the members of reward models disagree: √Σ (weight·std of the members)² over the
+    # parts that have members; None without one
+    spread: Tensor | None = None
 
 
 class Reward:
@@ -143,7 +147,7 @@ class Reward:
     def __init__(
         self,
         terms: Sequence[RewardTerm],
-        models: Mapping[str, ScalarModel],
+        models: Mapping[str, RewardModel],
         tokenizers: Mapping[str, PreTrainedTokenizerBase],
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
@@ -156,6 +160,8 @@ class Reward:
         self._combine = partial(combine, how=combination, variance_coef=variance_coef)
         self._tokenizer = policy_tokenizer
         self._weights = {term.name: term.weight for term in terms}
+        self._models, self._tokenizers = models, tokenizers
+        self._first_model = next((term.source for term in terms if term.is_model), None)
         self._scorers: dict[str, _Scorer] = {}
         for term in terms:
             if not term.is_model:
@@ -180,9 +186,31 @@ class Reward:
         Raises: ConfigError when a function fails or does not return one finite number each.
         """
         answers = _Answers(prompts, response_rows, responses, self._tokenizer)
-        parts = {name: scorer(answers) for name, scorer in self._scorers.items()}
+        found = {name: scorer(answers) for name, scorer in self._scorers.items()}
+        parts = {name: part for name, (part, _) in found.items()}
         weighted = [self._weights[name] * part for name, part in parts.items()]
-        return Scores(self._combine(torch.stack(weighted)), parts)
+        spreads = [
+            (self._weights[name] * spread).square()
+            for name, (_, spread) in found.items()
+            if spread is not None
+        ]
+        spread = torch.stack(spreads).sum(0).sqrt() if spreads else None
+        return Scores(self._combine(torch.stack(weighted)), parts, spread)
+
+    def read_by_model(
+        self, prompts: Sequence[Prompt], response_rows: ResponseRows, responses: Responses
+    ) -> tuple[RewardModel, Packed] | None:
+        """The first reward model and the texts as it reads them; None if all parts are functions.
+
+        For who looks into a model instead of asking for its score.
+        """
+        if self._first_model is None:
+            return None
+        model, tokenizer = self._models[self._first_model], self._tokenizers[self._first_model]
+        if same_tokens(self._tokenizer, tokenizer):
+            return model, response_rows.packed
+        answers = _Answers(prompts, response_rows, responses, self._tokenizer)
+        return model, _read_text(model, tokenizer, answers)
 
 
 def reward_directories(terms: Sequence[RewardTerm], inputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -198,14 +226,16 @@ def load_reward(
     precision: Precision = "float32",
     *,
     max_length: int,
-    loaded: Mapping[str, ScalarModel] | None = None,
+    loaded: Mapping[str, RewardModel] | None = None,
     combination: Combination = "sum",
     variance_coef: float = 1.0,
+    members: MemberSection = MEAN,
     places: RewardPlaces | None = None,
 ) -> Reward:
     """Load a reward whose models are in these directories, by source.
 
     Models in `loaded` share the policy's trunk, and so its tokenizer; they need no directory.
+    `members` says how the members of an ensemble become one reward.
 
     Raises: ConfigError when a term has no directory, or as `Reward` does; ModelError when a
     directory has no reward model.
@@ -219,9 +249,9 @@ def load_reward(
                 f"the reward '{source}' has no model directory (got: {known}); pass its "
                 "directory, or remove this part"
             )
-        require_kind(directories[source], "reward")
-        models[source] = ScalarModel.load(directories[source], device, precision)
-        tokenizers[source] = load_saved_tokenizer(directories[source])
+        models[source], tokenizers[source] = load_reward_model(
+            directories[source], device, precision, members=members
+        )
     return Reward(
         terms,
         models,
@@ -249,14 +279,19 @@ class _Answers:
         return decode_responses(self.responses.tokens, self.responses.mask, self.tokenizer)
 
 
-_Scorer: TypeAlias = Callable[[_Answers], Tensor]  # -> (B,)
+_Scored: TypeAlias = tuple[Tensor, Tensor | None]  # (B,) each: the score, the members' spread
+_Scorer: TypeAlias = Callable[[_Answers], _Scored]
 
 
-def _by_tokens(model: ScalarModel, answers: _Answers) -> Tensor:
-    return model.scores(answers.response_rows.packed)
+def _by_tokens(model: RewardModel, answers: _Answers) -> _Scored:
+    return scores_and_spread(model, answers.response_rows.packed)
 
 
-def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Tensor:
+def _by_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> _Scored:
+    return scores_and_spread(model, _read_text(model, tokenizer, answers))
+
+
+def _read_text(model: RewardModel, tokenizer: PreTrainedTokenizerBase, answers: _Answers) -> Packed:
     room = context_of(model.model) or sys.maxsize
     spaced = answers.tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
     rows = []
@@ -266,9 +301,10 @@ def _by_text(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, answers: _A
             text = text.removeprefix(" ")  # from the policy's template, not part of the answer
         found = encode_answers(prompt, [text], tokenizer, room, ended=ended)
         rows.append(found.prompt + found.responses[0] or [tokenizer.eos_token_id])
-    return model.scores(pack(rows, model.model.device))
+    return pack(rows, model.model.device)
 
 
-def _by_function(function: RewardFunction, name: str, answers: _Answers) -> Tensor:
+def _by_function(function: RewardFunction, name: str, answers: _Answers) -> _Scored:
     prompts = [render_prompt(prompt, answers.tokenizer) for prompt in answers.prompts]
-    return call_function(function, name, prompts, answers.texts).to(answers.responses.tokens.device)
+    values = call_function(function, name, prompts, answers.texts)
+    return values.to(answers.responses.tokens.device), None

@@ -15,10 +15,8 @@ import pandas as pd
 from pydantic import Field
 
 from rlhf_core import figures
-from rlhf_core.backbone.directory import load_saved_tokenizer
-from rlhf_core.backbone.networks import Policy, Precision, ScalarModel
+from rlhf_core.backbone.networks import Policy, Precision
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
     render_prompt,
 )
@@ -30,12 +28,15 @@ from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
 from rlhf_core.functional.ranking import (
     Interval,
 )
+from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
+from rlhf_core.rewards.models import load_reward_model
+from rlhf_core.rewards.shaping import LengthPenaltySection
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(MemberSection):
     """Settings of the evaluation."""
 
     prompts: int = Field(128, ge=2, le=1_000_000, description="Most held-out prompts to answer")
@@ -44,6 +45,10 @@ class EvaluationConfig(Section):
     )
     best_of: int = Field(
         8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
+    )
+    best_of_penalty: LengthPenaltySection = Field(
+        default_factory=LengthPenaltySection,
+        description="Best-of-n takes the best by the reward less this price of long answers",
     )
     true_reward: str = Field(
         "",
@@ -93,19 +98,21 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
-    reward_model = work.inputs["reward"]
     table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
     logger.progress(0, 4, "SFT policy")
     logger.phase("loading the models")
     sft_policy, tokenizer = Policy.load(work.inputs["sft"], device, config.precision)
+    reward_model, reward_tokenizer = load_reward_model(
+        work.inputs["reward"], device, config.precision, members=config
+    )
     bench = Bench(
         prompts=list(table["prompt"].iloc[: config.prompts]),
         sft=sft_policy,
         tokenizer=tokenizer,
-        reward_model=ScalarModel.load(reward_model, device, config.precision),
-        reward_tokenizer=load_saved_tokenizer(reward_model),
+        reward_model=reward_model,
+        reward_tokenizer=reward_tokenizer,
         truth=_known_truth(config, work.rewards_from),
         sampling=sampling,
         seed=work.seed,
@@ -116,7 +123,8 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     answers: dict[ArmName, Answers] = {}
     pool = answer(bench, "sft", sft_policy, tokenizer, max(k, n))
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
-    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy, n))
+    price = config.best_of_penalty.excess(pool.tokens)
+    answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
     for done, name in enumerate(others, start=2):
         logger.progress(done, 4, name)
         if name in work.inputs:

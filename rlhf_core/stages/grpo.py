@@ -81,7 +81,7 @@ def assign_credit(
 ) -> tuple[Tensor, dict[str, float]]:
     """(B, R) advantages, the same for every token of a response, and metrics."""
     scores = missing_eos(
-        rollout.scores,
+        rollout.outcomes,
         rollout.responses.finished,
         mode=config.missing_eos,
         value=config.missing_eos_value,

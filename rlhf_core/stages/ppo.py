@@ -40,6 +40,7 @@ from rlhf_core.onpolicy.config import KLSection
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe
 from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
@@ -69,20 +70,25 @@ def load_networks(config: PPOConfig, work: Work) -> Actors:
     They are loaded from the SFT policy and the reward model: as separate networks or, with LoRA, as
     adapters on those two transformers. If the reward model was trained as an adapter of this SFT
     policy, all four share one transformer.
+
+    Of a reward model with members the critic starts from the weight average: as an adapter it has
+    K times the rank of a member.
     """
     actors = Actors.load(config, work)
     directory, precision = work.inputs["reward"], config.precision
     require_same_tokenizer(actors.tokenizer, directory, "reward model")
     reward = actors.rewards.get(PIPELINE_REWARD)
     if not config.lora_rank:
-        critic, reward = (ScalarModel.load(directory, work.device, precision) for _ in range(2))
+        critic = ScalarModel.load(directory, work.device, precision)
+        reward, _ = load_reward_model(directory, work.device, precision, members=config)
     elif reward is not None:
         trunk = actors.policy.model
         found = load_as_adapter(directory, work.inputs["sft"], trunk, "critic", precision)
         critic = cast(ScalarModel, found)
     else:
-        reward = ScalarModel.load(directory, work.device, precision)
-        critic = reward.with_own_head()
+        reward, _ = load_reward_model(directory, work.device, precision, members=config)
+        own = reward if isinstance(reward, ScalarModel) else None
+        critic = (own or ScalarModel.load(directory, work.device, precision)).with_own_head()
         config.adapt(critic, "critic", seed=work.seed, stream="ppo/critic")
     return replace(actors, critic=critic, rewards={PIPELINE_REWARD: reward})
 
@@ -154,7 +160,7 @@ def assign_credit(
     mask, finished = rollout.responses.mask, rollout.responses.finished
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(
-        rollout.scores, finished, mode=config.missing_eos, value=config.missing_eos_value
+        rollout.outcomes, finished, mode=config.missing_eos, value=config.missing_eos_value
     )
     rewards = shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
     advantages, returns = gae(

@@ -113,6 +113,11 @@ class TableConfig(Section):
     ignore: list[str] = Field(
         [], description="Columns and keys of messages to leave out on purpose"
     )
+    keep: list[str] = Field(
+        [],
+        description="Columns or dotted paths of the preferences to keep beside each vote: the "
+        "report card shows the accuracy by each of their values",
+    )
     limit: int = Field(
         0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
     )
@@ -214,6 +219,7 @@ class DataConfig(Section):
             table.score_margin,
             self.prompt_template,
             self.prompt_style,
+            tuple(dict.fromkeys(table.keep)),
         )
 
     @model_validator(mode="after")
@@ -228,6 +234,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _known_fields(self) -> "DataConfig":
         for kind in TABLE_KINDS:
+            if kind != "preferences" and self.table(kind).keep:
+                raise ValueError(
+                    f"{kind}.keep has no meaning: columns are kept beside votes; move it to "
+                    "preferences.keep, or remove it"
+                )
             for field in self.table(kind).fields:
                 if field not in FIELDS[kind]:
                     known = ", ".join(FIELDS[kind])

@@ -14,48 +14,64 @@ Deliberate deviations from the literature:
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.directory import add_facts, load_saved_tokenizer, read_card
-from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.packing import pack_pairs
-from rlhf_core.backbone.responses import lay_out, response_scores
+from rlhf_core.backbone.networks import Network, Policy, ScalarModel
+from rlhf_core.backbone.packing import Packed, pack_pairs
+from rlhf_core.backbone.responses import lay_out
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.pairs import (
+    EncodedPairs,
     Pair,
+    Votes,
     encode_pairs,
     half_for_ties,
     prompt_numbers,
     require_decided,
+    select_votes,
     smoothing,
     with_winners,
 )
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.prepared import Split, read_table
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
+from rlhf_core.rewards.ensemble import Ensemble, average_head, average_of
+from rlhf_core.rewards.models import RewardModel
 from rlhf_core.seeding import generator
 from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection, require_finite
+from rlhf_core.training.members import MemberBatches, MemberStep, PairStates, bootstrap
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
+_COMPARED = (
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "held_out_loss",
+    "calibration_error",
+    "reward_mean",
+    "reward_std",
+)  # of members, in a table
 _LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
 
 _log = logging.getLogger(__name__)
@@ -66,6 +82,11 @@ class RewardModelConfig(TrainingSection):
 
     epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
     max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
+    votes: Votes = Field(
+        "all",
+        description="The votes to train on: all, or those on one half of the prompts. Which half a "
+        "prompt is in is decided by a hash of it, so models of both halves share no prompt",
+    )
     loss: Literal["bradley_terry", "pointwise_mse"] = Field(
         "bradley_terry",
         description="bradley_terry learns from comparisons; pointwise_mse, for demonstration, "
@@ -81,6 +102,22 @@ class RewardModelConfig(TrainingSection):
         le=1_000_000,
         description="SFT samples used to normalise the reward to mean 0 and standard deviation 1",
     )
+    members: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Reward models to train as an ensemble, as adapters and heads on one trunk; "
+        "each has its own order and bootstrap of the votes. More than 1 needs lora_rank",
+    )
+
+    @model_validator(mode="after")
+    def _members_are_adapters(self) -> Self:
+        if self.members > 1 and not self.lora_rank:
+            raise ValueError(
+                f"members is {self.members}, but lora_rank is 0, and members are adapters on one "
+                "trunk; set lora_rank, for example to 16, or members to 1"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +140,27 @@ class RewardModelReport(Report):
     same_after_cut: int  # votes left out, since both texts are the same tokens then
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnsembleReport(RewardModelReport):
+    """The same of the mean of the members, in logits by the mean of their standard deviations."""
+
+    members: int
+    spread: float  # standard deviation of the members' normalised rewards, mean over held-out texts
+    member_accuracy: float  # mean over the members
+    weight_average_accuracy: float
+
+
+class _Votes(NamedTuple):
+    """The votes to learn from and those held out, encoded."""
+
+    train: EncodedPairs
+    held_out: EncodedPairs
+
+    @property
+    def same(self) -> int:
+        return self.train.same + self.held_out.same
+
+
 def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelReport:
     """Train a reward model on the prepared preferences, normalise it, and write it.
 
@@ -114,34 +172,27 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when a
     loss or gradient is not finite; CheckpointError when the checkpoints are from another run.
     """
-    sft, data, seed, ranks = work.inputs["sft"], work.inputs["data"], work.seed, work.ranks
+    sft, seed, ranks = work.inputs["sft"], work.seed, work.ranks
     sampling, logger = work.section(SamplingConfig), work.logger
     logger.phase("loading the model")
     reward_model = ScalarModel.from_policy(sft, generator(seed, "reward/head")).to(work.device)
     reward_model.precision = config.precision
-    config.adapt(reward_model, "reward", seed=seed, stream="reward/adapter")
     require_context(reward_model.model, config.max_length, "reward_model.max_length")
     require_context(reward_model.model, sampling.max_length, SAMPLING_LENGTH)
     tokenizer = load_saved_tokenizer(sft)
     logger.phase("encoding the preferences")
-    train_table = read_table(data, "preferences", "train")
-    limit = (config.max_length, "reward_model.max_length")
-    train, _, same = encode_pairs(train_table, tokenizer, *limit)
-    held_out, held_out_table, also_same = encode_pairs(
-        with_winners(read_table(data, "preferences", "eval")), tokenizer, *limit
-    )
+    votes = _encode(config, work, tokenizer)
+    if config.members > 1:
+        return _train_ensemble(config, work, reward_model, tokenizer, votes)
 
+    config.adapt(reward_model, "reward", seed=seed, stream="reward/adapter")
+    train, held_out = votes.train.pairs, votes.held_out.pairs
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
     with work.recovery.open(
         logger,
-        identity=run_identity(
-            "reward_model",
-            seed,
-            {"reward_model": config, "sampling": sampling},
-            {"sft": sft, "data": data},
-        ),
+        identity=_identity(config, work),
         learners={"reward_model": learner},
         positions={"batches": batches},
         ranks=ranks,
@@ -154,8 +205,9 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
             pass
 
-    samples = _sft_scores(reward_model, sft, train_table["prompt"], config, sampling, seed, logger)
-    chosen, rejected = _scores(reward_model, held_out, config, ranks, logger)
+    prompts = _train_table(config, work)["prompt"]
+    samples = _sft_scores(reward_model, sft, prompts, config, sampling, seed, logger)
+    chosen, rejected = _scores(reward_model, held_out, config, ranks, logger).squeeze(0)
     require_finite("the reward-model score", torch.cat([samples.cpu(), chosen, rejected]))
     mean, std = samples.mean().item(), scale_of(samples, chosen - rejected)
     reward_model.mean, reward_model.std = mean, std
@@ -164,8 +216,200 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         if ranks.main:
             reward_model.save(tokenizer, work.outputs["reward"], kind="reward", base=sft)
             add_facts(work.outputs["reward"], {"chat": read_card(sft).get("chat", False)})
-    same += also_same
-    return _report(held_out_table, train, held_out, same, chosen, rejected, mean, std, seed)
+    return _report(votes, chosen, rejected, mean, std, seed)
+
+
+def _table(work: Work, split: Split) -> pd.DataFrame:
+    return read_table(work.inputs["data"], "preferences", split)
+
+
+def _train_table(config: RewardModelConfig, work: Work) -> pd.DataFrame:
+    return select_votes(_table(work, "train"), config.votes)
+
+
+def _encode(config: RewardModelConfig, work: Work, tokenizer: PreTrainedTokenizerBase) -> _Votes:
+    limit = (config.max_length, "reward_model.max_length")
+    train, held_out = _train_table(config, work), _table(work, "eval")
+    return _Votes(
+        encode_pairs(train, tokenizer, *limit),
+        encode_pairs(with_winners(held_out), tokenizer, *limit),
+    )
+
+
+def _identity(config: RewardModelConfig, work: Work) -> dict[str, str]:
+    return run_identity(
+        "reward_model",
+        work.seed,
+        {"reward_model": config, "sampling": work.section(SamplingConfig)},
+        {name: work.inputs[name] for name in ("sft", "data")},
+    )
+
+
+def _train_ensemble(
+    config: RewardModelConfig,
+    work: Work,
+    trunk: ScalarModel,
+    tokenizer: PreTrainedTokenizerBase,
+    votes: _Votes,
+) -> EnsembleReport:
+    """Train the members on one trunk, normalise each, and write them as one model."""
+    sft, seed, ranks, logger = work.inputs["sft"], work.seed, work.ranks, work.logger
+    ranks.require_shared("set reward_model.members to 1")
+    members = [
+        trunk.with_new_head(generator(seed, f"reward/head/{number}"))
+        for number in range(1, config.members + 1)
+    ]
+    for number, member in enumerate(members, start=1):
+        config.adapt(member, f"reward-{number}", seed=seed, stream=f"reward/adapter/{number}")
+    ensemble = Ensemble(members)
+    _learn_together(config, work, members, votes)
+
+    average = average_of(members, "reward-average")
+    prompts = _train_table(config, work)["prompt"]
+    sampling = work.section(SamplingConfig)
+    sampled, states = [], []
+    with torch.no_grad():
+        for packed in _sft_samples(sft, trunk, prompts, config, sampling, seed, logger):
+            sampled.append(ensemble.member_scores(packed))
+            states.append(average.last_states(packed))
+    samples = torch.cat(sampled, 1).cpu()
+    scores = _scores(ensemble, votes.held_out.pairs, config, ranks, logger)
+    require_finite("the reward-model score", torch.cat([samples.flatten(), scores.flatten()]))
+    for member, its_samples, (chosen, rejected) in zip(members, samples, scores, strict=True):
+        member.mean = its_samples.mean().item()
+        member.std = scale_of(its_samples, chosen - rejected)
+    average_head(average, members)
+    averaged = _scores(average, votes.held_out.pairs, config, ranks, logger)[0]
+    its_samples = average.head(torch.cat(states)).squeeze(-1).detach().cpu()
+    require_finite("the score of the weight average", its_samples)
+    average.mean = its_samples.mean().item()
+    average.std = scale_of(its_samples, averaged[0] - averaged[1])
+    logger.phase("saving the model")
+    if ranks.main:
+        output = work.outputs["reward"]
+        ensemble.save(tokenizer, output, average=average, base=sft)
+        add_facts(output, {"chat": read_card(sft).get("chat", False)})
+    return _ensemble_report(votes, members, average, scores, averaged, seed)
+
+
+def _learn_together(
+    config: RewardModelConfig, work: Work, members: list[ScalarModel], votes: _Votes
+) -> None:
+    """One step of each member after another; what lies below the adapters is computed once.
+
+    The loss of a step is the mean over the votes of the member's bootstrap.
+    """
+    ranks, size, train = work.ranks, config.micro_batch_size, votes.train.pairs
+    total = config.epochs * math.ceil(len(train) / config.batch_size)
+    learners = [Learner(member, config, total, ranks=ranks) for member in members]
+    prompts = prompt_numbers(votes.train.table)
+    weights = [
+        bootstrap(prompts, generator(work.seed, f"reward/votes/{number}"))
+        for number in range(1, config.members + 1)
+    ]
+    batches = MemberBatches(weights, config.batch_size, config.epochs, work.seed)
+    states: PairStates | None = None
+    with work.recovery.open(
+        work.logger,
+        identity=_identity(config, work),
+        learners={f"member {n}": learner for n, learner in enumerate(learners, start=1)},
+        positions={"batches": batches},
+        ranks=ranks,
+    ) as session:
+        session.resume()
+        for step in batches:
+            number = session.step + 1
+            if step.new or states is None:
+                mine = _rows_of(step, ranks, size)
+                check = session.between("texts that the members share", -(-len(mine) // size))
+                states = PairStates(members[0], {row: train[row] for row in mine}, size, check)
+            parts = sum(ranks.passes(len(rows), size) for rows in step.picked)
+            check = session.between("batch", parts)
+            rate, values = learners[0].learning_rate, []
+            for learner, rows, counts in zip(learners, step.picked, weights, strict=True):
+                if rows:
+                    values.append(
+                        accumulate(
+                            learner,
+                            [train[row] for row in rows],
+                            config,
+                            ranks,
+                            check,
+                            weights=[counts[row] for row in rows],
+                            pack=partial(_pack, states, rows),
+                        )
+                    )
+            # Nothing may stop from here to the safe point: some members are ahead of the others.
+            norms = [learner.step() for learner in learners]
+            metrics = _over_members(values) | {
+                "grad_norm": sum(norms) / len(norms),
+                "learning_rate": rate,
+            }
+            session.metrics(metrics, number)
+            session.progress(number, total, f"loss {metrics['loss']:.3f}")
+            session.safe_point()
+
+
+def _pack(states: PairStates, rows: list[int], places: list[int]) -> Packed:
+    return states.pack([rows[place] for place in places])
+
+
+def _rows_of(step: MemberStep, ranks: Ranks, size: int) -> list[int]:
+    """The rows that this rank needs in the block of a step."""
+    return sorted(
+        {
+            row
+            for steps in step.block
+            for rows in steps
+            if rows
+            for micro in ranks.micro_batches(rows, size)
+            for row in micro.rows
+        }
+    )
+
+
+def _over_members(values: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the members that had votes in this step, and how far their losses lie apart."""
+    found = torch.tensor([[v["loss"], v["accuracy"]] for v in values], dtype=torch.float64)
+    loss, accuracy = found.mean(0).tolist()
+    spread = found[:, 0].std(correction=0).item()
+    return {"loss": loss, "accuracy": accuracy, "loss_spread": spread}
+
+
+def _ensemble_report(
+    votes: _Votes,
+    members: list[ScalarModel],
+    average: ScalarModel,
+    scores: Tensor,
+    averaged: Tensor,
+    seed: int,
+) -> EnsembleReport:
+    """The report on the mean of the members, with a table of them.
+
+    Shapes: scores (K, 2, N) raw scores of chosen and rejected texts, averaged (2, N).
+    """
+    means, stds = (torch.tensor([getattr(m, name) for m in members]) for name in ("mean", "std"))
+    normalised = (scores - means[:, None, None]) / stds[:, None, None]
+    mean, std = means.mean().item(), stds.mean().item()
+    together = normalised.mean(0) * std + mean
+    report = _report(votes, together[0], together[1], mean, std, seed)
+    rows = []
+    for name, (chosen, rejected), network in [
+        *((f"member {n}", *each) for n, each in enumerate(zip(scores, members, strict=True), 1)),
+        ("weight average", averaged, average),
+    ]:
+        found = _report(votes, chosen, rejected, network.mean, network.std, seed)
+        rows.append({"model": name} | {column: getattr(found, column) for column in _COMPARED})
+    rows.append({"model": "mean"} | {column: getattr(report, column) for column in _COMPARED})
+    table = pd.DataFrame(rows)
+    given = {field.name: getattr(report, field.name) for field in fields(report)}
+    return EnsembleReport(
+        **given | {"tables": {**report.tables, "reward_members": table}},
+        members=len(members),
+        spread=normalised.std(0, correction=0).mean().item(),
+        member_accuracy=float(table["accuracy"][: len(members)].mean()),
+        weight_average_accuracy=float(table["accuracy"][len(members)]),
+    )
 
 
 def scale_of(samples: Tensor, gaps: Tensor) -> float:
@@ -200,10 +444,24 @@ def _sft_scores(
     seed: int,
     logger: StageLogger,
 ) -> Tensor:
-    """(normalization_samples,) raw scores of SFT samples; each prompt is used once before any
-    repeats."""
+    """(normalization_samples,) raw scores of SFT samples."""
+    texts = _sft_samples(sft, reward_model, prompts, config, sampling, seed, logger)
+    return torch.cat([reward_model.scores(packed) for packed in texts])
+
+
+@torch.no_grad()
+def _sft_samples(
+    sft: Path,
+    network: Network,
+    prompts: Iterable[Prompt],
+    config: RewardModelConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    logger: StageLogger,
+) -> Iterator[Packed]:
+    """SFT samples to normalise with; each prompt is used once before any repeats."""
     logger.phase("normaliser: loading the SFT policy")
-    device = str(reward_model.model.device)
+    device = str(network.model.device)
     policy, tokenizer = Policy.load(sft, device, config.precision)
     # Distinct prompts, since a pair with several votes repeats its prompt.
     longest = sampling.max_prompt_length
@@ -213,25 +471,16 @@ def _sft_scores(
     draws = generator(seed, "reward/normalization")
     between = partial(counted, logger)
     what = "normaliser: sampling"
-    scores = []
     for batch in respond(policy, rows, sampling, generator=draws, between=between, what=what):
         logger.phase("normaliser: scoring")
-        scores.append(response_scores(reward_model, lay_out(*batch)))
-    return torch.cat(scores)
+        yield lay_out(*batch).packed
 
 
 def _report(
-    table: pd.DataFrame,
-    train: list[Pair],
-    held_out: list[Pair],
-    same: int,
-    chosen: Tensor,
-    rejected: Tensor,
-    mean: float,
-    std: float,
-    seed: int,
+    votes: _Votes, chosen: Tensor, rejected: Tensor, mean: float, std: float, seed: int
 ) -> RewardModelReport:
     """Accuracy, baseline and calibration on the held-out votes; the scores are raw logits."""
+    train, held_out, table = votes.train.pairs, votes.held_out.pairs, votes.held_out.table
     decided = torch.tensor([not pair.tie for pair in held_out])
     require_decided(decided)
     prompts = prompt_numbers(table)
@@ -262,7 +511,7 @@ def _report(
         held_out_votes=len(gap),
         held_out_prompts=len(prompts[decided].unique()),
         truncated=sum(pair.truncated for pair in [*train, *held_out]),
-        same_after_cut=same,
+        same_after_cut=votes.same,
         figures={
             "reward_calibration": figures.calibration(
                 calibration.mean_predicted.tolist(),
@@ -297,16 +546,32 @@ def accumulate(
     config: RewardModelConfig,
     ranks: Ranks,
     check: Callable[[], None],
+    *,
+    weights: Sequence[int] | None = None,
+    pack: Callable[[list[int]], Packed] | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of one optimizer step; return its mean loss and its accuracy."""
+    """Add the gradient of one optimizer step; return its mean loss and its accuracy.
+
+    Args:
+        weights: how often each pair counts; once by default.
+        pack: packs the pairs of some places in `pairs`, chosen and rejected in turn.
+    """
     sums = {"loss": 0.0, "accuracy": 0.0}
+    counts = [1] * len(pairs) if weights is None else weights
     for picked in ranks.micro_batches(range(len(pairs)), config.micro_batch_size):
         check()
-        micro = [pairs[i] for i in picked.rows]
-        share = picked.weight / len(pairs)
+        times = torch.tensor([counts[i] for i in picked.rows])
+        micro = [pairs[i] for i in picked.rows for _ in range(counts[i])]
+        share = picked.weight / sum(counts)
         with learner.accumulate(last=picked.last):
-            packed = pack_pairs(micro, learner.network.model.device)
-            chosen, rejected = learner(packed, packed.last()).view(-1, 2).unbind(1)
+            if pack is None:
+                packed = pack_pairs([pairs[i] for i in picked.rows], learner.network.model.device)
+            else:
+                packed = pack(picked.rows)
+            scores = learner(packed, packed.last()).view(-1, 2)
+            if weights is not None:
+                scores = scores.repeat_interleave(times.to(scores.device), 0)
+            chosen, rejected = scores.unbind(1)
             loss = _loss(chosen, rejected, micro, config) * (len(micro) * share)
             learner.backward(loss, "the reward-model loss")
         sums["loss"] += loss.item()
@@ -330,19 +595,19 @@ def _loss(chosen: Tensor, rejected: Tensor, pairs: list[Pair], config: RewardMod
 
 @torch.no_grad()
 def _scores(
-    reward_model: ScalarModel,
+    reward_model: RewardModel,
     pairs: list[Pair],
     config: RewardModelConfig,
     ranks: Ranks,
     logger: StageLogger,
-) -> tuple[Tensor, Tensor]:
-    """(N,) raw scores of all chosen and all rejected texts, on the CPU."""
+) -> Tensor:
+    """(K, 2, N) raw scores of all chosen and all rejected texts by each member, on the CPU."""
     device = reward_model.model.device
 
     def score(rows: list[int]) -> Tensor:
-        return reward_model.scores(pack_pairs([pairs[i] for i in rows], device)).view(-1, 2)
+        scores = reward_model.member_scores(pack_pairs([pairs[i] for i in rows], device))
+        return scores.view(len(scores), -1, 2).transpose(0, 1)
 
     size = config.micro_batch_size
     between = counted(logger, "held-out votes", ranks.passes(len(pairs), size))
-    chosen, rejected = ranks.collect(len(pairs), size, score, between).unbind(1)
-    return chosen, rejected
+    return ranks.collect(len(pairs), size, score, between).permute(1, 2, 0)

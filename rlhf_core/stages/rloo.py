@@ -78,7 +78,7 @@ def assign_credit(
     mask = rollout.responses.mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kind=config.kl_estimator)
     scores = missing_eos(
-        rollout.scores,
+        rollout.outcomes,
         rollout.responses.finished,
         mode=config.missing_eos,
         value=config.missing_eos_value,

@@ -14,12 +14,15 @@ from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import TableKind
+from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
+from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.rloo import RLOOConfig, train_rloo
 from rlhf_core.stages.sft import SFTConfig, train_sft
@@ -54,7 +57,8 @@ class StageSpec:
 
 
 _ON_POLICY = {"sampling": SamplingConfig}
-_REWARDS = ("reward", "reward.*")  # the pipeline's reward model, and others by name
+# the pipeline's reward model, others by name, and that of the monitor
+_REWARDS = ("reward", "reward.*", "held_out")
 
 STAGES: dict[str, StageSpec] = {
     "prepare": StageSpec(
@@ -79,6 +83,22 @@ STAGES: dict[str, StageSpec] = {
         inputs=("sft", "data"),
         outputs=("reward",),
         learns={"reward model": "scalar"},
+        passes_over="preferences",
+    ),
+    "report_card": StageSpec(
+        config=ReportCardConfig,
+        function=write_report_card,
+        sections={"sampling": SamplingConfig},
+        inputs=("reward", "data", "sft"),
+        result=ReportCard,
+    ),
+    "held_out": StageSpec(
+        config=RewardModelConfig,
+        function=train_held_out,
+        sections={"sampling": SamplingConfig},
+        inputs=("sft", "data"),
+        outputs=("held_out",),
+        learns={"held-out reward model": "scalar"},
         passes_over="preferences",
     ),
     "ppo": StageSpec(

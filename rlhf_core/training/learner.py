@@ -122,6 +122,14 @@ class Learner:
         """The rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the rate of all later steps; the schedule goes on. It is part of the state."""
+        self._schedule.base_lrs = [rate * factor for rate in self._schedule.base_lrs]
+        self._schedule._last_lr = [rate * factor for rate in self._schedule._last_lr]
+        for group in self._adamw.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward pass; the last of a step sums over the ranks."""
         return self._ranks.accumulate(self._module, last=last)

@@ -139,6 +139,17 @@ class Ranks:
         _join_shards(network)
         return network
 
+    def require_shared(self, setting: str) -> None:
+        """Raise ConfigError when several networks that train cannot share a transformer here.
+
+        `setting` is what the user can change, as an instruction.
+        """
+        if self._device is not None and self._strategy == "fsdp":
+            raise ConfigError(
+                "FSDP cannot shard a transformer on which several networks train; use strategy "
+                f"ddp, or {setting}"
+            )
+
     @contextmanager
     def whole(self, *networks: nn.Module | None) -> Iterator[None]:
         """Gather all weights of the networks on every rank. Inside the block each rank may call and
@@ -213,6 +224,14 @@ class Ranks:
         whole = join(self._all([part.to("cpu") for part in parts]))
         order = torch.tensor(self._all(list(rows))).argsort()
         return whole.rows(order).to(str(self._device))
+
+    def from_main(self, value: Item) -> Item:
+        """The value of the main rank; all ranks have to call this."""
+        if self._device is None:
+            return value
+        found = [value if self.main else None]
+        dist.broadcast_object_list(found, src=0, device=self._device)
+        return cast(Item, found[0])
 
     def _all(self, items: list[Item]) -> list[Item]:
         """The items of every rank, in the order of the ranks."""

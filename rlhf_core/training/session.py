@@ -29,7 +29,7 @@ from typing import Any, NoReturn, Protocol, Self, TypeAlias
 import torch
 
 from rlhf_core.errors import CheckpointError
-from rlhf_core.metrics import StageLogger, counted
+from rlhf_core.metrics import Alarm, StageLogger, counted
 from rlhf_core.seeding import rng_state, set_rng_state
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.ranks import Ranks
@@ -211,6 +211,11 @@ class Session:
         """Report the current phase of a unit, and how many of its parts are done."""
         if self._ranks.main:
             self._logger.phase(what, done, total)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Report that a measure of the monitor went beyond its limit."""
+        if self._ranks.main:
+            self._logger.alarm(alarm)
 
     def between(self, what: str, total: int) -> Callable[[], None]:
         """A callback to run before each of `total` parts of a phase: it reports progress, and stops

@@ -10,8 +10,9 @@
 
 Each payload also has `project`. `run_id` is the MLflow run of the stage; `versions`, by kind, and
 `candidate`, `old` (empty if there was none) and `new` have the form `models:/NAME/VERSION`;
-`monitor` is `kl_budget` or `numerics`; `reasons` is a list of sentences; `how` is `promotion` or
-`rollback`.
+`monitor` is `kl_budget`, `numerics`, or a measure of the monitor (docs/monitor.md), with which the
+payload also has `iteration`, `value`, `limit` and `action`; `reasons` is a list of sentences; `how`
+is `promotion` or `rollback`.
 
 Prefect adds the flow run, its deployment and tags as related resources. Events are sent in the
 background. If one cannot be sent a warning is logged; outside Prefect nothing happens.
@@ -32,6 +33,7 @@ from prefect.events import emit_event
 from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
+from rlhf_core.metrics import Alarm
 from tasks.prefect.ui import PrefectRun
 from tasks.record import tags
 from tasks.registry.refs import ModelRef, PipelineRun
@@ -74,6 +76,15 @@ def announced(client: MlflowClient, run: PipelineRun, stage: str, run_id: str) -
             _emit(MONITOR_TRIPPED, resource, {**what, "monitor": "kl_budget", "said": reason})
         versions = {kind: ref.uri for kind, ref in tags.models(data.tags).items()}
         _emit(STAGE_FINISHED, resource, {**what, "versions": versions})
+
+
+def monitor_tripped(project: str, stage: str, run_id: str, alarm: Alarm) -> None:
+    """Send an event: a measure of the monitor went beyond its limit."""
+    payload: dict[str, Any] = {"project": project, "stage": stage, "run_id": run_id}
+    payload |= {"monitor": alarm.measure}
+    payload |= {"said": alarm.line, "iteration": alarm.step, "value": alarm.value}
+    payload |= {"limit": alarm.limit, "action": alarm.action}
+    _emit(MONITOR_TRIPPED, f"rlhf.stage.{project}.{stage}", payload)
 
 
 def gate_refused(project: str, candidate: ModelRef, reasons: Sequence[str]) -> None:

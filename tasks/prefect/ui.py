@@ -169,6 +169,12 @@ def show_table(key: str, table: pd.DataFrame, title: str) -> None:
         create_table_artifact(table=rows, key=key, description=title + more)
 
 
+def show_page(key: str, text: str, title: str) -> None:
+    """Show a page of Markdown."""
+    with _warn_on_failure(key):
+        create_markdown_artifact(markdown=text, key=key, description=title)
+
+
 def show_figures(key: str, images: Mapping[str, bytes], title: str) -> None:
     """Show PNG images on one page; an image too large for a database row is only named."""
     with _warn_on_failure(key):

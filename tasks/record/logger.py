@@ -8,14 +8,16 @@ import math
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextvars import copy_context
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import UserError
+from rlhf_core.metrics import Alarm
+from tasks.record import tags
 from tasks.record.terminal import Display, phase_text
 from tasks.record.tracking import first_line
 
@@ -40,6 +42,9 @@ class MlflowLogger:
     A resumed run replays its history; values in `logged`, by name and step, are in MLflow already
     and are not written twice.
 
+    An alarm of the monitor becomes a tag of the run, which waits for MLflow as metrics do, and is
+    passed to `announce`.
+
     NaN is kept as NaN. An infinite value is logged as NaN too, with one warning per name, because
     MLflow would store it as 1.8e308, which flattens the rest of the curve.
     """
@@ -53,6 +58,7 @@ class MlflowLogger:
         logged: Set[tuple[str, int]] = frozenset(),
         flush_steps: int = 100,
         flush_seconds: float = 5.0,
+        announce: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
         self._client = client
         self._run_id = run_id
@@ -60,7 +66,9 @@ class MlflowLogger:
         self._logged = logged
         self._flush_steps = flush_steps
         self._flush_seconds = flush_seconds
+        self._announce = announce
         self._metrics: list[Metric] = []
+        self._tags: list[RunTag] = []
         self._calls = 0
         self._progress = (0, 0, "")
         self._phase: tuple[str, int, int] | None = None
@@ -103,6 +111,17 @@ class MlflowLogger:
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
         """Report the current phase of the next unit, and how many of its parts are done."""
         self._phase = (what, done, total)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Tag the run with an alarm, soon and as certainly as metrics, and announce it now."""
+        tag = RunTag(tags.alarm_of(alarm.measure), alarm.line)
+        with self._wake:
+            if self._closed:
+                raise ValueError("this logger is closed: its run has ended")
+            self._tags.append(tag)
+            self._calls = max(self._calls, self._flush_steps)
+            self._wake.notify()
+        self._announce(alarm)
 
     def flush(self) -> None:
         """Write everything that was logged so far to MLflow.
@@ -185,9 +204,13 @@ class MlflowLogger:
         with self._writing:
             with self._wake:
                 batch, self._metrics, self._calls = self._metrics, [], 0
+                alarms, self._tags = self._tags, []
             try:
-                self._client.log_batch(self._run_id, metrics=batch)
+                # Of two tags with one name in a batch MLflow may keep either: the last is meant.
+                new = list({tag.key: tag for tag in alarms}.values())
+                self._client.log_batch(self._run_id, metrics=batch, tags=new)
             except BaseException:
                 with self._wake:
                     self._metrics[:0] = batch
+                    self._tags[:0] = alarms
                 raise

@@ -56,8 +56,8 @@ class Record:
         metrics = [Metric(name, value, now, 0) for name, value in numbers.items()]
         self.client.log_batch(run_id, metrics=metrics)
 
-    def write_page(self, run_id: str, text: str) -> None:
+    def write_page(self, run_id: str, text: str, name: str = PAGE) -> None:
         """Store a Markdown report with a run, and make it the description of the run."""
         text = masked(text)
-        self.client.log_text(run_id, text, PAGE)
+        self.client.log_text(run_id, text, name)
         self.client.set_tag(run_id, tags.DESCRIPTION, text)

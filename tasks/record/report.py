@@ -1,4 +1,4 @@
-"""Stores a stage's report with its run: `summary/` metrics, `tables/` and `figures/`."""
+"""Stores a stage's report with its run: `summary/` metrics, `tables/`, `figures/` and a page."""
 
 import io
 import json
@@ -28,8 +28,12 @@ def store_report(
     images = {name: _png(figure) for name, figure in report.figures.items()}
     for name, png in images.items():
         _store_file(record, run_id, png, f"figures/{name}.png")
+    if report.page:
+        record.write_page(run_id, report.page, f"{stage}.md")
     if PrefectRun.current():
         _show(project, stage, summary, report.tables, images)
+        if report.page:
+            ui.show_page(artifact_key(project, stage, "page"), report.page, f"{project} {stage}")
 
 
 def _store_table(record: Record, run_id: str, table: pd.DataFrame, artifact: str) -> None:

@@ -47,6 +47,7 @@ def tags_of_stand_in(done: Run) -> dict[str, str]:
     """The tags of a run that refers to `done` instead of running the stage."""
     made = {tags.output_of(kind): uri for kind, uri in tags.outputs(done.data.tags).items()}
     note = f"Reused from the run {source_of(done)}, which has the same settings, inputs and code."
+    made |= tags.alarms(done.data.tags)
     return {**made, tags.CACHED_FROM: source_of(done), tags.DESCRIPTION: note}
 
 

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -184,7 +185,8 @@ class Stage:
         and checked before the first is registered.
         """
         store = self._record.store
-        names = {kind: f"{self.run.project}-{kind.partition('.')[0]}" for kind in models}
+        words = {kind: kind.partition(".")[0].replace("_", "-") for kind in models}
+        names = {kind: f"{self.run.project}-{word}" for kind, word in words.items()}
         uploads = {}
         for kind, path in models.items():
             self.logger.phase(f"uploading and checking {names[kind]}")
@@ -327,7 +329,7 @@ def _in_progress(
         if left is not None:
             reopen(record, left)
             unpublish(record, run_id)
-        with _logger(record, run_id, _displays(record.settings, what, run_id)) as logger:
+        with _logger(record, what, run_id, _displays(record.settings, what, run_id)) as logger:
             describe(record, run_id, what, stage_tags)
             yield Stage(
                 run_id=run_id, work=work, logger=logger, cached=False, _what=what, _record=record
@@ -335,8 +337,12 @@ def _in_progress(
 
 
 @contextmanager
-def _logger(record: Record, run_id: str, displays: list[Display]) -> Iterator[MlflowLogger]:
-    logger = MlflowLogger(record.client, run_id, displays, logged=record.runs.logged(run_id))
+def _logger(
+    record: Record, what: Definition, run_id: str, displays: list[Display]
+) -> Iterator[MlflowLogger]:
+    announce = partial(events.monitor_tripped, what.run.project, what.name, run_id)
+    logged = record.runs.logged(run_id)
+    logger = MlflowLogger(record.client, run_id, displays, logged=logged, announce=announce)
     try:
         yield logger
     except BaseException as error:

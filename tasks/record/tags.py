@@ -50,6 +50,10 @@ ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"
 ROLLED_BACK_BY: Final = "rolled_back_by"
 
+# ---- a reward model: key numbers of its report card ----
+_CARD: Final = "report_card."
+CARD_VERDICT: Final = "report_card.verdict"  # a sentence
+
 # ---- names of MLflow's own ----
 PARENT_RUN: Final = "mlflow.parentRunId"
 DESCRIPTION: Final = "mlflow.note.content"  # shown on the page of the run
@@ -65,6 +69,7 @@ NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
+_ALARM: Final = "alarm."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
@@ -76,6 +81,16 @@ def input_of(role: str) -> str:
 def output_of(kind: str) -> str:
     """The tag of an output, by its kind: a model, DATA or RESULT."""
     return f"{_OUTPUT}{kind}"
+
+
+def alarm_of(measure: str) -> str:
+    """The tag of the last alarm of a measure of the monitor."""
+    return f"{_ALARM}{measure}"
+
+
+def alarms(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags of all alarms of a run, as they are."""
+    return {name: line for name, line in tags.items() if name.startswith(_ALARM)}
 
 
 def parent_of(role: str) -> str:
@@ -110,6 +125,11 @@ def kind(made: str) -> dict[str, str]:
     """The tags of a version for its kind, which may have a number, as in milestone.10."""
     name, _, number = made.partition(".")
     return {KIND: name, ITERATION: number} if number else {KIND: name}
+
+
+def card_number(name: str) -> str:
+    """The tag of a reward model for a key number of its report card."""
+    return f"{_CARD}{name}"
 
 
 def name_of(ref: ModelRef | None) -> str:

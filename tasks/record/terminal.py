@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rlhf_core.metrics import StageLogger
+from rlhf_core.metrics import Alarm, StageLogger
 
 
 class Display(Protocol):
@@ -108,6 +108,9 @@ class _DisplayLogger:
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
         self._display.show(*self._done, phase_text(what, done, total))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Do nothing: whoever raises an alarm logs it too."""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.onpolicy.monitor.config import HELD_OUT
 from rlhf_core.rewards.functions import load_function
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from tasks.prefect.ui import stage_task
@@ -28,7 +29,8 @@ class TrainedPolicy(BaseModel):
 
 @task(name="find-rewards", task_run_name="find rewards")
 def find_rewards(config: Section, true_reward: str = "") -> dict[str, ModelRef]:
-    """The reward models in the config other than the pipeline's own, by role, as explicit versions.
+    """The reward models in the config other than the pipeline's own, by role, as explicit versions;
+    the monitor's too, if it is registered already.
 
     Args:
         true_reward: the setting of the evaluation, which is only checked.
@@ -46,7 +48,10 @@ def find_rewards(config: Section, true_reward: str = "") -> dict[str, ModelRef]:
             load_function(term.source, setting="the reward", places=places)
     store = Record.open().store
     others = [term for term in config.rewards if term.is_model and term.source != PIPELINE_REWARD]
-    return {term.role: store.resolve(term.source) for term in others}
+    found = {term.role: store.resolve(term.source) for term in others}
+    if config.monitor.held_out and not config.monitor.trains_held_out:
+        found[HELD_OUT] = store.resolve(config.monitor.held_out)
+    return found
 
 
 @stage_task("policy", "{algorithm}")
@@ -63,6 +68,7 @@ def train_policy(
     """Optimise the SFT policy; register `<project>-policy`, and for PPO `<project>-critic`."""
     known = {"reward": reward_model, **other_rewards}
     roles = config.reward_roles if isinstance(config, OnPolicySection) else ()
+    roles += (HELD_OUT,) if HELD_OUT in other_rewards else ()
     inputs: dict[str, Ref] = {"sft": sft, "data": data, **{role: known[role] for role in roles}}
     return do_stage(
         algorithm,

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from rlhf_core.evaluation.gates import RewardQuality, Verdict
+from rlhf_core.evaluation.card_findings import verdict as card_verdict
+from rlhf_core.evaluation.gates import Verdict
+from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.evaluation import EvaluationReport
@@ -26,18 +28,18 @@ TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 def write_report(
     scorecard: Scorecard,
     verdict: Verdict,
-    reward_quality: RewardQuality | None,
+    report_card: ReportCard,
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
 ) -> str:
     """Write `report.md` and the key numbers to the pipeline's run; show the page in Prefect."""
     record = Record.open()
-    text = render(scorecard, verdict, reward_quality, algorithm, models, run, record.settings)
+    text = render(scorecard, verdict, report_card, algorithm, models, run, record.settings)
     record.write_page(run.run_id, text)
     record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
-    if reward_quality is not None:
+    if (reward_quality := report_card.quality) is not None:
         accuracy = reward_quality.accuracy._asdict()
         numbers |= {f"reward_model/accuracy_{bound}": accuracy[bound] for bound in ("low", "high")}
         numbers["reward_model/accuracy"] = reward_quality.accuracy.value
@@ -52,7 +54,7 @@ def write_report(
 def render(
     scorecard: Scorecard,
     verdict: Verdict,
-    reward_quality: RewardQuality | None,
+    report_card: ReportCard,
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
@@ -64,7 +66,7 @@ def render(
         [
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
             "",
-            *_basis(scorecard, reward_quality, models["reward"]),
+            *_basis(scorecard, report_card, models["reward"]),
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
@@ -79,19 +81,17 @@ def render(
     )
 
 
-def _basis(
-    scorecard: Scorecard, quality: RewardQuality | None, reward_model: ModelRef
-) -> list[str]:
-    """The basis of the verdict, and how well the reward model predicts votes."""
+def _basis(scorecard: Scorecard, card: ReportCard, reward_model: ModelRef) -> list[str]:
+    """The basis of the verdict, how well the reward model predicts votes, and its report card."""
     match = scorecard.comparison("policy", "sft")
-    verdict = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
+    quality, name = card.quality, f"- Reward model `{reward_model.uri}`"
+    said = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
     if quality is None:
-        return [
-            *verdict,
-            f"- Reward model `{reward_model.uri}`: its held-out accuracy is unknown.",
-        ]
-    doubts = f" {quality.doubts}" if quality.doubts else ""
-    return [*verdict, f"- Reward model `{reward_model.uri}`: {quality.numbers}.{doubts}"]
+        said.append(f"{name}: its held-out accuracy is unknown.")
+    else:
+        said.append(f"{name}: {quality.numbers}.{' ' if quality.doubts else ''}{quality.doubts}")
+    page = "`report_card.md` of the stage report_card"
+    return [*said, f"- Report card: {card_verdict(card)} Its page is {page}."]
 
 
 def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:

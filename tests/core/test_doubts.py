@@ -149,6 +149,30 @@ def test_a_training_that_does_little_or_harm(stage, section, said):
         assert all(not sentence.endswith(".") and "\n" not in sentence for sentence in found)
 
 
+ONE, FOUR = RewardModelConfig(), RewardModelConfig(members=4, lora_rank=8, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reward_model", "settings", "said"),
+    [
+        (ONE, {"combine_members": "min"}, "combine_members is min, but reward_model.members is 1"),
+        (FOUR, {"combine_members": "min"}, None),
+        (FOUR, {"member_variance_coef": 2.0}, "has no effect with combine_members mean; set that"),
+        (FOUR, {"combine_members": "mean_minus_variance", "member_variance_coef": 2.0}, None),
+        (None, {"combine_members": "min"}, None),  # a registered model, which may have members
+        (
+            ONE,
+            {"combine_members": "min", "rewards": (RewardTerm(source="models:/a/1"),)},
+            None,
+        ),
+    ],
+)
+def test_members_that_are_not_there_or_not_asked(reward_model, settings, said):
+    trainings = {"reward_model": reward_model} if reward_model else {}
+    found = doubts(chosen(**trainings, ppo=PPOConfig(**settings)))
+    assert [said in sentence for sentence in found] == ([True] if said else [])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

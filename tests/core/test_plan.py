@@ -106,6 +106,14 @@ def test_steps_and_parameters_by_hand():
     assert stages["ppo"].networks == (learnt("policy", BODY), learnt("critic", BODY + 16))
 
 
+def test_members_have_adapters_and_heads_of_their_own_on_what_is_frozen_once():
+    config = RewardModelConfig(lora_rank=4, lora_layers=2, members=3, epochs=2, batch_size=32)
+    stage = plan(reward_model=config).stages[1]
+    each = 2 * 4 * ADAPTERS + 16
+    assert stage.networks == (learnt("reward model, 3 members", 3 * each, 4, BODY),)
+    assert stage.steps == 6
+
+
 def test_adapters_by_hand():
     lora = {"lora_rank": 4}
     found = plan(

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -13,7 +14,8 @@ from prefect import flow
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, RewardQuality
+from rlhf_core.evaluation.card_findings import verdict
+from rlhf_core.evaluation.gates import PromotionConfig, RewardQuality
 from tasks.record.run import open_run
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import ModelRef
@@ -50,7 +52,7 @@ TINY = {
     # Nothing this small is better than SFT; what is asked of it here is that it is not worse.
     "promotion": {"min_win_rate": 0.0, "max_kl": 1e6, "max_length_ratio": 1e3},
 }
-STAGES = ["prepare", "sft", "reward_model", "ppo", "evaluation", "promotion"]
+STAGES = ["prepare", "sft", "reward_model", "report_card", "ppo", "evaluation", "promotion"]
 
 
 def config(algorithm="ppo", **sections):
@@ -121,7 +123,7 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
             "held_out_prompts",
         )
     )
-    title, _, judge, reward, *_ = first.report.splitlines()
+    title, _, judge, reward, card, *_ = first.report.splitlines()
     assert title.startswith("# tiny, seed 0: models:/tiny-policy/")
     assert judge == "- Verdict: by true_reward, from 2 answers to each of 6 held-out prompts."
     assert reward.startswith(
@@ -129,7 +131,9 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
         f'{high:.3f}] over {votes:.0f} votes on {prompts:.0f} prompts; the rule "prefer the '
         f'longer" has {longer:.3f}.'
     )
-    assert reward.endswith(first.reward_quality.doubts)
+    assert reward.endswith(first.report_card.quality.doubts)
+    page = "`report_card.md` of the stage report_card"
+    assert card == f"- Report card: {verdict(first.report_card)} Its page is {page}."
     parent = client.get_run(first.run.run_id).data
     assert parent.metrics["reward_model/accuracy"] == pytest.approx(accuracy)
     assert parent.metrics["reward_model/accuracy_low"] == pytest.approx(low)
@@ -171,6 +175,8 @@ def test_figures_and_tables_lie_with_their_stage(client, first):
         ("prepare", "figures", "figures/data_lengths.png"),
         ("sft", "figures", "figures/sft_loss.png"),
         ("reward_model", "figures", "figures/reward_calibration.png"),
+        ("report_card", "figures", "figures/report_card_canaries.png"),
+        ("report_card", "tables", "tables/report_card_canaries.json"),
         ("ppo", "tables", "tables/ppo_samples.json"),
         ("evaluation", "tables", "tables/evaluation_samples.json"),
     ]:
@@ -195,7 +201,7 @@ def test_the_same_again_takes_everything_from_the_registry(client, store, first)
     assert again.scorecard == first.scorecard
     assert {name: store.versions(name) for name in store.names()} == versions
     stages = children(client, again)
-    for stage in ("sft", "reward_model", "ppo", "evaluation"):
+    for stage in ("sft", "reward_model", "report_card", "ppo", "evaluation"):
         source = children(client, first)[stage].info.run_id
         assert stages[stage].data.tags["cached_from"] == source
     assert "cached_from" not in stages["prepare"].data.tags
@@ -235,12 +241,14 @@ def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, 
     )
     assert (store.versions("tiny-sft"), store.versions("tiny-reward")) == before
     assert (second.sft, second.reward_model) == (first.sft, first.reward_model)
-    assert second.reward_quality == first.reward_quality  # from the run that made it
+    assert second.report_card == first.report_card  # from the run that made it
     assert second.scorecard.comparison("policy", "champion") is not None
     assert not second.verdict.promote
     assert "not promoted" in second.report
     assert store.get_alias("tiny-policy", "champion") == first.policy
-    assert sorted(children(client, second)) == ["evaluation", "ppo", "prepare", "promotion"]
+    assert sorted(children(client, second)) == [
+        *("evaluation", "ppo", "prepare", "promotion", "report_card")
+    ]
 
 
 def test_a_reward_model_that_is_not_good_enough_stops_before_the_policy(client, store, first):
@@ -252,10 +260,42 @@ def test_a_reward_model_that_is_not_good_enough_stops_before_the_policy(client, 
     stages = client.search_runs([first.run.experiment_id], condition)
     assert newest.info.status == "FAILED"
     assert {run.data.tags["stage"]: run.info.status for run in stages} == dict.fromkeys(
-        ["prepare", "sft", "reward_model"], "FINISHED"
+        ["prepare", "sft", "reward_model", "report_card"], "FINISHED"
     )
-    # The threshold is no part of what the reward model is: none is trained again, none is lost.
+    # The threshold is no part of what the reward model is: none is trained again, none is lost, and
+    # the report card is the one of the first run.
+    [card] = [run for run in stages if run.data.tags["stage"] == "report_card"]
+    source = children(client, first)["report_card"].info.run_id
+    assert card.data.tags["cached_from"] == source
     assert {name: store.versions(name) for name in store.names()} == versions
+
+
+def test_the_report_card_is_a_page_and_stands_on_the_version(client, store, first, tmp_path):
+    run = children(client, first)["report_card"]
+    path = client.download_artifacts(run.info.run_id, "report_card.md", str(tmp_path))
+    text = Path(path).read_text(encoding="utf-8")
+    card = first.report_card
+    assert f"**{verdict(card)}**" in text
+    assert run.data.tags["mlflow.note.content"] == text
+    assert run.data.metrics["summary/accuracy"] == pytest.approx(card.accuracy.share.value)
+    trained = client.get_run(children(client, first)["reward_model"].info.run_id).data.metrics
+    for bound in ("accuracy", "accuracy_low", "accuracy_high", "longer_accuracy"):
+        assert run.data.metrics[f"summary/{bound}"] == pytest.approx(trained[f"summary/{bound}"])
+    tags = store.tags(first.reward_model)
+    assert tags["report_card.verdict"] == verdict(card)
+    assert tags["report_card.accuracy"] == str(card.accuracy)
+    assert tags["report_card.worst_canary"].startswith(f"{card.worst_canary.kind}: ")
+
+
+def test_a_canary_that_wins_too_often_stops_before_the_policy(client, first):
+    worst = first.report_card.worst_canary
+    assert worst.beats_real.high > 0.1
+    with pytest.raises(ModelError, match=r"canary '\w+' beats the real answer .*max_canary_share"):
+        rlhf(config(reward_gate={"max_canary_share": 0.1}))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    stages = client.search_runs([first.run.experiment_id], condition)
+    assert "ppo" not in {run.data.tags["stage"] for run in stages}
 
 
 def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first, caplog):
@@ -263,12 +303,12 @@ def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first
     made = client.create_model_version("tiny-reward", source)
     stranger = ModelRef(name="tiny-reward", version=int(made.version))
     caplog.set_level(logging.WARNING, "tasks.steps.reward_model")
-    assert check_reward_model.fn(RewardGateConfig(), stranger) is None
+    assert check_reward_model.fn(stranger) is None
     assert f"{stranger.uri}: its held-out accuracy is unknown" in caplog.text
     text = render(
         first.scorecard,
         first.verdict,
-        None,
+        first.report_card.model_copy(update={"accuracy": None}),
         "ppo",
         {"reward": stranger, "policy": first.policy},
         first.run,
@@ -287,7 +327,7 @@ def test_a_poor_reward_model_is_a_warning_before_any_policy(client, first, caplo
     source = client.get_model_version("tiny-reward", "1").source
     made = client.create_model_version("tiny-reward", source, tags={"run_id": run.info.run_id})
     ref = ModelRef(name="tiny-reward", version=int(made.version))
-    quality = check_reward_model.fn(RewardGateConfig(), ref)
+    quality = check_reward_model.fn(ref)
     assert quality == RewardQuality(
         accuracy=(0.436, 0.18, 0.85), longer_accuracy=0.641, votes=39, prompts=None
     )
@@ -417,7 +457,7 @@ def test_a_stage_that_fails_fails_the_run_and_leaves_the_champion(client, store,
     status = {run.data.tags["stage"]: run.info.status for run in stages}
     assert newest.info.status == "FAILED"
     assert status == {
-        **dict.fromkeys(["prepare", "sft", "reward_model", "ppo"], "FINISHED"),
+        **dict.fromkeys(["prepare", "sft", "reward_model", "report_card", "ppo"], "FINISHED"),
         "evaluation": "FAILED",
     }
     assert store.get_alias("tiny-policy", "champion") == first.policy

@@ -173,7 +173,7 @@ class Columns:
         source, read = self.source, self._places()
         # Those columns have a note of their own.
         noted = {field for field in (*DETAILS, "system") for n in self.notes if f"'{field}'" in n}
-        unread = unread_texts(source, read, {*self.reading.ignore, *noted})
+        unread = unread_texts(source, read, {*self.reading.ignore, *self.reading.keep, *noted})
         if unread:
             yield self._unread_note(unread)
         inside = [

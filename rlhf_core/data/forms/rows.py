@@ -49,6 +49,7 @@ class Reading:
     score_margin: float = 0.0  # margin for each point between two scores, in raw reward
     template: str = "{prompt}"  # of a text prompt
     style: Literal["text", "chat"] = "text"
+    keep: Sequence[str] = ()  # columns and dotted paths to keep beside a vote
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,15 @@ class SourceRow:
             raise BadRowError(self.name("prompt"), "empty text", reason)
         return text
 
-    def _said(self, place: str) -> str:
-        """What a column says in a template; nothing if it is missing."""
+    def _said(self, place: str, what: str = "text that a template can take") -> str:
+        """What a column says; nothing if it is missing."""
         value = find(self.values, place)
         if not is_filled(value):
             return ""
         if isinstance(value, str | int | float):
             text = str(value)
         else:
-            error = messages.wrong_type(value, "text that a template can take")
+            error = messages.wrong_type(value, what)
             raise BadRowError(place, error.category, str(error))
         try:
             return messages.checked(text)
@@ -204,6 +205,12 @@ class SourceRow:
     def source(self) -> str:
         """Where the row comes from: its own field, or else the name of the source."""
         return str(self._detail("source", {})) or self.file
+
+    def kept(self) -> dict[str, str]:
+        """The columns to keep beside a vote, as text; empty where the row has none."""
+        return {
+            place: self._said(place, "a value to keep beside a vote") for place in self.reading.keep
+        }
 
     def number(self, field: str, value: Any, where: str = "") -> float:
         """A score or a rank; true is 1 and false is 0."""

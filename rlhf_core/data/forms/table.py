@@ -142,6 +142,7 @@ def form_of(
         )
     form = max(forms, key=lambda form: len(form.needs & names.keys()))
     _require_meaning(source, kind, names, reading, form)
+    _require_kept(source, kind, reading, form)
     alone = form.needs == {"chosen", "rejected"} and "prompt" not in here
     if alone and _begin_with_prompts(source, names):
         _require_no_prompt_elsewhere(source, kind, names, form)
@@ -174,6 +175,21 @@ def _require_meaning(
         raise DataError(
             f"data.{kind}.score_margin is set, but {read_by} and has no scores; remove it, or map "
             "'margin'"
+        )
+
+
+def _require_kept(source: SourceRows, kind: TableKind, reading: Reading, form: Form) -> None:
+    if not reading.keep:
+        return
+    if form.join:
+        raise DataError(
+            f"data.{kind}.keep names columns of a vote, but {source.source} has an answer in each "
+            "row, so that a vote is made of two rows; remove keep, or write a row for each vote"
+        )
+    if missing := [place for place in reading.keep if not in_source(source, place)]:
+        raise DataError(
+            f"{source.source} has no field {shown(missing[0])}, which data.{kind}.keep names; its "
+            f"fields are: {listed(source.columns())}"
         )
 
 

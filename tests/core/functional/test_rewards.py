@@ -1,14 +1,20 @@
 """Shaped rewards and missing EOS."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from rlhf_core.functional.advantages import gae
 from rlhf_core.functional.rewards import (
+    Moments,
+    against_reference,
     combine,
+    excess_length,
     missing_eos,
     shaped_rewards,
+    whiten,
 )
 
 SCORES = torch.tensor([10.0, 20.0, 30.0, 40.0])
@@ -100,3 +106,54 @@ def test_what_cannot_be_combined_is_refused():
         combine(PARTS, how="median")
     with pytest.raises(ValueError, match="shape"):
         combine(PARTS[0], how="sum")
+
+
+def test_whitening_by_hand():
+    moments = Moments().with_values(torch.tensor([1.0, 3.0]))
+    assert moments == (2, 2.0, 2.0)
+    moments = moments.with_values(torch.tensor([5.0, 7.0, 9.0]))  # all five: mean 5, var 8
+    assert moments == (5, 5.0, pytest.approx(40.0))
+    assert_close(whiten(torch.tensor([5.0, 9.0]), moments), torch.tensor([0.0, 4 / 8**0.5]))
+
+
+def test_moments_in_parts_are_those_of_all_values():
+    draws = torch.Generator().manual_seed(0)
+    parts = [1e4 + 3 * torch.randn(n, generator=draws).double() for n in (1, 7, 64, 3)]
+    moments = Moments()
+    for part in parts:
+        moments = moments.with_values(part)
+    whole = torch.cat(parts)
+    assert moments.number == len(whole)
+    assert moments.mean == pytest.approx(whole.mean().item(), rel=1e-12)
+    assert moments.std == pytest.approx(whole.std(correction=0).item(), rel=1e-9)
+    assert moments.with_values(torch.zeros(0)) == moments
+
+
+def test_scores_that_never_differ_are_only_centred():
+    moments = Moments().with_values(torch.full((4,), 2.0))
+    assert whiten(torch.full((4,), 2.0), moments).tolist() == [0.0] * 4
+    assert Moments().std == 0
+
+
+def test_against_reference_by_hand():
+    # σ(0) = 1/2, σ(ln 3) = 3/4, σ(-ln 3) = 1/4
+    ln3 = math.log(3)
+    result = against_reference(torch.tensor([ln3, 0.0]), torch.tensor([[0.0, ln3], [ln3, ln3]]))
+    assert_close(result, torch.tensor([(3 / 4 + 1 / 2) / 2, 1 / 4]))
+
+
+def test_against_reference_is_bounded_and_keeps_the_order():
+    scores = torch.linspace(-50, 50, 101).double()
+    reference = torch.tensor([[-1.0, 2.0]]).double().expand(101, 2)
+    result = against_reference(scores, reference)
+    assert ((result >= 0) & (result <= 1)).all()
+    assert (result.diff()[30:70] > 0).all()
+    # a point of score far above the reference is worth less than one nearby
+    assert result.diff()[90] < 1e-9 < 0.1 < result.diff().max()
+    with pytest.raises(ValueError, match="no reference"):
+        against_reference(scores, reference[:, :0])
+
+
+def test_excess_length_by_hand():
+    penalty = excess_length(torch.tensor([3, 10, 14]), limit=10, coef=0.25)
+    assert penalty.tolist() == [0.0, 0.0, 1.0]

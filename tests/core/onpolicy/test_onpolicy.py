@@ -502,7 +502,9 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
         draws=torch.Generator().manual_seed(1),
         ranks=Ranks(),
     )
-    rollout = collector.roll_out(PromptTable([""] * len(PROMPTS), PROMPTS))
+    rollout = collector.roll_out(
+        PromptTable([""] * len(PROMPTS), PROMPTS, list(range(len(PROMPTS))))
+    )
     texts = [p[m].tolist() for p, m in zip(*vars(rollout.prompts).values(), strict=True)]
     assert texts == PROMPTS
     judge, ours = plain(scalar.model), plain(causal[0])

@@ -22,6 +22,7 @@ from rlhf_core.evaluation.scorecard import Arm
 from rlhf_core.rewards.functions import load_function
 from rlhf_core.seeding import generator
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
+from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)
@@ -324,10 +325,13 @@ def test_settings_bound_the_work(run):
     assert len(report.tables["evaluation_samples"]) == 2 * 3
 
 
-def test_every_setting_is_read(run, recording, truth, toy_sampling):
+def test_every_setting_is_read(run, recording, truth, toy_sampling, toy_work, tmp_path):
+    small = {"batch_size": 24, "max_length": 32, "normalization_samples": 8}
+    members = RewardModelConfig(**small, lora_rank=2, members=2)
+    train_reward_model(members, toy_work("sft", "data", outputs={"reward": tmp_path / "ensemble"}))
     config, seen = recording(change(true_reward=truth))
     sampling, seen_of_sampling = recording(toy_sampling)
-    run(config, sampling=sampling)
+    run(config, sampling=sampling, reward=tmp_path / "ensemble")
     assert set(EvaluationConfig.model_fields) <= seen
     assert set(SamplingConfig.model_fields) <= seen_of_sampling
 

@@ -251,7 +251,7 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("stage", NORMS | dict.fromkeys(("rloo", "grpo")))
 def test_g_max_grad_norm_bounds_the_norm_and_the_norm_before_is_logged(history, tmp_path, stage):
     one = {"batch_size": 24, "epochs": 1, "learning_rate": 1e-3}
     if stage in ON_POLICY:
@@ -366,7 +366,8 @@ def test_h_every_field_of_every_config_is_read(world, tmp_path, recording, stage
     settings = {"lora_rank": 2} | (ALL_ON if stage in ON_POLICY else {})
     config, seen = recording(change(CONFIGS[stage], **settings))
     sampling, seen_of_sampling = recording(SAMPLING)
-    run(config, world, tmp_path / "out", sampling=sampling)
+    with_members = World(**vars(world) | {"reward_adapter": world.ensemble})
+    run(config, with_members, tmp_path / "out", sampling=sampling)
     assert set(type(CONFIGS[stage]).model_fields) <= seen
     if stage not in ("sft", "dpo"):  # these two do not sample
         assert set(SamplingConfig.model_fields) <= seen_of_sampling

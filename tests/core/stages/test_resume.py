@@ -23,11 +23,17 @@ from tiny import CONFIGS, MODEL, SAMPLING, World, change, digest, newest, run
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.rewards.shaping import ShapingSection
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
 
 KILLS = int(os.environ.get("RLHF_KILLS", "2"))  # of each stage, at least
 FINISHED, STOPPED = 0, 75
+SHAPED = {
+    "rloo_sigmoid": change(CONFIGS["rloo"], shaping=ShapingSection(transform="sigmoid")),
+    "grpo_whiten": change(CONFIGS["grpo"], shaping=ShapingSection(transform="whiten", clip=1.0)),
+}
+RESUMED = CONFIGS | SHAPED
 
 pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
 
@@ -129,7 +135,7 @@ def undisturbed(runner, world, tmp_path_factory):
         if stage not in known:
             start = time.monotonic()
             folder = tmp_path_factory.mktemp(stage)
-            assert runner(CONFIGS[stage], world, folder, None) == FINISHED
+            assert runner(RESUMED[stage], world, folder, None) == FINISHED
             known[stage] = result_of(folder), time.monotonic() - start
         return known[stage]
 
@@ -145,7 +151,7 @@ def in_the_middle_of_an_iteration(checkpoints):
     return iteration["rollout"] is not None and len(iteration["used"]) > 0
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("stage", RESUMED)
 def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
     runner, world, undisturbed, tmp_path, capsys, stage
 ):
@@ -159,7 +165,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
         while True:
             before = step_in(checkpoints)
             moment = {"after": chance.uniform(0, seconds), "in_write": chance.random() < 0.5}
-            code = runner.killed(CONFIGS[stage], world, folder, **moment)
+            code = runner.killed(RESUMED[stage], world, folder, **moment)
             if code == FINISHED:
                 break
             assert code == -signal.SIGKILL
@@ -179,12 +185,12 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
         )
 
 
-@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("stage", RESUMED)
 def test_asked_to_stop_it_saves_where_it_is_and_goes_on_to_the_same_bits(
     runner, world, undisturbed, tmp_path, stage
 ):
     expected, _ = undisturbed(stage)
-    config, folder, rarely = CONFIGS[stage], tmp_path / "run", 3600  # only the signal saves
+    config, folder, rarely = RESUMED[stage], tmp_path / "run", 3600  # only the signal saves
     assert runner(config, world, folder, rarely, StopsItself) == STOPPED
     assert len(list((folder / "checkpoints").iterdir())) == 1
     assert not (folder / "result.json").exists()
@@ -252,7 +258,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_used(
 
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_another_run_is_refused_with_what_differs(again, stage):
-    section = stage.removesuffix("_lora")
+    section = stage.removesuffix("_lora").removesuffix("_members")
     differs = rf"from another run: {section}\.weight_decay was 0\.0 and is now 0\.1\. Undo"
     with pytest.raises(CheckpointError, match=differs):
         again(stage, config=change(CONFIGS[stage], weight_decay=0.1))

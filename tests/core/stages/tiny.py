@@ -48,6 +48,9 @@ SEVERAL = (RewardTerm(weight=0.5), RewardTerm(source="tiny:brevity", weight=0.1)
 CONFIGS: dict[str, Section] = {
     "sft": SFTConfig(**STEPS, epochs=4, max_length=14, evaluations=4),
     "reward_model": RewardModelConfig(**STEPS, epochs=4, max_length=14, normalization_samples=8),
+    "reward_model_members": RewardModelConfig(
+        **STEPS, **LORA, epochs=4, max_length=14, normalization_samples=8, members=3
+    ),
     "ppo": PPOConfig(**UPDATES, **KL, critic_learning_rate=2e-4),
     "ppo_lora": PPOConfig(**UPDATES, **KL, **LORA, critic_learning_rate=2e-4),
     "rloo": RLOOConfig(**UPDATES, **KL, group_size=2),
@@ -74,18 +77,21 @@ class World:
     sft: Path
     reward: Path
     reward_adapter: Path  # trained as an adapter of `sft`
+    ensemble: Path  # of three members, trained as adapters of `sft`
 
     @classmethod
     def build(cls, directory: Path) -> "World":
         """Write the data and train the models, in a second or two."""
         directory.mkdir(parents=True, exist_ok=True)
-        world = cls(*(directory / name for name in ("data", "sft", "reward", "reward_adapter")))
+        names = ("data", "sft", "reward", "reward_adapter", "ensemble")
+        world = cls(*(directory / name for name in names))
         write_tables(world.data)
         longer = {"epochs": 12, "learning_rate": 1e-2}
         run(change(CONFIGS["sft"], **longer), world, world.sft)
         longer["epochs"] = 3
         run(change(CONFIGS["reward_model"], **longer), world, world.reward)
         run(change(CONFIGS["reward_model"], **longer, **LORA), world, world.reward_adapter)
+        run(change(CONFIGS["reward_model_members"], **longer), world, world.ensemble)
         return world
 
 

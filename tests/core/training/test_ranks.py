@@ -19,6 +19,7 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
 from rlhf_core.launch import Job, run, start_ranks
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.learner import Learner
@@ -40,10 +41,14 @@ LEARNT = {"rewards": (RewardTerm(),), "iterations": 2}
 # A rank has nothing to do in each minibatch.
 SMALL = {"rollout_size": 3, "batch_size": 1, "micro_batch_size": 1, "iterations": 2}
 
+# The first measurement is beyond a limit, so that the run is put back.
+ROLLS_BACK = {"prompts": 3, "confirm": 1, "max_distance": 1e-9, "at_distance": "roll_back"}
+
 DDP = {
     "sft": changed("sft", **UNEVEN),
     "sft with LoRA": changed("sft", **UNEVEN, lora_rank=2),
     "reward model": changed("reward_model", **UNEVEN),
+    "reward model with members": changed("reward_model_members", **UNEVEN),
     "dpo": changed("dpo", **UNEVEN),
     "dpo with LoRA": changed("dpo", **UNEVEN, lora_rank=2),
     "ppo": changed("ppo", iterations=2),
@@ -51,6 +56,10 @@ DDP = {
     "ppo on two trunks": changed("ppo_lora", iterations=2),
     "ppo, minibatches of one": changed("ppo", **SMALL),
     "rloo": changed("rloo", iterations=2),
+    "rloo, watched": changed("rloo", iterations=3, monitor=MonitorConfig(**ROLLS_BACK)),
+    "grpo with LoRA, watched": changed(
+        "grpo", **LEARNT, lora_rank=2, monitor=MonitorConfig(**ROLLS_BACK)
+    ),
     "grpo with LoRA": changed("grpo", **LEARNT, lora_rank=2),
 }
 FSDP = (
@@ -61,6 +70,8 @@ FSDP = (
     "ppo on two trunks",
     "ppo, minibatches of one",
     "grpo with LoRA",
+    "rloo, watched",
+    "grpo with LoRA, watched",
 )
 
 
@@ -110,10 +121,11 @@ def pair(world: tiny.World, folder: Path) -> None:
     for name in FSDP:
         found[f"fsdp {name}"] = course(name, world, folder / "fsdp" / name, ranks)
     found["shards"] = shards(world, ranks)
-    try:
-        course("ppo on one trunk", world, folder / "fsdp" / "trunk", ranks)
-    except ConfigError as error:
-        found["refused"] = str(error)
+    for name in ("ppo on one trunk", "reward model with members"):
+        try:
+            course(name, world, folder / "fsdp" / "trunk", ranks)
+        except ConfigError as error:
+            found[f"refused {name}"] = str(error)
     torch.save(found, folder / f"{ranks.rank}.pt")
 
 
@@ -255,7 +267,9 @@ def test_fsdp_spreads_parameters_gradients_and_optimizer(both):
 
 def test_fsdp_refuses_a_trunk_that_two_networks_learn_on(both):
     for found in both:
-        assert "use strategy ddp, set lora_rank to 0" in found["refused"]
+        assert "use strategy ddp, set lora_rank to 0" in found["refused ppo on one trunk"]
+        refused = found["refused reward model with members"]
+        assert "use strategy ddp, or set reward_model.members to 1" in refused
 
 
 # --- whose rows ---

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from rlhf_core.errors import UserError
+from rlhf_core.metrics import Alarm
 from tasks.record import logger as logger_module
 from tasks.record.describe import ensure_experiment
 from tasks.record.logger import MlflowLogger
@@ -35,13 +36,13 @@ class Flaky:
         self.client, self.refusals, self.taken = client, refusals, []
         self.on_refusal = lambda: None
 
-    def log_batch(self, run_id, metrics):
+    def log_batch(self, run_id, metrics, tags=()):
         if self.refusals:
             self.refusals -= 1
             self.on_refusal()
             raise MlflowException("the server restarts")
         self.taken += [metric.step for metric in metrics]
-        self.client.log_batch(run_id, metrics=metrics)
+        self.client.log_batch(run_id, metrics=metrics, tags=tags)
 
 
 def steps_of(client, run_id, name):
@@ -112,6 +113,22 @@ def test_what_cannot_be_written_raises_at_the_end(client, run_id):
     logger.metrics({"loss": 1.0, "accuracy": 0.5}, step=0)
     with pytest.raises(UserError, match=r"2 metric values .* could not be written .*restarts"):
         logger.close()
+
+
+def test_an_alarm_is_a_tag_even_if_mlflow_refuses_it_at_first_and_is_announced(client, run_id):
+    told = []
+    flaky = Flaky(client, refusals=1)
+    logger = MlflowLogger(flaky, run_id, flush_seconds=1000, announce=told.append)
+    first, second = (
+        Alarm("gap", step, 1.5, 1.0, "halve_learning_rate", "the reward runs ahead")
+        for step in (3, 8)
+    )
+    logger.alarm(first)
+    logger.alarm(second)
+    logger.close()
+    assert told == [first, second]
+    found = client.get_run(run_id).data.tags["alarm.gap"]
+    assert found == ("monitor, iteration 8: the reward runs ahead. The learning rate is halved")
 
 
 def test_flush_returns_when_all_is_written(client, run_id):

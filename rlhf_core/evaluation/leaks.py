@@ -1,0 +1,120 @@
+"""Texts of the held-out votes that training has seen, word for word or nearly.
+
+Votes are split by prompt, so a prompt is on one side only. What the split cannot see is a prompt
+that was edited a little, or two answers that are compared under several prompts. The accuracy on
+such votes is partly memory.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from zlib import crc32
+
+import pandas as pd
+import torch
+from datasketch import MinHash, MinHashLSH
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from rlhf_core.data.prepared import prompt_key
+
+NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
+_WORDS, _PERMUTATIONS = 3, 64
+_EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
+
+
+class Leaks(BaseModel):
+    """How many distinct held-out texts are in the training votes too."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompts: int  # held-out prompts
+    equal_prompts: int
+    near_prompts: int  # nearly the same as another one, and not equal
+    answers: int  # held-out answers
+    equal_answers: int
+    near_answers: int
+    votes: int  # held-out votes, ties included, whose prompt or both answers are in training
+    compared: int  # training votes that were searched for nearly equal texts
+    of: int  # training votes
+
+
+def find_leaks(train: pd.DataFrame, held_out: pd.DataFrame, most: int) -> tuple[Leaks, Tensor]:
+    """Compare the texts of held-out votes with those of training votes.
+
+    Equal texts, in which runs of white space count as one space, are found among all; nearly equal
+    ones, whose sets of three-word sequences have a Jaccard similarity of at least 0.8, among the
+    first `most` training votes, by MinHash and then exactly.
+
+    Returns: the counts, and (N,) bool for each held-out vote whether its prompt or both of its
+    answers are in the training votes.
+
+    Reference: Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900.
+    """
+    prompts = _repeated(
+        [train["prompt"].map(prompt_key)], [held_out["prompt"].map(prompt_key)], most
+    )
+    ours, theirs = (
+        [table[name].map(_plain) for name in ("response_a", "response_b")]
+        for table in (train, held_out)
+    )
+    answers = _repeated(ours, theirs, most)
+    asked = held_out["prompt"].map(prompt_key).map(lambda text: bool(prompts[text]))
+    both = pd.Series(True, index=held_out.index)
+    for side in theirs:
+        both &= side.map(lambda text: bool(answers[text]))
+    seen = torch.tensor((asked | both).tolist(), dtype=torch.bool)
+    leaks = Leaks(
+        prompts=len(prompts),
+        equal_prompts=sum(found == "equal" for found in prompts.values()),
+        near_prompts=sum(found == "near" for found in prompts.values()),
+        answers=len(answers),
+        equal_answers=sum(found == "equal" for found in answers.values()),
+        near_answers=sum(found == "near" for found in answers.values()),
+        votes=int(seen.sum()),
+        compared=min(len(train), most),
+        of=len(train),
+    )
+    return leaks, seen
+
+
+def _repeated(
+    train: Sequence["pd.Series[str]"], held_out: Sequence["pd.Series[str]"], most: int
+) -> dict[str, str]:
+    """Each distinct held-out text: "equal" or "near" to one of training, or ""."""
+    known = set(chain(*train))
+    searched = dict.fromkeys(chain(*(texts.head(most) for texts in train)))
+    index = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS)
+    sets = {text: _shingles(text) for text in searched}
+    for text, shingles in sets.items():
+        if len(shingles) > 1:
+            index.insert(text, _hashed(shingles), check_duplication=False)
+    found = {}
+    for text in dict.fromkeys(chain(*held_out)):
+        found[text] = "equal" if text in known else ""
+        shingles = _shingles(text)
+        if not found[text] and len(shingles) > 1:
+            close = index.query(_hashed(shingles))
+            if any(_jaccard(shingles, sets[other]) >= NEAR for other in close):
+                found[text] = "near"
+    return found
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shingles(text: str) -> frozenset[bytes]:
+    """Every three words in a row, in small letters."""
+    words = text.lower().split()
+    starts = range(max(len(words) - _WORDS, 0) + 1)
+    return frozenset(" ".join(words[i : i + _WORDS]).encode() for i in starts)
+
+
+def _hashed(shingles: Iterable[bytes]) -> MinHash:
+    hashed = _EMPTY.copy()  # the permutations are slow to draw
+    hashed.update_batch(shingles)
+    return hashed
+
+
+def _jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
+    return len(one & other) / len(one | other)
