@@ -7,8 +7,8 @@
 
 Two sets of `--data` (see its README.md), which are not part of this repository:
 
-    arguments   pairs of arguments on one side of a debate; whole sides are left out, so nothing that
-                is tested was argued in training, and the interval draws whole sides
+    arguments   pairs of arguments on one side of a debate; whole sides are left out, so nothing
+                that is tested was argued in training, and the interval draws whole sides
     pandalm     pairs of answers to an instruction, ties left out; whole prompts are left out
 
 A fold is measured in each way, and its counts are appended to --output at once, so nothing is lost

@@ -27,10 +27,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.chat_tokens import end_of_turn
+from rlhf_core.data.encoding import Prompt, encode_response
 from rlhf_core.data.prepared import prompt_key
-from rlhf_core.errors import NumericsError
+from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.functional.ranking import Interval, clustered_share
 from rlhf_core.seeding import generator, stream_seed
 
@@ -132,7 +134,7 @@ def make_canaries(
         answers: (N) real answers; best those that people preferred, since a bad answer may well
             lose to a canary.
         seed: of the draws; the same texts give the same canaries in any order of the rows.
-        ends: what a pasted end of text is written with; none = no such canary.
+        ends: what a pasted end of text is written with, see `end_marks`; none = no such canary.
 
     Raises: ValueError when the numbers of prompts and answers differ.
     """
@@ -213,6 +215,24 @@ def measure_canaries(
             )
         )
     return results
+
+
+def end_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What a model may take for the end of a text, as far as its tokenizer keeps it text.
+
+    The tokenizer's own end of sequence and end of a turn, and usual ones of other families.
+    """
+    ids = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+    own = tokenizer.convert_ids_to_tokens(list(ids))
+    return tuple(mark for mark in dict.fromkeys((*own, *ENDS)) if _stays_text(mark, tokenizer))
+
+
+def _stays_text(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        encode_response(mark, tokenizer)
+    except DataError:
+        return False
+    return True
 
 
 def not_measured(results: Sequence[CanaryResult]) -> list[str]:
