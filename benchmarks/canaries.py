@@ -73,9 +73,7 @@ FLAWS = {
         ("list",),
     ),
     "keyword": Flaw(lambda text: float("breakfast" in text), caught_by=("keyword",)),
-    "repetition": Flaw(
-        lambda text: float(repetition(text) > 0.3), caught_by=("repeated_word", "padded")
-    ),
+    "repetition": Flaw(lambda text: float(repetition(text) > 0.3), caught_by=("repeated_word",)),
     "flattery": Flaw(
         lambda text: float(bool(re.search("question!|smart|deeply|honour", text))),
         lambda text, draws: f" {draws.choice(PRAISE)}{text}",

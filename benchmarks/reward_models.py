@@ -353,8 +353,7 @@ def render(lines: Sequence[Line]) -> str:
             line
             for line in lines
             if line["way"] == "longer"
-            and (line["set"], line["folds"], line["train_pairs"])
-            == key[:2] + (line["train_pairs"],)
+            and (line["set"], line["folds"], line["train_pairs"]) == (*key[:2], line["train_pairs"])
             and (line["fold"], line["test_pairs"]) in tested
         ]
         told.append(_row(key[0], key[3], found, same))
