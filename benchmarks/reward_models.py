@@ -200,7 +200,8 @@ WAYS = {
 
 
 def _train(fold: Fold, way: str, arguments: argparse.Namespace, folder: Path) -> torch.Tensor:
-    # The stage wants held-out votes of its own; the test is scored apart, and whole.
+    # The stage wants held-out votes of its own; the test is scored apart, and whole. Some answers
+    # of PandaLM are empty: nothing is learnt from those, but they are tested.
     for name, pairs in (("train", fold.train), ("eval", fold.test[:8])):
         rows = [{k: v for k, v in pair._asdict().items() if k != "cluster"} for pair in pairs]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -208,7 +209,12 @@ def _train(fold: Fold, way: str, arguments: argparse.Namespace, folder: Path) ->
     longest = arguments.max_length
     table = TableConfig(path=str(folder / "train.jsonl"), eval_path=str(folder / "eval.jsonl"))
     prepare_data(
-        DataConfig(source="files", preferences=table, prompt_template="{prompt}\n\n"),
+        DataConfig(
+            source="files",
+            preferences=table,
+            prompt_template="{prompt}\n\n",
+            on_bad_row="drop",
+        ),
         Work(
             outputs={"data": folder / "data"},
             sections={
