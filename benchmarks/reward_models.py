@@ -41,7 +41,7 @@ from table import machine
 
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.functional.ranking import Interval, clustered_share
+from rlhf_core.functional.ranking import Interval, clustered_bootstrap, clustered_share
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.seeding import generator
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
@@ -315,7 +315,9 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def accuracy(lines: Sequence[Line]) -> Interval:
+def accuracy(
+    lines: Sequence[Line], interval: Callable[..., Interval] = clustered_share
+) -> Interval:
     """Share of the pairs that are told rightly, over all folds; whole clusters are drawn."""
     values, clusters = [], []
     for line in lines:
@@ -323,7 +325,7 @@ def accuracy(lines: Sequence[Line]) -> Interval:
             for value, number in zip((1.0, 0.5, 0.0), numbers, strict=True):
                 values += [value] * number
                 clusters += [int(cluster)] * number
-    return clustered_share(
+    return interval(
         torch.tensor(values), torch.tensor(clusters), generator=generator(0, "bootstrap")
     )
 
@@ -332,58 +334,44 @@ def render(lines: Sequence[Line]) -> str:
     """The table: a row for each way and each amount of work."""
     rows: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
-        # The parts of a fold differ by some pairs where the clusters are of different sizes.
-        size = round(line["train_pairs"], -2)
-        key = (line["set"], line["folds"], size, line["way"], line.get("precision"))
+        # With all pairs the folds differ in size: they are one row.
+        size = line["train_pairs"] if line["train_pairs"] < 600 else 0
+        key = (line["set"], line["folds"], size, line["test_pairs"] if size else 0, line["way"])
         rows.setdefault(key, []).append(line)
     told = [
-        "| set | way | accuracy [95 %] | prefer the longer, same pairs | tested | trained on |",
-        "|---|---|---|---|---|---|",
+        "| set | way | accuracy | bootstrap | bounds for so few | prefer the longer | tested on | "
+        "trained on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    orders = (list(SETS), None, None, list(TITLES), None)
 
-    def place(key: tuple[Any, ...]) -> list[Any]:
-        return [
-            order.index(part)
-            if order
-            else (part is None, str(part), part or 0)[1:]
-            if isinstance(part, str) or part is None
-            else part
-            for part, order in zip(key, orders, strict=True)
-        ]
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        name, folds, size, tested, way = key
+        return [*SETS].index(name), -folds, -size, -tested, [*TITLES].index(way)
 
-    for key in sorted(rows, key=lambda key: (place(key)[0], -key[1], place(key)[3], str(key[4]))):
-        found = rows[key]
-        tested = {(line["fold"], line["test_pairs"]) for line in found}
-        same = [
-            line
-            for line in lines
-            if line["way"] == "longer"
-            and (line["set"], line["folds"], line["train_pairs"]) == (*key[:2], line["train_pairs"])
-            and (line["fold"], line["test_pairs"]) in tested
-        ]
-        told.append(_row(key[0], key[3], found, same))
+    for key in sorted(rows, key=place):
+        tested = {line["fold"] for line in rows[key]}
+        same = [line for line in rows.get((*key[:4], "longer"), ()) if line["fold"] in tested]
+        told.append(_row(key[0], key[4], rows[key], same))
     return "\n".join([*told, "", _circumstances(lines)])
 
 
 def _row(name: str, way: str, lines: Sequence[Line], same: Sequence[Line]) -> str:
-    value, low, high = accuracy(lines)
+    drawn, bounds = accuracy(lines, clustered_bootstrap), accuracy(lines)
     pairs = sum(line["test_pairs"] for line in lines)
     clusters = len({cluster for line in lines for cluster in line["counts"]})
     few, many = (pick(line["train_pairs"] for line in lines) for pick in (min, max))
-    size = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-    trained_on = "–" if way == "longer" else f"{size} pairs"
+    trained_on = f"{few:,} pairs" if few == many else f"{few:,} to {many:,} pairs"
     if precision := lines[0].get("precision"):
         trained_on += f", {precision}"
-    beside = f"{accuracy(same).value:.3f}" if same else "–"
     cells = [
         SETS[name],
         TITLES[way],
-        f"{value:.3f} [{low:.3f}, {high:.3f}]",
-        "–" if way == "longer" else beside,
-        f"{pairs:,} pairs of {clusters} {CLUSTERS[name]}, {len(lines)} of {lines[0]['folds']} "
-        "folds",
-        trained_on,
+        f"{drawn.value:.3f}",
+        f"{drawn.low:.3f}–{drawn.high:.3f}",
+        f"{bounds.low:.3f}–{bounds.high:.3f}",
+        f"{accuracy(same).value:.3f}" if same and way != "longer" else "–",
+        f"{pairs:,} pairs, {clusters} {CLUSTERS[name]}, {len(lines)} of {lines[0]['folds']} folds",
+        "–" if way == "longer" else trained_on,
     ]
     return f"| {' | '.join(cells)} |"
 

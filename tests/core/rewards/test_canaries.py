@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import random
+import re
 import sys
 from pathlib import Path
 from zlib import crc32
@@ -175,6 +176,11 @@ def test_neither_the_order_of_the_rows_nor_a_row_said_twice_changes_a_text():
 def test_another_number_of_answers_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         make_canaries(["a", "b"], ["c"], seed=0)
+
+
+def test_the_page_explains_each_kind():
+    page = (BENCHMARKS.parent / "docs" / "canaries.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("## Reading")[0], re.M) == list(KINDS)
 
 
 # --- the ends of texts ---------------------------------------------------------------------------
