@@ -236,7 +236,7 @@ def test_a_bag_of_words_learns_words_and_length(votes):
     assert (votes.words(fold, None) > 0).all()
     assert (votes.longer(fold, None) < 0).all()
     # The same words on both sides: only the length tells, and here the shorter wins.
-    same = [votes.Pair(c, "p", "a b", "a b a b a b") for c in range(6) for _ in range(5)]
+    same = [votes.Pair(c, "p", "some words", "some words " * 3) for c in range(6) for _ in range(5)]
     [fold, _] = votes.split(same, 2, 0, 0, seed=0)
     assert (votes.words_and_length(fold, None) > 0).all()
 
