@@ -242,9 +242,10 @@ def _train(fold: Fold, way: str, arguments: argparse.Namespace, folder: Path) ->
             outputs={"reward": folder / "reward"},
             sections={"sampling": sampling},
             seed=arguments.seed,
+            device=arguments.device,
         ),
     )
-    model, tokenizer = load_reward_model(folder / "reward", "cpu", arguments.precision)
+    model, tokenizer = load_reward_model(folder / "reward", arguments.device, arguments.precision)
     prompts = [f"{pair.prompt}\n\n" for pair in fold.test]
     chosen, rejected = (
         score_texts(model, tokenizer, prompts, texts, max_length=longest, batch_size=8)[0]
@@ -293,6 +294,7 @@ def run(arguments: argparse.Namespace) -> None:
                     **{"counts": found, "seconds": round(time.monotonic() - begun, 1)},
                     **machine(),
                     **{"threads": arguments.threads, "torch": torch.__version__},
+                    **{"device": arguments.device},
                     **{"date": date.today().isoformat()},
                 }
                 with arguments.output.open("a", encoding="utf-8") as file:
@@ -411,6 +413,7 @@ def parse(words_of_command: Sequence[str]) -> argparse.Namespace:
     add("--test-pairs", type=int, default=0, help="most pairs to test on, each fold (0 = all)")
     add("--max-length", type=int, default=384, help="tokens of prompt and answer")
     add("--precision", choices=("float32", "bfloat16"), default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--minutes", type=float, default=math.inf, help="begin nothing after so many")

@@ -40,7 +40,7 @@ data:
   eval_fraction: 0.3
 sampling: {max_prompt_length: 40, max_new_tokens: 8}
 sft: {max_length: 48, evaluations: 1}
-reward_model: {max_length: 48, normalization_samples: 4}
+reward_model: {max_length: 48, normalization_samples: 4, lora_rank: 2, members: 2}
 ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: &parts [
   {source: reward_model}, {source: "rlhf_core.simulation:true_reward", weight: 0.5}]}
 rloo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
@@ -141,7 +141,7 @@ def logged(tmp_path_factory):
 
 def general(name, *, arms=False):
     """The name of a metric as the pages write it: without parts of a reward, arms and bounds."""
-    name = re.sub(r"^reward/.+", "reward/NAME", name)
+    name = re.sub(r"^reward/(?!spread$).+", "reward/NAME", name)
     if not arms:
         return name
     name = re.sub(r"_(low|high)$", "", name)

@@ -136,6 +136,11 @@ class Ensemble:
 
         Raises: ModelError when the directory holds no ensemble, or a damaged one.
         """
+        if not (directory / TRUNK).is_dir():
+            raise ModelError(
+                f"{directory} is damaged: the folder {TRUNK} of its members is missing; fetch or "
+                "train the model again"
+            )
         trunk = ScalarModel.on_body_of(str(directory / TRUNK)).to(device).model
         return cls.on_trunk(directory, trunk, "reward", precision, how=how)
 

@@ -346,7 +346,8 @@ def _learn_together(
                 "learning_rate": rate,
             }
             session.metrics(metrics, number)
-            session.progress(number, total, f"loss {metrics['loss']:.3f}")
+            note = f"loss {metrics['loss']:.3f}" if values else "no member has votes here"
+            session.progress(number, total, note)
             session.safe_point()
 
 
@@ -369,7 +370,12 @@ def _rows_of(step: MemberStep, ranks: Ranks, size: int) -> list[int]:
 
 
 def _over_members(values: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the members that had votes in this step, and how far their losses lie apart."""
+    """Means over the members that had votes in this step, and how far their losses lie apart.
+
+    Nothing if none had: with a few votes a step, a bootstrap may leave all of them out.
+    """
+    if not values:
+        return {}
     found = torch.tensor([[v["loss"], v["accuracy"]] for v in values], dtype=torch.float64)
     loss, accuracy = found.mean(0).tolist()
     spread = found[:, 0].std(correction=0).item()

@@ -196,6 +196,10 @@ def damage_card(directory):
     (directory / "rlhf.json").write_text(json.dumps(card))
 
 
+def lose_the_trunk(directory):
+    shutil.rmtree(directory / "trunk")
+
+
 def lose_a_member(directory):
     shutil.rmtree(directory / "members" / "3")
 
@@ -210,6 +214,7 @@ def lose_a_head(directory):
     ("harm", "said"),
     [
         (damage_card, "its card does not have the mean and the spread of each member"),
+        (lose_the_trunk, "the folder trunk of its members is missing"),
         (lose_a_member, "cannot read an adapter from"),
         (lose_a_head, "score.weight does not fit"),
     ],

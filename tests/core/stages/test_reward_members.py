@@ -169,6 +169,16 @@ def one(ids):
     return pack([ids], "cpu")
 
 
+def test_steps_in_which_no_member_has_votes_are_taken_all_the_same(world, tmp_path):
+    log = MemoryLogger()
+    config = change(CONFIG, batch_size=1, micro_batch_size=1, epochs=1, members=2)
+    run(config, world, tmp_path / "out", logger=log)
+    losses = ["loss" in values for _, values in log.history]
+    assert len(losses) == 24
+    assert not all(losses)
+    assert all("grad_norm" in values for _, values in log.history)
+
+
 def test_sharing_what_lies_below_changes_no_weight(world, tmp_path, monkeypatch):
     shared = run(CONFIG, world, tmp_path / "shared")
     monkeypatch.setattr("rlhf_core.training.members.adapted_from", lambda _: None)
