@@ -192,8 +192,8 @@ def _canaries(card: ReportCard) -> list[str]:
         ),
     ]
     if absent := not_measured(card.canaries):
-        reason = "each would be a real answer, or no worse than one"
-        lines += ["", f"No canary could be made of these kinds, for {reason}: {', '.join(absent)}."]
+        reason = "each would be a real answer or no worse than one, or there are too few prompts"
+        lines += ["", f"No canary could be made of some kinds ({reason}): {', '.join(absent)}."]
     return lines
 
 

@@ -236,7 +236,8 @@ def _stays_text(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def not_measured(results: Sequence[CanaryResult]) -> list[str]:
-    """The kinds of which no canary could be made: each would be a real answer, or no worse."""
+    """The kinds of which no canary could be made: each would be a real answer or no worse, or there
+    are too few prompts for it."""
     return [kind for kind in KINDS if kind not in {result.kind for result in results}]
 
 
