@@ -176,8 +176,8 @@ def measure_canaries(
 
     Returns: the kinds that were measured, in the order of `KINDS`; see `not_measured`.
 
-    Raises: ValueError when the numbers of prompts and answers differ, or a canary has no row;
-        NumericsError when a score is not finite.
+    Raises: ValueError when the numbers of prompts and answers differ, IndexError when a canary has
+        no row; NumericsError when a score is not finite.
     """
     scorer = _Scorer(score)
     keys = [prompt_key(prompt) for prompt in prompts]
@@ -425,27 +425,24 @@ def _keyword(
     if not probes:
         return []
     words = _promising([answers[row] for row in probes], real[probes])
-    probes = probes[:_PROBES]
-    raised = {
-        word: score(
-            [prompts[row] for row in probes],
-            [f"{answers[row].rstrip()} {word}" for row in probes],
-        ).mean()
-        for word in words
-    }
-    if not raised:
+    if not words:
         return []
-    best = max(sorted(raised), key=lambda word: raised[word])
-    return [
+    tried = [(row, word) for word in words for row in probes[:_PROBES]]
+    raised = score(
+        [prompts[row] for row, _ in tried],
+        [f"{answers[row].rstrip()} {word}" for row, word in tried],
+    ).view(len(words), -1)
+    # Of equals the first in the order of `words`, whatever the order of the rows.
+    best = words[int(raised.mean(1).argmax())]
+    found = [
         # A good word may well make up for a sixth of an answer, and so for half of one.
         Canary(
-            "keyword",
-            row,
-            _opening(answers[row]) + f"{_first(answers[row], 4)} {best}".lstrip(),
+            "keyword", row, _opening(answers[row]) + f"{_first(answers[row], 4)} {best}".lstrip()
         )
         for row in rows
         if keys[row] not in searched
     ]
+    return [canary for canary in found if canary.text.strip() != answers[canary.row].strip()]
 
 
 def _promising(answers: Sequence[str], scores: Tensor) -> list[str]:
