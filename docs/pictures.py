@@ -22,7 +22,11 @@ from flows.local.find import signed_in
 from tasks.servers import sign_in
 from tasks.settings import read_settings
 
-FIGURES = {"ppo": ("ppo_training.png", "ppo_frontier.png"), "evaluation": ("evaluation_arms.png",)}
+FIGURES = {
+    "report_card": ("report_card_slices.png", "report_card_canaries.png"),
+    "ppo": ("ppo_training.png", "ppo_frontier.png"),
+    "evaluation": ("evaluation_arms.png",),
+}
 WINDOW = {"width": 1400, "height": 900}
 
 

@@ -192,6 +192,7 @@ class PipelineConfig(ByAlgorithm):
             model=self.model,
             trainings=self._trainings,
             sampling=self.sampling,
+            report_card=self.report_card,
             evaluation=self.evaluation,
             reward_gate=self.reward_gate,
             promotion=self.promotion,

@@ -130,6 +130,9 @@ def _field(role: str) -> str:
 RewardModelFlowConfig = stage_form(
     "reward_model", "Train a reward model from a registered SFT policy."
 )
+HeldOutFlowConfig = stage_form(
+    "held_out", "Train a second reward model on votes that the first, on the other half, never saw."
+)
 ReportCardFlowConfig = stage_form("report_card", "Examine a registered reward model.")
 PolicyFlowConfig = _policy_form()
 EvaluationFlowConfig = stage_form(
@@ -241,6 +244,11 @@ reward_model = stage_flow(
     RewardModelFlowConfig,
     "Learn a reward from preferences, starting from a registered SFT policy.",
 )
+held_out = stage_flow(
+    "held_out",
+    HeldOutFlowConfig,
+    "Learn the monitor's reward from the second half of the votes, for a registered SFT policy.",
+)
 report_card = stage_flow(
     "report_card",
     ReportCardFlowConfig,
@@ -251,4 +259,4 @@ evaluation = stage_flow(
     EvaluationFlowConfig,
     "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
 )
-SINGLE_FLOWS = (prepare, sft, reward_model, report_card, policy, evaluation)
+SINGLE_FLOWS = (prepare, sft, reward_model, report_card, held_out, policy, evaluation)

@@ -22,6 +22,7 @@ from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_sh
 from rlhf_core.functional.ranking import win_rate
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import TrainingSection
@@ -65,6 +66,7 @@ class Sections(NamedTuple):
     model: ModelConfig
     trainings: Mapping[str, TrainingSection]  # by stage, in order; without reused models
     sampling: SamplingConfig
+    report_card: ReportCardConfig
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
@@ -96,6 +98,8 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
         require_context(base, sections.sampling.max_length, SAMPLING_LENGTH)
     for name, section in sections.trainings.items():
         spec = STAGES[name]
+        if spec.optimises:
+            yield _report_card(sections.report_card, validation)
         longest = getattr(section, "max_length", None)
         if base is not None and longest is not None:
             require_context(base, longest, f"{name}.max_length")
@@ -113,6 +117,13 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()
     )
+
+
+def _report_card(config: ReportCardConfig, validation: Validation) -> StagePlan:
+    """What is asked of the reward model before a policy is trained on it."""
+    votes = _many(min(config.votes, validation.tables["preferences"].eval), "held-out vote")
+    work = f"{votes}, {_many(config.samples, 'sample')} of SFT, known-bad answers"
+    return StagePlan(stage="report_card", steps=None, work=work, networks=())
 
 
 def _work(
@@ -236,6 +247,20 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
         yield (
             f"Held-out votes on {_many(prompts, 'prompt')} cannot show that the reward model is "
             f"better than chance; {_needed(0.5, more)}."
+        )
+    yield from _canary_warning(sections, prompts)
+
+
+def _canary_warning(sections: Sections, prompts: int) -> Iterator[str]:
+    """The canary `keyword` has only half of the prompts, the other half chooses the word."""
+    most, asked = sections.reward_gate.max_canary_share, sections.report_card.canary_prompts
+    half = min(prompts, asked) // 2
+    if most < 1 and not can_show(half, 1 - most):
+        fix = "raise report_card.canary_prompts" if asked <= prompts else "raise data.eval_fraction"
+        yield (
+            f"No policy will be trained: a canary on {_many(half, 'prompt')}, half of those that "
+            f"there are, cannot show reward_gate.max_canary_share {most:g}, even if it never wins; "
+            f"{_needed(1 - most, fix)}."
         )
 
 

@@ -34,13 +34,14 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 TINY = """
 model:
-  fresh: {layers: 1, width: 16, heads: 2, context: 48, vocab_size: 300}
+  fresh: {layers: 1, width: 16, heads: 2, context: 200, vocab_size: 300}
 data:
   simulation: {prompts: 20, demonstrations: 40, preference_pairs: 40}
   eval_fraction: 0.3
 sampling: {max_prompt_length: 40, max_new_tokens: 8}
 sft: {max_length: 48, evaluations: 1}
 reward_model: {max_length: 48, normalization_samples: 4, lora_rank: 2, members: 2}
+report_card: {max_length: 200, min_slice_prompts: 1, samples: 8}
 ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: &parts [
   {source: reward_model}, {source: "rlhf_core.simulation:true_reward", weight: 0.5}]}
 rloo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
@@ -50,7 +51,7 @@ evaluation: {prompts: 2, best_of: 2, true_reward: "rlhf_core.simulation:true_rew
 """
 
 
-STAGES = list(TABLE)
+STAGES = [name for name in TABLE if name != "held_out"]  # it is reward_model on other votes
 
 
 def ids(page):
@@ -134,17 +135,18 @@ def logged(tmp_path_factory):
     reports = {name: report(name) for name in STAGES}
     return {
         name: {general(key) for _, values in loggers[name].history for key in values}
-        | {general(f"summary/{key}", arms=name == "evaluation") for key in report.summary()}
+        | {general(f"summary/{key}", stage=name) for key in report.summary()}
         for name, report in reports.items()
     }
 
 
-def general(name, *, arms=False):
+def general(name, *, stage=""):
     """The name of a metric as the pages write it: without parts of a reward, arms and bounds."""
     name = re.sub(r"^reward/(?!spread$).+", "reward/NAME", name)
-    if not arms:
+    if stage not in ("evaluation", "report_card"):
         return name
     name = re.sub(r"_(low|high)$", "", name)
+    name = re.sub(r"^summary/canary/.+", "summary/canary/KIND", name)
     name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
     return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
 

@@ -162,6 +162,7 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
         stages.prepare: {"lengths": preset.length_limits},
         stages.sft: {},
         stages.reward_model: {"sft": f"{made}sft/1", "data": ""},
+        stages.held_out: {"sft": f"{made}sft/1", "data": "", "held_out": preset.reward_model},
         stages.report_card: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
         stages.policy: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
         stages.evaluation: {

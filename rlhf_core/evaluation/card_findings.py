@@ -149,7 +149,11 @@ def _leaks(card: ReportCard) -> Iterator[Finding]:
     if leaks is None:
         return
     if not leaks.votes:
-        yield Finding("good", "No held-out vote has a prompt, or both answers, seen in training.")
+        yield Finding(
+            "good",
+            "No held-out vote is on a prompt, or on two answers compared with each other, of "
+            "the training votes.",
+        )
         return
     elsewhere = "" if card.elsewhere is None else f" On the others it is right on {card.elsewhere}."
     votes = card.votes + card.ties

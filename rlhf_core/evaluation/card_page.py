@@ -107,8 +107,9 @@ def _measures(card: ReportCard) -> list[tuple[str, str, str]]:
         ('"Prefer the answer shown first"', card.first_shown),
         ("Accuracy where the shorter answer won", card.shorter_won),
         ("Accuracy where the longer answer won", card.longer_won),
-        ("Accuracy on votes that training has not seen", card.elsewhere),
     ]
+    if card.leaks is not None and card.leaks.votes:
+        shares.append(("Accuracy on votes that training has not seen", card.elsewhere))
     if card.agreement is not None:
         shares += [
             ("Votes of two people on a pair agree", card.agreement.pairwise),

@@ -209,7 +209,7 @@ def can_show(prompts: int, least: float) -> bool:
 
     It uses Wilson's interval, which a win rate is never narrower than.
     """
-    return win_rate(prompts, 0, 0).low > least
+    return prompts > 0 and win_rate(prompts, 0, 0).low > least
 
 
 def decide(config: PromotionConfig, scorecard: Scorecard) -> Verdict:

@@ -220,7 +220,8 @@ class HeldOutVotes:
         named = {"annotator": "annotator", "source": "source", "shown_first": "shown first"}
         for column, title in named.items():
             yield title, [str(value) or UNKNOWN for value in self.table[column]]
-        yield "length difference", _buckets(self.longer.abs())
+        if len(self.longer):
+            yield "length difference", _buckets(self.longer.abs())
         if KEPT in self.table:
             names = dict.fromkeys(name for kept in self.table[KEPT] for name in kept)
             for name in names:

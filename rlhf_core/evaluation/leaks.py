@@ -1,12 +1,12 @@
 """Texts of the held-out votes that training has seen, word for word or nearly.
 
 Votes are split by prompt, so a prompt is on one side only. What the split cannot see is a prompt
-that was edited a little, or two answers that are compared under several prompts. The accuracy on
-such votes is partly memory.
+that was edited a little, or two answers that are compared with each other under several prompts.
+The accuracy on such votes is partly memory.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, product
 from zlib import crc32
 
 import pandas as pd
@@ -33,7 +33,7 @@ class Leaks(BaseModel):
     answers: int  # held-out answers
     equal_answers: int
     near_answers: int
-    votes: int  # held-out votes, ties included, whose prompt or both answers are in training
+    votes: int  # held-out votes, ties included, whose prompt or pair of answers is in training
     compared: int  # training votes that were searched for nearly equal texts
     of: int  # training votes
 
@@ -45,42 +45,42 @@ def find_leaks(train: pd.DataFrame, held_out: pd.DataFrame, most: int) -> tuple[
     ones, whose sets of three-word sequences have a Jaccard similarity of at least 0.8, among the
     first `most` training votes, by MinHash and then exactly.
 
-    Returns: the counts, and (N,) bool for each held-out vote whether its prompt or both of its
-    answers are in the training votes.
+    Returns: the counts, and (N,) bool for each held-out vote whether its prompt is one of training,
+    or its two answers were compared there.
 
     Reference: Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900.
     """
-    prompts = _repeated(
-        [train["prompt"].map(prompt_key)], [held_out["prompt"].map(prompt_key)], most
-    )
+    asked, ask = (table["prompt"].map(prompt_key) for table in (train, held_out))
     ours, theirs = (
         [table[name].map(_plain) for name in ("response_a", "response_b")]
         for table in (train, held_out)
     )
-    answers = _repeated(ours, theirs, most)
-    asked = held_out["prompt"].map(prompt_key).map(lambda text: bool(prompts[text]))
-    both = pd.Series(True, index=held_out.index)
-    for side in theirs:
-        both &= side.map(lambda text: bool(answers[text]))
-    seen = torch.tensor((asked | both).tolist(), dtype=torch.bool)
+    prompts, answers = _repeated([asked], [ask], most), _repeated(ours, theirs, most)
+    compared = {frozenset(pair) for pair in zip(*ours, strict=True)}
+
+    def seen(prompt: str, one: str, other: str) -> bool:
+        pairs = product(answers[one], answers[other])
+        return bool(prompts[prompt]) or any(frozenset(pair) in compared for pair in pairs)
+
+    known = [seen(*texts) for texts in zip(ask, *theirs, strict=True)]
     leaks = Leaks(
         prompts=len(prompts),
-        equal_prompts=sum(found == "equal" for found in prompts.values()),
-        near_prompts=sum(found == "near" for found in prompts.values()),
+        equal_prompts=_equal(prompts),
+        near_prompts=_near(prompts),
         answers=len(answers),
-        equal_answers=sum(found == "equal" for found in answers.values()),
-        near_answers=sum(found == "near" for found in answers.values()),
-        votes=int(seen.sum()),
+        equal_answers=_equal(answers),
+        near_answers=_near(answers),
+        votes=sum(known),
         compared=min(len(train), most),
         of=len(train),
     )
-    return leaks, seen
+    return leaks, torch.tensor(known, dtype=torch.bool)
 
 
 def _repeated(
     train: Sequence["pd.Series[str]"], held_out: Sequence["pd.Series[str]"], most: int
-) -> dict[str, str]:
-    """Each distinct held-out text: "equal" or "near" to one of training, or ""."""
+) -> dict[str, list[str]]:
+    """The texts of training that each distinct held-out text equals, or else nearly equals."""
     known = set(chain(*train))
     searched = dict.fromkeys(chain(*(texts.head(most) for texts in train)))
     index = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS)
@@ -90,13 +90,20 @@ def _repeated(
             index.insert(text, _hashed(shingles), check_duplication=False)
     found = {}
     for text in dict.fromkeys(chain(*held_out)):
-        found[text] = "equal" if text in known else ""
+        found[text] = [text] if text in known else []
         shingles = _shingles(text)
         if not found[text] and len(shingles) > 1:
             close = index.query(_hashed(shingles))
-            if any(_jaccard(shingles, sets[other]) >= NEAR for other in close):
-                found[text] = "near"
+            found[text] = [t for t in close if _jaccard(shingles, sets[t]) >= NEAR]
     return found
+
+
+def _equal(found: dict[str, list[str]]) -> int:
+    return sum(text in others for text, others in found.items())
+
+
+def _near(found: dict[str, list[str]]) -> int:
+    return sum(bool(others) for others in found.values()) - _equal(found)
 
 
 def _plain(text: str) -> str:

@@ -16,6 +16,7 @@ from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.grpo import GRPOConfig
 from rlhf_core.stages.ppo import PPOConfig
+from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.sft import SFTConfig
 
@@ -74,6 +75,7 @@ def sections(algorithm="ppo", **changes):
         "model": MODEL,
         "trainings": {name: section for name, section in trainings.items() if section is not None},
         "sampling": SamplingConfig(max_prompt_length=32, max_new_tokens=16),
+        "report_card": ReportCardConfig(),
         "evaluation": EvaluationConfig(),
         "reward_gate": RewardGateConfig(),
         "promotion": PromotionConfig(),
@@ -91,10 +93,14 @@ def learnt(name, parameters, rank=0, frozen=0):
 
 def test_steps_and_parameters_by_hand():
     stages = {stage.stage: stage for stage in plan().stages}
-    assert list(stages) == ["sft", "reward_model", "ppo", "evaluation"]
+    assert list(stages) == ["sft", "reward_model", "report_card", "ppo", "evaluation"]
     # ⌈101 / 25⌉ = 5 three times; ⌈65 / 32⌉ = 3 twice; 7 · 4 · ⌈20 / 8⌉.
     steps = {name: stage.steps for name, stage in stages.items()}
-    assert steps == {"sft": 15, "reward_model": 6, "ppo": 84, "evaluation": None}
+    assert steps == {
+        **{"sft": 15, "reward_model": 6, "report_card": None, "ppo": 84},
+        "evaluation": None,
+    }
+    assert stages["report_card"].work.endswith(" 256 samples of SFT, known-bad answers")
     assert stages["sft"].work == "3 epochs of 101 demonstrations, 25 a step"
     assert stages["reward_model"].work == "2 epochs of 65 votes, 32 a step"
     assert stages["ppo"].work == "7 iterations of 20 responses: 4 epochs of 3 updates"
@@ -124,7 +130,7 @@ def test_adapters_by_hand():
     assert found[0].networks == (learnt("policy", 3 * 4 * ADAPTERS, 4, BODY),)
     # A scalar head learns beside its adapter.
     assert found[1].networks == (learnt("reward model", 2 * 4 * ADAPTERS + 16, 4, BODY),)
-    assert found[2].networks == (
+    assert found[3].networks == (
         learnt("policy", 2 * ADAPTERS, 2, BODY),
         learnt("critic", 2 * ADAPTERS + 16, 2, BODY),
     )
@@ -143,18 +149,18 @@ def test_adapters_by_hand():
     ],
 )
 def test_the_other_algorithms_have_no_critic(algorithm, policy, steps, work):
-    found = plan(algorithm=algorithm, policy=policy).stages[2]
+    found = plan(algorithm=algorithm, policy=policy).stages[3]
     assert (found.stage, found.steps, found.work) == (algorithm, steps, work)
     assert found.networks == (learnt("policy", BODY),)
 
 
 def test_models_that_are_there_already_are_not_trained():
     found = plan(sft=None, reward_model=None).stages
-    assert [stage.stage for stage in found] == ["ppo", "evaluation"]
-    assert found[0].networks == ()  # it depends on a model that nobody has looked at
+    assert [stage.stage for stage in found] == ["report_card", "ppo", "evaluation"]
+    assert found[1].networks == ()  # it depends on a model that nobody has looked at
     found = plan(reward_model=None)
-    assert [stage.stage for stage in found.stages] == ["sft", "ppo", "evaluation"]
-    assert found.stages[1].networks == (learnt("policy", BODY),)
+    assert [stage.stage for stage in found.stages] == [*("sft", "report_card", "ppo", "evaluation")]
+    assert found.stages[2].networks == (learnt("policy", BODY),)
     assert len(found.certainty) == 1
 
 
@@ -267,6 +273,16 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
                 f"needed {MORE}."
             ],
         ),
+        (
+            validation(voted=9),
+            {"reward_gate": RewardGateConfig(max_canary_share=0.3)},
+            [
+                "No policy will be trained: a canary on 4 prompts, half of those that there are, "
+                "cannot show reward_gate.max_canary_share 0.3, even if it never wins; at least 9 "
+                "are needed (raise data.eval_fraction)."
+            ],
+        ),
+        (validation(voted=18), {"reward_gate": RewardGateConfig(max_canary_share=0.3)}, []),
         (validation(voted=1), {"reward_model": None}, []),
     ],
 )

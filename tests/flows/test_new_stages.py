@@ -161,7 +161,7 @@ def test_milestones_are_versions_with_the_number_of_their_iteration(result, shar
 def test_the_plan_has_its_steps_and_the_config_its_name(config):
     validation = inspect(config.data, config.model, config.length_limits, seed=0)
     plan = {stage.stage: stage for stage in make_plan(config.plan_sections, validation).stages}
-    assert list(plan) == ["sft", "reward_model", "toy", "evaluation"]
+    assert list(plan) == ["sft", "reward_model", "report_card", "toy", "evaluation"]
     assert plan["toy"].steps == 2
     assert [learnt.network for learnt in plan["toy"].networks] == ["policy"]
     with pytest.raises(ValidationError, match="must be one of ppo, rloo, grpo, dpo, toy"):

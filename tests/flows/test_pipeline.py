@@ -466,3 +466,39 @@ def test_a_stage_that_fails_fails_the_run_and_leaves_the_champion(client, store,
 def test_the_result_survives_json(first):
     copy = type(first).model_validate(json.loads(first.model_dump_json()))
     assert copy == first
+
+
+# ---- the monitor ----
+
+
+def test_a_held_out_model_on_the_other_votes_watches_the_policy(client, store, first):
+    """The distance of hidden states is never 0, so that the first measurement ends the run."""
+    monitor = {"prompts": 4, "held_out": "train", "confirm": 1}
+    monitor |= {"max_distance": 1e-9, "at_distance": "stop"}
+    watched = rlhf(config("rloo", rloo={**SMALL, "monitor": monitor}))
+    stages = children(client, watched)
+    rloo, held_out, reward = (stages[name].data for name in ("rloo", "held_out", "reward_model"))
+    assert held_out.tags["output.held_out"].startswith("models:/tiny-held-out/")
+    assert rloo.tags["input.held_out"] == held_out.tags["output.held_out"]
+    assert (reward.params["reward_model.votes"], held_out.params["held_out.votes"]) == (
+        "first_half",
+        "second_half",
+    )
+    pairs = [part.metrics["summary/train_pairs"] for part in (reward, held_out)]
+    assert sum(pairs) == children(client, first)["reward_model"].data.metrics["summary/train_pairs"]
+    assert rloo.metrics["monitor/action"] == 4
+    assert "monitor/gap" in rloo.metrics
+    assert rloo.tags["alarm.distance"].startswith("monitor, iteration 1: the reward model's last")
+    assert rloo.metrics["summary/iterations"] == 1
+    figures = [file.path for file in client.list_artifacts(stages["rloo"].info.run_id, "figures")]
+    assert "figures/rloo_monitor.png" in figures
+
+
+def test_what_a_monitor_cannot_have_is_refused():
+    monitor = {"prompts": 4, "held_out": "train"}
+    with pytest.raises(ValueError, match=r"reward_model\.reuse names a model"):
+        config(reward_model={"reuse": "models:/a/1"}, ppo={**SMALL, "monitor": monitor})
+    with pytest.raises(ValueError, match=r"remove reward_model\.votes"):
+        config(reward_model={"votes": "first_half"}, ppo={**SMALL, "monitor": monitor})
+    with pytest.raises(ValueError, match="no effect without a monitor"):
+        config(ppo={**SMALL, "monitor": {"held_out": "train"}})

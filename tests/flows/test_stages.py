@@ -107,6 +107,30 @@ def test_a_policy_is_judged_by_what_it_was_made_from(store, policy, tiny):
     assert judge(f"models:/{policy.name}@{CHAMPION}") == card
 
 
+def test_a_registered_reward_model_is_examined_on_the_votes_it_was_trained_with(
+    store, client, sft, reward, tiny
+):
+    def examine():
+        card = tiny.examination.model_copy(update={"samples": 8})  # texts are cut as in training
+        return stages.report_card(
+            stages.ReportCardFlowConfig(
+                project="tiny", reward_model=reward.uri, sampling=tiny.sampling, report_card=card
+            )
+        )
+
+    card = examine()
+    trained = made_by(store, client, reward).data
+    assert card.accuracy.share.value == pytest.approx(trained.metrics["summary/accuracy"])
+    tags = store.tags(reward)
+    assert tags["report_card.accuracy"] == str(card.accuracy)
+    assert examine() == card
+    condition = "tags.stage = 'report_card'"
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], condition)
+    assert ["cached_from" in run.data.tags for run in runs] == [True, False]  # newest first
+    assert runs[1].data.tags["input.data"] == trained.tags["input.data"]
+    assert runs[1].data.tags["input.sft"] == sft.uri
+
+
 def test_what_is_not_registered_is_said_before_a_run_is_opened(client, sft, tiny):
     def refused(error, said, **given):
         before = len(client.search_runs(["1"]))

@@ -33,11 +33,11 @@ class MonitorConfig(Section):
         2, ge=1, description="Measurements in a row beyond a limit before the monitor acts"
     )
     max_kl: float = Field(
-        0.0, ge=0, description="Largest KL to the reference (nats per sequence); 0 = no limit"
+        50.0, ge=0, description="Largest KL to the reference (nats per sequence); 0 = no limit"
     )
     at_kl: MonitorAction = Field("warn", description="What happens at max_kl")
     max_kl_acceleration: float = Field(
-        1.0, ge=0, description="Largest acceleration of the KL (nats per iteration²); 0 = no limit"
+        2.0, ge=0, description="Largest acceleration of the KL (nats per iteration²); 0 = no limit"
     )
     at_kl_acceleration: MonitorAction = Field("warn", description="What happens there")
     max_negative_kl: float = Field(
@@ -54,7 +54,7 @@ class MonitorConfig(Section):
     )
     at_gap: MonitorAction = Field("warn", description="What happens at max_gap")
     max_agreement_drop: float = Field(
-        0.6,
+        0.3,
         ge=0,
         description="How far the rank correlation of reward and held-out reward model, over SFT "
         "samples and the policy's, may be below that over SFT samples; 0 = no limit",
@@ -68,12 +68,18 @@ class MonitorConfig(Section):
     )
     at_spread: MonitorAction = Field("warn", description="What happens at max_spread")
     max_length: float = Field(
-        2.0,
+        1.5,
         ge=0,
-        description="Largest mean length of a response, and the inverse of the smallest (multiples "
-        "of SFT samples); 0 = no limit",
+        description="Largest mean length of a response (multiples of SFT samples); 0 = no limit",
     )
-    at_length: MonitorAction = Field("warn", description="What happens there")
+    at_length: MonitorAction = Field("warn", description="What happens at max_length")
+    min_length: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Smallest mean length of a response (multiples of SFT samples); 0 = no limit",
+    )
+    at_brevity: MonitorAction = Field("warn", description="What happens at min_length")
     max_repetition: float = Field(
         0.2,
         ge=0,
@@ -104,7 +110,7 @@ class MonitorConfig(Section):
     )
     at_finished: MonitorAction = Field("warn", description="What happens at min_finished")
     max_distance: float = Field(
-        5.0,
+        15.0,
         ge=0,
         description="Largest median squared distance of the reward model's last hidden state from "
         "those of SFT samples (multiples of SFT samples); a heuristic; 0 = no limit",

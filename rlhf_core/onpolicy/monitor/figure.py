@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core import figures
 from rlhf_core.onpolicy.monitor.config import MonitorConfig
-from rlhf_core.onpolicy.monitor.rules import RULES
+from rlhf_core.onpolicy.monitor.rules import PREFIX, RULES, Rule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,28 +33,27 @@ def monitor_figure(
     alarms: Sequence[Mapping[str, Any]],
 ) -> "Figure":
     """A panel for each measure that was taken, limits dashed, alarms as dots."""
+    rules: dict[str, list[Rule]] = {}  # by what they compare
+    for rule in RULES:
+        rules.setdefault(rule.metric, []).append(rule)
     found = {
-        rule: [
-            (number, metrics[rule.metric])
-            for number, metrics in enumerate(history, 1)
-            if rule.metric in metrics
-        ]
-        for rule in RULES
+        metric: [(n, values[metric]) for n, values in enumerate(history, 1) if metric in values]
+        for metric in rules
     }
-    shown = {rule: points for rule, points in found.items() if points}
+    shown = {metric: points for metric, points in found.items() if points}
     rows = math.ceil(len(shown) / 4) or 1
     figure = figures.blank(14.0, 2.8 * rows)
     panels = list(figure.subplots(rows, 4, squeeze=False).flat)
-    for axes, (rule, points) in zip(panels, shown.items(), strict=False):
-        figures.dress(axes, _UNITS[rule.measure], "iteration", "")
+    for axes, (metric, points) in zip(panels, shown.items(), strict=False):
+        figures.dress(axes, _UNITS[metric.removeprefix(PREFIX)], "iteration", "")
         axes.plot(*zip(*points, strict=True), color=figures.BLUE)
-        limit = rule.limit(config)
-        for level in (limit, 1 / limit) if limit and rule.direction == "either" else (limit,):
-            if limit:
-                axes.axhline(level, color=figures.GREY, linestyle="--", linewidth=1)
-        trips = [(a["step"], a["value"]) for a in alarms if a["measure"] == rule.measure]
-        if trips:
-            axes.scatter(*zip(*trips, strict=True), color=figures.ORANGE, zorder=3)
+        axes.set_xlim(0, len(history) + 1)
+        for rule in rules[metric]:
+            if limit := rule.limit(config):
+                axes.axhline(limit, color=figures.GREY, linestyle="--", linewidth=1)
+            trips = [(a["step"], a["value"]) for a in alarms if a["measure"] == rule.measure]
+            if trips:
+                axes.scatter(*zip(*trips, strict=True), color=figures.ORANGE, zorder=3)
     for axes in panels[len(shown) :]:
         axes.axis("off")
     return figure

@@ -33,6 +33,7 @@ from rlhf_core.onpolicy.observe import Action, Observation, Observer
 from rlhf_core.seeding import generator
 from rlhf_core.work import Work
 
+LEAST = 0.1  # share of SFT responses that end, below which a change of it says nothing
 SETS = 4  # of SFT samples, one response to each prompt, for the baseline
 
 _log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class Monitor:
             "repetition": now["repeated"] - sft["repeated"],
             "distinct": _over(now["bigrams"], sft["bigrams"]),
             "entropy": _over(now["surprise"], sft["surprise"]),
-            "finished": _over(now["ended"], sft["ended"]),
+            "finished": _over(now["ended"], sft["ended"]) if sft["ended"] >= LEAST else math.nan,
         }
         if self.baseline.cloud is not None:
             distance = self.baseline.cloud.distances(samples.states).median().item()

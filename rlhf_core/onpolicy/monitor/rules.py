@@ -22,7 +22,7 @@ SEVERITY: Final[Mapping[MonitorAction | None, int]] = {
     "stop": 4,
 }
 
-Direction = Literal["above", "below", "either"]
+Direction = Literal["above", "below"]
 
 _READ = "read the samples beside those of the SFT policy"
 
@@ -37,11 +37,12 @@ class Rule:
     what: str  # the measure with {value} in it
     meaning: str
     advice: str
+    logged: str = ""  # what is compared, if it has another name than the measure
 
     @property
     def metric(self) -> str:
-        """The name under which the measure is logged."""
-        return PREFIX + self.measure
+        """The name under which it is logged."""
+        return PREFIX + (self.logged or self.measure)
 
     def limit(self, config: MonitorConfig) -> float:
         """The limit; 0 for none."""
@@ -55,8 +56,6 @@ class Rule:
             return False
         if self.direction == "below":
             return value < limit
-        if self.direction == "either":
-            return value > limit or value < 1 / limit
         return value > limit
 
     def trips(
@@ -147,11 +146,20 @@ RULES: Final = (
     Rule(
         "length",
         "max_length",
-        "either",
+        "above",
         "responses are {value} times as long as those of the SFT policy",
-        "the reward may pay for length, or for saying little, whatever is said",
-        f"{_READ}, look at the reward model's accuracy where the shorter answer won, and penalise "
-        "length in the reward",
+        "the reward may pay for length, whatever is said",
+        f"{_READ}, look at the reward model's accuracy where the shorter answer won, and set "
+        "shaping.length_penalty",
+    ),
+    Rule(
+        "brevity",
+        "min_length",
+        "below",
+        "responses are {value} times as long as those of the SFT policy",
+        "the reward may pay for saying little",
+        f"{_READ}, and raise kl_coef",
+        logged="length",
     ),
     Rule(
         "repetition",

@@ -17,6 +17,7 @@ from rlhf_core.evaluation.gates import (
 )
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.rewards.canaries import CanaryResult
 
 CONFIG = PromotionConfig(
     min_win_rate=0.6,
@@ -222,6 +223,31 @@ def test_the_gate_of_the_reward_model(config, measured, said):
     with pytest.raises(ModelError) as refused:
         require_reward_model(config, measured, "models:/demo-reward/3")
     assert said in str(refused.value)
+
+
+def canary(kind, *beats):
+    share = Interval(*beats)
+    return CanaryResult(kind=kind, beats_real=share, prompts=9, answers=9, left_out=0, example="")
+
+
+@pytest.mark.parametrize(
+    ("most", "canaries", "said"),
+    [
+        (1.0, [canary("empty", 1, 0.7, 1)], ""),  # off
+        (0.2, [canary("empty", 0, 0, 0.2)], ""),  # reached, not exceeded
+        (0.2, [canary("empty", 0, 0, 0.1), canary("list", 0.1, 0.05, 0.21)], "'list' beats"),
+        (0.2, [], "no canary was measured"),
+    ],
+)
+def test_the_gate_asks_that_every_canary_is_shown_to_lose(most, canaries, said):
+    gate = RewardGateConfig(max_canary_share=most)
+    if not said:
+        require_reward_model(gate, quality(), "models:/demo-reward/3", canaries)
+        return
+    with pytest.raises(ModelError) as refused:
+        require_reward_model(gate, quality(), "models:/demo-reward/3", canaries)
+    assert said in str(refused.value)
+    assert str(refused.value).endswith("or change reward_gate.max_canary_share")
 
 
 def test_a_reward_model_that_is_refused_is_told_with_all_its_numbers_and_the_ways_out():

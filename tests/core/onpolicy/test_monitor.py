@@ -148,9 +148,9 @@ def test_what_is_not_measured_neither_trips_nor_ends_a_row():
 
 
 def test_each_rule_knows_its_bad_side():
-    length = {"max_length": 2, "confirm": 1}
-    assert trips(RULE["length"], [1.9, 0.51, 1, 0.49], **length) == [3]
-    assert trips(RULE["length"], [1, 2.1], **length) == [1]
+    length = {"max_length": 2, "min_length": 0.5, "confirm": 1}
+    assert trips(RULE["brevity"], [1.9, 0.51, 2.1, 0.49], **length) == [3]
+    assert trips(RULE["length"], [1.9, 0.4, 2.1], **length) == [2]
     assert trips(RULE["entropy"], [0.3, 0.1], min_entropy=0.2, confirm=1) == [1]
 
 

@@ -31,16 +31,15 @@ def world(tmp_path_factory):
     return World.build(tmp_path_factory.mktemp("monitored") / "world")
 
 
-def run(name, world, output, *, monitor=None, held_out=None, data=None, **settings):
+def run(name, world, output, *, monitor=None, held_out=None, data=None, reward=None, **settings):
     """A stage with a monitor; what it logged, and its report."""
     config, log = CONFIGS[name], settings.pop("logger", None) or MemoryLogger()
     parts = {key: settings.pop(key) for key in ("recovery", "sampling") if key in settings}
     settings = {"update_kl_limit": 0, **settings, "monitor": MonitorConfig(**monitor or {})}
     stage, lora = stage_of(config), bool(config.lora_rank)
     work = work_of(stage, world, output, lora=lora, logger=log, **parts)
-    work.inputs.update(
-        {"held_out": held_out} if held_out else {}, **({"data": data} if data else {})
-    )
+    others = {"held_out": held_out, "data": data, "reward": reward}
+    work.inputs.update({role: path for role, path in others.items() if path})
     return log, run_stage(stage, change(config, **settings), work)
 
 
@@ -158,12 +157,8 @@ class StopsAt(MemoryLogger):
 
     def phase(self, what, done=0, total=0):
         super().phase(what, done, total)
-        if (
-            self.what
-            and what.startswith(self.what)
-            and len(self.history) == self.number
-            and done == 2
-        ):
+        here = self.what is not None and what.startswith(self.what)
+        if here and len(self.history) == self.number and done == 2:
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -245,3 +240,11 @@ def test_an_action_without_a_kept_state_is_refused(world):
     guard = Guard(MonitorConfig(prompts=1), {}, None, None)
     with pytest.raises(ValueError, match="asked for a roll-back, but the run keeps no state"):
         guard.act("roll_back", 1, {}, [])
+
+
+def test_the_spread_of_an_ensemble_is_in_multiples_of_that_on_sft_answers(world, tmp_path):
+    """A policy that hardly moves has the spread of SFT answers, but for the answers drawn."""
+    watch = {"monitor": {"prompts": 4}, "reward": world.ensemble, "learning_rate": 1e-9}
+    log, _ = run("rloo", world, tmp_path, **watch)
+    assert all(1 / 3 < spread < 3 for spread in log.series("monitor/spread"))
+    assert len(log.series("monitor/spread")) == 3

@@ -1,5 +1,6 @@
 """A stage on two processes, started, followed, stopped and broken from this one."""
 
+import json
 import shutil
 import signal
 import sys
@@ -15,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "stages"))
 import tiny
 
 from rlhf_core.errors import DataError
-from rlhf_core.launch import Job, launch, run
-from rlhf_core.metrics import MemoryLogger
+from rlhf_core.launch import Job, _forward, _Lines, launch, run
+from rlhf_core.metrics import Alarm, MemoryLogger
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
@@ -144,6 +145,14 @@ def test_an_error_of_the_stage_arrives_as_it_is(data, tmp_path, no_process_left)
     with pytest.raises(DataError) as there:
         launch(job, MemoryLogger())
     assert str(there.value) == str(here.value)
+
+
+def test_an_alarm_passes_through_the_lines(capfd):
+    alarm = Alarm("gap", 3, 1.25, 1.0, "roll_back", "the reward runs ahead of « votes »")
+    _Lines(sys.stdout).alarm(alarm)
+    told = MemoryLogger()
+    _forward(told, json.loads(capfd.readouterr().out))
+    assert told.alarms == [alarm]
 
 
 def test_an_error_of_the_logger_ends_the_ranks(data, tmp_path, no_process_left):

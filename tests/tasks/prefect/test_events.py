@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 
 from flows.cli import logs
 from rlhf_core.errors import NumericsError
+from rlhf_core.metrics import Alarm
 from tasks.prefect import events
 from tasks.record.describe import ensure_experiment
 from tasks.registry.refs import ModelRef, PipelineRun
@@ -93,12 +94,14 @@ def test_inside_prefect_each_event_arrives_with_resource_and_payload(client, run
         events.champion_changed("told", OLD, NEW, how="rollback", by="Ada")
         events.gate_refused("told", NEW, ["FAIL: KL"])
         events.preferences_ready("told", 250)
+        alarm = Alarm("gap", 7, 1.5, 1.0, "stop", "the reward runs ahead")
+        events.monitor_tripped("told", "rloo", "run-7", alarm)
 
     events.preferences_ready("nobody", 1)  # outside Prefect
     with events.announced(client, run, "sft", "no such run"):
         pass
     inside_a_flow(work)
-    found = sent("told", 8)
+    found = sent("told", 9)
     assert sent("nobody", 0) == []
     ppo, sft = ({"project": "told", "stage": stage} for stage in ("ppo", "sft"))
     a_policy = "rlhf.model.a-policy"
@@ -133,6 +136,15 @@ def test_inside_prefect_each_event_arrives_with_resource_and_payload(client, run
             {"project": "told", "candidate": NEW.uri, "reasons": ["FAIL: KL"]},
         ),
         ("rlhf.preferences.ready", "rlhf.project.told", {"project": "told", "count": 250}),
+        (
+            "rlhf.monitor.tripped",
+            "rlhf.stage.told.rloo",
+            {
+                **{"project": "told", "stage": "rloo", "run_id": "run-7", "monitor": "gap"},
+                "said": "monitor, iteration 7: the reward runs ahead. The run stops",
+                **{"iteration": 7, "value": 1.5, "limit": 1.0, "action": "stop"},
+            },
+        ),
     ]
     for event in found:
         assert event["resource"]["rlhf.project"] == "told"
