@@ -384,8 +384,8 @@ def _circumstances(lines: Sequence[Line]) -> str:
 
     return (
         f"{all_of('date')}; {all_of('cpu')} with {all_of('features')}, {all_of('threads')} thread; "
-        f"torch {all_of('torch')}. One epoch; no setting of SmolLM2 was searched. TF-IDF was chosen "
-        "among five variants on three folds of the arguments."
+        f"torch {all_of('torch')}. One epoch; no setting of SmolLM2 was searched. TF-IDF was "
+        "chosen among five variants on three folds of the arguments."
     )
 
 
