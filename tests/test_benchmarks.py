@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flows.local.allocator import ENVIRONMENT
 
@@ -183,3 +184,107 @@ def test_a_side_that_fails_is_said_and_measured_the_next_time(table, asked, tmp_
     asked.clear()
     assert table.run(["ppo-smol"], 1, tmp_path, output, {})
     assert [side for _, side in asked] == ["peer"]
+
+
+# --- reward models on votes that people cast ---
+
+
+@pytest.fixture
+def votes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("reward_models")
+    for name in ("reward_models", "table"):
+        sys.modules.pop(name, None)
+
+
+def labelled(votes, clusters, size, good="a fine point"):
+    return [
+        votes.Pair(c, f"prompt {c}", f"{good} {c} {n}", f"a bad one {c} {n} long")
+        for c in range(clusters)
+        for n in range(size + c)
+    ]
+
+
+def line_of(counts, *, way="longer", fold=0, folds=2, train=500, **more):
+    tested = sum(sum(numbers) for numbers in counts.values())
+    where = {"cpu": "A CPU", "features": "avx2", "threads": 1, "torch": "2", "date": "2026-01-01"}
+    key = {"set": "arguments", "way": way, "folds": folds, "fold": fold, "train_pairs": train}
+    return key | {"test_pairs": tested, "counts": counts} | where | more
+
+
+def test_whole_clusters_are_held_out_once(votes):
+    pairs = labelled(votes, clusters=7, size=5)
+    folds = votes.split(pairs, 3, 0, 0, seed=0)
+    assert sorted(pair for fold in folds for pair in fold.test) == sorted(pairs)
+    for fold in folds:
+        assert sorted([*fold.train, *fold.test]) == sorted(pairs)
+        assert not {p.cluster for p in fold.train} & {p.cluster for p in fold.test}
+    assert votes.split(pairs, 3, 0, 0, seed=1) != folds
+    with pytest.raises(SystemExit, match="between 2 and 7"):
+        votes.split(pairs, 8, 0, 0, seed=0)
+
+
+def test_fewer_pairs_are_drawn_evenly(votes):
+    [fold, *_] = votes.split(labelled(votes, clusters=4, size=10), 2, 10, 6, seed=0)
+    for part, number in ((fold.train, 5), (fold.test, 3)):
+        clusters = [pair.cluster for pair in part]
+        assert [clusters.count(c) for c in set(clusters)] == [number, number]
+
+
+def test_a_bag_of_words_learns_words_and_length(votes):
+    [fold, _] = votes.split(labelled(votes, clusters=6, size=5), 2, 0, 0, seed=0)
+    assert (votes.words(fold, None) > 0).all()
+    assert (votes.longer(fold, None) < 0).all()
+    # The same words on both sides: only the length tells, and here the shorter wins.
+    same = [votes.Pair(c, "p", "some words", "some words " * 3) for c in range(6) for _ in range(5)]
+    [fold, _] = votes.split(same, 2, 0, 0, seed=0)
+    assert (votes.words_and_length(fold, None) > 0).all()
+
+
+def test_accuracy_by_hand(votes):
+    lines = [line_of({"0": [3, 1, 0]}), line_of({"1": [1, 0, 3]}, fold=1)]
+    assert votes.accuracy(lines).value == pytest.approx((3.5 + 1) / 8)
+    assert votes.accuracy(lines).low <= 1 / 4
+    leads, pairs = [2.0, 0.0, -1.0], labelled(votes, 1, 3)
+    assert votes.counts(torch.tensor(leads), pairs) == {"0": [1, 1, 1]}
+
+
+def test_a_row_stands_beside_the_rule_on_the_same_pairs(votes):
+    lines = [
+        line_of({"0": [9, 0, 1]}),
+        line_of({"1": [2, 0, 8]}, fold=1),
+        line_of({"0": [7, 0, 3]}, way="LoRA", precision="bfloat16"),
+    ]
+    rows = [line.split(" | ") for line in votes.render(lines).splitlines()]
+    assert rows[2][1:3] == ["prefer the longer", "0.550"]
+    assert rows[3][2] == "0.700"
+    assert rows[3][5:] == [
+        "0.900",
+        "10 pairs, 1 debate sides, 1 of 2 folds",
+        "500 pairs, bfloat16 |",
+    ]
+
+
+def test_without_the_data_it_says_what_to_do(votes, tmp_path):
+    with pytest.raises(SystemExit, match=r"argument-pairs.*not there.*--data"):
+        votes.read_set("arguments", tmp_path)
+
+
+@pytest.mark.skipif(
+    not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="needs the labelled data"
+)
+def test_the_rule_has_its_published_accuracy(votes):
+    for name, published in votes.REFERENCE.items():
+        pairs = votes.read_set(name, BENCHMARKS.parents[1] / "shared" / "data")
+        [fold] = [votes.Fold([], pairs)]
+        leads = votes.longer(fold, None)
+        share = ((leads.sign() + 1) / 2).mean().item()
+        assert share == pytest.approx(published["longer"], abs=5e-4)
+
+
+def test_what_was_measured_is_in_the_page(votes):
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    section = page.partition(votes.BEGIN)[2].partition(votes.END)[0]
+    lines = votes.read(BENCHMARKS / "reward_models.jsonl")
+    assert lines
+    assert section.strip() == votes.render(lines), "run benchmarks/reward_models.py --write"

@@ -7,6 +7,7 @@ import pandas as pd
 from rlhf_core.evaluation.card_findings import Finding, findings, verdict
 from rlhf_core.evaluation.report_card import ReportCard, Share
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.rewards.canaries import not_measured
 
 _SHOWN = 20  # slices on the page; the table has them all
 _KINDS = {"doubt": "What is doubtful", "unknown": "What is not known", "good": "What is good"}
@@ -70,6 +71,7 @@ def canaries_table(card: ReportCard) -> pd.DataFrame:
                 "low": canary.beats_real.low,
                 "high": canary.beats_real.high,
                 "prompts": canary.prompts,
+                "left_out": canary.left_out,
                 "example": canary.example,
             }
             for canary in worst
@@ -179,7 +181,7 @@ def _slices(card: ReportCard) -> list[str]:
 
 def _canaries(card: ReportCard) -> list[str]:
     rows = canaries_table(card).to_dict("records")
-    return [
+    lines = [
         f"How often a bad answer gets a better reward than the {card.canaries_against}:",
         "",
         "| Canary | Beats the real answer | Prompts |",
@@ -190,6 +192,10 @@ def _canaries(card: ReportCard) -> list[str]:
             for row in rows
         ),
     ]
+    if absent := not_measured(card.canaries):
+        reason = "each would be a real answer or no worse than one, or there are too few prompts"
+        lines += ["", f"No canary could be made of some kinds ({reason}): {', '.join(absent)}."]
+    return lines
 
 
 def _leaks(card: ReportCard) -> list[str]:

@@ -35,7 +35,7 @@ from rlhf_core.evaluation.intervals import Estimate, rank_correlation
 from rlhf_core.evaluation.leaks import find_leaks
 from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.metrics import counted
-from rlhf_core.rewards.canaries import CanaryResult, make_canaries, measure_canaries
+from rlhf_core.rewards.canaries import CanaryResult, end_marks, make_canaries, measure_canaries
 from rlhf_core.rewards.models import RewardModel, load_reward_model, score_texts
 from rlhf_core.seeding import generator
 from rlhf_core.types import Report
@@ -312,7 +312,7 @@ def _canaries(
     real = [prompts[i] for i in picked], [answers[i] for i in picked]
     if not picked:
         return [], against
-    canaries = make_canaries(*real, seed=seed)
+    canaries = make_canaries(*real, seed=seed, ends=end_marks(exam.tokenizer))
     score = partial(exam.ask, "canaries")
     return measure_canaries(canaries, *real, score, seed=seed), against
 

@@ -82,7 +82,7 @@ def monitor_tripped(project: str, stage: str, run_id: str, alarm: Alarm) -> None
     """Send an event: a measure of the monitor went beyond its limit."""
     payload: dict[str, Any] = {"project": project, "stage": stage, "run_id": run_id}
     payload |= {"monitor": alarm.measure}
-    payload |= {"said": alarm.line, "iteration": alarm.step, "value": alarm.value}
+    payload |= {"said": alarm.line, "at_iteration": alarm.step, "value": alarm.value}
     payload |= {"limit": alarm.limit, "action": alarm.action}
     _emit(MONITOR_TRIPPED, f"rlhf.stage.{project}.{stage}", payload)
 
