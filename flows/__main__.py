@@ -434,6 +434,34 @@ def compare(
         show_comparison(comparison, everything=everything)
 
 
+@command(epilog="Example: rlhf overoptimisation happy-otter calm-heron --output charts/demo.png")
+def overoptimisation(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Pipeline runs: id, prefix of the id, or name."),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The picture to write; its numbers go to a .csv beside it.")
+    ] = Path("overoptimisation.png"),
+) -> None:
+    """Draw what policies gained over SFT against how far they moved from it, and fit Gao's curves.
+
+    Pass runs that differ in their seed: all are shown, and the intervals of the fits come from
+    their differences. The reward model, the held-out reward model (with a monitor) and, for the
+    final policy and best-of-n, the known truth are drawn; the predicted peak of each is printed.
+    """
+    settings = find.join(read_settings())
+    load("tasks.history.overoptimisation")
+    from tasks.history.overoptimisation import overoptimisation as chart_of
+    from tasks.history.overoptimisation import write_chart
+
+    chart = chart_of(runs, settings=settings)
+    written = write_chart(chart, output)
+    for fit in chart.fits():
+        line(fit.sentence())
+    line(f"Written: {' and '.join(map(str, written))}")
+
+
 @command(epilog='Example: rlhf promote happy-otter --reason "reads better than the last one"')
 def promote(
     run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],

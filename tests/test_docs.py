@@ -134,7 +134,7 @@ def logged(tmp_path_factory):
 
     reports = {name: report(name) for name in STAGES}
     return {
-        name: {general(key) for _, values in loggers[name].history for key in values}
+        name: {general(key, stage=name) for _, values in loggers[name].history for key in values}
         | {general(f"summary/{key}", stage=name) for key in report.summary()}
         for name, report in reports.items()
     }

@@ -82,6 +82,39 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_of_n_mean(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """Expected value of the best of n samples, from all N samples of each prompt at once.
+
+        V_n = Σᵢ v₍ᵢ₎·C(i - 1, n - 1) / C(N, n),  v₍₁₎ … v₍ₙ₎ in rising order of their score
+
+    The weight is the share of the n-subsets in which the i-th has the highest score, so this is the
+    mean over all of them: unbiased, and with less variance than one draw. Of samples with the same
+    score the later one counts as the higher.
+
+    Args:
+        scores: (P, N) what is selected by.
+        values: (P, N) what is averaged: the scores themselves, or another measure of the samples.
+        n: how many samples the best is taken of, 1 to N.
+
+    Returns:
+        (P,) double, for each prompt.
+
+    Raises:
+        ValueError: if the shapes differ, or n is not between 1 and N.
+
+    References: Nakano et al. 2021, appendix I, https://arxiv.org/abs/2112.09332; Gao et al. 2022,
+    https://arxiv.org/abs/2210.10760.
+    """
+    check_shapes(scores=(scores, "PN"), values=(values, "PN"))
+    size = scores.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n must lie between 1 and the {size} samples of a prompt, got {n}.")
+    subsets = math.comb(size, n)
+    shares = [math.comb(i, n - 1) / subsets for i in range(size)]
+    ranked = values.double().gather(1, scores.argsort(dim=1, stable=True))
+    return ranked @ torch.tensor(shares, dtype=torch.float64, device=values.device)
+
+
 def clustered_bootstrap(
     values: Tensor,
     clusters: Tensor,

@@ -69,6 +69,9 @@ class AnnotatorsConfig(Section):
     tie_margin: float = Field(
         0.05, ge=0, description="Difference up to which both texts count as equal (sentiment)"
     )
+    flip_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the votes that are recorded the wrong way round"
+    )
 
     @model_validator(mode="after")
     def _reliabilities_in_order(self) -> Self:
@@ -120,6 +123,11 @@ class Vote(NamedTuple):
     response_a: str  # shown first
     response_b: str
     vote: Preference
+
+    def flipped(self) -> Self:
+        """The same pair with the other text as the winner; a tie stays a tie."""
+        other: dict[Preference, Preference] = {"a": "b", "b": "a", "tie": "tie"}
+        return self._replace(vote=other[self.vote])
 
 
 def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:

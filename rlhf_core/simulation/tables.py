@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import pandas as pd
 from pydantic import Field
 
 from rlhf_core.config import Section
 from rlhf_core.seeding import stream_seed
-from rlhf_core.simulation.annotators import Annotator, AnnotatorsConfig, draw_annotators, vote
+from rlhf_core.simulation.annotators import (
+    Annotator,
+    AnnotatorsConfig,
+    Vote,
+    draw_annotators,
+    vote,
+)
 from rlhf_core.simulation.grammar import all_prompts, write_review
 
 
@@ -51,7 +58,11 @@ def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
             config.demonstrations, prompts, _stream(seed, "demonstrations")
         ),
         preferences=_preferences(
-            config.preference_pairs, prompts, annotators, _stream(seed, "preferences")
+            config.preference_pairs,
+            prompts,
+            annotators,
+            _stream(seed, "preferences"),
+            _Flips(config.annotators.flip_share, _stream(seed, "flips")),
         ),
         prompts=pd.DataFrame(
             {"id": [f"prompt-{n:05d}" for n in range(len(prompts))], "prompt": prompts}
@@ -75,8 +86,23 @@ def _demonstrations(rows: int, prompts: Sequence[str], rng: Random) -> pd.DataFr
     )
 
 
+class _Flips(NamedTuple):
+    """Which votes are recorded the wrong way round; a stream of its own, so that flipped votes
+    are the votes on the same pairs."""
+
+    share: float
+    rng: Random
+
+    def record(self, cast: Vote) -> Vote:
+        return cast.flipped() if self.rng.random() < self.share else cast
+
+
 def _preferences(
-    rows: int, prompts: Sequence[str], annotators: Sequence[Annotator], rng: Random
+    rows: int,
+    prompts: Sequence[str],
+    annotators: Sequence[Annotator],
+    rng: Random,
+    flips: _Flips,
 ) -> pd.DataFrame:
     records = []
     for n in range(rows):
@@ -87,7 +113,7 @@ def _preferences(
             {
                 "id": f"pair-{n:05d}",
                 "prompt": prompt,
-                **cast._asdict(),
+                **flips.record(cast)._asdict(),
                 "shown_first": "a",
                 "annotator": annotator.name,
                 "gold": False,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 from pydantic import Field
+from torch import Tensor
 
 from rlhf_core import figures
 from rlhf_core.backbone.networks import Policy, Precision
@@ -23,7 +24,9 @@ from rlhf_core.data.encoding import (
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
+from rlhf_core.evaluation.chart import Chart, draw
 from rlhf_core.evaluation.comparison import best_of_each, compare, first_of_each, measure_arm
+from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
 from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
 from rlhf_core.functional.ranking import (
     Interval,
@@ -125,6 +128,9 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
     price = config.best_of_penalty.excess(pool.tokens)
     answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
+    curve = _best_of_n(pool, pool.proxy - price, bench.seed)
+    for point in curve.points:
+        logger.metrics(_curve_metrics(point), point.number)
     for done, name in enumerate(others, start=2):
         logger.progress(done, 4, name)
         if name in work.inputs:
@@ -132,7 +138,8 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
             actor = Policy.load(work.inputs[name], device, config.precision)
             answers[name] = answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
-    return _report(config, bench, {name: answers[name] for name in ARMS if name in answers})
+    arms = {name: answers[name] for name in ARMS if name in answers}
+    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)))
 
 
 def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> RewardFunction | None:
@@ -141,8 +148,26 @@ def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> Rewar
     return load_function(config.true_reward, setting="evaluation.true_reward", places=places)
 
 
+def _best_of_n(pool: Answers, scores: Tensor, seed: int) -> Path:
+    """What best-of-n gains for every n that the pool allows; `scores` select."""
+    prompts = int(pool.prompt[-1]) + 1
+    measures: dict[Measure, Tensor] = {"proxy": pool.proxy.view(prompts, -1)}
+    if pool.true is not None:
+        measures["truth"] = pool.true.view(prompts, -1)
+    return best_of_n_path("SFT samples", scores.view(prompts, -1), measures, seed)
+
+
+def _curve_metrics(point: Point) -> dict[str, float]:
+    """A point of best-of-n as metrics, whose step is n."""
+    gains = {f"best_of_n/{measure}_gain": gain for measure, gain in point.gains.items()}
+    numbers = {"best_of_n/kl": point.kl.value}
+    for name, interval in gains.items():
+        numbers |= _bounds(name, interval)
+    return numbers
+
+
 def _report(
-    config: EvaluationConfig, bench: Bench, answers: dict[ArmName, Answers]
+    config: EvaluationConfig, bench: Bench, answers: dict[ArmName, Answers], best_of_n: Chart
 ) -> EvaluationReport:
     arms = tuple(
         measure_arm(name, found, config.best_of, bench.seed) for name, found in answers.items()
@@ -165,7 +190,10 @@ def _report(
     }
     if bench.truth is None:
         del bars["true reward"]
-    plots = {"evaluation_arms": figures.arms([arm.name for arm in arms], bars)}
+    plots = {
+        "evaluation_arms": figures.arms([arm.name for arm in arms], bars),
+        "evaluation_best_of_n": draw([best_of_n]),
+    }
     if bench.truth is not None:
         plots["evaluation_proxy_against_truth"] = figures.proxy_against_truth(
             {
@@ -176,7 +204,10 @@ def _report(
         )
     return EvaluationReport(
         scorecard=Scorecard(arms=arms, comparisons=comparisons),
-        tables={"evaluation_samples": _samples(config, bench, answers)},
+        tables={
+            "evaluation_samples": _samples(config, bench, answers),
+            "evaluation_best_of_n": pd.DataFrame(best_of_n.rows()),
+        },
         figures=plots,
     )
 

@@ -145,6 +145,7 @@ FIELDS = [
     *(("count", 5), ("lowest_reliability", 0.1), ("highest_reliability", 0.81)),
     *(("side_bias", 2.0), ("length_bias", 2.0), ("taste_spread", 2.0)),
     *(("care", 1.0), ("noise", 2.0), ("tie_margin", 0.8)),
+    ("flip_share", 0.5),
 ]
 
 
@@ -160,6 +161,19 @@ def test_every_setting_changes_the_data(name, value):
 def test_the_list_of_settings_is_complete():
     fields = SimulationConfig.model_fields.keys() | AnnotatorsConfig.model_fields.keys()
     assert {name for name, _ in FIELDS} == fields - {"annotators"}
+
+
+def test_flipped_votes_are_the_other_way_round_on_the_same_pairs():
+    flipped = SMALL.model_copy(update={"annotators": AnnotatorsConfig(flip_share=0.25)})
+    as_cast, recorded = (simulate(config, 7).preferences for config in (SMALL, flipped))
+    assert as_cast.drop(columns="vote").equals(recorded.drop(columns="vote"))
+    changed = as_cast["vote"] != recorded["vote"]
+    assert 0.15 < changed.mean() < 0.35
+    assert set(as_cast["vote"][changed]) == {"a", "b"}
+    assert (as_cast["vote"][changed].map({"a": "b", "b": "a"}) == recorded["vote"][changed]).all()
+    ties = as_cast["vote"] == "tie"
+    assert ties.any()
+    assert (recorded["vote"][ties] == "tie").all()
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,11 @@ def test_arms_comparisons_tables_and_figures(run, truth):
     played = [c.wins + c.ties + c.losses for c in report.scorecard.comparisons]
     assert played == [8 * 3, 8, 8]
     assert len(report.tables["evaluation_samples"]) == 4 * 3
-    assert set(report.figures) == {"evaluation_arms", "evaluation_proxy_against_truth"}
+    assert set(report.figures) == {
+        "evaluation_arms",
+        "evaluation_best_of_n",
+        "evaluation_proxy_against_truth",
+    }
     summary = report.summary()
     assert all(isinstance(value, float) for value in summary.values())
     arm = report.scorecard.arm("policy")
@@ -232,8 +236,24 @@ def test_without_a_truth_the_reward_model_judges(run):
     report = run()
     assert all(arm.true_reward is None for arm in report.scorecard.arms)
     assert {c.judge for c in report.scorecard.comparisons} == {"reward_model"}
-    assert set(report.figures) == {"evaluation_arms"}
+    assert set(report.figures) == {"evaluation_arms", "evaluation_best_of_n"}
     assert not any("true_reward" in name for name in report.summary())
+
+
+def test_the_curve_of_best_of_n_is_logged_by_n_and_ends_at_its_arm(run, truth, logger):
+    report = run(change(true_reward=truth, samples_per_prompt=1, best_of=5))
+    curve = {step: values for step, values in logger.history if "best_of_n/kl" in values}
+    assert sorted(curve) == [1, 2, 3, 4, 5]
+    best, sft = (report.scorecard.arm(name) for name in ("best_of_n", "sft"))
+    pool = report.tables["evaluation_best_of_n"].set_index("number")
+    assert curve[1]["best_of_n/proxy_gain"] == pytest.approx(0)
+    assert curve[5]["best_of_n/kl"] == pytest.approx(best.kl.value)
+    # The whole pool is the n of the arm; SFT's arm is one of its answers, so only near its mean.
+    gained = best.proxy_reward.value - sft.proxy_reward.value
+    assert curve[5]["best_of_n/proxy_gain"] == pytest.approx(gained, abs=0.5)
+    for step, values in curve.items():
+        assert values["best_of_n/truth_gain_low"] <= values["best_of_n/truth_gain"]
+        assert pool["truth"][step] == values["best_of_n/truth_gain"]
 
 
 def test_best_of_n_is_at_least_as_good_as_sft_and_costs_what_the_formula_says(run):

@@ -93,7 +93,11 @@ def test_the_version_is_said_without_a_server_or_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "up", "deploy", "generate", "compare", "validate", "export", "config"]
+    "command",
+    [
+        *("run", "up", "deploy", "generate", "compare", "overoptimisation"),
+        *("validate", "export", "config"),
+    ],
 )
 def test_every_command_explains_itself_with_an_example(rlhf, command):
     result = rlhf(command, "--help")
@@ -143,6 +147,7 @@ def test_a_mistake_in_the_config(rlhf, command, text, overrides, expected):
         (("generate", "--model", "./nowhere"), "There is no prompt: pass it as an argument"),
         (("generate", "--samples", "0", "a"), "Invalid value for '--samples'"),
         (("compare", "a", "b"), "no pipeline run matches 'a'"),
+        (("overoptimisation", "a", "b"), "no pipeline run matches 'a'"),
         (("export", "models:/x/1", "there"), "there is no model 'x'"),
         (("validate", "tiny.yaml", "--set", "data.source=files"), "data."),
     ],
@@ -406,6 +411,20 @@ def test_a_run_compares_with_itself(rlhf, finished):
     data = json.loads(rlhf("compare", name, name, "--json").stdout)
     assert data["params"] == []
     assert {row["stage"] for row in data["metrics"]} >= {"sft", "reward_model", "ppo"}
+
+
+@pytest.mark.integration
+def test_the_chart_of_a_run_has_its_policy_and_best_of_n(rlhf, finished, tmp_path):
+    shown = rlhf("overoptimisation", "tiny#1", RLHF_HOME=str(finished[0]))
+    assert shown.exit_code == 0, shown.output
+    assert "trained policy, reward model (proxy)" in shown.stdout
+    assert "best of n, reward model (proxy)" in shown.stdout
+    assert (tmp_path / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "overoptimisation.csv").read_text()
+    assert ",on_policy," in table
+    assert ",best_of_n," in table
+    unknown = rlhf("overoptimisation", "tiny#1", "--output", "chart.txt")
+    assert "chart.txt is no name of a picture" in sentence(unknown)
 
 
 @pytest.mark.integration

@@ -47,6 +47,7 @@ LINES: list[tuple[str, ...]] = [
     *((command, name) for command in ("promote", "resume", "rollback") for name in NAMES),
     *(("compare", name, "nobody") for name in NAMES),
     *(("compare", "nobody", name) for name in ("", " ")),
+    *(("overoptimisation", name) for name in NAMES),
     *(("generate", "--model", uri, "A text") for uri in URIS),
     *(("export", uri, "there") for uri in URIS),
     *(("export", "models:/x/1", folder) for folder in ("", " ", LONG, ".")),
