@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=worlds, default=worlds)
     parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3)
+    about = "passes of the reward models over the votes"
+    parser.add_argument("--epochs", type=int, default=REWARD.epochs, help=about)
     parser.add_argument("--kl", type=float, default=7.0, help="nats at which they are compared")
     parser.add_argument("--work", type=Folder, required=True, help="where models are kept")
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts")
@@ -89,7 +91,7 @@ def main() -> None:
             for regime in arguments.regimes:
                 world = World(arguments.work, regime, seed)
                 judge = Judge(world, arguments.prompts, arguments.answers)
-                path = learn(judge, name, arguments.pool)
+                path = learn(judge, name, arguments.pool, arguments.epochs)
                 found.setdefault((name, regime), []).append(path)
     for regime in arguments.regimes:
         paths = {name: found[name, regime] for name in chosen}
@@ -97,13 +99,15 @@ def main() -> None:
         print("\n".join(table(paths, arguments.kl)))
 
 
-def learn(judge: Judge, name: str, pool: int) -> Path:
+def learn(judge: Judge, name: str, pool: int, epochs: int) -> Path:
     """A run of PPO with a variant, measured."""
     variant = VARIANTS[name]
-    reward = judge.world.reward(variant.folder, "proxy", variant.reward)
+    suffix = "" if epochs == REWARD.epochs else f"-{epochs}-epochs"
+    settings = variant.reward.model_copy(update={"epochs": epochs})
+    reward = judge.world.reward(variant.folder + suffix, "proxy", settings)
     stop = PPO.kl_budget if name == "single" else STOP  # which is drawn in the chart as well
     config = PPO.model_copy(update={"kl_budget": stop, **variant.settings})
-    return regimes.on_policy(judge, name, reward, pool, config)
+    return regimes.on_policy(judge, name + suffix, reward, pool, config)
 
 
 def table(paths: dict[str, list[Path]], kl: float) -> list[str]:
