@@ -11,8 +11,8 @@
 Each payload also has `project`. `run_id` is the MLflow run of the stage; `versions`, by kind, and
 `candidate`, `old` (empty if there was none) and `new` have the form `models:/NAME/VERSION`;
 `monitor` is `kl_budget`, `numerics`, or a measure of the monitor (docs/monitor.md), with which the
-payload also has `at_iteration`, `value`, `limit` and `action`; `reasons` is a list of sentences; `how`
-is `promotion` or `rollback`.
+payload also has `at_iteration`, `value`, `limit` and `action`; `reasons` is a list of sentences;
+`how` is `promotion` or `rollback`.
 
 Prefect adds the flow run, its deployment and tags as related resources. Events are sent in the
 background. If one cannot be sent a warning is logged; outside Prefect nothing happens.
