@@ -402,7 +402,7 @@ def test_a_run_compares_with_itself(rlhf, finished):
     name = "tiny#1"
     shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output
-    assert re.match(r"Nothing differs .*: \d+ settings, 7 stages and \d+ metrics ", shown.stdout)
+    assert re.match(r"Nothing differs .*: \d+ settings, 8 stages and \d+ metrics ", shown.stdout)
     assert len(shown.stdout.splitlines()) == 4
     assert "compare-runs?runs=" in shown.stdout
     everything = rlhf("compare", name, name, "--all").stdout

@@ -142,7 +142,7 @@ def test_inside_prefect_each_event_arrives_with_resource_and_payload(client, run
             {
                 **{"project": "told", "stage": "rloo", "run_id": "run-7", "monitor": "gap"},
                 "said": "monitor, iteration 7: the reward runs ahead. The run stops",
-                **{"iteration": 7, "value": 1.5, "limit": 1.0, "action": "stop"},
+                **{"at_iteration": 7, "value": 1.5, "limit": 1.0, "action": "stop"},
             },
         ),
     ]
