@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from pages import put_between
 from table import machine
 
 from rlhf_core.backbone.base_model import ModelConfig
@@ -389,16 +390,6 @@ def _circumstances(lines: Sequence[Line]) -> str:
     )
 
 
-def write(section: str, page: Path) -> None:
-    """Put the section between its marks in a page."""
-    text = page.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"{page} has no place for the table; put these lines there: {BEGIN} {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
-
-
 def parse(words_of_command: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -439,7 +430,7 @@ def _names(known: Any) -> Callable[[str], list[str]]:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     if arguments.write:
-        write(render(read(arguments.output)), HERE / "README.md")
+        put_between(render(read(arguments.output)), HERE / "README.md", BEGIN, END)
         return
     torch.set_num_threads(arguments.threads)
     run(arguments)

@@ -28,6 +28,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from pages import put_between
+
 from flows.local.allocator import ENVIRONMENT
 
 Side = Literal["ours", "peer", "tuned"]
@@ -342,16 +344,6 @@ def changes(entries: Sequence[Line]) -> list[str]:
     return lines
 
 
-def write(section: str, page: Path) -> None:
-    """Put the section between its marks in a page."""
-    text = page.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"{page} has no place for the table; put these lines there: {BEGIN} {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -370,7 +362,7 @@ def main() -> None:
     if unknown := sorted(set(rows) - ROWS.keys()):
         parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if arguments.write:
-        write(render(read(arguments.output)), HERE / "README.md")
+        put_between(render(read(arguments.output)), HERE / "README.md", BEGIN, END)
         return
     with TemporaryDirectory() as folder:
         output = Path(folder) / "tiny.jsonl" if arguments.tiny else arguments.output

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def table(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("table")
-    for name in ("table", "work"):
+    for name in ("table", "work", "pages"):
         sys.modules.pop(name, None)
 
 
@@ -89,11 +89,11 @@ def test_what_is_not_the_default_of_the_peer_is_listed(table):
 def test_a_section_takes_the_place_of_the_one_before(table, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    table.write("new", page)
+    table.put_between("new", page, table.BEGIN, table.END)
     assert page.read_text() == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter\n"
     page.write_text("no place")
     with pytest.raises(SystemExit, match="has no place for the table"):
-        table.write("new", page)
+        table.put_between("new", page, table.BEGIN, table.END)
 
 
 def test_the_page_has_what_was_measured(table):
