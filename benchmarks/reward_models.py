@@ -35,9 +35,9 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from pages import put_between
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from pages import put_between
 from table import machine
 
 from rlhf_core.backbone.base_model import ModelConfig
