@@ -1,7 +1,7 @@
 """Memory and time of an ensemble beside one reward model, with the same LoRA settings.
 
-    python benchmarks/models.py smol --output /tmp/smol
-    python benchmarks/ensemble.py --model /tmp/smol
+    python benchmarks/models.py smol --output .rlhf/bench/smol
+    python benchmarks/ensemble.py --model .rlhf/bench/smol
 
 Each number of members is trained and scored with in processes of its own, so that a peak of memory
 belongs to it alone. Training is the stage itself on votes of random tokens of one length. Its peak
