@@ -450,7 +450,7 @@ def once(client, flow_run: str) -> None:
     condition = f"tags.`mlflow.parentRunId` = '{pipeline.info.run_id}'"
     children = client.search_runs([pipeline.info.experiment_id], condition)
     stages = [child.data.tags["stage"] for child in children]
-    assert len(stages) == len(set(stages)) == 6
+    assert len(stages) == len(set(stages)) == 7
     assert {run.info.status for run in (pipeline, *children)} == {"FINISHED"}
     for run in children:
         for name in run.data.metrics:
