@@ -203,7 +203,18 @@ def clustered_share(
     differ = drawn.high - drawn.low > 1e-9  # more than rounding
     if differ and n >= FEW_CLUSTERS and n * min(p, 1 - p) >= FEW_EITHER_WAY:
         return drawn
-    score = _wilson(p, n, confidence)
+    return at_least_wilson(drawn, clusters, confidence=confidence)
+
+
+def at_least_wilson(drawn: Interval, clusters: Tensor, *, confidence: float = 0.95) -> Interval:
+    """The wider of an interval of a share and Wilson's at n = (Σ N)² / Σ N², N a cluster's size.
+
+    Args:
+        drawn: the interval, in [0, 1].
+        clusters: (N,) int64, which cluster each value belongs to.
+    """
+    sizes = torch.unique(clusters, return_counts=True)[1].double()
+    score = _wilson(drawn.value, (sizes.sum() ** 2 / (sizes**2).sum()).item(), confidence)
     return Interval(drawn.value, min(drawn.low, score.low), max(drawn.high, score.high))
 
 

@@ -18,6 +18,7 @@ from rlhf_core.functional import (
     _contracts,
     advantages,
     chunked_head,
+    length_control,
     logprobs,
     losses,
     masking,
@@ -80,7 +81,17 @@ losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, la
 ranking.win_rate(wins, ties, losses, *, confidence=0.95)
 ranking.best_of_n_kl(n)
 """.strip().splitlines()
-MODULES = (_contracts, advantages, chunked_head, logprobs, losses, masking, ranking, rewards)
+MODULES = (
+    _contracts,
+    advantages,
+    chunked_head,
+    length_control,
+    logprobs,
+    losses,
+    masking,
+    ranking,
+    rewards,
+)
 
 
 @pytest.mark.parametrize("line", PUBLISHED, ids=lambda line: line.partition("(")[0])
