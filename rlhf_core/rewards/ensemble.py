@@ -42,10 +42,8 @@ from rlhf_core.errors import ModelError
 from rlhf_core.functional.rewards import combine
 
 MemberCombination = Literal["mean", "min", "mean_minus_variance", "weight_average"]
-TRUNK, MEMBERS = (
-    "trunk",
-    "members",
-)  # folders in a model directory; the second is a fact of its card
+TRUNK = "trunk"  # a folder in a model directory
+MEMBERS = "members"  # another, and a fact of its card
 
 
 class MemberSection(Section):

@@ -1,8 +1,8 @@
 """Shaping: what is made of the score of a response before a policy learns from it.
 
 A score that rises without bound pays for every step into the region where the reward model errs.
-The score is compared with reference answers, or whitened, then clipped, and what a response is too
-long is subtracted:
+The score is compared with reference answers, or whitened, then clipped, and a price for excess
+length is subtracted:
 
     score → σ(score - reference) or (score - μ) / σ → clip to ± limit → - coef·excess tokens
 
