@@ -8,8 +8,10 @@ from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.doubts import Chosen
-from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
+from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.plan import Sections
+from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
@@ -130,6 +132,9 @@ class PipelineConfig(ByAlgorithm):
     rloo: RLOOSection = Field(default_factory=RLOOConfig)
     grpo: GRPOSection = Field(default_factory=GRPOConfig)
     dpo: DPOSection = Field(default_factory=DPOConfig)
+    judge: JudgeConfig = Field(
+        default_factory=JudgeConfig, description="Who compares the answers of the policies"
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Comparison on held-out prompts"
     )
@@ -172,6 +177,8 @@ class PipelineConfig(ByAlgorithm):
         """The import paths of functions that a run calls, each with its setting."""
         rewards = getattr(self.policy, "rewards", ())
         found = [("the reward", term.source) for term in rewards if not term.is_model]
+        if self.judge.is_function:
+            found.append(("judge.source", self.judge.source))
         truth = self.evaluation.true_reward
         return [*found, ("evaluation.true_reward", truth)] if truth else found
 
@@ -183,6 +190,8 @@ class PipelineConfig(ByAlgorithm):
         monitor = getattr(self.policy, "monitor", None)
         if monitor is not None and not monitor.trains_held_out:
             named.append(monitor.held_out)
+        if self.judge.is_registered:
+            named.append(self.judge.source)
         return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
 
     @property

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
-from rlhf_core.evaluation.gates import Verdict
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.promotion.decision import Decision
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
@@ -57,7 +57,7 @@ class PipelineResult(Trained):
 
     run: PipelineRun
     scorecard: Scorecard
-    verdict: Verdict
+    decision: Decision
     report: str
 
 
@@ -80,14 +80,14 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
         question = config.promotion, scorecard, trained.policy, champion, run
-        verdict = promote(*question, ask_person(*question))
+        decision = promote(*question, ask_person(*question))
         return PipelineResult(
             **dict(trained),
             run=run,
             scorecard=scorecard,
-            verdict=verdict,
+            decision=decision,
             report=write_report(
-                scorecard, verdict, trained.report_card, config.algorithm, trained.models, run
+                scorecard, decision, trained.report_card, config.algorithm, trained.models, run
             ),
         )
 
@@ -144,6 +144,7 @@ def evaluate_policy(
     return evaluate(
         config.evaluation,
         config.sampling,
+        config.judge,
         trained.sft,
         trained.policy,
         trained.reward_model,

@@ -15,8 +15,9 @@ from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
 from flows.pipeline_flow import PipelineFlow, pipeline_flow
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.errors import ConfigError
-from rlhf_core.evaluation.gates import RewardGateConfig
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.card.report_card import ReportCard
+from rlhf_core.judges.load import JUDGE
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
@@ -176,6 +177,8 @@ def stage_flow(
                 champion = pin_champion(run)
                 if champion is not None and champion != inputs["policy"]:
                     inputs["champion"] = champion
+            if JUDGE in spec.optional_inputs and config.judge.is_registered:  # type: ignore[attr-defined]
+                inputs[JUDGE] = find_model(config.judge.source)  # type: ignore[attr-defined]
             made = any_stage(stage, getattr(config, stage), sections, inputs, run)
             if "reward" in made.models:
                 check_reward_model(made.models["reward"])

@@ -18,9 +18,11 @@ from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.networks import Network, ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import Validation
-from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig, can_show
+from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.functional.ranking import win_rate
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
 from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
@@ -200,7 +202,7 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
     prompts = _evaluated(sections, validation)
     each = sections.evaluation.samples_per_prompt
     yield (
-        f"Verdict: {_many(prompts, 'held-out prompt')}, {_many(each, 'answer')} to each; a win "
+        f"Decision: {_many(prompts, 'held-out prompt')}, {_many(each, 'answer')} to each; a win "
         f"rate near 0.5 will be known to about ± {_half_width(prompts):.2f}."
     )
     if "reward_model" in sections.trainings:

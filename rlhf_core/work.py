@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from rlhf_core.config import Section
+from rlhf_core.judges.judge import Judging
 from rlhf_core.metrics import MemoryLogger, StageLogger
 from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks
@@ -30,6 +31,8 @@ class Work:
         ranks: the processes that share the work; only this one by default.
         rewards_from: where reward functions may come from; anywhere by default, since whoever
             calls a stage of this package has named them.
+        judging: reaches judges outside this package and remembers their verdicts; None = there is
+            no endpoint, and nothing is remembered.
     """
 
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Work:
     recovery: Recovery = NO_RECOVERY
     ranks: Ranks = field(default_factory=Ranks)
     rewards_from: RewardPlaces | None = None
+    judging: Judging | None = None
 
     def section(self, kind: type[S]) -> S:
         """The shared settings of a class.

@@ -113,6 +113,7 @@ def logged(tmp_path_factory):
         "model": config.model,
         "limits": config.length_limits,
         "sampling": config.sampling,
+        "judge": config.judge,
     }
     loggers = {name: MemoryLogger() for name in STAGES}
 

@@ -4,11 +4,14 @@ Intervals are 95 % bootstraps that draw whole prompts, since answers to one prom
 those of win rates are at least as wide as Wilson's over the prompts.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.errors import NumericsError
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison
 from rlhf_core.functional.ranking import (
@@ -18,7 +21,13 @@ from rlhf_core.functional.ranking import (
     clustered_share,
     win_rate,
 )
+from rlhf_core.judges.config import REWARD_MODEL
+from rlhf_core.judges.judge import Judge, Pair, Verdict, Winner
+from rlhf_core.judges.load import by_score
 from rlhf_core.seeding import generator
+
+TRUTH = "true_reward"
+POINTS: Mapping[Winner | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: math.nan}
 
 
 def first_of_each(prompt: Tensor, k: int) -> Tensor:
@@ -58,31 +67,68 @@ def measure_arm(name: ArmName, answers: Answers, best_of: int, seed: int) -> Arm
     )
 
 
+def verdicts_on(
+    ours: Answers, theirs: Answers, prompts: Sequence[Prompt], judge: Judge | None
+) -> list[Verdict]:
+    """The verdict on each of N pairs: the i-th answer of ours is a, that of theirs is b.
+
+    A judge of None goes by the true reward if it is known, else by the reward model.
+    """
+    if judge is not None:
+        asked = [prompts[i] for i in ours.prompt.tolist()]
+        return judge([Pair(*texts) for texts in zip(asked, ours.texts, theirs.texts, strict=True)])
+    if ours.true is not None and theirs.true is not None:
+        return by_score(ours.true, theirs.true)
+    return by_score(ours.proxy, theirs.proxy)
+
+
+def judge_name(answers: Answers, judge: Judge | None) -> str:
+    """What reports call the judge of these answers."""
+    if judge is not None:
+        return judge.name
+    return REWARD_MODEL if answers.true is None else TRUTH
+
+
 def compare(
-    pair: tuple[ArmName, ArmName], answers: dict[ArmName, Answers], seed: int
+    pair: tuple[ArmName, ArmName],
+    answers: Mapping[ArmName, Answers],
+    seed: int,
+    prompts: Sequence[Prompt],
+    judge: Judge | None = None,
 ) -> Comparison:
-    """Compare the i-th answer of one arm to a prompt with the i-th answer of the other."""
+    """Compare the i-th answer of one arm to a prompt with the i-th answer of the other.
+
+    Raises: NumericsError when the judge gives no verdict at all.
+    """
     ours, theirs = (answers[name] for name in pair)
     k = min(int((arm.prompt == arm.prompt[0]).sum()) for arm in (ours, theirs))
     ours, theirs = (arm.pick(first_of_each(arm.prompt, k)) for arm in (ours, theirs))
-    if ours.true is not None and theirs.true is not None:
-        gap = ours.true - theirs.true
-    else:
-        gap = ours.proxy - theirs.proxy
-    outcome = (gap.sign() + 1) / 2  # a tie is half a win
-    counts = [int((outcome == points).sum()) for points in (1, 0.5, 0)]
+    name = judge_name(ours, judge)
+    verdicts = verdicts_on(ours, theirs, prompts, judge)
+    points = torch.tensor([POINTS[v.winner] for v in verdicts])
+    answered = ~points.isnan()
+    if not answered.any():
+        raise NumericsError(
+            f"the judge {name} gave no verdict on {pair[0]} against {pair[1]}; look at its log, "
+            "and check judge.endpoint"
+        )
+    outcome, prompt = points[answered], ours.prompt[answered]
+    counts = [int((outcome == value).sum()) for value in (1, 0.5, 0)]
     draws = generator(seed, f"evaluation/bootstrap/{pair[0]}/{pair[1]}")
     # Answers to one prompt are correlated, so bounds from single answers would be too narrow.
-    bounds = clustered_share(outcome, ours.prompt, generator=draws)
+    bounds = clustered_share(outcome, prompt, generator=draws)
+    means = points.view(-1, k).nanmean(1)
     return Comparison(
         candidate=pair[0],
         opponent=pair[1],
-        judge="reward_model" if ours.true is None else "true_reward",
+        judge=name,
         wins=counts[0],
         ties=counts[1],
         losses=counts[2],
-        prompts=len(outcome) // k,
+        prompts=len(prompt.unique()),
         win_rate=bounds._replace(value=win_rate(*counts).value),
+        points=tuple(None if math.isnan(mean) else mean for mean in means.tolist()),
+        unanswered=int((~answered).sum()),
     )
 
 

@@ -14,7 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 from torch import Tensor
 
-from rlhf_core.functional.ranking import clustered_bootstrap, expected_calibration_error
+from rlhf_core.functional.ranking import (
+    clustered_bootstrap,
+    expected_calibration_error,
+    win_rate,
+)
 
 FEW_PROMPTS = 10
 _RESAMPLES, _CHUNK = 1000, 50
@@ -175,3 +179,11 @@ def _bin_of(probabilities: Tensor) -> Tensor:
     """The bins of `expected_calibration_error`."""
     edges = torch.arange(1, _BINS).to(probabilities.dtype) / _BINS
     return torch.bucketize(probabilities, edges, right=True)
+
+
+def can_show(prompts: int, least: float) -> bool:
+    """Whether this many prompts, if all are won, show a share above `least`.
+
+    It uses Wilson's interval, which a win rate is never narrower than.
+    """
+    return prompts > 0 and win_rate(prompts, 0, 0).low > least

@@ -31,6 +31,9 @@ from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
 from rlhf_core.functional.ranking import (
     Interval,
 )
+from rlhf_core.judges.config import JudgeConfig
+from rlhf_core.judges.judge import Judge
+from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
 from rlhf_core.rewards.models import load_reward_model
@@ -95,12 +98,22 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     """Let every arm answer the held-out prompts, and compare the answers.
 
     Args:
-        work: inputs sft, policy, reward and data, and the champion if there is one; section
-            sampling.
+        work: inputs sft, policy, reward and data; champion, and judge, if there are such models;
+            sections sampling and judge.
 
     Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
+    judge = load_judge(
+        work.section(JudgeConfig),
+        registered=work.inputs.get(JUDGE),
+        max_length=sampling.max_length,
+        device=device,
+        precision=config.precision,
+        members=config,
+        places=work.rewards_from,
+        judging=work.judging,
+    )
     table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
@@ -139,7 +152,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
             answers[name] = answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
     arms = {name: answers[name] for name in ARMS if name in answers}
-    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)))
+    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)), judge)
 
 
 def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> RewardFunction | None:
@@ -167,7 +180,11 @@ def _curve_metrics(point: Point) -> dict[str, float]:
 
 
 def _report(
-    config: EvaluationConfig, bench: Bench, answers: dict[ArmName, Answers], best_of_n: Chart
+    config: EvaluationConfig,
+    bench: Bench,
+    answers: dict[ArmName, Answers],
+    best_of_n: Chart,
+    judge: Judge | None,
 ) -> EvaluationReport:
     arms = tuple(
         measure_arm(name, found, config.best_of, bench.seed) for name, found in answers.items()
@@ -179,7 +196,7 @@ def _report(
         ("policy", "champion"),
     ]
     comparisons = tuple(
-        compare(pair, answers, bench.seed)
+        compare(pair, answers, bench.seed, bench.prompts, judge)
         for pair in pairs
         if all(name in answers for name in pair)
     )

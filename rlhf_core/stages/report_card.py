@@ -29,11 +29,11 @@ from rlhf_core.config import Section
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import canonical_prompt, read_table
-from rlhf_core.evaluation import card_page
-from rlhf_core.evaluation.held_out import HeldOutVotes, pair_numbers
+from rlhf_core.evaluation.card import page as card_page
+from rlhf_core.evaluation.card.held_out import HeldOutVotes, pair_numbers
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.intervals import Estimate, rank_correlation
 from rlhf_core.evaluation.leaks import find_leaks
-from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.metrics import counted
 from rlhf_core.rewards.canaries import CanaryResult, end_marks, make_canaries, measure_canaries
 from rlhf_core.rewards.models import RewardModel, load_reward_model, score_texts

@@ -14,8 +14,9 @@ from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import TableKind
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
@@ -53,7 +54,7 @@ class StageSpec:
     @property
     def optimises(self) -> bool:
         """Whether it optimises the policy, and so is a value of `algorithm`."""
-        return "policy" in self.outputs
+        return self.trains and "policy" in self.outputs
 
 
 _ON_POLICY = {"sampling": SamplingConfig}
@@ -142,9 +143,9 @@ STAGES: dict[str, StageSpec] = {
     "evaluation": StageSpec(
         config=EvaluationConfig,
         function=evaluate,
-        sections={"sampling": SamplingConfig},
+        sections={"sampling": SamplingConfig, "judge": JudgeConfig},
         inputs=("policy", "data", "sft", "reward"),
-        optional_inputs=("champion",),
+        optional_inputs=("champion", "judge"),
         result=Scorecard,
     ),
 }

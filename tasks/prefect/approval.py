@@ -21,8 +21,10 @@ from prefect.flow_runs import resume_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field, ValidationError
 
-from rlhf_core.evaluation.gates import PromotionConfig, Rule, apply_rules
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.decision import Rule
+from rlhf_core.promotion.rules import apply_rules
 from tasks.prefect.ui import artifact_key
 from tasks.record import tags
 from tasks.record.describe import run_url

@@ -28,7 +28,7 @@ from tasks.reward_places import reward_places
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The first module of a stage, unless it is the one in `rlhf_core.stages` with its name.
-STARTS = {"promotion": "rlhf_core.evaluation.gates"}
+STARTS = {"promotion": "rlhf_core.promotion.rules"}
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:function
 ROOT = Path(rlhf_core.__file__).parent
 

@@ -4,8 +4,11 @@ from typing import cast
 
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.judges.config import JudgeConfig
+from rlhf_core.judges.load import JUDGE
 from rlhf_core.stages.evaluation import EvaluationConfig
 from tasks.prefect.ui import stage_task
+from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 from tasks.steps.stage import do_stage
 
@@ -14,6 +17,7 @@ from tasks.steps.stage import do_stage
 def evaluate(
     config: EvaluationConfig,
     sampling: SamplingConfig,
+    judge: JudgeConfig,
     sft: ModelRef,
     policy: ModelRef,
     reward_model: ModelRef,
@@ -25,11 +29,13 @@ def evaluate(
     inputs: dict[str, Ref] = {"sft": sft, "policy": policy, "reward": reward_model, "data": data}
     if champion is not None:
         inputs["champion"] = champion
+    if judge.is_registered:
+        inputs[JUDGE] = Record.open(patient=True).store.resolve(judge.source)
     return do_stage(
         "evaluation",
         config,
         run,
         inputs=inputs,
-        sections={"sampling": sampling},
+        sections={"sampling": sampling, "judge": judge},
         returns=lambda made: cast(Scorecard, made.result),
     )

@@ -8,9 +8,10 @@ from prefect import task
 from pydantic import BaseModel, ValidationError
 
 from rlhf_core.errors import UserError
-from rlhf_core.evaluation import gates
-from rlhf_core.evaluation.gates import PromotionConfig, Verdict
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.decision import Decision
+from rlhf_core.promotion.rules import apply_rules, decide
 from rlhf_core.types import Report
 from tasks.prefect import events
 from tasks.prefect.approval import Answer, answer_waiting, mark_waiting
@@ -59,7 +60,7 @@ def promote(
     champion: ModelRef | None,
     run: PipelineRun,
     answer: Answer | None = None,
-) -> Verdict:
+) -> Decision:
     """Move the alias `champion` to the candidate if every rule allows it; record the reasons.
 
     `champion` is the version that the evaluation compared with. If the champion has changed since,
@@ -84,39 +85,39 @@ def promote(
         reuse="own",
     ) as stage:
         if stage.cached:
-            return stage.kept(Verdict)
-        rules = gates.apply_rules(config, scorecard)
-        verdict = gates.decide(config, scorecard)
+            return stage.kept(Decision)
+        rules = apply_rules(config, scorecard)
+        decision = decide(config, scorecard)
         present = champion_of(record, candidate.name)
         if answer is not None:
-            verdict = _with_answer(verdict, answer)
+            decision = _with_answer(decision, answer)
         elif config.approval == "automatic":
-            verdict = _unless_rolled_back(verdict, record, candidate)
+            decision = _unless_rolled_back(decision, record, candidate)
         if present not in (champion, candidate):
-            verdict = verdict.refuse(
+            decision = decision.refuse(
                 f"the champion is now {tags.name_of(present)}, but the evaluation compared with "
                 f"{tags.name_of(champion)}"
             )
         needs_person = config.approval == "person" and present != candidate
-        waits = needs_person and answer is None and verdict.promote
+        waits = needs_person and answer is None and decision.promote
         if waits:
-            verdict = verdict.refuse(f"it waits for approval: rlhf promote {run.run_id[:8]}")
+            decision = decision.refuse(f"it waits for approval: rlhf promote {run.run_id[:8]}")
             mark_waiting(record, run, candidate)
         table = pd.DataFrame([rule.model_dump() for rule in rules])
         stage.record(Report(tables={"promotion": table}))
         runs = (stage.run_id, run.run_id)
-        reasons = "\n".join(verdict.reasons)
-        _tag_runs(record, runs, {tags.PROMOTED: tags.flag(verdict.promote), tags.REASONS: reasons})
+        reasons = "\n".join(decision.reasons)
+        _tag_runs(record, runs, {tags.PROMOTED: tags.flag(decision.promote), tags.REASONS: reasons})
         if answer is not None:
             _write_answer(record, answer, candidate, runs)
-        for reason in verdict.reasons:
+        for reason in decision.reasons:
             log.info(reason)
-        if verdict.promote and present != candidate:
+        if decision.promote and present != candidate:
             crown(record, candidate, champion, by=answer.by if answer else "")
-        elif not verdict.promote and not waits:
-            events.gate_refused(run.project, candidate, verdict.reasons)
-        stage.keep(verdict)
-        return verdict
+        elif not decision.promote and not waits:
+            events.gate_refused(run.project, candidate, decision.reasons)
+        stage.keep(decision)
+        return decision
 
 
 def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
@@ -191,18 +192,18 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
     return f"{target.uri} is the champion."
 
 
-def _with_answer(verdict: Verdict, answer: Answer) -> Verdict:
+def _with_answer(decision: Decision, answer: Answer) -> Decision:
     if answer.approve == "yes":
-        return verdict.allow(f"approved by {answer.summary}")
-    return verdict.refuse(f"not approved by {answer.summary}")
+        return decision.allow(f"approved by {answer.summary}")
+    return decision.refuse(f"not approved by {answer.summary}")
 
 
-def _unless_rolled_back(verdict: Verdict, record: Record, candidate: ModelRef) -> Verdict:
+def _unless_rolled_back(decision: Decision, record: Record, candidate: ModelRef) -> Decision:
     since = record.store.tags(candidate).get(tags.ROLLED_BACK_AT)
     if since is None:
-        return verdict
+        return decision
     back = f"rlhf rollback {project_of(candidate)} --to {candidate.version}"
-    return verdict.refuse(f"{candidate.uri} was rolled back at {since}; to restore it: {back}")
+    return decision.refuse(f"{candidate.uri} was rolled back at {since}; to restore it: {back}")
 
 
 def _write_answer(record: Record, answer: Answer, candidate: ModelRef, runs: Iterable[str]) -> None:

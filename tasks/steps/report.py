@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from rlhf_core.evaluation.card_findings import verdict as card_verdict
-from rlhf_core.evaluation.gates import Verdict
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.findings import verdict as card_verdict
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.evaluation import EvaluationReport
 from tasks.prefect.ui import PrefectRun, prefect_link_lines
 from tasks.record import tags
@@ -27,7 +27,7 @@ TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 @task(name="report", task_run_name="report")
 def write_report(
     scorecard: Scorecard,
-    verdict: Verdict,
+    decision: Decision,
     report_card: ReportCard,
     algorithm: str,
     models: Mapping[str, ModelRef],
@@ -35,7 +35,7 @@ def write_report(
 ) -> str:
     """Write `report.md` and the key numbers to the pipeline's run; show the page in Prefect."""
     record = Record.open()
-    text = render(scorecard, verdict, report_card, algorithm, models, run, record.settings)
+    text = render(scorecard, decision, report_card, algorithm, models, run, record.settings)
     record.write_page(run.run_id, text)
     record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
@@ -53,15 +53,15 @@ def write_report(
 
 def render(
     scorecard: Scorecard,
-    verdict: Verdict,
+    decision: Decision,
     report_card: ReportCard,
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     settings: Settings,
 ) -> str:
-    """The report as Markdown: reliability of the verdict, table, reasons, versions and links."""
-    promoted = "promoted to champion" if verdict.promote else "not promoted"
+    """The report as Markdown: reliability of the decision, table, reasons, versions and links."""
+    promoted = "promoted to champion" if decision.promote else "not promoted"
     return "\n".join(
         [
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
@@ -70,7 +70,7 @@ def render(
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
-            *(f"- {reason}" for reason in verdict.reasons),
+            *(f"- {reason}" for reason in decision.reasons),
             "",
             "Registered: " + ", ".join(f"`{ref.uri}`" for ref in models.values()),
             "",
@@ -82,10 +82,10 @@ def render(
 
 
 def _basis(scorecard: Scorecard, card: ReportCard, reward_model: ModelRef) -> list[str]:
-    """The basis of the verdict, how well the reward model predicts votes, and its report card."""
+    """The basis of the decision, how well the reward model predicts votes, and its report card."""
     match = scorecard.comparison("policy", "sft")
     quality, name = card.quality, f"- Reward model `{reward_model.uri}`"
-    said = [] if match is None else [f"- Verdict: by {match.judge}, from {match.basis}."]
+    said = [] if match is None else [f"- Decision: by {match.judge}, from {match.basis}."]
     if quality is None:
         said.append(f"{name}: its held-out accuracy is unknown.")
     else:

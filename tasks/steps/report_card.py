@@ -6,9 +6,9 @@ from typing import cast
 from prefect import task
 
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.evaluation.card_findings import findings, verdict
-from rlhf_core.evaluation.gates import RewardGateConfig, require_reward_model
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.findings import findings, verdict
+from rlhf_core.evaluation.card.gate import RewardGateConfig, require_reward_model
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.stages.report_card import ReportCardConfig
 from tasks.prefect.ui import stage_task

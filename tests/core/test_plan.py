@@ -9,8 +9,9 @@ from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
-from rlhf_core.evaluation.gates import PromotionConfig, RewardGateConfig
+from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.plan import NetworkPlan, Sections, make_plan
+from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.seeding import generator
 from rlhf_core.stages.dpo import DPOConfig
 from rlhf_core.stages.evaluation import EvaluationConfig
@@ -195,13 +196,13 @@ def test_a_model_that_is_not_there(tmp_path):
 def test_how_much_can_be_known():
     # Wilson at one half: z / (2·√(n + z²)) with z = 1.96: 0.2007 and 0.0962.
     assert plan(validation(prompts=20, voted=100)).certainty == (
-        "Verdict: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
+        "Decision: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
         "about ± 0.20.",
         "Reward model: 30 held-out votes on 100 prompts; an accuracy near 0.5 will be known to "
         "about ± 0.10.",
     )
     few = EvaluationConfig(prompts=2, samples_per_prompt=1)
-    assert plan(evaluation=few).certainty[0].startswith("Verdict: 2 held-out prompts, 1 answer")
+    assert plan(evaluation=few).certainty[0].startswith("Decision: 2 held-out prompts, 1 answer")
 
 
 MORE = "(raise data.eval_fraction, or add evaluation data)"

@@ -21,4 +21,4 @@ def test_the_demo_raises_the_true_reward_and_stays_near_its_reference():
     assert against_sft.judge == "true_reward"
     assert against_sft.win_rate.low > 0.7
     assert policy.kl.value < 10
-    assert result.verdict.promote
+    assert result.decision.promote

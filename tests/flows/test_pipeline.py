@@ -14,8 +14,9 @@ from prefect import flow
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.errors import ConfigError, ModelError
-from rlhf_core.evaluation.card_findings import verdict
-from rlhf_core.evaluation.gates import PromotionConfig, RewardQuality
+from rlhf_core.evaluation.card.findings import verdict
+from rlhf_core.evaluation.card.gate import RewardQuality
+from rlhf_core.promotion.config import PromotionConfig
 from tasks.record.run import open_run
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import ModelRef
@@ -125,7 +126,7 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
     )
     title, _, judge, reward, card, *_ = first.report.splitlines()
     assert title.startswith("# tiny, seed 0: models:/tiny-policy/")
-    assert judge == "- Verdict: by true_reward, from 2 answers to each of 6 held-out prompts."
+    assert judge == "- Decision: by true_reward, from 2 answers to each of 6 held-out prompts."
     assert reward.startswith(
         f"- Reward model `{first.reward_model.uri}`: held-out accuracy {accuracy:.3f} [{low:.3f}, "
         f'{high:.3f}] over {votes:.0f} votes on {prompts:.0f} prompts; the rule "prefer the '
@@ -140,7 +141,7 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
     assert parent.metrics["reward_model/longer_accuracy"] == pytest.approx(longer)
     assert parent.metrics["reward_model/held_out_votes"] == votes
     assert parent.tags["mlflow.note.content"] == first.report
-    assert "from 2 answers to each of 6 held-out prompts" in first.verdict.reasons[0]
+    assert "from 2 answers to each of 6 held-out prompts" in first.decision.reasons[0]
 
 
 def test_every_version_names_its_parents_data_code_and_seed(store, first):
@@ -187,11 +188,11 @@ def test_figures_and_tables_lie_with_their_stage(client, first):
 
 
 def test_the_champion_moves_only_by_the_verdict(client, store, first):
-    assert first.verdict.promote, first.verdict
+    assert first.decision.promote, first.decision
     assert store.get_alias("tiny-policy", "champion") == first.policy
     tags = children(client, first)["promotion"].data.tags
     assert tags["promoted"] == "true"
-    assert tags["reasons"].splitlines() == list(first.verdict.reasons)
+    assert tags["reasons"].splitlines() == list(first.decision.reasons)
 
 
 def test_the_same_again_takes_everything_from_the_registry(client, store, first):
@@ -243,7 +244,7 @@ def test_reused_models_are_taken_by_version_and_the_champion_takes_part(client, 
     assert (second.sft, second.reward_model) == (first.sft, first.reward_model)
     assert second.report_card == first.report_card  # from the run that made it
     assert second.scorecard.comparison("policy", "champion") is not None
-    assert not second.verdict.promote
+    assert not second.decision.promote
     assert "not promoted" in second.report
     assert store.get_alias("tiny-policy", "champion") == first.policy
     assert sorted(children(client, second)) == [
@@ -307,7 +308,7 @@ def test_a_reward_model_of_unknown_worth_is_said_to_be_that(client, store, first
     assert f"{stranger.uri}: its held-out accuracy is unknown" in caplog.text
     text = render(
         first.scorecard,
-        first.verdict,
+        first.decision,
         first.report_card.model_copy(update={"accuracy": None}),
         "ppo",
         {"reward": stranger, "policy": first.policy},
@@ -441,9 +442,9 @@ def test_a_champion_that_moved_meanwhile_is_not_overruled(client, store, first):
         rules = PromotionConfig(**TINY["promotion"])
         return promote(rules, first.scorecard, stranger, None, first.run)
 
-    verdict = late_promotion()
-    assert not verdict.promote
-    assert f"the champion is now {first.policy.uri}" in verdict.reasons[-1]
+    decision = late_promotion()
+    assert not decision.promote
+    assert f"the champion is now {first.policy.uri}" in decision.reasons[-1]
     assert store.get_alias("tiny-policy", "champion") == first.policy
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from rlhf_core.evaluation.card_page import _canaries, canaries_table
-from rlhf_core.evaluation.report_card import ReportCard
+from rlhf_core.evaluation.card.page import _canaries, canaries_table
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.rewards.canaries import make_canaries, measure_canaries
 
 

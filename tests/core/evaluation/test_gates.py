@@ -6,17 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.errors import ModelError
-from rlhf_core.evaluation.gates import (
-    PromotionConfig,
-    RewardGateConfig,
-    RewardQuality,
-    Verdict,
-    can_show,
-    decide,
-    require_reward_model,
-)
+from rlhf_core.evaluation.card.gate import RewardGateConfig, RewardQuality, require_reward_model
+from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.decision import Decision
+from rlhf_core.promotion.rules import decide
 from rlhf_core.rewards.canaries import CanaryResult
 
 CONFIG = PromotionConfig(
@@ -69,21 +65,21 @@ def scorecard(*, low=0.61, champion=None, **policy):
     return Scorecard(arms=tuple(arms), comparisons=tuple(comparisons))
 
 
-def failures(verdict):
-    return [reason for reason in verdict.reasons if reason.startswith("FAIL: ")]
+def failures(decision):
+    return [reason for reason in decision.reasons if reason.startswith("FAIL: ")]
 
 
 def test_policy_that_meets_every_rule_is_promoted():
-    verdict = decide(CONFIG, scorecard())
-    assert verdict.promote
-    assert len(verdict.reasons) == 5
-    assert all(reason.startswith("pass: ") for reason in verdict.reasons)
+    decision = decide(CONFIG, scorecard())
+    assert decision.promote
+    assert len(decision.reasons) == 5
+    assert all(reason.startswith("pass: ") for reason in decision.reasons)
 
 
 def test_champion_adds_a_rule():
-    verdict = decide(CONFIG, scorecard(champion=0.56))
-    assert verdict.promote
-    assert len(verdict.reasons) == 6
+    decision = decide(CONFIG, scorecard(champion=0.56))
+    assert decision.promote
+    assert len(decision.reasons) == 6
 
 
 @pytest.mark.parametrize(
@@ -103,9 +99,9 @@ def test_champion_adds_a_rule():
     ],
 )
 def test_each_rule_refuses_alone_and_says_why(change, said):
-    verdict = decide(CONFIG, scorecard(**change))
-    assert not verdict.promote
-    (failure,) = failures(verdict)
+    decision = decide(CONFIG, scorecard(**change))
+    assert not decision.promote
+    (failure,) = failures(decision)
     assert said in failure
 
 
@@ -139,8 +135,8 @@ def test_no_champion_is_made_of_one_prompt():
         prompts=1,
         win_rate=exactly(1.0),
     )
-    verdict = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
-    failure, too_few = failures(verdict)
+    decision = decide(PromotionConfig(), Scorecard(arms=scorecard().arms, comparisons=(won,)))
+    failure, too_few = failures(decision)
     assert too_few == "FAIL: held-out prompts 1; at least 5 (promotion.min_prompts)"
     assert failure == (
         "FAIL: win rate over sft 1.000 [1.000, 1.000] by true_reward, from 2 answers to 1 held-out "
@@ -155,9 +151,9 @@ def test_a_promotion_rests_on_enough_prompts(prompts, least, passes):
     config = PromotionConfig(min_win_rate=0.0, min_prompts=least)
     card = scorecard()
     few = card.comparisons[0].model_copy(update={"prompts": prompts})
-    verdict = decide(config, Scorecard(arms=card.arms, comparisons=(few,)))
-    assert verdict.promote is passes
-    assert [reason[:22] for reason in failures(verdict)] == ["FAIL: held-out prompts"] * (
+    decision = decide(config, Scorecard(arms=card.arms, comparisons=(few,)))
+    assert decision.promote is passes
+    assert [reason[:22] for reason in failures(decision)] == ["FAIL: held-out prompts"] * (
         not passes
     )
 
@@ -271,11 +267,11 @@ def test_every_rule_is_answered_even_when_all_fail():
 
 
 def test_refusal_from_outside_is_added_to_the_reasons():
-    verdict = decide(CONFIG, scorecard())
-    refused = verdict.refuse("the champion changed meanwhile")
+    decision = decide(CONFIG, scorecard())
+    refused = decision.refuse("the champion changed meanwhile")
     assert not refused.promote
-    assert refused.reasons == (*verdict.reasons, "FAIL: the champion changed meanwhile")
-    assert verdict.promote  # a verdict is a value
+    assert refused.reasons == (*decision.reasons, "FAIL: the champion changed meanwhile")
+    assert decision.promote  # a decision is a value
 
 
 def test_scorecard_without_what_is_asked_for():
@@ -299,8 +295,8 @@ def test_a_perplexity_beyond_any_number_survives_json():
 def test_scorecard_and_verdict_survive_json():
     card = scorecard(champion=0.56)
     assert Scorecard.model_validate_json(card.model_dump_json()) == card
-    verdict = decide(CONFIG, card)
-    assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
+    decision = decide(CONFIG, card)
+    assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 
 def test_every_setting_is_read(recording):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rlhf_core.evaluation.held_out import HeldOutVotes, pair_numbers
+from rlhf_core.evaluation.card.held_out import HeldOutVotes, pair_numbers
 
 
 def votes(*rows, gaps=None, longer=None, scale=1.0, **columns):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from test_invariants import ON_POLICY, Restless
-from tiny import CONFIGS, MODEL, SAMPLING, World, change, digest, run
+from tiny import CONFIGS, JUDGED, MODEL, SAMPLING, World, change, digest, run
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,7 +125,10 @@ def test_every_product_of_a_stage_is_in_bfloat16(world, words, looking, tmp_path
 
 def test_every_product_of_the_evaluation_is_in_bfloat16(world, words, looking):
     models = {"sft": world.sft, "policy": world.sft, "reward": world.reward}
-    work = Work(inputs={**models, "data": world.data}, sections={"sampling": SAMPLING})
+    work = Work(
+        inputs={**models, "data": world.data},
+        sections=JUDGED,
+    )
     config = EvaluationConfig(prompts=2, samples_per_prompt=2, best_of=2, precision="bfloat16")
     with looking() as products:
         report = evaluate(config, work)

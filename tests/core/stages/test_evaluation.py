@@ -19,6 +19,7 @@ from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
 from rlhf_core.evaluation.scorecard import Arm
+from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.rewards.functions import load_function
 from rlhf_core.seeding import generator
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
@@ -84,7 +85,10 @@ def run(toy_sft, toy_policy, toy_reward, prepared, toy_sampling, logger):
     def run(config=CONFIG, *, sampling=toy_sampling, logger=logger, seed=0, **inputs):
         given = {"sft": toy_sft, "policy": toy_policy, "reward": toy_reward, "data": prepared}
         work = Work(
-            inputs=given | inputs, sections={"sampling": sampling}, logger=logger, seed=seed
+            inputs=given | inputs,
+            sections={"sampling": sampling, "judge": JudgeConfig()},
+            logger=logger,
+            seed=seed,
         )
         return evaluate(config, work)
 
@@ -131,7 +135,7 @@ def test_win_rate_by_hand(with_truth):
     }
     if not with_truth:
         pair = {name: answers(prompt, proxy=a.proxy.tolist()) for name, a in pair.items()}
-    found = compare(("policy", "sft"), pair, 0)
+    found = compare(("policy", "sft"), pair, 0, ["x", "y"])
     assert (found.wins, found.ties, found.losses) == (2, 1, 1)
     assert found.win_rate.value == 2.5 / 4
     # The prompts are drawn whole: their rates are 3/4 and 1/2, so no draw lies outside. But two of
@@ -146,7 +150,7 @@ def test_comparison_takes_as_many_answers_as_both_have():
         "policy": answers([0, 0, 0, 1, 1, 1], proxy=[1.0, 9.0, 9.0, 1.0, 9.0, 9.0]),
         "best_of_n": answers([0, 1], proxy=[2.0, 0.0]),
     }
-    found = compare(("policy", "best_of_n"), pair, 0)
+    found = compare(("policy", "best_of_n"), pair, 0, ["x", "y"])
     assert (found.wins, found.ties, found.losses) == (1, 0, 1)
 
 

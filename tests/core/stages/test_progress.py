@@ -5,7 +5,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
-from tiny import CONFIGS, MODEL, SAMPLING, World, change, run
+from tiny import CONFIGS, JUDGED, MODEL, World, change, run
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -76,7 +76,9 @@ def test_a_training_stage_never_works_long_without_a_word(world, tmp_path, signs
 def test_neither_does_the_evaluation(world, signs):
     models = {"sft": world.sft, "policy": world.sft, "reward": world.reward, "champion": world.sft}
     work = Work(
-        inputs={**models, "data": world.data}, sections={"sampling": SAMPLING}, logger=signs
+        inputs={**models, "data": world.data},
+        sections=JUDGED,
+        logger=signs,
     )
     evaluate(EvaluationConfig(prompts=4, samples_per_prompt=2, best_of=4), work)
     require_signs(signs)

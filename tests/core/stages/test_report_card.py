@@ -18,7 +18,7 @@ from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table, write_table
-from rlhf_core.evaluation.card_findings import findings, verdict
+from rlhf_core.evaluation.card.findings import findings, verdict
 from rlhf_core.rewards.canaries import KINDS
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.stages.report_card import ReportCardConfig, _draw, write_report_card

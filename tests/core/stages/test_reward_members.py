@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from tiny import CONFIGS, SAMPLING, World, change, digest, first_gradients, run
+from tiny import CONFIGS, JUDGED, SAMPLING, World, change, digest, first_gradients, run
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -251,6 +251,6 @@ def test_best_of_n_chooses_by_the_combination(of_members, tmp_path, how):
     inputs = {name: getattr(of_members, name) for name in ("data", "sft")}
     inputs |= {"policy": of_members.sft, "reward": of_members.ensemble}
     config = EvaluationConfig(combine_members=how, best_of=4, samples_per_prompt=2, prompts=4)
-    report = evaluate(config, Work(inputs=inputs, sections={"sampling": SAMPLING}))
+    report = evaluate(config, Work(inputs=inputs, sections=JUDGED))
     arms = {arm.name: arm.proxy_reward.value for arm in report.scorecard.arms}
     assert arms["best_of_n"] > arms["sft"]

@@ -14,6 +14,7 @@ from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table
+from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.stages.dpo import DPOConfig
@@ -28,6 +29,7 @@ from rlhf_core.work import Work
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=2, width=16, heads=2, context=32, vocab_size=290))
 SAMPLING = SamplingConfig(max_prompt_length=6, max_new_tokens=8, temperature=0.9, batch_size=3)
+JUDGED = {"sampling": SAMPLING, "judge": JudgeConfig()}  # the sections of an evaluation
 THINGS = ("room", "film", "bed", "song")
 GOOD, BAD = ("good", "warm"), ("bad", "cold")
 

@@ -266,7 +266,7 @@ def test_validate_prints_the_report_and_the_plan_and_trains_nothing(rlhf, tmp_pa
     policy = 400 * 32 + 96 * 32 + 12 * 32**2 + 13 * 32 + 64
     for learnt in (f"policy: all {policy:,}", f"reward model: all {policy + 32:,}"):
         assert learnt in result.stdout
-    assert "Verdict: 3 held-out prompts, 1 answer to each" in result.stdout
+    assert "Decision: 3 held-out prompts, 1 answer to each" in result.stdout
     assert "Warning: No policy can be promoted: 3 held-out prompts cannot show" in result.stdout
     assert not (tmp_path / "home").exists()
 

@@ -2,9 +2,10 @@
 
 from prefect import flow
 
-from rlhf_core.evaluation.gates import PromotionConfig, Verdict
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.ranking import Interval
+from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.decision import Decision
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import ModelRef
@@ -44,7 +45,7 @@ def scorecard(kl=4.0):
 
 
 @flow(name="approval")
-def approval(config: PromotionConfig, version: int, kl: float = 4.0) -> Verdict:
+def approval(config: PromotionConfig, version: int, kl: float = 4.0) -> Decision:
     """Promote a version of `toy-policy`, if rules and person allow it."""
     candidate = ModelRef(name="toy-policy", version=version)
     with open_run("toy", config, 0) as run:

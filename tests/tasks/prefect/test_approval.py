@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from rlhf_core.errors import UserError
-from rlhf_core.evaluation.gates import PromotionConfig
+from rlhf_core.promotion.config import PromotionConfig
 from tasks.prefect.approval import Answer
 from tasks.record.describe import ensure_experiment
 from tasks.registry.model_store import MlflowModelStore
@@ -179,9 +179,9 @@ def test_a_yes_promotes_and_is_written_down(client, store, new_version, trigger,
     assert state(flow_run).name == "Suspended"
     assert store.get_alias("toy-policy", "champion") != candidate
     resume_flow_run(flow_run, run_input=YES)
-    verdict = work(flow_run)
-    assert verdict.promote
-    assert verdict.reasons[-1] == "pass: approved by Ada: reads well"
+    decision = work(flow_run)
+    assert decision.promote
+    assert decision.reasons[-1] == "pass: approved by Ada: reads well"
     assert state(flow_run).is_completed()
     assert store.get_alias("toy-policy", "champion") == candidate
     run = pipeline_run(client, flow_run)  # one, though the flow has run twice
@@ -207,9 +207,9 @@ def test_a_no_is_a_result(client, store, new_version, trigger, work, state):
     flow_run = trigger(candidate.version)
     work(flow_run)
     resume_flow_run(flow_run, run_input=NO)
-    verdict = work(flow_run)
-    assert not verdict.promote
-    assert verdict.reasons[-1] == "FAIL: not approved by Ada: flatters"
+    decision = work(flow_run)
+    assert not decision.promote
+    assert decision.reasons[-1] == "FAIL: not approved by Ada: flatters"
     assert state(flow_run).is_completed()
     assert store.get_alias("toy-policy", "champion") == before
     for tags in (pipeline_run(client, flow_run).data.tags, store.tags(candidate)):
@@ -229,9 +229,9 @@ def test_a_champion_that_changed_meanwhile_is_not_overruled_by_a_yes(
     before = store.get_alias("toy-policy", "champion")
     store.set_alias(rival, "champion")
     resume_flow_run(flow_run, run_input=YES)
-    verdict = work(flow_run)
-    assert not verdict.promote
-    assert verdict.reasons[-2:] == (
+    decision = work(flow_run)
+    assert not decision.promote
+    assert decision.reasons[-2:] == (
         "pass: approved by Ada: reads well",
         f"FAIL: the champion is now {rival.uri}, but the evaluation compared with "
         f"{before.uri if before else 'none'}",
@@ -311,23 +311,23 @@ def test_an_answer_counts_though_the_policy_came_into_use_meanwhile(
     work(flow_run)
     store.set_alias(candidate, "champion")
     resume_flow_run(flow_run, run_input=YES)
-    verdict = work(flow_run)
-    assert verdict.promote
-    assert verdict.reasons[-1] == "pass: approved by Ada: reads well"
+    decision = work(flow_run)
+    assert decision.promote
+    assert decision.reasons[-1] == "pass: approved by Ada: reads well"
     assert answered(store.tags(candidate))["approved"] == "true"
 
 
 def test_rules_that_refuse_ask_nobody(new_version, trigger, work):
-    verdict = work(trigger(new_version().version, kl=21.0))
-    assert not verdict.promote
-    assert verdict.reasons[1].startswith("FAIL: KL to SFT 21.00")
+    decision = work(trigger(new_version().version, kl=21.0))
+    assert not decision.promote
+    assert decision.reasons[1].startswith("FAIL: KL to SFT 21.00")
 
 
 def test_nobody_is_asked_unless_the_config_says_so(store, new_version, trigger, work):
     candidate = new_version()
-    verdict = work(trigger(candidate.version, {}))
-    assert verdict.promote
-    assert not any("approved" in reason for reason in verdict.reasons)
+    decision = work(trigger(candidate.version, {}))
+    assert decision.promote
+    assert not any("approved" in reason for reason in decision.reasons)
     assert store.get_alias("toy-policy", "champion") == candidate
 
 
@@ -342,9 +342,9 @@ def with_prefect() -> Settings:
 def test_a_run_without_a_worker_ends_and_waits_for_the_command(client, store, new_version):
     before = store.get_alias("toy-policy", "champion")
     candidate = new_version()
-    verdict = approval(PromotionConfig(**PERSON), candidate.version)
-    assert not verdict.promote
-    said, _, name = verdict.reasons[-1].rpartition(" ")
+    decision = approval(PromotionConfig(**PERSON), candidate.version)
+    assert not decision.promote
+    said, _, name = decision.reasons[-1].rpartition(" ")
     assert said == "FAIL: it waits for approval: rlhf promote"
     assert store.get_alias("toy-policy", "champion") == before
     assert promote_run(name, by="Bo", reason="", settings=read_settings()) == (
@@ -369,8 +369,8 @@ def test_the_command_answers_a_run_that_is_suspended(client, new_version, trigge
 
 def test_the_command_refuses_a_champion_that_changed_and_a_name_that_is_none(store, new_version):
     candidate, rival = new_version(), new_version()
-    verdict = approval(PromotionConfig(**PERSON), candidate.version)
-    name = verdict.reasons[-1].split()[-1]
+    decision = approval(PromotionConfig(**PERSON), candidate.version)
+    name = decision.reasons[-1].split()[-1]
     with pytest.raises(UserError, match="--by"):
         promote_run(name, by=" ", reason="", settings=read_settings())
     store.set_alias(rival, "champion")

@@ -47,7 +47,7 @@ TRAINED = {"sft", "reward_model", "ppo", "rloo", "grpo", "dpo"}
     ("path", "stages"),
     [
         ("stages/evaluation.py", {"evaluation"}),
-        ("evaluation/gates.py", {"promotion"}),
+        ("promotion/rules.py", {"promotion"}),
         ("stages/sft.py", {"sft"}),
         ("stages/ppo.py", {"ppo"}),
         ("onpolicy/update.py", {"ppo", "rloo", "grpo"}),

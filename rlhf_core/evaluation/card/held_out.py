@@ -16,13 +16,13 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_core.data.pairs import half_for_ties, prompt_numbers, with_winners
 from rlhf_core.data.prepared import KEPT, canonical_prompt
+from rlhf_core.evaluation.card.report_card import Agreement, Bin, Members, Share, Slice, SmallSlices
 from rlhf_core.evaluation.intervals import (
     Estimate,
     calibration_estimate,
     calibration_noise,
     mean_estimate,
 )
-from rlhf_core.evaluation.report_card import Agreement, Bin, Members, Share, Slice, SmallSlices
 from rlhf_core.functional.ranking import clustered_share, expected_calibration_error
 from rlhf_core.seeding import generator
 

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.evaluation.gates import RewardQuality
+from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.evaluation.intervals import Estimate
 from rlhf_core.evaluation.leaks import Leaks
 from rlhf_core.functional.ranking import Interval

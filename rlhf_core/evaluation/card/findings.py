@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.intervals import FEW_PROMPTS
-from rlhf_core.evaluation.report_card import ReportCard
 from rlhf_core.rewards.canaries import MOST_BEATEN
 
 STRONG_CORRELATION = 0.5  # a rule of thumb: a quarter of the variance of the ranks

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from rlhf_core.evaluation.card_findings import Finding, findings, verdict
-from rlhf_core.evaluation.report_card import ReportCard, Share
+from rlhf_core.evaluation.card.findings import Finding, findings, verdict
+from rlhf_core.evaluation.card.report_card import ReportCard, Share
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.rewards.canaries import not_measured
 

@@ -1,0 +1,65 @@
+"""What a judge is: it reads two answers to a prompt and says which is better.
+
+Pair      two answers to one prompt
+Verdict   which of them won, and why, if the judge says so
+Judge     gives a verdict on each pair
+Judging   what a stage needs from outside to build a judge: an endpoint, and a memory of verdicts
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.judges.config import EndpointConfig
+
+Winner: TypeAlias = Literal["a", "b", "tie"]
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, in the order in which they are shown."""
+
+    prompt: Prompt
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which answer of a pair is better."""
+
+    winner: Winner | None  # None: the judge gave no usable answer, which is counted and no tie
+    reason: str = ""  # in the words of the judge, if it gives one
+    # whether it said the same with the answers exchanged; None for a judge without an order
+    consistent: bool | None = None
+
+
+class Judge(Protocol):
+    """Compares answers. It reads texts only, whoever wrote them."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports and metrics."""
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """One verdict for each pair.
+
+        Raises: ConfigError when the judge cannot work at all, as with a wrong key.
+        """
+
+
+class Judging(Protocol):
+    """How a stage reaches judges outside this package, and remembers what they said."""
+
+    def endpoint(self, config: EndpointConfig) -> Judge:
+        """The judge behind an OpenAI-compatible endpoint, which sees each pair in one order.
+
+        Raises: ConfigError when the environment names no endpoint.
+        """
+
+    def remembered(self, judge: Judge, identity: str) -> Judge:
+        """The same judge, which is asked about a pair only once.
+
+        Args:
+            identity: of everything beside the pair that its verdict depends on.
+        """
