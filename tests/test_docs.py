@@ -148,8 +148,12 @@ def general(name, *, stage=""):
         return name
     name = re.sub(r"_(low|high)$", "", name)
     name = re.sub(r"^summary/canary/.+", "summary/canary/KIND", name)
-    name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
-    return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
+    name = re.sub(r"/sign_\w+", "/sign_KIND", name)
+    pair = r"(win_rate|length_controlled_win_rate)"
+    name = re.sub(rf"^summary/{pair}/.+", r"summary/\1/CANDIDATE_over_OPPONENT", name)
+    difference = "summary/win_rate_difference/FIRST_minus_SECOND_over_OPPONENT"
+    name = re.sub(r"^summary/win_rate_difference/.+", difference, name)
+    return re.sub(r"^summary/(base|sft|policy|best_of_n|champion)/", "summary/ARM/", name)
 
 
 def documented(page, heading):
