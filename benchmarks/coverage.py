@@ -82,7 +82,7 @@ LENGTHS = (
     Lengths(0.0, 0.0, 0.0),
     Lengths(0.0, 1.0, 0.5),
     Lengths(1.5, 0.5, 0.5),
-    Lengths(0.0, 1.0, 0.5, arms=3),
+    Lengths(0.0, 1.0, 0.5, arms=2),
 )
 
 
