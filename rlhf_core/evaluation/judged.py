@@ -185,8 +185,8 @@ def position_consistency(said: Sequence[Said], seed: int) -> Interval | None:
 def judge_numbers(facts: JudgeFacts) -> dict[str, float]:
     """The facts as metrics; position consistency and cost only where there is one."""
     numbers: dict[str, float] = {
-        "judge/pairs": facts.pairs,
-        "judge/unanswered": facts.unanswered,
+        "judge/pairs": float(facts.pairs),
+        "judge/unanswered": float(facts.unanswered),
     }
     if facts.consistency is not None:
         numbers |= _bounds("judge/consistency", facts.consistency)
