@@ -18,6 +18,7 @@ from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
 from tasks.steps.evaluation import evaluate
+from tasks.steps.judge import check_judge
 from tasks.steps.policy import find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
@@ -95,6 +96,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
+    check_judge(config.judge)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)

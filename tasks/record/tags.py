@@ -64,6 +64,7 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 # ---- values, and a prefix of metrics ----
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
+VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 
