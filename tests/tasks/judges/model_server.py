@@ -108,6 +108,7 @@ def serving(model=longer, trouble=lambda number, question: None):
     told = Server(model, trouble)
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     http.daemon_threads, http.told = True, told
+    http.handle_error = lambda *_: None  # a client that is stopped hangs up
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     told.address = f"http://127.0.0.1:{http.server_address[1]}/v1"
