@@ -19,6 +19,7 @@ from rlhf_core.promotion.evidence import (
 )
 from rlhf_core.promotion.holm import holm, passes
 
+LONGER = 1.25  # times, beyond which a win rate has to be known at equal length
 _FEW = ", which so few prompts cannot show"
 
 
@@ -114,18 +115,33 @@ def win_rates(config: PromotionConfig, scorecard: Scorecard, alpha: float) -> li
 
 
 def _at_equal_length(config: PromotionConfig, scorecard: Scorecard, alpha: float) -> list[Rule]:
-    tests = list[Claim]()
+    """What is left of the win rates if longer answers have no advantage."""
+    family: Family = "win rate at equal length"
+    tests, rules = list[Claim](), list[Rule]()
     for match, least, required in _matches(config, scorecard):
-        rate = match.length_controlled
+        rate, name = match.length_controlled, f"win rate over {match.opponent} at equal length"
         if rate is not None:
-            name = f"win rate over {match.opponent} at equal length"
-            p, prompts = p_of_interval(rate, least), match.prompts
-            family: Family = "win rate at equal length"
-            tests.append(Claim(family, name, _text(rate), required, p, prompts, least))
-    if not tests:
-        name = "win rate at equal length"
-        return [absent(name, "win rate at equal length", "not measured")]
-    return with_levels(tests, alpha)
+            p = p_of_interval(rate, least)
+            tests.append(Claim(family, name, _text(rate), required, p, match.prompts, least))
+        else:
+            rules.append(_without_equal_length(name, match, least, scorecard))
+    return [*with_levels(tests, alpha), *rules]
+
+
+def _without_equal_length(name: str, match: Comparison, least: float, scorecard: Scorecard) -> Rule:
+    """Nobody can tell it when hardly any answer is as short as the other: it must not matter."""
+    family: Family = "win rate at equal length"
+    ours, theirs = scorecard.arm("policy"), scorecard.arm(match.opponent)
+    if not match.points or least <= 0 or ours is None or theirs is None:
+        return absent(name, family, "not measured")
+    return Rule(
+        name=name,
+        family=family,
+        measured=f"is unknown; the answers have {ours.length:.1f} tokens, the others "
+        f"{theirs.length:.1f}",
+        required=f"without it, at most {LONGER:g} times as long",
+        passed=ours.length <= LONGER * theirs.length,
+    )
 
 
 def _matches(

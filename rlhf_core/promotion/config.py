@@ -73,7 +73,7 @@ class PromotionConfig(Section):
         "shown in it: it refuses, or it is named and left out",
     )
     max_sign_excess: float = Field(
-        0.1,
+        0.15,
         gt=0,
         le=1,
         description="By how much more of the policy's answers than of SFT's may show the sign of a "
@@ -114,8 +114,8 @@ class PromotionConfig(Section):
         0.6,
         ge=0,
         le=1,
-        description="No canary may be shown to beat more of the real answers under the judge, "
-        "unless it is the known truth; 1 = off",
+        description="No canary may be shown to beat more of the real answers under the judge; "
+        "1 = off",
     )
     min_judge_consistency: float = Field(
         0.5,

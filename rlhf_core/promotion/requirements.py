@@ -3,7 +3,6 @@
 from statistics import NormalDist
 
 from rlhf_core.evaluation.card.report_card import ReportCard
-from rlhf_core.evaluation.comparison import TRUTH
 from rlhf_core.evaluation.scorecard import Arm, JudgeFacts, Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.claims import absent
@@ -121,8 +120,6 @@ def judge(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
 
 def _judge_canary(most: float, facts: JudgeFacts) -> Rule:
     name, setting = "worst canary of the judge", "promotion.max_judge_canary_share"
-    if facts.name == TRUTH:
-        return absent(name, "judge", "the known truth defines what is better")
     if most == 1:
         return absent(name, "judge", f"{_OFF} ({setting} 1)")
     if not facts.canaries:

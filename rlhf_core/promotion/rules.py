@@ -39,18 +39,21 @@ def apply_rules(
 ) -> list[Rule]:
     """Apply every rule, in the order in which they are shown.
 
-    The tests of a look share its alpha: each family of them has all of it, by Holm.
+    The families of win rates and of slices have the alpha of the look each, shared by Holm: what
+    they claim is asked again at every look. Signs of canaries, as the bounds, are asked of each
+    policy as if it were the first.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.
     """
     policy, sft = scorecard.arm("policy"), scorecard.arm("sft")
     if policy is None or sft is None:
         raise ValueError("a promotion needs a scorecard with the arms policy and sft")
-    alpha = first_alpha(config.alpha) if facts.look is None else facts.look.alpha
+    first = first_alpha(config.alpha)
+    alpha = first if facts.look is None else facts.look.alpha
     return [
         *win_rates(config, scorecard, alpha),
         *slices(config, scorecard, alpha),
-        *signs(config, scorecard, alpha),
+        *signs(config, scorecard, first),
         *limits(config, policy, sft),
         alarms(config, facts.alarms),
         *reward_model(config, facts.report_card),
