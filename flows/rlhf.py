@@ -81,7 +81,8 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
         question = config.promotion, scorecard, trained.policy, champion, run
-        decision = promote(*question, ask_person(*question))
+        card = trained.report_card
+        decision = promote(*question, ask_person(*question, card), card)
         return PipelineResult(
             **dict(trained),
             run=run,
