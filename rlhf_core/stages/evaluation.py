@@ -26,13 +26,13 @@ from rlhf_core.errors import DataError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
 from rlhf_core.evaluation.chart import Chart, draw
 from rlhf_core.evaluation.comparison import best_of_each, compare, first_of_each, measure_arm
+from rlhf_core.evaluation.judged import Examined, examine, judge_numbers, reward_score
 from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
 from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
 from rlhf_core.functional.ranking import (
     Interval,
 )
 from rlhf_core.judges.config import JudgeConfig
-from rlhf_core.judges.judge import Judge
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
@@ -91,6 +91,8 @@ class EvaluationReport(Report):
                     numbers[f"{arm.name}/{name}"] = value
         for c in self.scorecard.comparisons:
             numbers |= _bounds(f"win_rate/{c.candidate}_over_{c.opponent}", c.win_rate)
+        if self.scorecard.judge is not None:
+            numbers |= judge_numbers(self.scorecard.judge)
         return numbers
 
 
@@ -104,16 +106,6 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
-    judge = load_judge(
-        work.section(JudgeConfig),
-        registered=work.inputs.get(JUDGE),
-        max_length=sampling.max_length,
-        device=device,
-        precision=config.precision,
-        members=config,
-        places=work.rewards_from,
-        judging=work.judging,
-    )
     table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
@@ -134,6 +126,17 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         seed=work.seed,
         logger=logger,
     )
+    judge = load_judge(
+        work.section(JudgeConfig),
+        registered=work.inputs.get(JUDGE),
+        max_length=sampling.max_length,
+        device=device,
+        precision=config.precision,
+        members=config,
+        places=work.rewards_from,
+        judging=work.judging,
+        reward=None if bench.truth is None else reward_score(bench),
+    )
     k, n = config.samples_per_prompt, config.best_of
     others: tuple[ArmName, ...] = ("policy", "champion")
     answers: dict[ArmName, Answers] = {}
@@ -152,7 +155,11 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
             answers[name] = answer(bench, name, *actor, k)
     logger.progress(4, 4, "comparisons")
     arms = {name: answers[name] for name in ARMS if name in answers}
-    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)), judge)
+    most = work.section(JudgeConfig).canary_prompts
+    examined = examine(
+        judge, bench, arms["sft"], work.inputs["data"], most=most, judging=work.judging
+    )
+    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)), examined)
 
 
 def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> RewardFunction | None:
@@ -184,7 +191,7 @@ def _report(
     bench: Bench,
     answers: dict[ArmName, Answers],
     best_of_n: Chart,
-    judge: Judge | None,
+    judge: Examined,
 ) -> EvaluationReport:
     arms = tuple(
         measure_arm(name, found, config.best_of, bench.seed) for name, found in answers.items()
@@ -196,7 +203,7 @@ def _report(
         ("policy", "champion"),
     ]
     comparisons = tuple(
-        compare(pair, answers, bench.seed, bench.prompts, judge)
+        compare(pair, answers, bench.seed, bench.prompts, judge.on(*pair))
         for pair in pairs
         if all(name in answers for name in pair)
     )
@@ -220,10 +227,11 @@ def _report(
             }
         )
     return EvaluationReport(
-        scorecard=Scorecard(arms=arms, comparisons=comparisons),
+        scorecard=Scorecard(arms=arms, comparisons=comparisons, judge=judge.facts(comparisons)),
         tables={
             "evaluation_samples": _samples(config, bench, answers),
             "evaluation_best_of_n": pd.DataFrame(best_of_n.rows()),
+            **judge.tables(config.sample_rows),
         },
         figures=plots,
     )
