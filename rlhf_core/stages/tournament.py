@@ -7,6 +7,7 @@ same training prompts; Bradley-Terry strengths order them. The held-out prompts 
 policy that was chosen on them would look better there than it is.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlhf_core.backbone.directory import read_card, weights_digest
 from rlhf_core.backbone.networks import Policy
@@ -21,7 +23,8 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
-from rlhf_core.evaluation.comparison import judge_name, verdicts_on
+from rlhf_core.evaluation.comparison import verdicts_on
+from rlhf_core.evaluation.judged import Examined, examine, reward_score
 from rlhf_core.evaluation.tournament import page as pages
 from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import (
@@ -35,12 +38,14 @@ from rlhf_core.evaluation.tournament.schedule import play
 from rlhf_core.evaluation.tournament.strengths import (
     Match,
     Result,
+    choose,
     difference,
     intervals,
     resampled,
     strengths,
 )
-from rlhf_core.judges.config import REWARD_MODEL, JudgeConfig
+from rlhf_core.functional.ranking import Interval
+from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.judge import Judge, Winner
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.functions import load_function
@@ -51,6 +56,7 @@ from rlhf_core.work import Work
 
 MILESTONE = "milestone."  # begins the role of one among the inputs, followed by its iteration
 RESAMPLES = 1000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,29 +112,27 @@ def hold_tournament(config: TournamentConfig, work: Work) -> TournamentReport:
     Raises: ModelError, DataError, ConfigError for errors that a user can fix; NumericsError when
         the judge gives no verdict at all.
     """
-    sampling, logger = work.section(SamplingConfig), work.logger
-    judge = load_judge(
-        work.section(JudgeConfig),
-        registered=work.inputs.get(JUDGE),
-        max_length=sampling.max_length,
-        device=work.device,
-        precision=config.precision,
-        members=config,
-        places=work.rewards_from,
-        judging=work.judging,
-    )
-    roles = _entrants(config, work.inputs)
+    logger = work.logger
+    roles = entrants_of(config, work.inputs)
+    if len(roles) == 2:
+        _log.warning(
+            "there is no milestone, so the last policy meets SFT alone: none was kept, or the "
+            "training ended before the first"
+        )
     bench = _bench(config, work)
+    judge = _judge(config, work, bench)
     answers = []
     for done, role in enumerate(roles):
         logger.progress(done, len(roles) + 1, role)
         logger.phase(f"loading {role}")
-        policy, tokenizer = Policy.load(work.inputs[role], work.device, config.precision)
-        name = f"tournament/{role}"
-        answers.append(answer(bench, name, policy, tokenizer, config.samples_per_prompt))
+        actor = Policy.load(work.inputs[role], work.device, config.precision)
+        answers.append(answer(bench, f"tournament/{role}", *actor, config.samples_per_prompt))
     logger.progress(len(roles), len(roles) + 1, "verdicts")
-    by_reward_model = work.section(JudgeConfig).source == REWARD_MODEL
-    referee = _Referee(bench, answers, judge, config.samples_per_prompt, by_reward_model)
+    most = work.section(JudgeConfig).canary_prompts
+    examined = examine(
+        judge, bench, answers[0], work.inputs["data"], most=most, judging=work.judging
+    )
+    referee = _Referee(bench, answers, judge, config.samples_per_prompt)
     results = play(
         len(roles),
         prompts=len(bench.prompts),
@@ -137,11 +141,12 @@ def hold_tournament(config: TournamentConfig, work: Work) -> TournamentReport:
         ask=referee,
         seed=work.seed,
     )
-    logger.progress(len(roles) + 1, len(roles) + 1, "strengths")
-    found = _result(config, referee, results, _iterations(roles, work.inputs), work.seed)
+    found = _result(config, roles, work, referee, results, examined)
+    logger.progress(len(roles) + 1, len(roles) + 1, found.chosen)
     for entrant in found.entrants:
         if entrant.iteration is not None:
             logger.metrics(_curve(entrant), entrant.iteration)
+    _log.log(logging.WARNING if found.replaces_last else logging.INFO, "%s", found.sentence())
     if found.replaces_last and "policy" in work.outputs:
         shutil.copytree(work.inputs[found.chosen], work.outputs["policy"])
     return TournamentReport(
@@ -154,52 +159,197 @@ def hold_tournament(config: TournamentConfig, work: Work) -> TournamentReport:
     )
 
 
+def entrants_of(config: TournamentConfig, inputs: Mapping[str, Path]) -> list[str]:
+    """The roles of the entrants: SFT, evenly spaced milestones by iteration, the last policy.
+
+    A milestone with the weights of the last policy is the same policy, and left out. Without a
+    number of checkpoints in the config every milestone plays.
+    """
+    last = weights_digest(inputs[LAST])
+    numbers = sorted(
+        int(role.removeprefix(MILESTONE))
+        for role, directory in inputs.items()
+        if role.startswith(MILESTONE) and weights_digest(directory) != last
+    )
+    wanted = config.checkpoints - 1 if config.on else len(numbers)
+    return [SFT, *(f"{MILESTONE}{n}" for n in evenly_spaced(numbers, wanted)), LAST]
+
+
+def _bench(config: TournamentConfig, work: Work) -> Bench:
+    """The models and settings that all answers are made and measured with, on prompts of training
+    that the seed draws."""
+    table = read_table(work.inputs["data"], "prompts", "train")
+    if table.empty:
+        raise DataError("there are no training prompts; lower data.eval_fraction")
+    order = torch.randperm(len(table), generator=generator(work.seed, "tournament/prompts"))
+    prompts = list(table["prompt"].iloc[order[: config.prompts].tolist()])
+    work.logger.phase("loading the models")
+    sft, tokenizer = Policy.load(work.inputs[SFT], work.device, config.precision)
+    reward_model, reward_tokenizer = load_reward_model(
+        work.inputs["reward"], work.device, config.precision, members=config
+    )
+    truth, setting = None, "tournament.true_reward"
+    if config.true_reward:
+        truth = load_function(config.true_reward, setting=setting, places=work.rewards_from)
+    return Bench(
+        prompts=prompts,
+        sft=sft,
+        tokenizer=tokenizer,
+        reward_model=reward_model,
+        reward_tokenizer=reward_tokenizer,
+        truth=truth,
+        sampling=work.section(SamplingConfig),
+        seed=work.seed,
+        logger=work.logger,
+    )
+
+
+def _judge(config: TournamentConfig, work: Work, bench: Bench) -> Judge | None:
+    """The judge; None when the truth or without one the reward model decides."""
+    return load_judge(
+        work.section(JudgeConfig),
+        registered=work.inputs.get(JUDGE),
+        max_length=bench.sampling.max_length,
+        device=work.device,
+        precision=config.precision,
+        members=config,
+        places=work.rewards_from,
+        judging=work.judging,
+        reward=None if bench.truth is None else reward_score(bench),
+    )
+
+
 @dataclass(frozen=True)
 class _Referee:
-    """Asks the judge about matches, in the texts of the entrants."""
+    """Asks the judge about matches, in the answers of the entrants."""
 
     bench: Bench
     answers: Sequence[Answers]
     judge: Judge | None
     samples: int
-    by_reward_model: bool  # although the truth is known
-
-    @property
-    def name(self) -> str:
-        """What reports call the judge."""
-        return judge_name(self._of(self.answers[0]), self.judge)
 
     def __call__(self, matches: Sequence[Match]) -> list[Winner | None]:
         """The winner of each match."""
         self.bench.logger.phase("asking the judge")
-        ours = self._picked([match.first for match in matches], matches)
-        theirs = self._picked([match.second for match in matches], matches)
+        winners: list[Winner | None] = [None] * len(matches)
+        places: dict[tuple[int, int], list[int]] = {}
+        for place, match in enumerate(matches):
+            places.setdefault((match.first, match.second), []).append(place)
+        asked = [place for found in places.values() for place in found]
+        ours, theirs = (
+            joined(
+                [
+                    self.answers[pair[side]].pick(self._rows([matches[n] for n in found]))
+                    for pair, found in places.items()
+                ]
+            )
+            for side in (0, 1)
+        )
         verdicts = verdicts_on(ours, theirs, self.bench.prompts, self.judge)
-        return [verdict.winner for verdict in verdicts]
+        for place, verdict in zip(asked, verdicts, strict=True):
+            winners[place] = verdict.winner
+        return winners
 
-    def _picked(self, entrants: Sequence[int], matches: Sequence[Match]) -> Answers:
-        """The answer of an entrant in each match."""
-        places = [match.prompt * self.samples + match.sample for match in matches]
-        return _joined([self._of(answers) for answers in self.answers], entrants, places)
-
-    def _of(self, answers: Answers) -> Answers:
-        """The answers, without the truth if the reward model decides although it is known."""
-        return _without_truth(answers) if self.by_reward_model else answers
+    def _rows(self, matches: Sequence[Match]) -> Tensor:
+        return torch.tensor([match.prompt * self.samples + match.sample for match in matches])
 
 
-def _joined(of: Sequence[Answers], entrants: Sequence[int], places: Sequence[int]) -> Answers:
-    """Answers of several entrants, one for each place."""
-    each = len(of[0].texts)
-    index = torch.tensor([n * each + place for n, place in zip(entrants, places, strict=True)])
-    everyone = Answers(
-        texts=[text for answers in of for text in answers.texts],
-        prompt=torch.cat([answers.prompt for answers in of]),
-        tokens=torch.cat([answers.tokens for answers in of]),
-        proxy=torch.cat([answers.proxy for answers in of]),
-        true=None
-        if any(answers.true is None for answers in of)
-        else torch.cat([answers.true for answers in of if answers.true is not None]),
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Answers of several policies to the same prompts, one after the other; their KL is dropped."""
+    trues = [part.true for part in parts if part.true is not None]
+    return Answers(
+        texts=[text for part in parts for text in part.texts],
+        prompt=torch.cat([part.prompt for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        proxy=torch.cat([part.proxy for part in parts]),
+        true=torch.cat(trues) if len(trues) == len(parts) else None,
         kl=None,
-        sft_logprob=torch.cat([answers.sft_logprob for answers in of]),
+        sft_logprob=torch.cat([part.sft_logprob for part in parts]),
     )
-    return everyone.pick(index)
+
+
+def _result(
+    config: TournamentConfig,
+    roles: Sequence[str],
+    work: Work,
+    referee: _Referee,
+    results: Sequence[Result],
+    examined: Examined,
+) -> TournamentResult:
+    """The strengths of the entrants, and the choice."""
+    unanswered = sum(result.winner is None for result in results)
+    if unanswered == len(results):
+        raise NumericsError(
+            f"the judge {examined.name} gave no verdict in the tournament; look at its log, and "
+            "check judge.endpoint"
+        )
+    rng = np.random.default_rng(stream_seed(work.seed, "tournament/bootstrap"))
+    values = strengths(results, len(roles))
+    drawn = resampled(results, len(roles), resamples=RESAMPLES, rng=rng)
+    bounds = intervals(values, drawn)
+    chosen, last = choose(values, drawn), len(roles) - 1
+    entrants = tuple(
+        _entrant(role, n, bounds[n], referee.answers[n], results, _iteration(role, work.inputs))
+        for n, role in enumerate(roles)
+    )
+    return TournamentResult(
+        judge=examined.name,
+        entrants=entrants,
+        chosen=roles[chosen],
+        over_last=None if chosen == last else difference(values, drawn, chosen, last),
+        over_sft=difference(values, drawn, chosen, 0),
+        verdicts=len(results),
+        unanswered=unanswered,
+        budget=config.verdicts,
+        prompts=len(referee.bench.prompts),
+        samples_per_prompt=config.samples_per_prompt,
+    )
+
+
+def _iteration(role: str, inputs: Mapping[str, Path]) -> int | None:
+    """After which iteration of the training a policy was kept; 0 for SFT."""
+    if role == SFT:
+        return 0
+    if role.startswith(MILESTONE):
+        return int(role.removeprefix(MILESTONE))
+    known = read_card(inputs[role]).get("iterations")
+    return known if isinstance(known, int) else None
+
+
+def _entrant(
+    role: str,
+    number: int,
+    strength: Interval,
+    answers: Answers,
+    results: Sequence[Result],
+    iteration: int | None,
+) -> Entrant:
+    sides = [
+        (winner, "a" if match.first == number else "b")
+        for match, winner in results
+        if number in (match.first, match.second) and winner is not None
+    ]
+    return Entrant(
+        name=role,
+        iteration=iteration,
+        strength=strength,
+        wins=sum(winner == side for winner, side in sides),
+        ties=sum(winner == "tie" for winner, _ in sides),
+        losses=sum(winner not in ("tie", side) for winner, side in sides),
+        reward=answers.proxy.mean().item(),
+        true_reward=None if answers.true is None else answers.true.mean().item(),
+        kl=None if answers.kl is None else answers.kl.mean().item(),
+        length=answers.tokens.mean().item(),
+    )
+
+
+def _curve(entrant: Entrant) -> dict[str, float]:
+    """An entrant as metrics, whose step is its iteration."""
+    value, low, high = entrant.strength
+    numbers = {"strength": value, "strength_low": low, "strength_high": high}
+    numbers["reward"] = entrant.reward
+    if entrant.true_reward is not None:
+        numbers["true_reward"] = entrant.true_reward
+    if entrant.kl is not None:
+        numbers["kl"] = entrant.kl
+    return {f"tournament/{name}": number for name, number in numbers.items()}

@@ -33,7 +33,8 @@ def page(result: TournamentResult) -> str:
             "",
             f"SFT and the checkpoints gave {each} to each of {result.prompts} training prompts; "
             f"{result.verdicts:,} of at most {result.budget:,} verdicts were asked for."
-            + unanswered * bool(result.unanswered),
+            + unanswered
+            * bool(result.unanswered),
             "",
             "A strength is that of Bradley and Terry's model, a tie half a win: the logarithm of "
             "the odds of winning against SFT, which a checkpoint shows against all others too. The "

@@ -99,6 +99,16 @@ def difference(values: Numbers, drawn: Numbers, ours: int, theirs: int) -> Inter
     return found
 
 
+def choose(values: Numbers, drawn: Numbers) -> int:
+    """The number of the policy that goes on: the strongest. Number 0 is SFT, which is no choice.
+
+    Args:
+        values: (n,) the strengths.
+        drawn: (resamples, n) their bootstraps.
+    """
+    return 1 + int(values[1:].argmax())
+
+
 class _Kind(NamedTuple):
     """Matches that count alike."""
 

@@ -21,10 +21,8 @@ from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import decode_responses, encode_prompt
 from rlhf_core.data.prepared import read_table
-from rlhf_core.judges.judge import Pair, Verdict
 from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.simulation import draw_annotators, true_reward
-from rlhf_core.simulation.annotators import Annotator
+from rlhf_core.simulation import AnnotatorsConfig, draw_annotators, true_reward
 from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.stages.reward_model import train_reward_model
@@ -33,6 +31,7 @@ from rlhf_core.work import Work
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 OTHERS = 1000  # added to the seed of a world: that of the other people
+CHECKPOINTS = 6  # of 30 iterations
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class World:
             [
                 f"seed={self.seed}",
                 f"ppo.kl_coef={self.kl_coef:g}",
-                "ppo.keep_every=5",
-                "tournament.checkpoints=0",
+                f"tournament.checkpoints={CHECKPOINTS}",
             ],
             PipelineConfig,
         )
@@ -87,17 +85,12 @@ class World:
         def train(folder: Path) -> None:
             inputs = {"sft": self.sft, "data": self.data, "reward": self.reward}
             kinds = {kind: folder / kind for kind in ("policy", "critic")}
-            train_ppo(self.config().ppo, self.work(inputs, {**kinds, "milestones": folder}))
+            train_ppo(self.config().optimised, self.work(inputs, {**kinds, "milestones": folder}))
             for kind in kinds.values():
                 shutil.rmtree(kind)
 
         folder = self._made(f"policies-{self.kl_coef:g}", train)
         return {int(path.name): path for path in sorted(folder.iterdir())}
-
-    def annotators(self) -> list[Annotator]:
-        """The other people."""
-        config = self.config().data.simulation.annotators
-        return draw_annotators(config, random.Random(stream_seed(self._others, "cup/annotators")))
 
     def truth(self, name: str, policy: Path, each: int) -> list[float]:
         """The true reward of a policy on each held-out prompt, the mean of `each` answers."""
@@ -106,7 +99,7 @@ class World:
         key = f"{name}x{each}"
         if key not in known:
             prompts = list(read_table(self.data, "prompts", "eval")["prompt"])
-            values = true_reward(*self.answers(policy, prompts, each, f"cup/truth/{name}"))
+            values = true_reward(*self.answers(policy, prompts, each, f"benchmark/truth/{name}"))
             means = torch.tensor(values, dtype=torch.float64).view(-1, each).mean(1)
             known[key] = means.tolist()
             path.write_text(json.dumps(known))
@@ -126,13 +119,11 @@ class World:
             texts += decode_responses(responses.tokens, responses.mask, tokenizer)
         return asked, texts
 
-    def work(
-        self, inputs: Mapping[str, Path], outputs: Mapping[str, Path], **sections: object
-    ) -> Work:
-        """The arguments of a stage in this world."""
+    def work(self, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> Work:
+        """The arguments of a training in this world."""
         config = self.config()
-        shared = {"sampling": config.sampling, "model": config.model}
-        return Work(inputs=inputs, outputs=outputs, sections=shared | sections, seed=self.seed)
+        sections = {"sampling": config.sampling, "model": config.model}
+        return Work(inputs=inputs, outputs=outputs, sections=sections, seed=self.seed)
 
     @property
     def _others(self) -> int:
@@ -161,23 +152,26 @@ class World:
         return folder
 
 
-@dataclass(frozen=True)
-class People:
-    """A judge: for each pair one of some annotators, in one order of the two."""
+def votes(prompts: list[str], ones: list[str], others: list[str]) -> list[str]:
+    """A judge as a function: other people of the same kind as those whose votes train the reward
+    model, so with the same liking for length, and for words that repeat half unnoticed."""
+    return _votes(AnnotatorsConfig(), prompts, ones, others)
 
-    people: Sequence[Annotator]
-    seed: int
-    name: str = "annotators"
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """One vote for each pair."""
-        found = []
-        for pair in pairs:
-            # By the pair: the same pair gets the same vote again.
-            rng = random.Random(stream_seed(self.seed, f"cup/votes/{pair}"))
-            person, exchanged = rng.choice(self.people), rng.random() < 0.5
-            texts = (pair.b, pair.a) if exchanged else (pair.a, pair.b)
-            vote = person.prefers(*texts, rng)
-            other = {"a": "b", "b": "a", "tie": "tie"}
-            found.append(Verdict(other[vote] if exchanged else vote))
-        return found
+def careful_votes(prompts: list[str], ones: list[str], others: list[str]) -> list[str]:
+    """The same with people who are as noisy, and as often inattentive, but do not care for length
+    and notice every repetition."""
+    return _votes(AnnotatorsConfig(length_bias=0, care=1), prompts, ones, others)
+
+
+def _votes(
+    config: AnnotatorsConfig, prompts: list[str], ones: list[str], others: list[str]
+) -> list[str]:
+    """The vote of one of twelve people on each pair, shown to that person in this order."""
+    people = draw_annotators(config, random.Random(OTHERS))
+    found = []
+    for prompt, one, other in zip(prompts, ones, others, strict=True):
+        # Seeded by the texts: the same question gets the same answer again.
+        rng = random.Random(stream_seed(OTHERS, f"{prompt}/{one}/{other}"))
+        found.append(rng.choice(people).prefers(one, other, rng))
+    return found
