@@ -97,7 +97,7 @@ def run(
             "--force",
             metavar="STAGE",
             help="Run a stage again even if a result can be reused: prepare, sft, reward_model, "
-            "report_card, policy or evaluation; repeatable.",
+            "report_card, policy, tournament or evaluation; repeatable.",
         ),
     ] = [],  # noqa: B006
 ) -> None:

@@ -44,6 +44,7 @@ RUN: Final = "run_id"  # the stage that made it
 PIPELINE_RUN: Final = "pipeline_run_id"
 KIND: Final = "kind"
 ITERATION: Final = "iteration"  # of a milestone
+COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
 ROLLED_BACK_AT: Final = "rolled_back_at"
@@ -75,6 +76,7 @@ NOBODY: Final = "none"  # in place of a version
 # ---- families ----
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
+_PARENT: Final = "parent."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
@@ -122,7 +124,17 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
-    return f"parent.{role}"
+    return f"{_PARENT}{role}"
+
+
+def as_copy(
+    own: Mapping[str, str], original: ModelRef, its_tags: Mapping[str, str]
+) -> dict[str, str]:
+    """The tags of a version that is a copy: parents and iteration are those of the original."""
+    parents = {name: uri for name, uri in its_tags.items() if name.startswith(_PARENT)}
+    iteration = {ITERATION: its_tags[ITERATION]} if ITERATION in its_tags else {}
+    rest = {name: value for name, value in own.items() if not name.startswith(_PARENT)}
+    return {**rest, **parents, **iteration, COPY_OF: original.uri}
 
 
 def outputs(tags: Mapping[str, str]) -> dict[str, str]:
