@@ -1,0 +1,101 @@
+"""What came of a run, in sentences that need no knowledge of training."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rlhf_core.evaluation.scorecard import Comparison, Scorecard
+from rlhf_core.promotion.decision import Decision, Rule
+from tasks.pages.charts import interval
+from tasks.pages.facts import Facts
+from tasks.pages.texts import shown
+
+_JUDGES = {
+    "true_reward": "the known truth",
+    "reward_model": "the reward model that the policy was trained to please",
+}
+
+
+class Verdict(NamedTuple):
+    """A run in a sentence; what speaks for or against the policy follows."""
+
+    kind: Literal["good", "bad", "waiting", "none"]
+    sentence: str
+    details: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """A rule of the gate, as a row of a table."""
+
+    name: str
+    measured: str
+    required: str
+    smallest: str  # effect that this many prompts can show
+    passed: bool
+
+
+def verdict(facts: Facts) -> Verdict:
+    """What came of a run."""
+    decision, policy = facts.decision, facts.models.get("policy")
+    name = policy.uri if policy else "the new policy"
+    if decision is None:
+        return Verdict("none", _unfinished(facts), ())
+    said = tuple(filter(None, [win_sentence(facts.scorecard)]))
+    failed = [row.name for row in gate(decision) if not row.passed]
+    if decision.promote:
+        return Verdict("good", f"{name} passed every rule and became the champion.", said)
+    if facts.waits:
+        return Verdict("waiting", f"{name} waits for a person to approve it.", said)
+    stays = "the champion stays" if facts.compared_with else "there is still no champion"
+    why = f": {_list(failed)}" if failed else ""
+    count = "one rule" if len(failed) == 1 else f"{len(failed)} rules"
+    return Verdict("bad", f"{name} was not promoted, and {stays}. It failed {count}{why}.", said)
+
+
+def _unfinished(facts: Facts) -> str:
+    stage = next((s.name for s in facts.stages if s.status not in ("FINISHED", "RUNNING")), "")
+    place = f" in the stage {stage}" if stage else ""
+    error = next((s.error for s in facts.stages if s.error), facts.error)
+    why = f": {shown(error, 500)}" if error else "."
+    words = {
+        "FAILED": f"This run failed{place}{why}",
+        "KILLED": f"This run was stopped{place}{why}",
+        "RUNNING": "This run has not come to a decision yet.",
+        "SCHEDULED": "This run waits, and has not come to a decision yet.",
+    }
+    return words.get(facts.status, "This run ended without a decision about promotion.")
+
+
+def win_sentence(scorecard: Scorecard | None) -> str:
+    """How the policy does against SFT, and who says so; empty if they were not compared."""
+    match = scorecard.comparison("policy", "sft") if scorecard else None
+    if match is None:
+        return ""
+    return (
+        f"Its answers win {interval(match.win_rate)} of the comparisons with those of the SFT "
+        f"model, as judged by {judge(match)}, on {match.basis}."
+    )
+
+
+def judge(match: Comparison) -> str:
+    """Who compared, in words."""
+    return _JUDGES.get(match.judge, shown(match.judge, 200))
+
+
+def gate(decision: Decision) -> list[Row]:
+    """The rules of the gate. A decision of an earlier release has only sentences."""
+    rules: Sequence[Rule] = getattr(decision, "rules", ())
+    if rules:
+        return [
+            Row(r.name, r.measured, r.required, str(getattr(r, "smallest_effect", "") or ""), r.passed)
+            for r in rules
+        ]
+    rows = []
+    for reason in decision.reasons:
+        answer, _, rest = reason.partition(": ")
+        measured, _, required = rest.partition("; ")
+        rows.append(Row(measured, "", required, "", answer != "FAIL"))
+    return rows
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
