@@ -46,8 +46,8 @@ def win_rates(scorecard: Scorecard) -> Drawing | None:
     axes.set_yticks(range(len(matches)), [pair(match) for match in matches])
     axes.set_ylim(len(matches) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
-    says = " ".join(f"{pair(m)}: {interval(m.win_rate)}." for m in matches)
-    return drawing(figure, "win-rates", "Win rates", f"0.5 is a draw. {says}")
+    numbers = [f"{pair(m)}: {interval(m.win_rate)}" for m in matches]
+    return drawing(figure, "win-rates", "Win rates", "0.5 is a draw.", numbers)
 
 
 def _dot(axes: "Axes", place: float, found: Interval, color: str, marker: str) -> None:
@@ -77,7 +77,8 @@ def report_card(card: ReportCard) -> Iterator[Drawing]:
             "reliability",
             "Reliability",
             "Where the dots are on the diagonal, a confidence of 80 % is right in 80 % of the "
-            "cases. " + " ".join(f"{d[0]:.2f} said: {d[1].value:.2f} seen." for d in dots),
+            "cases.",
+            [f"{said:.2f} said, {seen.value:.2f} seen" for said, seen, _ in dots],
         )
     if card.slices and card.accuracy is not None:
         worst = sorted(card.slices, key=lambda part: part.accuracy.share.value)[:_SLICES]
@@ -86,7 +87,8 @@ def report_card(card: ReportCard) -> Iterator[Drawing]:
             figures.forest(rows, card.accuracy.share),
             "slices",
             "Accuracy by kind of text",
-            " ".join(f"{name}: {percent(share.value)}." for name, share, _ in rows),
+            "The grey band is the accuracy on all votes.",
+            [f"{name}: {interval(share)}" for name, share, _ in rows],
         )
     if card.canaries:
         shares = {canary.kind: canary.beats_real for canary in card.canaries}
@@ -95,11 +97,13 @@ def report_card(card: ReportCard) -> Iterator[Drawing]:
             "canaries",
             "Known-bad answers (canaries)",
             "How often a bad answer gets a better reward than the real one; a good reward model has "
-            "shares near 0. " + " ".join(f"{k}: {percent(v.value)}." for k, v in shares.items()),
+            "shares near 0.",
+            [f"{kind}: {interval(share)}" for kind, share in shares.items()],
         )
 
 
 def over_optimisation(chart: Chart) -> Drawing:
     """The over-optimisation chart, with the sentences of its fits."""
-    says = " ".join(fit.sentence() for fit in chart.fits())
-    return drawing(draw([chart]), "over-optimisation", "Gain against distance", says)
+    says = "Dots are measured, thick lines are fitted; squares and dashes are best-of-n."
+    numbers = [fit.sentence() for fit in chart.fits()]
+    return drawing(draw([chart]), "over-optimisation", "Gain against distance", says, numbers)

@@ -81,14 +81,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
 }
 
 
-class Curve(NamedTuple):
-    """A chart of a stage that has points."""
-
-    drawing: Drawing
-    says: str
-
-
-def curves(stage: StageFacts, reader: Reader) -> list[Curve]:
+def curves(stage: StageFacts, reader: Reader) -> list[Drawing]:
     """The charts of a stage; those without points are left out."""
     found = []
     for place, panel in enumerate(PANELS.get(stage.name, ())):
@@ -98,22 +91,24 @@ def curves(stage: StageFacts, reader: Reader) -> list[Curve]:
         known = {label: points for label, points in histories.items() if points}
         if known:
             key = f"{stage.name}-{place}".replace("_", "-")
-            found.append(Curve(draw_lines(key, panel.title, panel.unit, known), panel.says))
+            found.append(draw_lines(key, panel, known))
     return found
 
 
-def draw_lines(key: str, title: str, unit: str, lines: Mapping[str, Points]) -> Drawing:
+def draw_lines(key: str, panel: Panel, lines: Mapping[str, Points]) -> Drawing:
     """Lines over the steps, each thinned to `MOST_POINTS`, with their course in words."""
     figure = blank(4.6, 2.7)
     axes = figure.add_subplot()
-    dress(axes, "", "step", unit)
+    dress(axes, "", "step", panel.unit)
     for (label, points), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
         xs, ys = zip(*thinned(points), strict=True)
         few = "o" if len(xs) <= 40 else ""
         axes.plot(xs, ys, color=color, marker=few, markersize=3, linewidth=1.6, label=label)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
-    return drawing(figure, key, title, " ".join(course(*line) for line in lines.items()))
+    return drawing(
+        figure, key, panel.title, panel.says, [course(*line) for line in lines.items()]
+    )
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:

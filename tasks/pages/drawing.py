@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from markupsafe import Markup, escape
@@ -27,16 +28,19 @@ class Drawing(NamedTuple):
     """A chart of a page."""
 
     title: str
-    says: str  # what it shows, for those who do not see it too
+    says: str  # what to look at
+    numbers: tuple[str, ...]  # what it shows, a sentence each: for those who do not see it too
     svg: Markup
 
 
-def drawing(figure: "Figure", key: str, title: str, says: str) -> Drawing:
+def drawing(
+    figure: "Figure", key: str, title: str, says: str, numbers: Sequence[str]
+) -> Drawing:
     """Draw a figure as SVG without any address outside it.
 
     Args:
         key: unique on the page; makes the ids of the SVG unique.
-        says: the text alternative.
+        numbers: the text alternative, a sentence each.
     """
     import matplotlib
 
@@ -44,7 +48,8 @@ def drawing(figure: "Figure", key: str, title: str, says: str) -> Drawing:
     # Texts stay texts, so that they take the colour of the page and are small.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return Drawing(title, says, Markup(_inline(buffer.getvalue(), key, f"{title}. {says}")))
+    label = f"{title}. The numbers follow below the chart."
+    return Drawing(title, says, tuple(numbers), Markup(_inline(buffer.getvalue(), key, label)))
 
 
 def _inline(svg: str, key: str, label: str) -> str:

@@ -11,13 +11,13 @@ from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.scorecard import Scorecard
 from tasks.history.overoptimisation import chart_of
 from tasks.pages import charts
-from tasks.pages.curves import Curve, curves
+from tasks.pages.curves import curves
 from tasks.pages.differences import marked
 from tasks.pages.drawing import Drawing
 from tasks.pages.facts import EVALUATION, Facts, StageFacts
 from tasks.pages.reading import Reader, Row
 from tasks.pages.render import render
-from tasks.pages.sentences import gate, judge, verdict
+from tasks.pages.sentences import gate, judge, notes, verdict
 from tasks.pages.texts import number, percent, shown
 from tasks.record import tags
 
@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
     stage: StageFacts
     title: str
-    curves: Sequence[Curve]
+    curves: Sequence[Drawing]
 
 
 def run_page(facts: Facts, run: Run) -> str:
@@ -78,6 +78,7 @@ def run_page(facts: Facts, run: Run) -> str:
     made = {
         "verdict": verdict(facts),
         "gate": gate(facts.decision) if facts.decision else [],
+        "notes": notes(facts.decision) if facts.decision else [],
         "wins": scorecard and reader.attempt("win rates", lambda: charts.win_rates(scorecard)),
         "comparisons": _comparisons(scorecard) if scorecard else [],
         "arms": _arms(scorecard) if scorecard else [],
@@ -292,11 +293,9 @@ def _cards(card: Any) -> list[Drawing]:
     return list(charts.report_card(card))
 
 
-def _chart(facts: Facts, run: Run) -> tuple[Drawing, list[str]] | None:
+def _chart(facts: Facts, run: Run) -> Drawing | None:
     chart = chart_of(facts.reader.record, run)
-    if not chart.paths:
-        return None
-    return charts.over_optimisation(chart), [fit.sentence() for fit in chart.fits()]
+    return charts.over_optimisation(chart) if chart.paths else None
 
 
 def _tournament(facts: Facts) -> dict[str, Any] | None:

@@ -1,13 +1,14 @@
 """What came of a run, in sentences that need no knowledge of training."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlhf_core.evaluation.scorecard import Comparison, Scorecard
-from rlhf_core.promotion.decision import Decision, Rule
+from rlhf_core.promotion.decision import Decision
 from tasks.pages.charts import interval
 from tasks.pages.facts import Facts
-from tasks.pages.texts import shown
+from tasks.pages.texts import number, shown
 
 _JUDGES = {
     "true_reward": "the known truth",
@@ -26,11 +27,13 @@ class Verdict(NamedTuple):
 class Row(NamedTuple):
     """A rule of the gate, as a row of a table."""
 
+    family: str
     name: str
     measured: str
     required: str
-    smallest: str  # effect that this many prompts can show
-    passed: bool
+    level: str  # p-value and level of a test
+    shows: str  # the smallest effect that so many prompts can show
+    answer: str  # pass, FAIL or n/a
 
 
 def verdict(facts: Facts) -> Verdict:
@@ -40,15 +43,14 @@ def verdict(facts: Facts) -> Verdict:
     if decision is None:
         return Verdict("none", _unfinished(facts), ())
     said = tuple(filter(None, [win_sentence(facts.scorecard)]))
-    failed = [row.name for row in gate(decision) if not row.passed]
+    failed = [shown(name, 300) for name in refusals(decision)]
     if decision.promote:
         return Verdict("good", f"{name} passed every rule and became the champion.", said)
     if facts.waits:
         return Verdict("waiting", f"{name} waits for a person to approve it.", said)
     stays = "the champion stays" if facts.compared_with else "there is still no champion"
-    why = f": {_list(failed)}" if failed else ""
-    count = "one rule" if len(failed) == 1 else f"{len(failed)} rules"
-    return Verdict("bad", f"{name} was not promoted, and {stays}. It failed {count}{why}.", said)
+    why = f" What speaks against it: {_list(failed)}." if failed else ""
+    return Verdict("bad", f"{name} was not promoted, and {stays}.{why}", said)
 
 
 def _unfinished(facts: Facts) -> str:
@@ -83,18 +85,41 @@ def judge(match: Comparison) -> str:
 
 def gate(decision: Decision) -> list[Row]:
     """The rules of the gate. A decision of an earlier release has only sentences."""
-    rules: Sequence[Rule] = getattr(decision, "rules", ())
-    if rules:
-        return [
-            Row(r.name, r.measured, r.required, str(getattr(r, "smallest_effect", "") or ""), r.passed)
-            for r in rules
-        ]
     rows = []
-    for reason in decision.reasons:
-        answer, _, rest = reason.partition(": ")
-        measured, _, required = rest.partition("; ")
-        rows.append(Row(measured, "", required, "", answer != "FAIL"))
-    return rows
+    for rule in decision.rules:
+        level = "" if rule.p is None or rule.alpha is None else f"{rule.p:.2g} < {rule.alpha:.2g}"
+        if level and rule.p is not None and rule.alpha is not None and rule.p >= rule.alpha:
+            level = f"{rule.p:.2g} ≥ {rule.alpha:.2g}"
+        shows = rule.shows
+        if not shows and rule.smallest_effect is not None:
+            shows = number(rule.smallest_effect)
+        row = Row(rule.family, rule.name, rule.measured, rule.required, level, shows, rule.answer)
+        rows.append(row)
+    return rows or [_from_sentence(reason) for reason in decision.reasons]
+
+
+def _from_sentence(reason: str) -> Row:
+    answer, _, rest = reason.partition(": ")
+    measured, _, required = rest.partition("; ")
+    name = re.match(r"[^\d]*[a-zA-Z-]*\d?(?=\s[-\d.]+(\s|$))", measured)
+    if not required or name is None:
+        return Row("", rest, "", "", "", "", answer)
+    return Row("", name[0].strip(), measured[name.end() :].strip(), required, "", "", answer)
+
+
+def notes(decision: Decision) -> list[str]:
+    """What was said beside the rules: who approved, what the person is asked, why it is void."""
+    if not decision.rules:
+        return []
+    sentences = {rule.sentence for rule in decision.rules}
+    return [reason for reason in decision.reasons if reason not in sentences]
+
+
+def refusals(decision: Decision) -> list[str]:
+    """What failed, by name."""
+    failed = [row.name for row in gate(decision) if row.answer == "FAIL"]
+    beside = (note for note in notes(decision) if note.startswith("FAIL: "))
+    return [*failed, *(note.removeprefix("FAIL: ") for note in beside)]
 
 
 def _list(names: Sequence[str]) -> str:
