@@ -434,6 +434,26 @@ def compare(
         show_comparison(comparison, everything=everything)
 
 
+@command(epilog="Example: rlhf report happy-otter --output reports/otter.html")
+def report(
+    run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write the report of a pipeline run as one HTML page, also of a run that failed.
+
+    The page says what came of the run, what ran on what, and what speaks for and against the
+    policy, for people who read no code. It needs no server and loads nothing from elsewhere. A run
+    that came to a decision has it in MLflow already, as report.html.
+    """
+    settings = find.join(read_settings())
+    load("tasks.pages.publish", "flows.config")
+    from flows.config import default_settings
+    from tasks.pages.publish import write_run_page
+
+    line(write_run_page(run, output, defaults=default_settings(), settings=settings))
+    line(f"Written: {output}")
+
+
 @command(epilog="Example: rlhf overoptimisation happy-otter calm-heron --output charts/demo.png")
 def overoptimisation(
     runs: Annotated[

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.config import PipelineConfig
+from flows.config import PipelineConfig, default_settings
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.card.report_card import ReportCard
@@ -87,7 +87,13 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
             scorecard=scorecard,
             decision=decision,
             report=write_report(
-                scorecard, decision, trained.report_card, config.algorithm, trained.models, run
+                scorecard,
+                decision,
+                trained.report_card,
+                config.algorithm,
+                trained.models,
+                run,
+                default_settings(),
             ),
         )
 

@@ -27,7 +27,9 @@ _ERROR = "Lower is better: how surprised the model is by the next word of the de
 _VOTES = "Lower is better: how far the model is from the votes of people."
 _RIGHT = "Share of the pairs on which the model agrees with the vote; guessing has 0.5."
 
-_SUPERVISED = (Panel("Loss", "nats a token", _ERROR, {"training": "loss", "held out": "held_out/loss"}),)
+_SUPERVISED = (
+    Panel("Loss", "nats a token", _ERROR, {"training": "loss", "held out": "held_out/loss"}),
+)
 _PAIRWISE = (
     Panel("Loss", "nats a pair", _VOTES, {"training": "loss"}),
     Panel("Accuracy", "share of a batch", _RIGHT, {"training": "accuracy"}),
@@ -106,9 +108,7 @@ def draw_lines(key: str, panel: Panel, lines: Mapping[str, Points]) -> Drawing:
         axes.plot(xs, ys, color=color, marker=few, markersize=3, linewidth=1.6, label=label)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
-    return drawing(
-        figure, key, panel.title, panel.says, [course(*line) for line in lines.items()]
-    )
+    return drawing(figure, key, panel.title, panel.says, [course(*line) for line in lines.items()])
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:

@@ -33,9 +33,7 @@ class Drawing(NamedTuple):
     svg: Markup
 
 
-def drawing(
-    figure: "Figure", key: str, title: str, says: str, numbers: Sequence[str]
-) -> Drawing:
+def drawing(figure: "Figure", key: str, title: str, says: str, numbers: Sequence[str]) -> Drawing:
     """Draw a figure as SVG without any address outside it.
 
     Args:
@@ -59,9 +57,7 @@ def _inline(svg: str, key: str, label: str) -> str:
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     used = set(re.findall(r"#([\w.-]+)[\")]", svg))
-    svg = re.sub(
-        r'\s+id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", svg
-    )
+    svg = re.sub(r'\s+id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
     for color, ours in _COLORS.items():
         svg = svg.replace(color, ours)

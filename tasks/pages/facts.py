@@ -17,10 +17,11 @@ from rlhf_core.stages.table import algorithms
 from tasks.pages.reading import Reader, Row
 from tasks.pages.texts import LONGEST_SETTING, shown
 from tasks.record import tags
-from tasks.record.describe import run_url
+from tasks.record.describe import flatten, run_url
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
+PAGE = "report.html"
 EVALUATION, CARD, PROMOTION = "evaluation", "report_card", "promotion"
 
 
@@ -77,6 +78,8 @@ class Facts:
     stages: tuple[StageFacts, ...]
     models: Mapping[str, ModelRef]
     compared_with: ModelRef | None
+    promoted: bool  # by the rules, or by a person later
+    approved_by: str
     waits: bool  # for a person
     scorecard: Scorecard | None
     card: ReportCard | None
@@ -111,7 +114,7 @@ class Facts:
 def gather(
     record: Record,
     run: Run,
-    defaults: Mapping[str, str] | None,
+    defaults: Mapping[str, Any] | None,
     *,
     scorecard: Scorecard | None = None,
     decision: Decision | None = None,
@@ -121,7 +124,7 @@ def gather(
     """Gather what is known about a pipeline's run.
 
     Args:
-        defaults: every setting as MLflow has it, with its default.
+        defaults: the settings of a run that changes none, by section.
         scorecard: and the others: what the caller has already; the rest is read from MLflow.
     """
     reader, info, run_tags = Reader(record), run.info, run.data.tags
@@ -162,13 +165,15 @@ def gather(
         prefect_url=run_tags.get(tags.FLOW_URL, ""),
         mlflow_url=settings.mlflow_public_url,
         params=dict(run.data.params),
-        changed=None if defaults is None else _changed(run.data.params, defaults),
+        changed=None if defaults is None else _changed(run.data.params, flatten(defaults)),
         stages=tuple(found),
-        models=dict(models) if models else reader.attempt("the models", lambda: _models(found)) or {},
+        models=models or reader.attempt("the models", lambda: _models(run, found)) or {},
         compared_with=reader.attempt(
             "the champion before",
             lambda: tags.version_of(run_tags.get(tags.COMPARED_WITH, tags.NOBODY)),
         ),
+        promoted=run_tags.get(tags.PROMOTED) == tags.flag(True),
+        approved_by=run_tags.get(tags.APPROVED_BY, ""),
         waits=run_tags.get(tags.APPROVED) == tags.WAITING,
         scorecard=scorecard or kept(EVALUATION, Scorecard, "the numbers of the evaluation"),
         card=card or kept(CARD, ReportCard, "the report card of the reward model"),
@@ -182,7 +187,7 @@ def page_url(record: Record, run: Run) -> str:
     """Where MLflow shows the report of a run."""
     base = record.settings.mlflow_public_url
     place = f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts"
-    return f"{place}/report.html?workflowType=machine_learning"
+    return f"{place}/{PAGE}?workflowType=machine_learning"
 
 
 def _stages(record: Record, run: Run) -> list[StageFacts]:
@@ -208,9 +213,9 @@ def _stages(record: Record, run: Run) -> list[StageFacts]:
     return list(found.values())
 
 
-def _models(stages: list[StageFacts]) -> dict[str, ModelRef]:
-    """The models that the stages made, by kind, without milestones."""
-    found: dict[str, ModelRef] = {}
+def _models(run: Run, stages: list[StageFacts]) -> dict[str, ModelRef]:
+    """The models of a run, by kind, without milestones; the run itself names them at its end."""
+    found = tags.models(run.data.tags)
     for stage in stages:
         found |= {k: v for k, v in tags.models(stage.computed.data.tags).items() if "." not in k}
     return found
@@ -220,7 +225,9 @@ def _changed(params: Mapping[str, str], defaults: Mapping[str, str]) -> tuple[Se
     """The settings that differ from the defaults, without those of algorithms that did not run."""
     unused = {*algorithms()} - {params.get("algorithm", "")}
     return tuple(
-        Setting(name, shown(value, LONGEST_SETTING), shown(defaults.get(name, "–"), LONGEST_SETTING))
+        Setting(
+            name, shown(value, LONGEST_SETTING), shown(defaults.get(name, "–"), LONGEST_SETTING)
+        )
         for name, value in params.items()
         if name.partition(".")[0] not in unused and defaults.get(name) != value
     )

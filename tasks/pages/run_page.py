@@ -132,7 +132,16 @@ def basics(facts: Facts) -> list[tuple[str, str]]:
         ("Run", facts.name),
         ("Started", when(facts.started)),
         ("Took", ""),  # a duration, which the template formats
-        ("Data", shown(". ".join(filter(None, [data_source(params), rows, style and f"prompt style: {style}"])), 600) or source),
+        (
+            "Data",
+            shown(
+                ". ".join(
+                    filter(None, [data_source(params), rows, style and f"prompt style: {style}"])
+                ),
+                600,
+            )
+            or source,
+        ),
         ("Base model", base_model(params)),
         ("Algorithm", facts.algorithm.upper() or "unknown"),
         ("Seed", facts.seed),
@@ -186,7 +195,7 @@ def lineage(facts: Facts) -> list[tuple[str, str, str]]:
         if (ref := facts.models.get(kind)) is not None:
             found.append((word, ref.uri, facts.version_url(ref)))
     policy, before = facts.models.get("policy"), facts.compared_with
-    if facts.decision is not None and facts.decision.promote and policy is not None:
+    if (facts.promoted or (facts.decision and facts.decision.promote)) and policy is not None:
         found.append(("champion since this run", policy.uri, facts.version_url(policy)))
     if before is not None:
         word = "compared with the champion at that time"

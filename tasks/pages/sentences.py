@@ -46,6 +46,9 @@ def verdict(facts: Facts) -> Verdict:
     failed = [shown(name, 300) for name in refusals(decision)]
     if decision.promote:
         return Verdict("good", f"{name} passed every rule and became the champion.", said)
+    if facts.promoted:
+        by = f" by {shown(facts.approved_by, 100)}" if facts.approved_by else ""
+        return Verdict("good", f"{name} was approved{by} and became the champion.", said)
     if facts.waits:
         return Verdict("waiting", f"{name} waits for a person to approve it.", said)
     stays = "the champion stays" if facts.compared_with else "there is still no champion"

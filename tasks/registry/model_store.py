@@ -20,7 +20,6 @@ from tasks.record.tags import DIGEST, LOGGED_MODEL, MODEL_VERSIONS
 from tasks.registry.files import MODEL_CARD, check_copy, check_files, model_digest, staged
 from tasks.registry.refs import ModelRef, name_and_alias, place_of, require_address
 
-
 DESCRIPTION_LENGTH = 5000  # MLflow's limit for the description of a version
 
 
