@@ -1,6 +1,6 @@
 """The charts of a page that show a result: win rates, the report card, over-optimisation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_core import figures
@@ -30,7 +30,7 @@ def win_rates(scorecard: Scorecard) -> Drawing | None:
     matches = scorecard.comparisons
     if not matches:
         return None
-    figure = blank(6.4, 1.2 + 0.5 * len(matches))
+    figure = blank(4.9, 1.2 + 0.45 * len(matches))
     axes = figure.add_subplot()
     dress(axes, "", "win rate", "")
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
@@ -47,6 +47,32 @@ def win_rates(scorecard: Scorecard) -> Drawing | None:
     axes.set_ylim(len(matches) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
     numbers = [f"{pair(m)}: {interval(m.win_rate)}" for m in matches]
+    return drawing(figure, "win-rates", "Win rates", "0.5 is a draw.", numbers)
+
+
+def two_win_rates(runs: Sequence[tuple[str, Scorecard]]) -> Drawing | None:
+    """The win rates of several runs, by comparison; in each comparison one row for a run."""
+    pairs = dict.fromkeys(pair(match) for _, card in runs for match in card.comparisons)
+    rows = [
+        (f"{name}: {run}", match.win_rate, color)
+        for name in pairs
+        for (run, card), color in zip(runs, (BLUE, ORANGE), strict=False)
+        for match in card.comparisons
+        if pair(match) == name
+    ]
+    if not rows:
+        return None
+    figure = blank(6.6, 1.0 + 0.32 * len(rows))
+    axes = figure.add_subplot()
+    dress(axes, "", "win rate", "")
+    axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+    for place, (_, rate, color) in enumerate(rows):
+        _dot(axes, place, rate, color, "o")
+    names = [name if len(name) <= 50 else f"{name[:49]}…" for name, _, _ in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(-0.02, 1.02)
+    numbers = [f"{name}: {interval(rate)}" for name, rate, _ in rows]
     return drawing(figure, "win-rates", "Win rates", "0.5 is a draw.", numbers)
 
 
@@ -96,8 +122,8 @@ def report_card(card: ReportCard) -> Iterator[Drawing]:
             figures.canaries(shares),
             "canaries",
             "Known-bad answers (canaries)",
-            "How often a bad answer gets a better reward than the real one; a good reward model has "
-            "shares near 0.",
+            "How often a bad answer gets a better reward than the real one; a good reward model "
+            "has shares near 0.",
             [f"{kind}: {interval(share)}" for kind, share in shares.items()],
         )
 

@@ -1,7 +1,7 @@
 """The curves of each stage of a run, with what they mean in words."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from rlhf_core.figures import BLUE, ORANGE, blank, dress
@@ -38,8 +38,8 @@ _ON_POLICY = (
     Panel(
         "Reward",
         "reward",
-        "The reward that the policy is trained for, on its own answers. It rises if training works, "
-        "and rises too if the policy fools the reward model.",
+        "The reward that the policy is trained for, on its own answers. It rises if training "
+        "works, and rises too if the policy fools the reward model.",
         {"reward": "objective/score", "after shaping": "objective/shaped_score"},
     ),
     Panel(
@@ -117,7 +117,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
         return points
     stretches = most // 2
     bounds = [round(i * len(points) / stretches) for i in range(stretches + 1)]
-    parts = (points[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a)
+    parts = (points[a:b] for a, b in pairwise(bounds) if b > a)
     kept = ({min(p, key=lambda x: x[1]), max(p, key=lambda x: x[1])} for p in parts)
     return sorted(chain.from_iterable(kept))
 

@@ -22,6 +22,7 @@ _COLORS: Final = {
     ORANGE: "var(--orange)",
     GREEN: "var(--green)",
 }
+_NARROW = 5.0  # inches
 
 
 class Drawing(NamedTuple):
@@ -31,6 +32,7 @@ class Drawing(NamedTuple):
     says: str  # what to look at
     numbers: tuple[str, ...]  # what it shows, a sentence each: for those who do not see it too
     svg: Markup
+    wide: bool  # legible only with a width that a phone does not have
 
 
 def drawing(figure: "Figure", key: str, title: str, says: str, numbers: Sequence[str]) -> Drawing:
@@ -47,7 +49,8 @@ def drawing(figure: "Figure", key: str, title: str, says: str, numbers: Sequence
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     label = f"{title}. The numbers follow below the chart."
-    return Drawing(title, says, tuple(numbers), Markup(_inline(buffer.getvalue(), key, label)))
+    svg, wide = Markup(_inline(buffer.getvalue(), key, label)), figure.get_figwidth() > _NARROW
+    return Drawing(title, says, tuple(numbers), svg, wide)
 
 
 def _inline(svg: str, key: str, label: str) -> str:

@@ -119,16 +119,16 @@ def _body(facts: Facts, policy: ModelRef) -> Iterator[str]:
     yield from (f"\n{_text(detail)}" for detail in found.details)
     yield from ("", "## Intended use", "")
     yield (
-        f"A policy of the project {_text(facts.project)}: it answers prompts like those that it was "
-        "trained on. It was trained to please a reward model that learned from preferences. It was "
-        "measured on held-out prompts of the same kind and on nothing else, so it is not meant for "
+        f"A policy of the project {_text(facts.project)}: it answers prompts like those that it "
+        "was trained on. It was trained to please a reward model that learned from preferences. "
+        "It was measured on held-out prompts of the same kind and on nothing else, so it is not meant for "
         "other uses without an evaluation of their own."
     )
     yield from ("", "## Training and data", "", "| | |", "|---|---|")
     yield from (f"| {name} | {_text(value)} |" for name, value in known.items())
     for kind, ref in facts.models.items():
         if kind != "policy":
-            yield f"| Trained with: {_text(kind.replace('_', ' '))} | `{ref.uri}` |"
+            yield f"| Other model: {_text(kind.replace('_', ' '))} | `{ref.uri}` |"
     if facts.changed:
         yield from ("", "Settings that differ from the defaults:", "")
         yield from _table(
@@ -145,8 +145,8 @@ def _body(facts: Facts, policy: ModelRef) -> Iterator[str]:
     doubts = _doubts(facts)
     yield from (f"- {_text(line)}" for line in doubts)
     yield (
-        "- Intervals are 95 % and over prompts; they say nothing about prompts of another kind, and "
-        "nothing about harm that nobody measured."
+        "- Intervals are 95 % and over prompts; they say nothing about prompts of another kind, "
+        "and nothing about harm that nobody measured."
     )
     yield from ("", "## More", "", f"- [The report of the run]({facts.page_url})")
     yield f"- [The run in MLflow]({facts.url})"

@@ -1,4 +1,4 @@
-"""Reads what the stages of a run left in MLflow. What cannot be read is noted, and nothing fails."""
+"""Reads what the stages of a run left in MLflow; what cannot be read is noted, not raised."""
 
 import json
 import tempfile

@@ -136,7 +136,14 @@ def basics(facts: Facts) -> list[tuple[str, str]]:
             "Data",
             shown(
                 ". ".join(
-                    filter(None, [data_source(params), rows, style and f"prompt style: {style}"])
+                    filter(
+                        None,
+                        [
+                            data_source(params),
+                            rows,
+                            style == "chat" and "Prompts are chat messages",
+                        ],
+                    )
                 ),
                 600,
             )

@@ -35,8 +35,8 @@ def duration(seconds: float | None) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as `92.3 %`, and as `92 %` where nothing is lost."""
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+    """A share as `92.3 %`, and as `92 %` where nothing is lost; the space does not break."""
+    return f"{100 * value:.1f}".removesuffix(".0") + "\u00a0%"
 
 
 def number(value: float) -> str:
