@@ -121,8 +121,8 @@ def _body(facts: Facts, policy: ModelRef) -> Iterator[str]:
     yield (
         f"A policy of the project {_text(facts.project)}: it answers prompts like those that it "
         "was trained on. It was trained to please a reward model that learned from preferences. "
-        "It was measured on held-out prompts of the same kind and on nothing else, so it is not meant for "
-        "other uses without an evaluation of their own."
+        "It was measured on held-out prompts of the same kind and on nothing else, so it is not "
+        "meant for other uses without an evaluation of their own."
     )
     yield from ("", "## Training and data", "", "| | |", "|---|---|")
     yield from (f"| {name} | {_text(value)} |" for name, value in known.items())

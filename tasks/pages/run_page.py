@@ -141,7 +141,7 @@ def basics(facts: Facts) -> list[tuple[str, str]]:
                         [
                             data_source(params),
                             rows,
-                            style == "chat" and "Prompts are chat messages",
+                            "Prompts are chat messages" if style == "chat" else "",
                         ],
                     )
                 ),
