@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.config import PipelineConfig
+from flows.config import PipelineConfig, default_settings
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.card.report_card import ReportCard
@@ -99,6 +99,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
                 trained.models,
                 run,
                 trained.tournament,
+                default_settings(),
             ),
         )
 

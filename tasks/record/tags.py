@@ -17,6 +17,7 @@ CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
 GIT_DIRTY: Final = "git_dirty"
+MACHINE: Final = "machine"  # processor and device, as people say it
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
