@@ -15,7 +15,9 @@ from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 from tests.tasks.pages.conftest import DEFAULTS, REFUSED, scorecard
 
-HOSTILE = "</p><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[31m\u202eevil"
+HOSTILE = (
+    "</p><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[31m\u202eevil"
+)
 ANSWERS = [
     ("Is it good?", "sft", "It is long."),
     ("Is it good?", "policy", "It is short."),
