@@ -148,6 +148,7 @@ def general(name, *, stage=""):
         return name
     name = re.sub(r"_(low|high)$", "", name)
     name = re.sub(r"^summary/canary/.+", "summary/canary/KIND", name)
+    name = re.sub(r"^summary/judge/canary/.+", "summary/judge/canary/KIND", name)
     name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
     return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
 
