@@ -37,7 +37,9 @@ def test_words_that_differ_are_marked_and_nothing_else():
     assert marked("", "new") == ("", "<ins>new</ins>")
 
 
-@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "</p><img src=x onerror=y>", "&lt;"])
+@pytest.mark.parametrize(
+    "hostile", ["<script>alert(1)</script>", "</p><img src=x onerror=y>", "&lt;"]
+)
 def test_marks_are_the_only_html(hostile):
     for both in (marked(hostile, "a"), marked("a", hostile), marked(hostile, hostile)):
         text = "".join(both)

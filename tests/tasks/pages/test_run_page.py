@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from recorded_runs import DEFAULTS, REFUSED, scorecard
 
 from rlhf_core.promotion.decision import Decision
 from tasks.pages import publish
@@ -13,9 +14,10 @@ from tasks.pages.sentences import gate, verdict
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
-from tests.tasks.pages.conftest import DEFAULTS, REFUSED, scorecard
 
-HOSTILE = "</p><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[31m\u202eevil"
+HOSTILE = (
+    "</p><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[31m\u202eevil"
+)
 ANSWERS = [
     ("Is it good?", "sft", "It is long."),
     ("Is it good?", "policy", "It is short."),
@@ -70,12 +72,15 @@ def require_self_contained(html):
     return page
 
 
+PAGES = {}  # made once
+
+
 @pytest.fixture
-def whole(recorded):
-    facts, run = recorded(
-        ANSWERS, card=scorecard(), curves=CURVES, ppo={"kl_coef": 0.3, "iterations": 5}
-    )
-    return run_page(facts, run)
+def whole(request):
+    if not PAGES:
+        recorded, settings = request.getfixturevalue("recorded"), {"kl_coef": 0.3, "iterations": 5}
+        PAGES["whole"] = run_page(*recorded(ANSWERS, card=scorecard(), curves=CURVES, ppo=settings))
+    return PAGES["whole"]
 
 
 def text_of(html):
@@ -162,8 +167,8 @@ def test_a_decision_of_an_earlier_release_has_a_table_too(recorded):
     old = Decision(
         promote=True,
         reasons=(
-            "pass: win rate over sft 0.912 [0.885, 0.937] by true_reward, from 4 answers to each of "
-            "91 held-out prompts; the lower bound must exceed 0.6",
+            "pass: win rate over sft 0.912 [0.885, 0.937] by true_reward, from 4 answers to each "
+            "of 91 held-out prompts; the lower bound must exceed 0.6",
             "FAIL: KL to SFT 4.72 nats per sequence; at most 1.00",
             "pass: distinct-2 0.162; at least 0.027",
             "FAIL: KL to SFT is unknown, because the tokenizers differ; at most 1.00",
