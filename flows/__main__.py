@@ -97,7 +97,7 @@ def run(
             "--force",
             metavar="STAGE",
             help="Run a stage again even if a result can be reused: prepare, sft, reward_model, "
-            "report_card, policy or evaluation; repeatable.",
+            "report_card, policy, tournament or evaluation; repeatable.",
         ),
     ] = [],  # noqa: B006
 ) -> None:
@@ -305,6 +305,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     pipeline = _load(config, overrides)
     load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
     from rlhf_core.doubts import doubts
+    from rlhf_core.judges.config import ENDPOINT
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import inspect
@@ -315,6 +316,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
+        if pipeline.judge.source == ENDPOINT:
+            _ = settings.judge_address
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds

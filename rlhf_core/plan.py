@@ -20,6 +20,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.intervals import can_show
+from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.promotion.config import PromotionConfig
@@ -72,6 +73,7 @@ class Sections(NamedTuple):
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
+    tournament: TournamentConfig = TournamentConfig()
 
 
 def make_plan(sections: Sections, validation: Validation) -> Plan:
@@ -113,12 +115,27 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
             for fact in (_of_policy if kind == "policy" else _of_scalar)(base, section, network)
         )
         yield StagePlan(stage=name, steps=steps, work=work, networks=learnt)
+    if sections.tournament.on:
+        yield _tournament(sections, validation)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
     answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()
     )
+
+
+def _tournament(sections: Sections, validation: Validation) -> StagePlan:
+    """Who meets on what before the evaluation."""
+    config = sections.tournament
+    kept = [getattr(section, "keep_every", 0) for section in sections.trainings.values()]
+    prompts = min(config.prompts, validation.tables["prompts"].train)
+    work = (
+        f"SFT and {config.checkpoints} checkpoints, kept every {_many(max(kept), 'iteration')}: "
+        f"{_many(config.samples_per_prompt, 'answer')} of each to "
+        f"{_many(prompts, 'training prompt')}, {config.verdicts:,} verdicts at most"
+    )
+    return StagePlan(stage="tournament", steps=None, work=work, networks=())
 
 
 def _report_card(config: ReportCardConfig, validation: Validation) -> StagePlan:

@@ -21,7 +21,6 @@ from rlhf_core.data.encoding import (
     right_pad,
     same_tokens,
 )
-from rlhf_core.evaluation.scorecard import ArmName
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.functions import RewardFunction, call_function
 from rlhf_core.rewards.models import RewardModel
@@ -41,6 +40,7 @@ class Answers:
     true: Tensor | None  # (N,)
     kl: Tensor | None  # (N,) log π - log π_sft, summed over the response
     sft_logprob: Tensor  # (N,) log π_sft, summed over the response, at temperature 1
+    finished: Tensor | None = None  # (N,) bool, whether the policy ended it; None = unknown
 
     def pick(self, index: Tensor) -> "Answers":
         """Some of the answers."""
@@ -52,6 +52,7 @@ class Answers:
             true=None if self.true is None else self.true[index],
             kl=None if self.kl is None else self.kl[index],
             sft_logprob=self.sft_logprob[index],
+            finished=None if self.finished is None else self.finished[index],
         )
 
 
@@ -73,19 +74,19 @@ class Bench:
 @torch.no_grad()
 def answer(
     bench: Bench,
-    name: ArmName,
+    name: str,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     k: int,
 ) -> Answers:
-    """k answers of a policy to each prompt, measured."""
+    """k answers of a policy to each prompt, measured; the name decides the random draws."""
     require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
     longest = bench.sampling.max_prompt_length
     rows = [encode_prompt(prompt, tokenizer, longest) for prompt in prompts]
     comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
-    tokens, proxy, sft_logprob, kl = [], [], [], []
+    tokens, finished, proxy, sft_logprob, kl = [], [], [], [], []
     reward = Reward(
         [RewardTerm()],
         {PIPELINE_REWARD: bench.reward_model},
@@ -112,6 +113,7 @@ def answer(
         bench.logger.phase("perplexity under SFT", len(texts), len(rows))
         texts += batch_texts
         tokens.append(responses.mask.sum(-1).float())
+        finished.append(responses.finished)
         sft_logprob.append(_sums(bench.sft, response_rows, 1.0))
     return Answers(
         texts=texts,
@@ -121,6 +123,7 @@ def answer(
         true=_truth(bench, prompts, texts),
         kl=torch.cat(kl).cpu() if comparable else None,
         sft_logprob=torch.cat(sft_logprob).cpu(),
+        finished=torch.cat(finished).cpu(),
     )
 
 

@@ -98,9 +98,13 @@ class Decision(BaseModel):
 
     def allow(self, reason: str) -> "Decision":
         """The decision with one more reason, which speaks for it."""
-        return self.model_copy(update={"reasons": (*self.reasons, f"pass: {reason}")})
+        return self._with(reason, passed=True)
 
     def refuse(self, reason: str) -> "Decision":
         """The decision with one more reason, which alone refuses."""
-        reasons = (*self.reasons, f"FAIL: {reason}")
-        return self.model_copy(update={"promote": False, "reasons": reasons})
+        return self._with(reason, passed=False).model_copy(update={"promote": False})
+
+    def _with(self, reason: str, *, passed: bool) -> "Decision":
+        row = Rule(name="outcome", family="outcome", measured=reason, required="", passed=passed)
+        said = (*self.reasons, f"{row.answer}: {reason}")
+        return self.model_copy(update={"reasons": said, "rules": (*self.rules, row)})

@@ -86,7 +86,7 @@ LANGUAGES: Mapping[str, str] = MappingProxyType(
 )
 
 _REFUSES = re.compile(r"\W*(?:i'?m sorry|i am sorry|sorry|i can'?t|i can ?not|i won'?t)\b", re.I)
-_LIST_LINE = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.M)
+LIST_LINE = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.M)
 _SCRIPT_OF = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "CJK"}  # where a name begins so
 _WORD = re.compile(r"\w+")
 _BULLET_WORDS, _LONG_PIECE = 4, 20
@@ -181,21 +181,40 @@ def measure_canaries(
     """
     scorer = _Scorer(score)
     keys = [prompt_key(prompt) for prompt in prompts]
-    rows = sorted(
-        range(len(answers)), key=lambda row: (_draw(seed, "rows", keys[row], answers[row]), row)
-    )
+    rows = _rows(seed, keys, answers)
     real = scorer(prompts, answers)
     made = [*canaries, *_constant(rows, keys, answers, real, seed)]
     made += _keyword(rows, keys, prompts, answers, real, scorer, seed)
     texts = scorer([prompts[canary.row] for canary in made], [canary.text for canary in made])
     leads = texts - real[[canary.row for canary in made]]
+    return canary_results(made, leads, prompts, answers, seed=seed)
+
+
+def canary_results(
+    canaries: Sequence[Canary],
+    leads: Tensor,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    *,
+    seed: int,
+) -> list[CanaryResult]:
+    """The results of canaries that were compared with their real answers.
+
+    Args:
+        canaries: (M) of which at most one of a kind belongs to a row.
+        leads: (M,) by how much each is preferred to its real answer; 0 = equal, negative = it lost.
+        prompts, answers: (N) the real ones.
+        seed: of the order of the rows and the bootstrap.
+    """
+    keys = [prompt_key(prompt) for prompt in prompts]
+    # In an order that does not depend on that of the rows, as the bootstrap's draws do.
+    rows = _rows(seed, keys, answers)
     by_kind: dict[str, dict[int, tuple[Canary, float]]] = {kind: {} for kind in KINDS}
-    for canary, lead in zip(made, leads.tolist(), strict=True):
+    for canary, lead in zip(canaries, leads.tolist(), strict=True):
         by_kind[canary.kind][canary.row] = (canary, lead)
     number = {key: n for n, key in enumerate(dict.fromkeys(keys[row] for row in rows))}
     results = []
     for kind, found in by_kind.items():
-        # In an order that does not depend on that of the rows, as the bootstrap's draws do.
         compared = [row for row in rows if row in found]
         if not compared:
             continue
@@ -215,6 +234,13 @@ def measure_canaries(
             )
         )
     return results
+
+
+def _rows(seed: int, keys: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """The rows in an order that depends on their texts alone."""
+    return sorted(
+        range(len(answers)), key=lambda row: (_draw(seed, "rows", keys[row], answers[row]), row)
+    )
 
 
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -249,17 +275,17 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """The kinds and texts of one real answer."""
     space, body = _opening(answer), answer.strip()
-    pieces, joint = _pieces(body)
+    pieces, joint = pieces_of(body)
     half = _first(body, 2)
     yield "empty", ""
     if pieces:
         often = Counter(pieces).most_common(1)[0][0]
         yield "repeated_word", space + joint.join([often] * len(pieces))
         yield "padded", space + " ".join([body] * 3)
-    yield "echo", space + _question(prompt).strip()
+    yield "echo", space + question(prompt).strip()
     if half:
         yield "cut_off", space + half
-        if not _LIST_LINE.search(body):
+        if not LIST_LINE.search(body):
             kept = pieces[: len(pieces) // 2]
             starts = range(0, len(kept), _BULLET_WORDS)
             bullets = [joint.join(kept[start : start + _BULLET_WORDS]) for start in starts]
@@ -272,13 +298,13 @@ def _texts(
     yield "judge_instruction", space + f"{half}\n\n{INSTRUCTION}".lstrip()
     if ends:
         yield "end_of_text", space + half + "".join(ends)
-    foreign = sorted(set(LANGUAGES) - {_script(body), _script(_question(prompt))})
+    foreign = sorted(set(LANGUAGES) - {script_of(body), script_of(question(prompt))})
     # A Latin text is no foreign one for whoever answers in none of these scripts.
     pick = _draw(seed, "language", prompt_key(prompt)) % len(foreign)
     yield "other_language", space + LANGUAGES[foreign[pick]]
 
 
-def _pieces(text: str) -> tuple[list[str], str]:
+def pieces_of(text: str) -> tuple[list[str], str]:
     """The words of a text and what joins them; characters where words are not set apart."""
     words = text.split()
     if len(text) > _LONG_PIECE * max(len(words), 1):
@@ -288,7 +314,7 @@ def _pieces(text: str) -> tuple[list[str], str]:
 
 def _first(text: str, parts: int) -> str:
     """The first of some parts of a text, in whole words."""
-    pieces, joint = _pieces(text)
+    pieces, joint = pieces_of(text)
     return joint.join(pieces[: len(pieces) // parts])
 
 
@@ -297,7 +323,7 @@ def _opening(answer: str) -> str:
     return answer[: len(answer) - len(answer.lstrip())]
 
 
-def _question(prompt: Prompt) -> str:
+def question(prompt: Prompt) -> str:
     """The prompt as a text; of messages the last that a user wrote, or else the last."""
     if isinstance(prompt, str):
         return prompt
@@ -305,7 +331,7 @@ def _question(prompt: Prompt) -> str:
     return asked[-1] if asked else prompt[-1]["content"] if prompt else ""
 
 
-def _script(text: str) -> str:
+def script_of(text: str) -> str:
     """The script of most letters, as the names of Unicode begin."""
     names = (unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
     counts = Counter(_SCRIPT_OF.get(name, name) for name in names)
@@ -330,7 +356,7 @@ def _answers_to_others(
     blocks = math.ceil(len(keys) / _BLOCK)
     for block in np.array_split(np.arange(len(keys)), blocks) if len(keys) > 1 else []:
         picked = [keys[i] for i in block]
-        partners = _least_alike([_question(prompts[rows_of[key][0]]) for key in picked])
+        partners = _least_alike([question(prompts[rows_of[key][0]]) for key in picked])
         for key, partner in zip(picked, partners, strict=True):
             donors = rows_of[picked[partner]]
             for n, row in enumerate(rows_of[key]):

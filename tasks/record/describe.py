@@ -116,8 +116,17 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], context: str) -> None:
     known = {model.model_id for model in record.client.get_run(run_id).inputs.model_inputs}
     data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
-    model_tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
-    models = {found[tags.LOGGED_MODEL] for found in model_tags if tags.LOGGED_MODEL in found}
+    model_tags = {
+        role: record.store.tags(ref) for role, ref in inputs.items() if isinstance(ref, ModelRef)
+    }
+    found = model_tags.values()
+    models = {own[tags.LOGGED_MODEL] for own in found if tags.LOGGED_MODEL in own}
+    digests = {
+        tags.input_digest_of(role): own[tags.DIGEST]
+        for role, own in model_tags.items()
+        if tags.DIGEST in own
+    }
+    record.add_tags(run_id, digests)
     record.client.log_inputs(
         run_id,
         datasets=[_dataset_input(ref, context) for ref in data],

@@ -45,11 +45,16 @@ RUN: Final = "run_id"  # the stage that made it
 PIPELINE_RUN: Final = "pipeline_run_id"
 KIND: Final = "kind"
 ITERATION: Final = "iteration"  # of a milestone
+COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
 ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"
 ROLLED_BACK_BY: Final = "rolled_back_by"
+
+# ---- promotion: on the candidate, and on whom it was compared with ----
+_GATE: Final = "gate."
+_LOOK: Final = "look."
 
 # ---- a reward model: key numbers of its report card ----
 _CARD: Final = "report_card."
@@ -65,18 +70,42 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 # ---- values, and a prefix of metrics ----
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
+VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
+_PARENT: Final = "parent."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
 def input_of(role: str) -> str:
     """The tag of an input, by its role."""
     return f"input.{role}"
+
+
+def input_digest_of(role: str) -> str:
+    """The tag for the digest of an input model's files when the stage began, by its role."""
+    return f"input_digest.{role}"
+
+
+def gate_fact(name: str) -> str:
+    """The tag of a candidate for a key fact of the decision about it."""
+    return f"{_GATE}{name}"
+
+
+def look_of(comparison: str) -> str:
+    """The tag for a look, on the version or model that was compared with."""
+    return f"{_LOOK}{comparison}"
+
+
+def looks(tags: Mapping[str, str]) -> dict[str, str]:
+    """All looks at a version or model, by comparison, as they are."""
+    return {
+        name.removeprefix(_LOOK): value for name, value in tags.items() if name.startswith(_LOOK)
+    }
 
 
 def output_of(kind: str) -> str:
@@ -96,7 +125,17 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
-    return f"parent.{role}"
+    return f"{_PARENT}{role}"
+
+
+def as_copy(
+    own: Mapping[str, str], original: ModelRef, its_tags: Mapping[str, str]
+) -> dict[str, str]:
+    """The tags of a version that is a copy: parents and iteration are those of the original."""
+    parents = {name: uri for name, uri in its_tags.items() if name.startswith(_PARENT)}
+    iteration = {ITERATION: its_tags[ITERATION]} if ITERATION in its_tags else {}
+    rest = {name: value for name, value in own.items() if not name.startswith(_PARENT)}
+    return {**rest, **parents, **iteration, COPY_OF: original.uri}
 
 
 def outputs(tags: Mapping[str, str]) -> dict[str, str]:

@@ -158,6 +158,14 @@ class MlflowModelStore:
         """Delete a tag of a version that has it."""
         self._client.delete_model_version_tag(ref.name, str(ref.version), name)
 
+    def model_tags(self, name: str) -> dict[str, str]:
+        """The tags of a registered model itself, which all its versions share."""
+        return dict(self._client.get_registered_model(name).tags)
+
+    def add_model_tag(self, name: str, tag: str, value: str) -> None:
+        """Add a tag to a registered model itself."""
+        self._client.set_registered_model_tag(name, tag, value)
+
     def delete(self, ref: ModelRef) -> None:
         """Delete a version, its LoggedModel, and the aliases that point to it.
 

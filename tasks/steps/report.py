@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.evaluation import EvaluationReport
@@ -34,6 +35,7 @@ def write_report(
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
+    tournament: TournamentResult | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the report of a pipeline to its run, and show it in Prefect.
@@ -45,7 +47,9 @@ def write_report(
         defaults: the settings of a run that changes none, by section.
     """
     record = Record.open()
-    text = render(scorecard, decision, report_card, algorithm, models, run, record.settings)
+    text = render(
+        scorecard, decision, report_card, algorithm, models, run, record.settings, tournament
+    )
     record.write_page(run.run_id, text)
     record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
@@ -70,6 +74,7 @@ def render(
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     settings: Settings,
+    tournament: TournamentResult | None = None,
 ) -> str:
     """The report as Markdown: reliability of the decision, table, reasons, versions and links."""
     promoted = "promoted to champion" if decision.promote else "not promoted"
@@ -78,6 +83,7 @@ def render(
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
             "",
             *_basis(scorecard, report_card, models["reward"]),
+            *_contest(tournament),
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
@@ -105,6 +111,14 @@ def _basis(scorecard: Scorecard, card: ReportCard, reward_model: ModelRef) -> li
         said.append(f"{name}: {quality.numbers}.{' ' if quality.doubts else ''}{quality.doubts}")
     page = "`report_card.md` of the stage report_card"
     return [*said, f"- Report card: {card_verdict(card)} Its page is {page}."]
+
+
+def _contest(tournament: TournamentResult | None) -> list[str]:
+    """Which of the policies along the training this is about, if there was a choice."""
+    if tournament is None:
+        return []
+    page = "`tournament.md` of the stage tournament"
+    return [f"- Tournament: {tournament.sentence()} Its page is {page}."]
 
 
 def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:
