@@ -14,7 +14,7 @@ from tasks.pages import charts
 from tasks.pages.curves import curves
 from tasks.pages.differences import marked
 from tasks.pages.drawing import Drawing
-from tasks.pages.facts import EVALUATION, Facts, StageFacts
+from tasks.pages.facts import EVALUATION, TOURNAMENT, Facts, StageFacts
 from tasks.pages.reading import Reader, Row
 from tasks.pages.render import render
 from tasks.pages.sentences import gate, judge, notes, verdict
@@ -23,7 +23,6 @@ from tasks.record import tags
 
 SAMPLES = 12  # prompts
 TABLE_ROWS = 30
-TOURNAMENT = "tournament"
 TITLES = {
     "prepare": "Preparing the data",
     "sft": "Learning from demonstrations (SFT)",
@@ -322,7 +321,12 @@ def _tournament(facts: Facts) -> dict[str, Any] | None:
     reader, run = facts.reader, stage.computed
     names = [path.rpartition("/")[2].removesuffix(".json") for path in reader.paths(run, "tables")]
     tables = [table(name, reader.table(run, name)) for name in names]
-    return {"tables": tables, "pictures": reader.figures(run)}
+    result = facts.tournament
+    drawn = result and reader.attempt("the tournament", lambda: charts.tournament(result))
+    # Drawn anew in the colours of the page where that is possible.
+    pictures = {} if drawn else reader.figures(run)
+    says = result and result.sentence()
+    return {"tables": tables, "pictures": pictures, "drawn": drawn, "says": says}
 
 
 def table(name: str, rows: Sequence[Row]) -> Table:
