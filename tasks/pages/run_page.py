@@ -80,6 +80,7 @@ def run_page(facts: Facts, run: Run) -> str:
         "notes": notes(facts.decision) if facts.decision else [],
         "wins": scorecard and reader.attempt("win rates", lambda: charts.win_rates(scorecard)),
         "comparisons": _comparisons(scorecard) if scorecard else [],
+        "differences": _differences(scorecard) if scorecard else [],
         "arms": _arms(scorecard) if scorecard else [],
         "samples": list(samples(facts.samples, _titles(facts))),
         "of_samples": len({row["prompt"] for row in facts.samples}),
@@ -258,6 +259,18 @@ def _comparisons(scorecard: Scorecard) -> list[dict[str, str]]:
     ]
 
 
+def _differences(scorecard: Scorecard) -> list[str]:
+    """By how much two models differ on the same prompts, in sentences."""
+    names = charts.NAMES
+    return [
+        f"{names[pair.first]} against {names[pair.second]}, by their win rates over "
+        f"{names[pair.opponent]} on the same prompts: {100 * value:+.1f} points "
+        f"({100 * low:+.1f} to {100 * high:+.1f})"
+        for pair in scorecard.differences
+        for value, low, high in [pair.difference]
+    ]
+
+
 def _slices(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     """The win rate of the policy over SFT on each slice of the prompts."""
     match = scorecard.comparison("policy", "sft")
@@ -282,11 +295,18 @@ def _arms(scorecard: Scorecard) -> list[tuple[str, list[str]]]:
         "distinct_2": "variety (distinct-2)",
         "perplexity": "perplexity under SFT (fluency; lower is better)",
     }
-    return [
+    arms = scorecard.arms
+    rows = [
         (title, cells)
         for name, title in names.items()
-        if any(cells := [_measure(getattr(arm, name)) for arm in scorecard.arms])
+        if any(cells := [_measure(getattr(arm, name)) for arm in arms])
     ]
+    for kind in dict.fromkeys(kind for arm in arms for kind in arm.signs):
+        shares = [arm.signs.get(kind) for arm in arms]
+        if any(share is not None and share.value > 0 for share in shares):
+            cells = ["" if share is None else percent(share.value) for share in shares]
+            rows.append((f"answers that look bad: {kind.replace('_', ' ')}", cells))
+    return rows
 
 
 def _measure(value: Any) -> str:

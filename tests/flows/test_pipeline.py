@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from prefect import flow
+from prefect.artifacts import Artifact
 from transformers import AutoModelForCausalLM
 
 from flows.config import PipelineConfig
@@ -135,6 +136,11 @@ def test_the_page_of_the_run_is_one_file_with_the_decision(client, first, tmp_pa
     assert not re.search(r'src="(?!data:)|<script|<link|@import|url\((?!#)', page)
     assert "<svg" in page
     assert len(page) < 3_000_000
+
+
+def test_prefect_links_the_page(first):
+    found = Artifact.get("tiny-page")
+    assert f"runs/{first.run.run_id}/artifacts/report.html" in found.data
 
 
 def test_the_policy_has_its_model_card(client, store, first, tmp_path):

@@ -1,7 +1,9 @@
 """The page of a run: whole, safe against texts of others, and honest about what is missing."""
 
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from recorded_runs import DEFAULTS, REFUSED, scorecard
@@ -218,3 +220,12 @@ def test_a_report_never_fails_the_run(recorded, monkeypatch, caplog):
     publish.publish_report(record, run, DEFAULTS, scorecard(), REFUSED, None, policy)
     assert "the page of the run could not be written" in caplog.text
     assert "the model card of models:/nothing/1 could not be written" in caplog.text
+
+
+def test_a_wheel_has_the_templates():
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["tasks.pages"]
+    pages = root / "tasks" / "pages"
+    inside = {path for pattern in patterns for path in pages.glob(pattern)}
+    assert inside == {p for p in pages.rglob("*") if p.is_file() and p.suffix in (".html", ".css")}
