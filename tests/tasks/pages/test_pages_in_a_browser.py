@@ -38,7 +38,7 @@ def browser():
 def pages(recorded, tmp_path):
     """The page of a run, that of a run without anything, and that of two runs."""
     first, run = recorded(ANSWERS, card=scorecard(), curves=CURVES)
-    nothing, empty = recorded(decision=None, error="it failed", curves={"sft": {"loss": [1.0]}})
+    nothing, empty = recorded(decision=None, error="x" * 3000, curves={"sft": {"loss": [1.0]}})
     other, _ = recorded(ANSWERS, card=scorecard(0.2), curves=CURVES, seed=2)
     made = {name: tmp_path / f"{name}.html" for name in ("run", "failed", "compared")}
     made["run"].write_text(run_page(first, run), encoding="utf-8")

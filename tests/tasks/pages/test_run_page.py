@@ -93,7 +93,7 @@ def test_the_page_says_what_came_of_the_run(whole):
     require_self_contained(whole)
     text = text_of(whole)
     for part in (
-        "the new policy was not promoted, and there is still no champion",
+        "The new policy was not promoted, and there is still no champion",
         "What speaks against it: length, not approved by Ada.",
         "win 75 % (55 % to 95 %) of the comparisons",
         "The reward model is at fault.",
@@ -195,7 +195,7 @@ def test_who_approved_later_is_said(recorded):
     record = Record.open()
     record.add_tags(run.info.run_id, {tags.APPROVED: tags.WAITING})
     found = publish.gather(record, record.client.get_run(run.info.run_id), DEFAULTS)
-    assert verdict(found) == ("waiting", "the new policy waits for a person to approve it.", ())
+    assert verdict(found) == ("waiting", "The new policy waits for a person to approve it.", ())
     said = {tags.APPROVED: "true", tags.APPROVED_BY: "Ada", tags.PROMOTED: "true"}
     record.add_tags(run.info.run_id, said)
     found = publish.gather(record, record.client.get_run(run.info.run_id), DEFAULTS)
