@@ -43,6 +43,7 @@ from rlhf_core.evaluation.tournament.strengths import (
     intervals,
     resampled,
     strengths,
+    strongest,
 )
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.judges.config import JudgeConfig
@@ -295,6 +296,7 @@ def _result(
     return TournamentResult(
         judge=examined.name,
         entrants=entrants,
+        strongest=roles[strongest(values)],
         chosen=roles[chosen],
         over_last=None if chosen == last else difference(values, drawn, chosen, last),
         over_sft=difference(values, drawn, chosen, 0),

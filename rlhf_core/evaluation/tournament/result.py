@@ -41,7 +41,8 @@ class TournamentResult(BaseModel):
 
     judge: str
     entrants: tuple[Entrant, ...]  # SFT first, then by iteration; the last policy is the last
-    chosen: str  # the name of the policy that goes on
+    strongest: str  # the name of the policy with the highest strength
+    chosen: str  # and of the one that goes on: the first within one standard error of it
     over_last: Interval | None  # strength of the chosen one minus that of the last; None if it is
     over_sft: Interval  # and minus that of SFT
     verdicts: int  # asked for
@@ -61,22 +62,25 @@ class TournamentResult(BaseModel):
 
     def sentence(self) -> str:
         """What was chosen and why."""
-        chosen, last = self.entrant(self.chosen), self.entrant(LAST)
+        chosen, best = self.entrant(self.chosen), self.entrant(self.strongest)
         policies = len(self.entrants) - 1
         judged = f"by {self.judge}, {self.verdicts:,} verdicts"
         if policies == 1:
-            return f"The last policy goes on: no milestone was there to compare it with ({judged})."
-        field = f"of {policies} checkpoints {chosen.title} is the strongest"
-        if self.over_last is None:
-            said = f"The last policy goes on: {field}"
+            said = "The last policy goes on, since no milestone was there to compare it with"
+        elif self.over_last is None:
+            said = f"The last policy goes on: it is the strongest of {policies} checkpoints"
         else:
             value, low, high = self.over_last
-            said = (
-                f"An earlier policy goes on instead of the last: {field}, {value:.2f} "
-                f"[{low:.2f}, {high:.2f}] above {last.title} in log-odds"
+            why = (
+                f"it is the strongest of {policies} checkpoints"
+                if best == chosen
+                else f"of {policies} checkpoints it is the first within one standard error of the "
+                f"strongest, {best.title}"
             )
-            if low <= 0:
-                said += ", a difference that may be chance"
+            said = (
+                f"The policy of {chosen.title} goes on instead of the last: {why}, and its "
+                f"strength less that of the last is {value:.2f} [{low:.2f}, {high:.2f}]"
+            )
         if self.over_sft.low <= 0:
             said += "; it is not shown to be stronger than SFT"
         return f"{said} ({judged})."

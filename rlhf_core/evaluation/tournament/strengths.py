@@ -71,6 +71,8 @@ def resampled(
     """
     kinds, counts = _counts(results)
     prompts = len(counts)
+    if prompts == 0:
+        return np.zeros((resamples, entrants))
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     weights = drawn @ counts
     return np.stack([_fit(kinds, row, entrants, prior) for row in weights])
@@ -99,14 +101,27 @@ def difference(values: Numbers, drawn: Numbers, ours: int, theirs: int) -> Inter
     return found
 
 
+def strongest(values: Numbers) -> int:
+    """The number of the strongest policy; number 0 is SFT, and is none of them."""
+    return 1 + int(values[1:].argmax())
+
+
 def choose(values: Numbers, drawn: Numbers) -> int:
-    """The number of the policy that goes on: the strongest. Number 0 is SFT, which is no choice.
+    """The number of the policy that goes on: the first within one standard error of the strongest.
+
+    Policies come in the order of their training, so of those that can hardly be told apart this is
+    the one that has moved least: what it may lose is small, and a reward that is over-optimised has
+    hurt it least. Number 0 is SFT, which is no choice. Reference for the rule: Breiman et al.
+    1984, Classification and Regression Trees, section 3.4.3.
 
     Args:
         values: (n,) the strengths.
-        drawn: (resamples, n) their bootstraps.
+        drawn: (resamples, n) their bootstraps, of which the standard error of a difference is.
     """
-    return 1 + int(values[1:].argmax())
+    best = strongest(values)
+    behind = values[best] - values
+    errors = (drawn[:, [best]] - drawn).std(axis=0)
+    return next(n for n in range(1, len(values)) if behind[n] <= errors[n])
 
 
 class _Kind(NamedTuple):
