@@ -279,7 +279,8 @@ def _result(
 ) -> TournamentResult:
     """The strengths of the entrants, and the choice."""
     unanswered = sum(result.winner is None for result in results)
-    if unanswered == len(results):
+    # Equal answers are a tie that nobody was asked about.
+    if unanswered and all(result.winner in (None, "tie") for result in results):
         raise NumericsError(
             f"the judge {examined.name} gave no verdict in the tournament; look at its log, and "
             "check judge.endpoint"
@@ -299,7 +300,7 @@ def _result(
         strongest=roles[strongest(values)],
         chosen=roles[chosen],
         over_last=None if chosen == last else difference(values, drawn, chosen, last),
-        over_sft=difference(values, drawn, chosen, 0),
+        over_sft=difference(values, drawn, strongest(values), 0),
         verdicts=len(results),
         unanswered=unanswered,
         budget=config.verdicts,

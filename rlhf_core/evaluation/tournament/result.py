@@ -44,7 +44,7 @@ class TournamentResult(BaseModel):
     strongest: str  # the name of the policy with the highest strength
     chosen: str  # and of the one that goes on: the first within one standard error of it
     over_last: Interval | None  # strength of the chosen one minus that of the last; None if it is
-    over_sft: Interval  # and minus that of SFT
+    over_sft: Interval  # of the strongest one minus that of SFT
     verdicts: int  # asked for
     unanswered: int  # of these; they count for nobody
     budget: int
@@ -60,6 +60,11 @@ class TournamentResult(BaseModel):
         """Whether an earlier policy goes on instead of the last one."""
         return self.chosen != LAST
 
+    @property
+    def beats_sft(self) -> bool:
+        """Whether the strongest is shown to be stronger than SFT; else the last one goes on."""
+        return self.over_sft.low > 0
+
     def sentence(self) -> str:
         """What was chosen and why."""
         chosen, best = self.entrant(self.chosen), self.entrant(self.strongest)
@@ -67,6 +72,8 @@ class TournamentResult(BaseModel):
         judged = f"by {self.judge}, {self.verdicts:,} verdicts"
         if policies == 1:
             said = "The last policy goes on, since no milestone was there to compare it with"
+        elif not self.beats_sft:
+            said = "The last policy goes on: no checkpoint is shown to be stronger than SFT"
         elif self.over_last is None:
             said = f"The last policy goes on: it is the strongest of {policies} checkpoints"
         else:
@@ -81,8 +88,6 @@ class TournamentResult(BaseModel):
                 f"The policy of {chosen.title} goes on instead of the last: {why}, and its "
                 f"strength less that of the last is {value:.2f} [{low:.2f}, {high:.2f}]"
             )
-        if self.over_sft.low <= 0:
-            said += "; it is not shown to be stronger than SFT"
         return f"{said} ({judged})."
 
 

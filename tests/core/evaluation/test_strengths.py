@@ -132,16 +132,22 @@ def test_a_difference_is_paired():
     assert one.high - one.low > 5
 
 
-def test_sft_is_never_chosen():
-    values = np.array([0.0, -2.0, -1.0])
-    assert strongest(values) == choose(values, np.stack([values] * 20)) == 2
-
-
 def test_the_first_within_one_standard_error_of_the_strongest_goes_on():
-    values = np.array([0.0, 0.2, 1.0, 1.3, 1.1])
-    # Differences to the strongest vary by 0.4 for the first and third, by 0.2 for the second.
+    values = np.array([0.0, 0.2, 1.0, 1.1, 1.05])
+    # Differences to the strongest vary by 0.4 for the first and last, by 0.08 for the second.
     shifts = np.array([-1.0, 1.0])[:, None]
-    drawn = values + shifts * np.array([0, 0.4, 0.2, 0, 0.4])
+    drawn = values + shifts * np.array([0, 0.4, 0.08, 0, 0.4])
     assert strongest(values) == 3
-    assert choose(values, drawn) == 3  # 0.3 behind is more than 0.2; what is later does not count
+    assert choose(values, drawn) == 3  # 0.1 behind is more than 0.08; what is later does not count
     assert choose(values, values + 2 * (drawn - values)) == 2
+    # However large the errors, what is more than 0.2 behind is not taken.
+    assert choose(values, values + 2.6 * (drawn - values)) == 2
+
+
+def test_sft_is_never_chosen_and_the_last_goes_on_when_nobody_beats_it():
+    values = np.array([0.0, -1.0, -2.0, -3.0])
+    assert strongest(values) == 1
+    assert choose(values, np.stack([values] * 20)) == 3
+    noisy = np.array([0.0, 0.3, 0.2, 0.1])
+    assert choose(noisy, noisy + np.linspace(-1, 1, 41)[:, None] * [0, 1, 1, 1]) == 3
+    assert choose(np.zeros(3), np.zeros((20, 3))) == 2
