@@ -1,6 +1,6 @@
 """The config of a pipeline: the sections of its stages, and the checks across them."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -309,3 +309,8 @@ class PipelineConfig(ByAlgorithm):
                     "lower the former or raise the latter"
                 )
         return self
+
+
+def default_settings() -> dict[str, Any]:
+    """The settings of a run whose config is empty, by section."""
+    return PipelineConfig().model_dump(mode="json")

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.config import PipelineConfig
+from flows.config import PipelineConfig, default_settings
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.card.report_card import ReportCard
@@ -19,6 +19,7 @@ from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
 from tasks.steps.evaluation import evaluate
+from tasks.steps.judge import check_judge
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
@@ -83,7 +84,8 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
         question = config.promotion, scorecard, trained.policy, champion, run
-        decision = promote(*question, ask_person(*question))
+        card = trained.report_card
+        decision = promote(*question, ask_person(*question, card), card)
         return PipelineResult(
             **dict(trained),
             run=run,
@@ -97,6 +99,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
                 trained.models,
                 run,
                 trained.tournament,
+                default_settings(),
             ),
         )
 
@@ -104,6 +107,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
+    check_judge(config.judge)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)

@@ -25,6 +25,7 @@ from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.registry.registered import find_data, find_milestones, find_model, find_parent
 from tasks.steps.data import prepare_data
+from tasks.steps.judge import check_judge
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
 from tasks.steps.report_card import check_report_card
@@ -173,6 +174,8 @@ def stage_flow(
     spec = STAGES[stage]
 
     def run_stage(config: RunConfig) -> Any:
+        if "judge" in spec.sections:
+            check_judge(config.judge)  # type: ignore[attr-defined]
         inputs = find_inputs(spec, config)
         sections = {name: getattr(config, name) for name in spec.sections}
         with open_run(config.project, config, config.seed) as run:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # imported when something is drawn, so that training does not
 Points = Sequence[tuple[float, float]]
 
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
-ARM_COLORS = {"sft": GREY, "policy": BLUE, "best_of_n": GREEN, "champion": ORANGE}
+PALE = "#c9c9c9"
+ARM_COLORS = {"base": PALE, "sft": GREY, "policy": BLUE, "best_of_n": GREEN, "champion": ORANGE}
 
 
 def blank(width: float, height: float) -> "Figure":

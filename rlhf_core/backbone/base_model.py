@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Self, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_core.backbone.directory import load_saved_tokenizer, read_card
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import answer_plainly, complete
@@ -25,6 +27,7 @@ from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
 
+BASE = "base"  # the entry of a card for what a model was fine-tuned from
 LONGEST_WORD = 1_000  # characters; a word is what the pre-tokenizer does not split
 _ENDLESS = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
 
@@ -74,10 +77,18 @@ def load_base(
     Raises: ModelError when the source cannot be found, reached or read.
     """
     tokenizer = load_tokenizer(config, corpus)
+    return base_for(config, tokenizer, seed), tokenizer
+
+
+def base_for(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The model to fine-tune, in float32, for a tokenizer that `load_tokenizer` made.
+
+    Raises: ModelError when the source cannot be found, reached or read.
+    """
     if not config.source:
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
             torch.manual_seed(seed)
-            return _fresh_model(config.fresh, len(tokenizer), **_ends(tokenizer)), tokenizer
+            return _fresh_model(config.fresh, len(tokenizer), **_ends(tokenizer))
     model = load_weights(AutoModelForCausalLM, config.source, config.revision)
     _make_room(model, len(tokenizer))
     # If the model came with pad = EOS, the EOS embedding would get no gradient.
@@ -86,7 +97,29 @@ def load_base(
     for settings in (model.config, model.config.get_text_config(decoder=True)):
         settings.pad_token_id = tokenizer.pad_token_id
         settings.eos_token_id = tokenizer.eos_token_id
-    return model, tokenizer
+    return model
+
+
+def base_facts(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """What the card of a fine-tuned model says of its base, for `base_of`."""
+    return {BASE: {"model": config.model_dump(mode="json"), "seed": seed}}
+
+
+def base_of(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a fine-tuned one started from, and the tokenizer that both use.
+
+    Raises: ModelError when its card does not say which model that was, or it cannot be loaded.
+    """
+    facts: Any = read_card(directory).get(BASE)
+    try:
+        config, seed = ModelConfig.model_validate(facts["model"]), int(facts["seed"])
+    except (TypeError, KeyError, ValueError, ValidationError) as error:
+        raise ModelError(
+            "the SFT policy does not say which model it started from; it was trained by an older "
+            "version"
+        ) from error
+    tokenizer = load_saved_tokenizer(directory)
+    return base_for(config, tokenizer, seed), tokenizer
 
 
 def outline(config: ModelConfig, vocabulary: int) -> PreTrainedModel:

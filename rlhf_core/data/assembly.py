@@ -13,7 +13,15 @@ import pandas as pd
 
 from rlhf_core.data.formats import ParsedSource
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import SPLITS, TABLE_KINDS, Split, TableKind, falls_to_eval, prompt_key
+from rlhf_core.data.prepared import (
+    KEPT,
+    SPLITS,
+    TABLE_KINDS,
+    Split,
+    TableKind,
+    falls_to_eval,
+    prompt_key,
+)
 from rlhf_core.data.validation import drop_useless
 
 _LISTED = 20  # bad rows of a table that the report names
@@ -103,7 +111,8 @@ def fill(tables: CleanTables) -> CleanTables:
 
 
 def _derived(frame: pd.DataFrame, source: str, *distinct: str) -> CleanTable:
-    kept = frame.drop_duplicates(["split", "key", *distinct])
+    # What is kept beside a vote belongs to the vote.
+    kept = frame.drop_duplicates(["split", "key", *distinct]).drop(columns=KEPT, errors="ignore")
     return CleanTable(kept, source, len(kept), Counter())
 
 

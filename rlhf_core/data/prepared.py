@@ -16,7 +16,8 @@ is one vote, as it was cast; the votes on one pair share its id:
     time             when the vote was cast, as the source has it; "" if unknown
     source           where the row comes from
 
-Columns of the user's that `data.preferences.keep` names are in an object `kept`, by name, as text.
+Columns of the user's that `data.preferences.keep` or `data.prompts.keep` names are in an object
+`kept`, by name, as text.
 
 `rlhf_core.data.pairs.with_winners` derives who won.
 """
@@ -47,7 +48,8 @@ COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     ),
     "prompts": ("id", "prompt"),
 }
-KEPT = "kept"  # a column of preferences, only where columns of the source are kept
+KEPT = "kept"  # a column of preferences and prompts, only where columns of the source are kept
+UNKNOWN = "(unknown)"  # what reports call the value of a row that has none in such a column
 
 
 def canonical_prompt(prompt: Prompt) -> str:
@@ -91,7 +93,7 @@ def writable(text: str) -> bool:
 
 def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:
     """Write one prepared table as JSON lines."""
-    kept = [KEPT] if kind == "preferences" and KEPT in frame else []
+    kept = [KEPT] if KEPT in frame else []
     records = frame[[*COLUMNS[kind], *kept]].to_dict("records")
     # Not DataFrame.to_json, which rounds numbers to ten digits.
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -110,12 +112,11 @@ def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
         raise DataError(f"there is no prepared table {path}; prepare the data first")
     with path.open(encoding="utf-8", newline="\n") as lines:
         records = [json.loads(line) for line in lines]
-    if kind != "preferences":
-        return pd.DataFrame(records, columns=list(COLUMNS[kind]), dtype=object)
-    records = [_as_cast(record) for record in records]
     kept = [KEPT] if any(KEPT in record for record in records) else []
+    if kind == "preferences":
+        records = [_as_cast(record) for record in records]
     frame = pd.DataFrame(records, columns=[*COLUMNS[kind], *kept], dtype=object)
-    return frame.astype({"gold": bool, "margin": float})
+    return frame.astype({"gold": bool, "margin": float}) if kind == "preferences" else frame
 
 
 def _as_cast(record: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Answers:
     true: Tensor | None  # (N,)
     kl: Tensor | None  # (N,) log π - log π_sft, summed over the response
     sft_logprob: Tensor  # (N,) log π_sft, summed over the response, at temperature 1
+    finished: Tensor | None = None  # (N,) bool, whether the policy ended it; None = unknown
 
     def pick(self, index: Tensor) -> "Answers":
         """Some of the answers."""
@@ -51,6 +52,7 @@ class Answers:
             true=None if self.true is None else self.true[index],
             kl=None if self.kl is None else self.kl[index],
             sft_logprob=self.sft_logprob[index],
+            finished=None if self.finished is None else self.finished[index],
         )
 
 
@@ -84,7 +86,7 @@ def answer(
     rows = [encode_prompt(prompt, tokenizer, longest) for prompt in prompts]
     comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
-    tokens, proxy, sft_logprob, kl = [], [], [], []
+    tokens, finished, proxy, sft_logprob, kl = [], [], [], [], []
     reward = Reward(
         [RewardTerm()],
         {PIPELINE_REWARD: bench.reward_model},
@@ -111,6 +113,7 @@ def answer(
         bench.logger.phase("perplexity under SFT", len(texts), len(rows))
         texts += batch_texts
         tokens.append(responses.mask.sum(-1).float())
+        finished.append(responses.finished)
         sft_logprob.append(_sums(bench.sft, response_rows, 1.0))
     return Answers(
         texts=texts,
@@ -120,6 +123,7 @@ def answer(
         true=_truth(bench, prompts, texts),
         kl=torch.cat(kl).cpu() if comparable else None,
         sft_logprob=torch.cat(sft_logprob).cpu(),
+        finished=torch.cat(finished).cpu(),
     )
 
 

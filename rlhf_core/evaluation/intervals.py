@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from rlhf_core.functional.ranking import (
+    Interval,
     clustered_bootstrap,
     expected_calibration_error,
     win_rate,
@@ -70,6 +71,33 @@ def mean_estimate(values: Tensor, clusters: Tensor, generator: torch.Generator) 
     half = float(stats.t.ppf(0.975, k - 1)) * spread
     low, high = min(drawn.low, drawn.value - half), max(drawn.high, drawn.value + half)
     return Estimate.of(drawn.value, low, high)
+
+
+def mean_difference(differences: Tensor, generator: torch.Generator) -> Interval:
+    """Mean of paired differences of shares, with 95 % bounds that are never a point.
+
+        bounds = the wider of clustered_bootstrap and m' ± t·s' / √(K + 2)
+
+    m' and s' are mean and standard deviation of the K differences and of two more, one of 1 and one
+    of -1; t is the 97.5 % point of Student's distribution with K + 1 degrees of freedom. The two
+    stand for what K prompts may not have shown: where all differ by 0, the bounds are near ± 3 / K.
+
+    Args:
+        differences: (K,) in [-1, 1], the share of the first less that of the second, by prompt.
+
+    Raises: ValueError when there is no difference, or one is outside [-1, 1].
+
+    Reference: Bonett and Price 2012, https://doi.org/10.3102/1076998611411915, who add as much to
+    the two kinds of discordant pairs.
+    """
+    if not bool(((differences >= -1) & (differences <= 1)).all()):
+        raise ValueError("differences of shares must lie in [-1, 1].")
+    k = len(differences)
+    drawn = clustered_bootstrap(differences, torch.arange(k), generator=generator)
+    more = torch.cat([differences.double(), torch.tensor([1.0, -1.0], dtype=torch.float64)])
+    half = float(stats.t.ppf(0.975, k + 1)) * more.std().item() / math.sqrt(k + 2)
+    low, high = (more.mean().item() + side * half for side in (-1, 1))
+    return Interval(drawn.value, max(min(drawn.low, low), -1.0), min(max(drawn.high, high), 1.0))
 
 
 def calibration_estimate(

@@ -1,4 +1,5 @@
-"""Texts of the held-out votes that training has seen, word for word or nearly.
+"""Texts of the held-out votes, and prompts of the evaluation, that training has seen, word for word
+or nearly.
 
 Votes are split by prompt, so a prompt is on one side only. What the split cannot see is a prompt
 that was edited a little, or two answers that are compared with each other under several prompts.
@@ -15,9 +16,12 @@ from datasketch import MinHash, MinHashLSH
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.prepared import prompt_key
+from rlhf_core.evaluation.scorecard import PromptLeaks
 
 NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
+SEARCHED = 10_000  # training prompts that are searched for nearly equal ones
 _WORDS, _PERMUTATIONS = 3, 64
 _EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
@@ -75,6 +79,26 @@ def find_leaks(train: pd.DataFrame, held_out: pd.DataFrame, most: int) -> tuple[
         of=len(train),
     )
     return leaks, torch.tensor(known, dtype=torch.bool)
+
+
+def find_prompt_leaks(
+    train: Sequence[Prompt], held_out: Sequence[Prompt], most: int = SEARCHED
+) -> PromptLeaks:
+    """Compare the prompts of an evaluation with those of training, as `find_leaks` does.
+
+    Args:
+        train: of all tables; a prompt may be there many times.
+        most: distinct training prompts that are searched for nearly equal ones.
+    """
+    known = pd.Series(list(dict.fromkeys(map(prompt_key, train))), dtype=object)
+    found = _repeated([known], [pd.Series(list(map(prompt_key, held_out)), dtype=object)], most)
+    return PromptLeaks(
+        prompts=len(found),
+        equal=_equal(found),
+        near=_near(found),
+        compared=min(len(known), most),
+        of=len(known),
+    )
 
 
 def _repeated(

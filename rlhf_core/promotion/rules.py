@@ -1,83 +1,62 @@
-"""Rules that decide whether a policy may become the champion. Each result is a sentence."""
+"""Rules that decide whether a policy may become the champion. Each is a row of a table."""
 
-from rlhf_core.evaluation.intervals import can_show
-from rlhf_core.evaluation.scorecard import Arm, ArmName, Scorecard
+from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.promotion.claims import signs, slices, win_rates
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision, Rule
+from rlhf_core.promotion.facts import Facts
+from rlhf_core.promotion.integrity import integrity
+from rlhf_core.promotion.looks import first_alpha
+from rlhf_core.promotion.requirements import alarms, judge, limits, reward_model
+
+NOTHING = Facts()
 
 
-def decide(config: PromotionConfig, scorecard: Scorecard) -> Decision:
-    """Decide whether to promote the policy of a scorecard: every rule has to pass.
+def decide(config: PromotionConfig, scorecard: Scorecard, facts: Facts = NOTHING) -> Decision:
+    """Decide whether to promote the policy of a scorecard: no rule that applies may fail.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.
     """
-    rules = apply_rules(config, scorecard)
+    rules = tuple(apply_rules(config, scorecard, facts))
+    digests = {facts.files.candidate: facts.files.digest} if facts.files else {}
     return Decision(
-        promote=all(rule.passed for rule in rules),
-        reasons=tuple(rule.sentence for rule in rules),
+        promote=allows(rules),
+        reasons=tuple(rule.sentence for rule in rules if rule.passed is not None),
+        rules=rules,
+        look=facts.look,
+        claim=config.claim,
+        digests=digests,
     )
 
 
-def apply_rules(config: PromotionConfig, scorecard: Scorecard) -> list[Rule]:
+def allows(rules: list[Rule] | tuple[Rule, ...]) -> bool:
+    """Whether every rule passes that applies."""
+    return all(rule.passed is not False for rule in rules)
+
+
+def apply_rules(
+    config: PromotionConfig, scorecard: Scorecard, facts: Facts = NOTHING
+) -> list[Rule]:
     """Apply every rule, in the order in which they are shown.
+
+    The families of win rates and of slices have the alpha of the look each, shared by Holm: what
+    they claim is asked again at every look. Signs of canaries, as the bounds, are asked of each
+    policy as if it were the first.
 
     Raises: ValueError when the scorecard lacks the policy or SFT.
     """
     policy, sft = scorecard.arm("policy"), scorecard.arm("sft")
     if policy is None or sft is None:
         raise ValueError("a promotion needs a scorecard with the arms policy and sft")
-    rules = [
-        _win_rate(scorecard, "sft", config.min_win_rate),
-        _kl(policy, config.max_kl),
-        _at_most("length", policy.length, config.max_length_ratio * sft.length, "tokens"),
-        _at_least("distinct-2", policy.distinct_2, config.min_distinct_ratio * sft.distinct_2),
+    first = first_alpha(config.alpha)
+    alpha = first if facts.look is None else facts.look.alpha
+    return [
+        *win_rates(config, scorecard, alpha),
+        *slices(config, scorecard, alpha),
+        *signs(config, scorecard, first),
+        *limits(config, policy, sft),
+        alarms(config, facts.alarms),
+        *reward_model(config, facts.report_card),
+        *judge(config, scorecard),
+        *integrity(config, scorecard, facts.files),
     ]
-    if scorecard.arm("champion") is not None:
-        rules.append(_win_rate(scorecard, "champion", config.min_win_rate_over_champion))
-    return [*rules, _prompts(scorecard, config.min_prompts)]
-
-
-def _prompts(scorecard: Scorecard, least: int) -> Rule:
-    fewest = min((match.prompts for match in scorecard.comparisons), default=0)
-    return Rule(
-        name="held-out prompts",
-        measured=str(fewest),
-        required=f"at least {least} (promotion.min_prompts)",
-        passed=fewest >= least,
-    )
-
-
-def _win_rate(scorecard: Scorecard, opponent: ArmName, least: float) -> Rule:
-    match = scorecard.comparison("policy", opponent)
-    if match is None:
-        raise ValueError(f"a promotion needs the comparison of policy and {opponent}")
-    rate, enough = match.win_rate, can_show(match.prompts, least)
-    why_not = "" if enough else ", which so few prompts cannot show"
-    return Rule(
-        name=f"win rate over {opponent}",
-        measured=f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] by {match.judge}, from "
-        f"{match.basis}",
-        required=f"the lower bound must exceed {least:g}{why_not}",
-        passed=enough and rate.low > least,
-    )
-
-
-def _kl(policy: Arm, most: float) -> Rule:
-    if policy.kl is None:
-        measured = "is unknown, because the tokenizers differ"
-        return Rule(
-            name="KL to SFT", measured=measured, required=f"at most {most:.2f}", passed=False
-        )
-    return _at_most("KL to SFT", policy.kl.value, most, "nats per sequence")
-
-
-def _at_most(name: str, value: float, most: float, unit: str) -> Rule:
-    measured = f"{value:.2f} {unit}"
-    return Rule(name=name, measured=measured, required=f"at most {most:.2f}", passed=value <= most)
-
-
-def _at_least(name: str, value: float, least: float) -> Rule:
-    measured = f"{value:.3f}"
-    return Rule(
-        name=name, measured=measured, required=f"at least {least:.3f}", passed=value >= least
-    )

@@ -86,7 +86,7 @@ LANGUAGES: Mapping[str, str] = MappingProxyType(
 )
 
 _REFUSES = re.compile(r"\W*(?:i'?m sorry|i am sorry|sorry|i can'?t|i can ?not|i won'?t)\b", re.I)
-_LIST_LINE = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.M)
+LIST_LINE = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s", re.M)
 _SCRIPT_OF = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "CJK"}  # where a name begins so
 _WORD = re.compile(r"\w+")
 _BULLET_WORDS, _LONG_PIECE = 4, 20
@@ -275,17 +275,17 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """The kinds and texts of one real answer."""
     space, body = _opening(answer), answer.strip()
-    pieces, joint = _pieces(body)
+    pieces, joint = pieces_of(body)
     half = _first(body, 2)
     yield "empty", ""
     if pieces:
         often = Counter(pieces).most_common(1)[0][0]
         yield "repeated_word", space + joint.join([often] * len(pieces))
         yield "padded", space + " ".join([body] * 3)
-    yield "echo", space + _question(prompt).strip()
+    yield "echo", space + question(prompt).strip()
     if half:
         yield "cut_off", space + half
-        if not _LIST_LINE.search(body):
+        if not LIST_LINE.search(body):
             kept = pieces[: len(pieces) // 2]
             starts = range(0, len(kept), _BULLET_WORDS)
             bullets = [joint.join(kept[start : start + _BULLET_WORDS]) for start in starts]
@@ -298,13 +298,13 @@ def _texts(
     yield "judge_instruction", space + f"{half}\n\n{INSTRUCTION}".lstrip()
     if ends:
         yield "end_of_text", space + half + "".join(ends)
-    foreign = sorted(set(LANGUAGES) - {_script(body), _script(_question(prompt))})
+    foreign = sorted(set(LANGUAGES) - {script_of(body), script_of(question(prompt))})
     # A Latin text is no foreign one for whoever answers in none of these scripts.
     pick = _draw(seed, "language", prompt_key(prompt)) % len(foreign)
     yield "other_language", space + LANGUAGES[foreign[pick]]
 
 
-def _pieces(text: str) -> tuple[list[str], str]:
+def pieces_of(text: str) -> tuple[list[str], str]:
     """The words of a text and what joins them; characters where words are not set apart."""
     words = text.split()
     if len(text) > _LONG_PIECE * max(len(words), 1):
@@ -314,7 +314,7 @@ def _pieces(text: str) -> tuple[list[str], str]:
 
 def _first(text: str, parts: int) -> str:
     """The first of some parts of a text, in whole words."""
-    pieces, joint = _pieces(text)
+    pieces, joint = pieces_of(text)
     return joint.join(pieces[: len(pieces) // parts])
 
 
@@ -323,7 +323,7 @@ def _opening(answer: str) -> str:
     return answer[: len(answer) - len(answer.lstrip())]
 
 
-def _question(prompt: Prompt) -> str:
+def question(prompt: Prompt) -> str:
     """The prompt as a text; of messages the last that a user wrote, or else the last."""
     if isinstance(prompt, str):
         return prompt
@@ -331,7 +331,7 @@ def _question(prompt: Prompt) -> str:
     return asked[-1] if asked else prompt[-1]["content"] if prompt else ""
 
 
-def _script(text: str) -> str:
+def script_of(text: str) -> str:
     """The script of most letters, as the names of Unicode begin."""
     names = (unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
     counts = Counter(_SCRIPT_OF.get(name, name) for name in names)
@@ -356,7 +356,7 @@ def _answers_to_others(
     blocks = math.ceil(len(keys) / _BLOCK)
     for block in np.array_split(np.arange(len(keys)), blocks) if len(keys) > 1 else []:
         picked = [keys[i] for i in block]
-        partners = _least_alike([_question(prompts[rows_of[key][0]]) for key in picked])
+        partners = _least_alike([question(prompts[rows_of[key][0]]) for key in picked])
         for key, partner in zip(picked, partners, strict=True):
             donors = rows_of[picked[partner]]
             for n, row in enumerate(rows_of[key]):

@@ -1,4 +1,4 @@
-"""Evaluation: SFT, the policy, best-of-n and the champion answer the same held-out prompts.
+"""Evaluation: base model, SFT, policy, best-of-n and champion answer the same held-out prompts.
 
 Every arm is measured by the texts it writes, with the same reward model, at the same temperature.
 Intervals are 95 % bootstraps that draw whole prompts, since answers to one prompt are correlated.
@@ -9,29 +9,49 @@ Best-of-n is the reference point for over-optimisation: of n samples of the SFT 
 best under the reward model, at the known cost of log n - (n - 1)/n nats.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pandas as pd
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
+from rlhf_core.backbone.base_model import base_of
 from rlhf_core.backbone.networks import Policy, Precision
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.data.encoding import (
-    render_prompt,
-)
-from rlhf_core.data.prepared import read_table
-from rlhf_core.errors import DataError
+from rlhf_core.data.encoding import render_prompt
+from rlhf_core.data.prepared import TABLE_KINDS, read_table
+from rlhf_core.errors import DataError, ModelError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
 from rlhf_core.evaluation.chart import Chart, draw
-from rlhf_core.evaluation.comparison import best_of_each, compare, first_of_each, measure_arm
-from rlhf_core.evaluation.judged import Examined, examine, judge_numbers, reward_score
-from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
-from rlhf_core.evaluation.scorecard import ARMS, ArmName, Scorecard
-from rlhf_core.functional.ranking import (
-    Interval,
+from rlhf_core.evaluation.comparison import (
+    at_equal_length,
+    best_of_each,
+    differ,
+    first_of_each,
+    measure_arm,
+    play,
+    sum_up,
 )
+from rlhf_core.evaluation.diagnosis import diagnose
+from rlhf_core.evaluation.judged import Examined, examine, judge_numbers, reward_score
+from rlhf_core.evaluation.leaks import find_prompt_leaks
+from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
+from rlhf_core.evaluation.scorecard import (
+    ARMS,
+    Arm,
+    ArmName,
+    PromptLeaks,
+    PromptSlice,
+    Scorecard,
+)
+from rlhf_core.evaluation.signs import SIGNS, more_than
+from rlhf_core.evaluation.slices import prompt_slices, slice_rate
+from rlhf_core.functional.ranking import Interval
 from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.ensemble import MemberSection
@@ -40,6 +60,18 @@ from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.rewards.shaping import LengthPenaltySection
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+
+_log = logging.getLogger(__name__)
+
+# Who is compared with whom, if both are there: candidate and opponent.
+PAIRS: tuple[tuple[ArmName, ArmName], ...] = (
+    ("policy", "sft"),
+    ("best_of_n", "sft"),
+    ("policy", "best_of_n"),
+    ("policy", "champion"),
+    ("sft", "base"),
+    ("champion", "sft"),
+)
 
 
 class EvaluationConfig(MemberSection):
@@ -60,6 +92,9 @@ class EvaluationConfig(MemberSection):
         "",
         description="Import path module:function of the known truth, called with prompts and "
         "responses (lists of str), returns one number each; empty = none",
+    )
+    base: bool = Field(
+        True, description="The model that SFT started from answers too, to judge the demonstrations"
     )
     sample_rows: int = Field(32, ge=1, description="Prompts shown in the table of samples")
     precision: Precision = Field(
@@ -89,8 +124,21 @@ class EvaluationReport(Report):
                     numbers |= _bounds(f"{arm.name}/{name}", value)
                 elif isinstance(value, float):
                     numbers[f"{arm.name}/{name}"] = value
+            for kind, share in arm.signs.items():  # their bounds are in a table
+                numbers[f"{arm.name}/sign_{kind}"] = share.value
         for c in self.scorecard.comparisons:
-            numbers |= _bounds(f"win_rate/{c.candidate}_over_{c.opponent}", c.win_rate)
+            pair = f"{c.candidate}_over_{c.opponent}"
+            numbers |= _bounds(f"win_rate/{pair}", c.win_rate)
+            if c.length_controlled is not None:
+                numbers |= _bounds(f"length_controlled_win_rate/{pair}", c.length_controlled)
+        for d in self.scorecard.differences:
+            name = f"{d.first}_minus_{d.second}_over_{d.opponent}"
+            numbers |= _bounds(f"win_rate_difference/{name}", d.difference)
+        if (leaks := self.scorecard.leaks) is not None:
+            numbers |= {
+                "leaked_prompts": float(leaks.equal),
+                "nearly_leaked_prompts": float(leaks.near),
+            }
         if self.scorecard.judge is not None:
             numbers |= judge_numbers(self.scorecard.judge)
         return numbers
@@ -109,14 +157,17 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
-    logger.progress(0, 4, "SFT policy")
+    table = table.iloc[: config.prompts]
+    trained_on = (read_table(work.inputs["data"], kind, "train")["prompt"] for kind in TABLE_KINDS)
+    leaks = find_prompt_leaks(list(chain(*trained_on)), list(table["prompt"]))
+    logger.progress(0, 5, "SFT policy")
     logger.phase("loading the models")
     sft_policy, tokenizer = Policy.load(work.inputs["sft"], device, config.precision)
     reward_model, reward_tokenizer = load_reward_model(
         work.inputs["reward"], device, config.precision, members=config
     )
     bench = Bench(
-        prompts=list(table["prompt"].iloc[: config.prompts]),
+        prompts=list(table["prompt"]),
         sft=sft_policy,
         tokenizer=tokenizer,
         reward_model=reward_model,
@@ -148,18 +199,55 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     for point in curve.points:
         logger.metrics(_curve_metrics(point), point.number)
     for done, name in enumerate(others, start=2):
-        logger.progress(done, 4, name)
+        logger.progress(done, 5, name)
         if name in work.inputs:
             logger.phase(f"loading the {name}")
             actor = Policy.load(work.inputs[name], device, config.precision)
             answers[name] = answer(bench, name, *actor, k)
-    logger.progress(4, 4, "comparisons")
+    logger.progress(4, 5, "base model")
+    base, no_base = _base(config, work)
+    if base is not None:
+        answers["base"] = answer(bench, "base", *base, k)
+    logger.progress(5, 5, "comparisons")
     arms = {name: answers[name] for name in ARMS if name in answers}
     most = work.section(JudgeConfig).canary_prompts
     examined = examine(
         judge, bench, arms["sft"], work.inputs["data"], most=most, judging=work.judging
     )
-    return _report(config, bench, arms, Chart(title="Best of n", paths=(curve,)), examined)
+    found = _Found(
+        arms=arms,
+        chart=Chart(title="Best of n", paths=(curve,)),
+        slices=prompt_slices(table),
+        leaks=leaks,
+        no_base=no_base,
+    )
+    return _report(config, bench, found, examined)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the arms said, and what is known of the prompts."""
+
+    arms: dict[ArmName, Answers]
+    chart: Chart
+    slices: tuple[PromptSlice, ...]
+    leaks: PromptLeaks
+    no_base: str  # why there is no base model; empty if there is
+
+
+def _base(
+    config: EvaluationConfig, work: Work
+) -> tuple[tuple[Policy, PreTrainedTokenizerBase] | None, str]:
+    """The model that SFT started from, with its tokenizer; or why there is none."""
+    if not config.base:
+        return None, "evaluation.base is false"
+    work.logger.phase("loading the base model")
+    try:
+        model, tokenizer = base_of(work.inputs["sft"])
+    except ModelError as error:
+        _log.warning("the evaluation goes on without the base model: %s", error)
+        return None, str(error).rstrip(".")
+    return (Policy(model.to(work.device), precision=config.precision), tokenizer), ""
 
 
 def _known_truth(config: EvaluationConfig, places: RewardPlaces | None) -> RewardFunction | None:
@@ -187,25 +275,43 @@ def _curve_metrics(point: Point) -> dict[str, float]:
 
 
 def _report(
-    config: EvaluationConfig,
-    bench: Bench,
-    answers: dict[ArmName, Answers],
-    best_of_n: Chart,
-    judge: Examined,
+    config: EvaluationConfig, bench: Bench, found: _Found, judge: Examined
 ) -> EvaluationReport:
+    answers, prompts, seed = found.arms, bench.prompts, bench.seed
     arms = tuple(
-        measure_arm(name, found, config.best_of, bench.seed) for name, found in answers.items()
+        measure_arm(name, said, prompts, config.best_of, seed) for name, said in answers.items()
     )
-    pairs: list[tuple[ArmName, ArmName]] = [
-        ("policy", "sft"),
-        ("best_of_n", "sft"),
-        ("policy", "best_of_n"),
-        ("policy", "champion"),
-    ]
-    comparisons = tuple(
-        compare(pair, answers, bench.seed, bench.prompts, judge.on(*pair))
-        for pair in pairs
+    matches = [
+        play(pair, answers, prompts, judge.on(*pair))
+        for pair in PAIRS
         if all(name in answers for name in pair)
+    ]
+    level = at_equal_length(matches, seed)
+    comparisons = tuple(
+        sum_up(match, seed, rate) for match, rate in zip(matches, level, strict=True)
+    )
+    over_sft = {match.candidate: match for match in matches if match.opponent == "sft"}
+    rivals: list[ArmName] = ["best_of_n", "champion"]
+    differences = tuple(
+        found_difference
+        for rival in rivals
+        if rival in over_sft
+        and (found_difference := differ(over_sft["policy"], over_sft[rival], seed)) is not None
+    )
+    scorecard = Scorecard(
+        arms=arms,
+        comparisons=comparisons,
+        slices=found.slices,
+        differences=differences,
+        diagnosis=diagnose(
+            comparisons,
+            differences,
+            best_of=config.best_of,
+            no_base=found.no_base,
+            signs=_signs_said(arms),
+        ),
+        leaks=found.leaks,
+        judge=judge.facts(comparisons),
     )
     bars: dict[str, list[Interval | None]] = {
         "true reward": [arm.true_reward for arm in arms],
@@ -216,7 +322,7 @@ def _report(
         del bars["true reward"]
     plots = {
         "evaluation_arms": figures.arms([arm.name for arm in arms], bars),
-        "evaluation_best_of_n": draw([best_of_n]),
+        "evaluation_best_of_n": draw([found.chart]),
     }
     if bench.truth is not None:
         plots["evaluation_proxy_against_truth"] = figures.proxy_against_truth(
@@ -227,14 +333,56 @@ def _report(
             }
         )
     return EvaluationReport(
-        scorecard=Scorecard(arms=arms, comparisons=comparisons, judge=judge.facts(comparisons)),
+        scorecard=scorecard,
         tables={
             "evaluation_samples": _samples(config, bench, answers),
-            "evaluation_best_of_n": pd.DataFrame(best_of_n.rows()),
+            "evaluation_best_of_n": pd.DataFrame(found.chart.rows()),
+            "evaluation_signs": _signs(arms),
+            "evaluation_slices": _slices(scorecard, seed),
             **judge.tables(config.sample_rows),
         },
         figures=plots,
     )
+
+
+def _signs_said(arms: Sequence[Arm]) -> str:
+    """A sentence on the canaries that the policy's answers look like more often than those of SFT;
+    empty if there are none."""
+    by_name = {arm.name: arm for arm in arms}
+    found = more_than(by_name["policy"], by_name["sft"])
+    said = [
+        f"{kind} ({ours.value:.0%}, SFT {theirs.value:.0%})"
+        for kind, (ours, theirs) in found.items()
+    ]
+    return f"The policy's answers look more often like canaries: {', '.join(said)}." if said else ""
+
+
+def _signs(arms: Sequence[Arm]) -> pd.DataFrame:
+    """The share of each arm's answers with each sign."""
+    rows = [
+        {"sign": kind, "rule": rule, "arm": arm.name, **_bounds("share", arm.signs[kind])}
+        for kind, rule in SIGNS.items()
+        for arm in arms
+    ]
+    return pd.DataFrame(rows)
+
+
+def _slices(scorecard: Scorecard, seed: int) -> pd.DataFrame:
+    """The win rate of each comparison in each slice of the prompts."""
+    columns = ["slice", "candidate", "opponent", "prompts", "win_rate"]
+    rows = [
+        {
+            "slice": part.name,
+            "candidate": match.candidate,
+            "opponent": match.opponent,
+            "prompts": rate.prompts,
+            **_bounds("win_rate", rate.win_rate),
+        }
+        for part in scorecard.slices
+        for match in scorecard.comparisons
+        if (rate := slice_rate(match, part, seed)) is not None
+    ]
+    return pd.DataFrame(rows, columns=None if rows else columns)
 
 
 def _samples(

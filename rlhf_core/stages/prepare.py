@@ -115,8 +115,8 @@ class TableConfig(Section):
     )
     keep: list[str] = Field(
         [],
-        description="Columns or dotted paths of the preferences to keep beside each vote: the "
-        "report card shows the accuracy by each of their values",
+        description="Columns or dotted paths to keep beside each vote, or beside each prompt: the "
+        "report card shows the accuracy by each of their values, and an evaluation the win rate",
     )
     limit: int = Field(
         0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
@@ -232,12 +232,22 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _prompts_have_columns(self) -> "DataConfig":
+        if self.prompts.keep and not self.prompts.path:
+            raise ValueError(
+                "prompts.keep names columns of the prompts, but prompts.path is empty, so they are "
+                "taken from the other tables: set prompts.path, which may be the file of one of "
+                "those, or remove prompts.keep"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_fields(self) -> "DataConfig":
         for kind in TABLE_KINDS:
-            if kind != "preferences" and self.table(kind).keep:
+            if kind == "demonstrations" and self.table(kind).keep:
                 raise ValueError(
-                    f"{kind}.keep has no meaning: columns are kept beside votes; move it to "
-                    "preferences.keep, or remove it"
+                    f"{kind}.keep has no meaning: columns are kept beside votes and prompts; move "
+                    "it to preferences.keep or prompts.keep, or remove it"
                 )
             for field in self.table(kind).fields:
                 if field not in FIELDS[kind]:

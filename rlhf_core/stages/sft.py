@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.base_model import ModelConfig, base_facts, load_base
 from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.directory import CARD
 from rlhf_core.backbone.networks import Policy
@@ -117,7 +117,10 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     logger.phase("encoding the demonstrations")
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
-    facts = {"chat": any(not isinstance(prompt, str) for prompt in train_table["prompt"])}
+    facts = {
+        "chat": any(not isinstance(prompt, str) for prompt in train_table["prompt"]),
+        **base_facts(model, seed),
+    }
 
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(policy, config, steps, ranks=ranks)

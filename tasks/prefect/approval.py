@@ -21,15 +21,17 @@ from prefect.flow_runs import resume_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field, ValidationError
 
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Rule
-from rlhf_core.promotion.rules import apply_rules
+from rlhf_core.promotion.rules import allows, apply_rules
 from tasks.prefect.ui import artifact_key
 from tasks.record import tags
 from tasks.record.describe import run_url
 from tasks.record.record import Record
 from tasks.registry.champion import champion_of
+from tasks.registry.evidence import gather
 from tasks.registry.refs import ModelRef, PipelineRun
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def ask_person(
     candidate: ModelRef,
     champion: ModelRef | None,
     run: PipelineRun,
+    report_card: ReportCard | None = None,
 ) -> Answer | None:
     """Ask a person whether to promote a policy that passes every rule.
 
@@ -76,10 +79,13 @@ def ask_person(
     """
     if config.approval == "automatic":
         return None
-    rules = apply_rules(config, scorecard)
-    if not all(rule.passed for rule in rules) or not _can_be_resumed():
+    if not _can_be_resumed():
         return None
     record = Record.open()
+    facts = gather(record, config, scorecard, candidate, champion, run, report_card)
+    rules = apply_rules(config, scorecard, facts)
+    if not allows(rules):
+        return None
     asked_before = tags.APPROVED in record.runs.tags(run.run_id)
     in_use = champion_of(record, candidate.name) == candidate
     if in_use and not asked_before:
@@ -127,7 +133,7 @@ def describe(
     """The text above the form, as Markdown."""
     replaces = f"It would replace `{champion.uri}`." if champion else "There is no champion yet."
     # The form is narrow: a fourth column would not be visible.
-    rows = (f"| {r.answer} | {r.name} | {r.measured}<br>{r.required} |" for r in rules)
+    rows = (f"| {r.answer} | {r.name} | {_cell(r)} |" for r in rules if r.passed is not None)
     return "\n".join(
         [
             f"### Promote `{candidate.uri}` to champion?",
@@ -142,6 +148,11 @@ def describe(
             "MLflow: " + " · ".join(links),
         ]
     )
+
+
+def _cell(rule: Rule) -> str:
+    test = "" if rule.p is None else f"p {rule.p:.2g}, level {rule.alpha:.2g}"
+    return "<br>".join(part for part in (rule.measured, rule.required, test) if part)
 
 
 def _can_be_resumed() -> bool:

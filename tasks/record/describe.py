@@ -1,7 +1,11 @@
 """Describes a run in MLflow: its settings, origin, inputs and page."""
 
 import json
+import os
+import platform
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -57,10 +61,26 @@ def _stage_origin(what: Definition, settings: Settings) -> dict[str, str]:
 
 
 def origin(seed: int, settings: Settings) -> dict[str, str]:
-    """The tags for seed, code and Prefect run."""
+    """The tags for seed, code, machine and Prefect run."""
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
-    return {tags.SEED: str(seed), **code_identity(), **links}
+    machine = {tags.MACHINE: machine_type(settings)}
+    return {tags.SEED: str(seed), **code_identity(), **machine, **links}
+
+
+def machine_type(settings: Settings) -> str:
+    """Processor and accelerators of this machine, e.g. `x86_64, 2 CPU cores, RLHF_DEVICE auto`."""
+    cores = os.cpu_count() or 1
+    # The driver's own list: asking torch would begin to use the accelerator.
+    found = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    models = Counter(text.partition("Model:")[2].splitlines()[0].strip() for text in found)
+    parts = [
+        platform.machine(),
+        f"{cores} CPU {'core' if cores == 1 else 'cores'}",
+        *(f"{count} × {model}" for model, count in models.items()),
+        f"RLHF_DEVICE {settings.device_name}",
+    ]
+    return ", ".join(parts)
 
 
 def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed: int) -> None:
@@ -96,8 +116,17 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], context: str) -> None:
     known = {model.model_id for model in record.client.get_run(run_id).inputs.model_inputs}
     data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
-    model_tags = [record.store.tags(ref) for ref in inputs.values() if isinstance(ref, ModelRef)]
-    models = {found[tags.LOGGED_MODEL] for found in model_tags if tags.LOGGED_MODEL in found}
+    model_tags = {
+        role: record.store.tags(ref) for role, ref in inputs.items() if isinstance(ref, ModelRef)
+    }
+    found = model_tags.values()
+    models = {own[tags.LOGGED_MODEL] for own in found if tags.LOGGED_MODEL in own}
+    digests = {
+        tags.input_digest_of(role): own[tags.DIGEST]
+        for role, own in model_tags.items()
+        if tags.DIGEST in own
+    }
+    record.add_tags(run_id, digests)
     record.client.log_inputs(
         run_id,
         datasets=[_dataset_input(ref, context) for ref in data],

@@ -35,6 +35,7 @@ from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+from tasks.judges.judging import MlflowJudging
 from tasks.prefect import events, ui
 from tasks.prefect.accelerator import accelerator
 from tasks.prefect.ui import ArtifactDisplay, PrefectRun, artifact_key
@@ -155,6 +156,7 @@ class Stage:
             logger=self.logger,
             recovery=self.recovery,
             rewards_from=reward_places(settings),
+            judging=MlflowJudging(self._record, self.run.experiment_id, self.logger),
         )
         if not trains:
             return run_stage(self.name, config, work)

@@ -17,6 +17,7 @@ CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
 GIT_DIRTY: Final = "git_dirty"
+MACHINE: Final = "machine"  # processor and device, as people say it
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
@@ -51,6 +52,10 @@ ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"
 ROLLED_BACK_BY: Final = "rolled_back_by"
 
+# ---- promotion: on the candidate, and on whom it was compared with ----
+_GATE: Final = "gate."
+_LOOK: Final = "look."
+
 # ---- a reward model: key numbers of its report card ----
 _CARD: Final = "report_card."
 CARD_VERDICT: Final = "report_card.verdict"  # a sentence
@@ -65,6 +70,7 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 # ---- values, and a prefix of metrics ----
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
+VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 
@@ -78,6 +84,28 @@ DATA, RESULT = "data", "result"  # outputs other than models
 def input_of(role: str) -> str:
     """The tag of an input, by its role."""
     return f"input.{role}"
+
+
+def input_digest_of(role: str) -> str:
+    """The tag for the digest of an input model's files when the stage began, by its role."""
+    return f"input_digest.{role}"
+
+
+def gate_fact(name: str) -> str:
+    """The tag of a candidate for a key fact of the decision about it."""
+    return f"{_GATE}{name}"
+
+
+def look_of(comparison: str) -> str:
+    """The tag for a look, on the version or model that was compared with."""
+    return f"{_LOOK}{comparison}"
+
+
+def looks(tags: Mapping[str, str]) -> dict[str, str]:
+    """All looks at a version or model, by comparison, as they are."""
+    return {
+        name.removeprefix(_LOOK): value for name, value in tags.items() if name.startswith(_LOOK)
+    }
 
 
 def output_of(kind: str) -> str:

@@ -8,12 +8,14 @@ from prefect import task
 from pydantic import BaseModel, ValidationError
 
 from rlhf_core.errors import UserError
+from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
-from rlhf_core.promotion.rules import apply_rules, decide
+from rlhf_core.promotion.page import budget, page, rows
+from rlhf_core.promotion.rules import decide
 from rlhf_core.types import Report
-from tasks.prefect import events
+from tasks.prefect import events, ui
 from tasks.prefect.approval import Answer, answer_waiting, mark_waiting
 from tasks.record import tags
 from tasks.record.record import Record
@@ -28,9 +30,11 @@ from tasks.registry.champion import (
     project_of,
     take_back,
 )
+from tasks.registry.evidence import gather
 from tasks.registry.refs import ModelRef, PipelineRun, Ref, place_of, require_name
 from tasks.settings import Settings
 
+DECISION, PAGE = "decision.json", "decision.md"
 log = logging.getLogger(__name__)
 
 
@@ -60,12 +64,14 @@ def promote(
     champion: ModelRef | None,
     run: PipelineRun,
     answer: Answer | None = None,
+    report_card: ReportCard | None = None,
 ) -> Decision:
     """Move the alias `champion` to the candidate if every rule allows it; record the reasons.
 
     `champion` is the version that the evaluation compared with. If the champion has changed since,
     the comparison is void and the alias stays. `answer` is the answer of a person; if the config
-    requires one and there is none, the run waits for `rlhf promote`.
+    requires one and there is none, the run waits for `rlhf promote`. `report_card` is that of the
+    reward model.
     """
     inputs: dict[str, Ref] = {"policy": candidate}
     if champion is not None:
@@ -86,8 +92,18 @@ def promote(
     ) as stage:
         if stage.cached:
             return stage.kept(Decision)
-        rules = apply_rules(config, scorecard)
-        decision = decide(config, scorecard)
+        stage.logger.phase("checking the files of the candidate")
+        facts = gather(record, config, scorecard, candidate, champion, run, report_card)
+        decision = decide(config, scorecard, facts).model_copy(
+            update={
+                "candidate": candidate.uri,
+                "champion": "" if champion is None else champion.uri,
+                "digests": _digests(record, candidate, champion),
+                "runs": {"pipeline": run.run_id, "promotion": stage.run_id}
+                | ({"evaluation": facts.files.evaluation} if facts.files else {}),
+                "at": now(),
+            }
+        )
         present = champion_of(record, candidate.name)
         if answer is not None:
             decision = _with_answer(decision, answer)
@@ -103,11 +119,12 @@ def promote(
         if waits:
             decision = decision.refuse(f"it waits for approval: rlhf promote {run.run_id[:8]}")
             mark_waiting(record, run, candidate)
-        table = pd.DataFrame([rule.model_dump() for rule in rules])
-        stage.record(Report(tables={"promotion": table}))
+        stage.record(Report(tables={"promotion": pd.DataFrame(rows(decision))}))
         runs = (stage.run_id, run.run_id)
-        reasons = "\n".join(decision.reasons)
-        _tag_runs(record, runs, {tags.PROMOTED: tags.flag(decision.promote), tags.REASONS: reasons})
+        _write(record, decision, candidate, stage.run_id, run.run_id)
+        ui_key = ui.artifact_key(run.project, "promotion", "decision")
+        if ui.PrefectRun.current():
+            ui.show_page(ui_key, page(decision), f"{run.project} decision")
         if answer is not None:
             _write_answer(record, answer, candidate, runs)
         for reason in decision.reasons:
@@ -190,6 +207,33 @@ def roll_back(project: str, *, to: int | None, by: str, settings: Settings) -> s
         raise UserError(f"{present.uri} is already the champion.")
     take_back(record, present, target, by=by)
     return f"{target.uri} is the champion."
+
+
+def _digests(record: Record, *versions: ModelRef | None) -> dict[str, str]:
+    found = {ref.uri: record.store.tags(ref).get(tags.DIGEST, "") for ref in versions if ref}
+    return {uri: digest for uri, digest in found.items() if digest}
+
+
+def _write(
+    record: Record, decision: Decision, candidate: ModelRef, stage: str, pipeline: str
+) -> None:
+    """Store the decision: with both runs as JSON and as a page, its key facts as tags."""
+    text = page(decision)
+    record.write_page(stage, text, PAGE)
+    record.client.log_text(pipeline, text, PAGE)
+    for run_id in (stage, pipeline):
+        record.client.log_text(run_id, decision.model_dump_json(indent=2), DECISION)
+    reasons = "\n".join(decision.reasons)
+    said = {tags.PROMOTED: tags.flag(decision.promote), tags.REASONS: reasons}
+    _tag_runs(record, (stage, pipeline), said)
+    failed = ", ".join(rule.name for rule in decision.rules if rule.passed is False)
+    facts = {"promoted": tags.flag(decision.promote), "refused_by": failed or tags.NOBODY}
+    facts |= {tags.COMPARED_WITH: decision.champion or tags.NOBODY, "claim": decision.claim}
+    facts |= {"run": stage, "at": decision.at}
+    facts |= {"look": budget(decision.look)} if decision.look else {}
+    wins = (rule for rule in decision.rules if rule.family == "win rate")
+    facts |= {rule.name.replace(" ", "_"): rule.sentence for rule in wins}
+    record.store.add_tags(candidate, {tags.gate_fact(name): v for name, v in facts.items()})
 
 
 def _with_answer(decision: Decision, answer: Answer) -> Decision:

@@ -4,6 +4,7 @@ The numbers go to the parent run because MLflow compares runs there.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -15,6 +16,7 @@ from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.evaluation import EvaluationReport
+from tasks.pages.publish import publish_report
 from tasks.prefect.ui import PrefectRun, prefect_link_lines
 from tasks.record import tags
 from tasks.record.describe import run_url
@@ -22,7 +24,7 @@ from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import Settings
 
-TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
+TITLES = {"base": "base", "sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 
 
 @task(name="report", task_run_name="report")
@@ -34,8 +36,16 @@ def write_report(
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     tournament: TournamentResult | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write `report.md` and the key numbers to the pipeline's run; show the page in Prefect."""
+    """Write the report of a pipeline to its run, and show it in Prefect.
+
+    It is `report.md` with the key numbers, and `report.html` for people who read no code; the
+    policy gets its model card.
+
+    Args:
+        defaults: the settings of a run that changes none, by section.
+    """
     record = Record.open()
     text = render(
         scorecard, decision, report_card, algorithm, models, run, record.settings, tournament
@@ -52,6 +62,7 @@ def write_report(
     record.add_numbers(run.run_id, numbers)
     if PrefectRun.current():
         create_markdown_artifact(text, key=f"{run.project}-report", description="Report")
+    publish_report(record, run, defaults, scorecard, decision, report_card, models)
     return text
 
 
@@ -80,6 +91,8 @@ def render(
             "",
             "Registered: " + ", ".join(f"`{ref.uri}`" for ref in models.values()),
             "",
+            f"- For people who read no code: `report.html` of this run, or `rlhf report "
+            f"{run.run_id[:8]}`",
             f"- Curves, plots (`figures/`) and sample texts (`tables/`) of each stage: "
             f"{run_url(run.run_id, run.experiment_id, settings)}",
             *prefect_link_lines(settings),

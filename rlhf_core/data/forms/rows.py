@@ -49,7 +49,7 @@ class Reading:
     score_margin: float = 0.0  # margin for each point between two scores, in raw reward
     template: str = "{prompt}"  # of a text prompt
     style: Literal["text", "chat"] = "text"
-    keep: Sequence[str] = ()  # columns and dotted paths to keep beside a vote
+    keep: Sequence[str] = ()  # columns and dotted paths to keep beside a vote or a prompt
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,11 @@ class SourceRow:
         return str(self._detail("source", {})) or self.file
 
     def kept(self) -> dict[str, str]:
-        """The columns to keep beside a vote, as text; empty where the row has none."""
+        """The columns to keep, as text; empty where the row has none."""
+        beside = "a prompt" if self.kind == "prompts" else "a vote"
         return {
-            place: self._said(place, "a value to keep beside a vote") for place in self.reading.keep
+            place: self._said(place, f"a value to keep beside {beside}")
+            for place in self.reading.keep
         }
 
     def number(self, field: str, value: Any, where: str = "") -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_core.data.pairs import half_for_ties, prompt_numbers, with_winners
-from rlhf_core.data.prepared import KEPT, canonical_prompt
+from rlhf_core.data.prepared import KEPT, UNKNOWN, canonical_prompt
 from rlhf_core.evaluation.card.report_card import Agreement, Bin, Members, Share, Slice, SmallSlices
 from rlhf_core.evaluation.intervals import (
     Estimate,
@@ -26,7 +26,6 @@ from rlhf_core.evaluation.intervals import (
 from rlhf_core.functional.ranking import clustered_share, expected_calibration_error
 from rlhf_core.seeding import generator
 
-UNKNOWN = "(unknown)"
 _NAMED = 12  # small slices of a column that are named
 _BUCKETS = 4
 

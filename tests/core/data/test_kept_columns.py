@@ -57,19 +57,24 @@ def test_an_answer_a_row_has_no_column_of_a_vote():
         table(rated)
 
 
-@pytest.mark.parametrize("kind", ["demonstrations", "prompts"])
-def test_only_votes_have_kept_columns(kind):
-    with pytest.raises(ValidationError, match=f"{kind}.keep has no meaning"):
-        DataConfig.model_validate({kind: {"keep": ["topic"]}})
+def test_demonstrations_have_no_kept_columns():
+    with pytest.raises(ValidationError, match=r"demonstrations\.keep has no meaning"):
+        DataConfig.model_validate({"demonstrations": {"keep": ["topic"]}})
 
 
-def prepared(tmp_path, name, **settings):
+def test_prompts_that_come_from_other_tables_have_no_columns():
+    with pytest.raises(ValidationError, match=r"prompts\.path is empty"):
+        DataConfig.model_validate({"prompts": {"keep": ["topic"]}})
+
+
+def prepared(tmp_path, name, prompts=None, **settings):
     rows = [PAIR | {"prompt": f"ask {n}", "topic": f"t{n % 2}"} for n in range(20)]
     path = tmp_path / "votes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(
         source="files",
         preferences={"path": str(path), "ignore": [] if settings else ["topic"], **settings},
+        prompts={} if prompts is None else {"path": str(path), **prompts},
         eval_fraction=0.3,
     )
     limits = LengthLimits(prompt=50, sft=50, reward=50, response=50)
@@ -89,3 +94,25 @@ def test_prepared_votes_keep_them_and_others_stay_as_they_were(tmp_path):
     assert "kept" not in read_table(plain, "preferences", "train")
     assert "kept" not in (plain / "preferences.train.jsonl").read_text()
     assert digest(plain) != digest(data)
+
+
+def test_prepared_prompts_keep_them_and_others_stay_as_they_were(tmp_path):
+    data = prepared(tmp_path, "kept", prompts={"keep": ["topic"]})
+    for split in ("train", "eval"):
+        table = read_table(data, "prompts", split)
+        numbers = [int(prompt.split()[1]) for prompt in table["prompt"]]
+        assert [kept["topic"] for kept in table["kept"]] == [f"t{n % 2}" for n in numbers]
+    # Columns of votes belong to the votes, not to the prompts that are taken from them.
+    votes = prepared(tmp_path, "votes", keep=["topic"])
+    plain = prepared(tmp_path, "plain")
+    for split in ("train", "eval"):
+        files = [folder / f"prompts.{split}.jsonl" for folder in (votes, plain)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert b"kept" not in files[0].read_bytes()
+
+
+def test_a_list_is_no_value_beside_a_prompt():
+    source = SourceRows("f.jsonl", "line", [(1, {"prompt": "p", "topic": ["a"]})])
+    reading = replace(DataConfig().reading("prompts"), keep=("topic",))
+    [fault] = parse(source, "prompts", {}, reading).faults
+    assert str(fault).endswith("is a list, not a value to keep beside a prompt")

@@ -1,6 +1,7 @@
 """Evaluation on the toy world: every number of the scorecard by another way."""
 
 import importlib
+import json
 import math
 import shutil
 import sys
@@ -9,12 +10,12 @@ import pytest
 import torch
 from plain import plain_logprobs, plain_policy, plain_scores
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, base_of, load_base
 from rlhf_core.backbone.directory import load_policy, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import encode_prompt, encode_response
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
@@ -213,16 +214,17 @@ def test_every_number_of_an_arm_by_another_way(
 def test_arms_comparisons_tables_and_figures(run, truth):
     report = run(change(true_reward=truth))
     names = [arm.name for arm in report.scorecard.arms]
-    assert names == ["sft", "policy", "best_of_n"]
+    assert names == ["base", "sft", "policy", "best_of_n"]
     pairs = [(c.candidate, c.opponent, c.judge) for c in report.scorecard.comparisons]
     assert pairs == [
         ("policy", "sft", "true_reward"),
         ("best_of_n", "sft", "true_reward"),
         ("policy", "best_of_n", "true_reward"),
+        ("sft", "base", "true_reward"),
     ]
     played = [c.wins + c.ties + c.losses for c in report.scorecard.comparisons]
-    assert played == [8 * 3, 8, 8]
-    assert len(report.tables["evaluation_samples"]) == 4 * 3
+    assert played == [8 * 3, 8, 8, 8 * 3]
+    assert len(report.tables["evaluation_samples"]) == 4 * 4
     assert set(report.figures) == {
         "evaluation_arms",
         "evaluation_best_of_n",
@@ -280,7 +282,7 @@ def test_best_of_one_is_sft(run):
 
 def test_best_of_may_be_smaller_than_the_samples(run):
     report = run(change(samples_per_prompt=4, best_of=2))
-    assert [c.wins + c.ties + c.losses for c in report.scorecard.comparisons] == [32, 8, 8]
+    assert [c.wins + c.ties + c.losses for c in report.scorecard.comparisons] == [32, 8, 8, 32]
 
 
 def test_policy_with_the_weights_of_sft_is_no_better_at_no_kl(run, toy_sft):
@@ -346,7 +348,7 @@ def test_same_seed_same_scorecard(run):
 def test_settings_bound_the_work(run):
     report = run(change(prompts=3, sample_rows=2))
     assert report.scorecard.comparison("policy", "best_of_n").wins <= 3
-    assert len(report.tables["evaluation_samples"]) == 2 * 3
+    assert len(report.tables["evaluation_samples"]) == 2 * 4
 
 
 def test_every_setting_is_read(run, recording, truth, toy_sampling, toy_work, tmp_path):
@@ -358,6 +360,95 @@ def test_every_setting_is_read(run, recording, truth, toy_sampling, toy_work, tm
     run(config, sampling=sampling, reward=tmp_path / "ensemble")
     assert set(EvaluationConfig.model_fields) <= seen
     assert set(SamplingConfig.model_fields) <= seen_of_sampling
+
+
+# --- beside the win rates ---
+
+
+def test_the_base_is_the_model_that_sft_started_from(run, toy_sft, truth):
+    report = run(change(true_reward=truth))
+    untrained, tokenizer = base_of(toy_sft)
+    prompts = report.tables["evaluation_samples"]
+    rows = [encode_prompt(prompt, tokenizer) for prompt in dict.fromkeys(prompts["prompt"])]
+    sampling = SamplingConfig(max_prompt_length=8, max_new_tokens=12, batch_size=64)
+    every = [row for row in rows for _ in range(3)]
+    drawn = respond(Policy(untrained), every, sampling, generator=generator(0, "evaluation/base"))
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for _, said in drawn
+        for ids, mask in zip(said.tokens, said.mask, strict=True)
+    ]
+    shown = prompts[prompts["arm"] == "base"]["response"]
+    assert shown.tolist() == texts[: 3 * len(rows) : 3]
+
+
+def test_without_a_base_the_other_arms_say_the_same(run):
+    with_base, without = run(), run(change(base=False))
+    names = [arm.name for arm in without.scorecard.arms]
+    assert names == ["sft", "policy", "best_of_n"]
+    assert [with_base.scorecard.arm(name) for name in names] == list(without.scorecard.arms)
+    assert "was not compared: evaluation.base is false" in without.scorecard.diagnosis.says
+
+
+def test_an_sft_that_does_not_name_its_base_is_evaluated_without(run, toy_sft, tmp_path, caplog):
+    older = shutil.copytree(toy_sft, tmp_path / "older")
+    card = json.loads((older / "rlhf.json").read_text())
+    del card["base"]
+    (older / "rlhf.json").write_text(json.dumps(card))
+    report = run(sft=older)
+    assert report.scorecard.arm("base") is None
+    assert "does not say which model it started from" in report.scorecard.diagnosis.says
+    assert "without the base model" in caplog.text
+
+
+def test_kept_columns_are_slices_of_the_points(run, prepared, tmp_path):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    table = read_table(data, "prompts", "eval")
+    things = [prompt.split()[1] for prompt in table["prompt"]]
+    kept = [
+        {"short": str(len(thing) == 4), "one": "same", "first": "" if n else "yes"}
+        for n, thing in enumerate(things)
+    ]
+    write_table(table.assign(kept=kept), data, "prompts", "eval")
+    report = run(data=data)
+    slices = {part.name: part.prompts for part in report.scorecard.slices}
+    short = tuple(n for n, thing in enumerate(things) if len(thing) == 4)
+    assert slices["short = True"] == short
+    assert slices["first = yes"] == (0,)
+    assert slices["first = (unknown)"] == tuple(range(1, 8))
+    assert not any(part.column == "one" for part in report.scorecard.slices)
+    shown = report.tables["evaluation_slices"].set_index(["slice", "candidate", "opponent"])
+    match = report.scorecard.comparison("policy", "sft")
+    mean = sum(match.points[n] for n in short) / len(short)
+    row = shown.loc[("short = True", "policy", "sft")]
+    assert row["win_rate"] == pytest.approx(mean)
+    assert row["prompts"] == len(short)
+    assert row["win_rate_low"] < mean < row["win_rate_high"]
+
+
+def test_prompts_of_training_are_counted_as_leaks(run, prepared, tmp_path):
+    assert run().scorecard.leaks.equal == 0
+    data = shutil.copytree(prepared, tmp_path / "data")
+    asked = read_table(data, "prompts", "eval")["prompt"].iloc[0]
+    votes = read_table(data, "preferences", "train")
+    votes.loc[0, "prompt"] = f"{asked} "
+    write_table(votes, data, "preferences", "train")
+    found = run(data=data)
+    leaks = found.scorecard.leaks
+    assert (leaks.prompts, leaks.equal, leaks.near) == (8, 1, 0)
+    assert found.summary()["leaked_prompts"] == 1
+
+
+def test_answers_that_were_not_ended_are_a_sign(run):
+    report = run(sampling=SamplingConfig(max_prompt_length=8, max_new_tokens=2, batch_size=64))
+    arm = report.scorecard.arm("policy")
+    assert arm.signs["cut_off"].value > 0.8  # few end after a token
+    assert run().scorecard.arm("policy").signs["cut_off"].value < 0.5
+    assert arm.signs["refusal"].value == 0
+    assert arm.signs["refusal"].high > 0  # eight prompts do not show that it never refuses
+    assert report.summary()["policy/sign_cut_off"] == arm.signs["cut_off"].value
+    shown = report.tables["evaluation_signs"]
+    assert len(shown) == 11 * 4
 
 
 # --- what is refused ---

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.base_model import ModelConfig, base_of, load_base
 from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts, write_table
@@ -57,7 +57,9 @@ def demonstrations(directory, split, rows):
     write_table(frame, directory, "demonstrations", split)
 
 
-def test_held_out_loss_falls_and_the_report_says_what_was_kept(train, prepared, tmp_path, logger):
+def test_held_out_loss_falls_and_the_report_says_what_was_kept(
+    train, toy_model, prepared, tmp_path, logger
+):
     report = train()
     held_out = logger.series("held_out/loss")
     assert len(held_out) == 4
@@ -72,6 +74,7 @@ def test_held_out_loss_falls_and_the_report_says_what_was_kept(train, prepared, 
         "dtype": "float32",
         "step": 8,
         "chat": False,
+        "base": {"model": toy_model.model_dump(), "seed": 0},
     }
     assert report.summary() == {
         name: getattr(report, name)
@@ -84,6 +87,14 @@ def test_held_out_loss_falls_and_the_report_says_what_was_kept(train, prepared, 
             "truncated",
         )
     }
+
+
+def test_the_base_can_be_made_again_from_what_sft_says(toy_sft, toy_model, prepared):
+    corpus = training_texts(read_table(prepared, "demonstrations", "train"))
+    expected, tokenizer = load_base(toy_model, corpus, 0)
+    found, same = base_of(toy_sft)
+    assert same.get_vocab() == tokenizer.get_vocab()
+    assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("with_prompt", [False, True])

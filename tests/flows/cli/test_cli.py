@@ -398,14 +398,16 @@ def test_what_was_registered_generates(rlhf, finished):
 
 
 @pytest.mark.integration
-def test_a_run_compares_with_itself(rlhf, finished):
-    name = "tiny#1"
-    shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
+def test_a_run_compares_with_itself(rlhf, finished, tmp_path):
+    name, page = "tiny#1", tmp_path / "compared" / "page.html"
+    shown = rlhf("compare", name, name, "--output", page, RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output
     assert re.match(r"Nothing differs .*: \d+ settings, 8 stages and \d+ metrics ", shown.stdout)
-    assert len(shown.stdout.splitlines()) == 4
+    assert len(shown.stdout.splitlines()) == 5
     assert "compare-runs?runs=" in shown.stdout
-    everything = rlhf("compare", name, name, "--all").stdout
+    assert shown.stdout.splitlines()[-1] == f"Written: {page}"
+    assert "Nothing differs between the two runs." in page.read_text(encoding="utf-8")
+    everything = rlhf("compare", name, name, "--all", "--output", page).stdout
     assert "evaluation summary/win_rate/policy_over_best_of_n" in everything
     assert "ppo.kl_coef" in everything
     data = json.loads(rlhf("compare", name, name, "--json").stdout)

@@ -1,0 +1,39 @@
+"""The question that a model is asked, and what its reply says."""
+
+import re
+from collections.abc import Mapping
+
+from rlhf_core.judges.judge import Pair, Verdict, Winner, shown
+
+_PLACE = re.compile(r"\{(prompt|a|b)\}")
+_MARKS = "*_`#>\"'()[]{}.!,:;-– \t"  # around a word: Markdown, quotes, brackets, full stops
+_LAST_LINE = re.compile(
+    r"(?:(?:my |the )?(?:final )?(?:answer|verdict|winner|decision|choice|result)"
+    r"(?: is)?\W{0,6}|(?:the )?better(?: answer)?(?: is)?\W{0,6})?"
+    r"(?:answer\W{0,3})?(?P<word>a|b|tie)",
+    re.IGNORECASE,
+)
+_WINNERS: Mapping[str, Winner] = {"a": "a", "b": "b", "tie": "tie"}
+
+
+def question(template: str, pair: Pair) -> str:
+    """The template with the texts in their places.
+
+    All places are filled at once, so that braces in a text stay what they are.
+    """
+    texts = {"prompt": shown(pair.prompt), "a": pair.a, "b": pair.b}
+    return _PLACE.sub(lambda place: texts[place[1]], template)
+
+
+def read_reply(reply: str) -> Verdict | None:
+    """The verdict of a reply, whose last line must be A, B or TIE; what is before is the reason.
+
+    `**A**`, `Answer: B`, `(a)` and `Tie.` are understood; `A or B`, `A is better than B` and
+    anything else that leaves a doubt are not. None: there is no verdict.
+    """
+    lines = [line for line in reply.strip().splitlines() if line.strip(_MARKS)]
+    found = _LAST_LINE.fullmatch(lines[-1].strip(_MARKS)) if lines else None
+    if found is None:
+        return None
+    reason = "\n".join(line.strip() for line in lines[:-1])
+    return Verdict(_WINNERS[found["word"].lower()], reason)
