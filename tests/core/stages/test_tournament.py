@@ -23,7 +23,7 @@ from rlhf_core.stages.tournament import hold_tournament
 from rlhf_core.work import Work
 
 FRESH = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=40, vocab_size=340))
-CONFIG = TournamentConfig(checkpoints=3, prompts=12, samples_per_prompt=2, verdicts=60)
+CONFIG = TournamentConfig(checkpoints=3, prompts=12, samples_per_prompt=2, verdicts=120)
 BY_ENDPOINT = JudgeConfig(source="endpoint", endpoint=EndpointConfig(model="tiny"))
 
 TRUTH = """
@@ -34,7 +34,7 @@ asked = []
 def praise(prompts, responses):
     asked.extend(prompts)
     words = [r.split() for r in responses]
-    return [float(sum(w in GOOD for w in r) == 2 and not BAD & set(r)) for r in words]
+    return [float(bool(GOOD & set(r)) and not BAD & set(r)) for r in words]
 """
 
 
@@ -46,7 +46,7 @@ def _few_resamples(monkeypatch):
 
 @pytest.fixture
 def truth(tmp_path, monkeypatch):
-    """A module with the truth: two good words and no bad one."""
+    """A module with the truth: a good word and no bad one."""
     (tmp_path / "cup_truth.py").write_text(TRUTH)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cup_truth", raising=False)
@@ -118,7 +118,7 @@ def test_the_best_milestone_goes_on_and_is_copied(hold, truth, kind_policy, tmp_
     assert [entrant.iteration for entrant in found.entrants] == [0, 2, 4]
     assert found.chosen == found.strongest == "milestone.2"
     assert found.judge == "true_reward"
-    assert found.over_last.low > 0
+    assert found.over_last.value > 0
     assert tree_digest(tmp_path / "policy") == tree_digest(kind_policy)
     assert report.copies == {"policy": "milestone.2"}
     assert found.sentence() in caplog.text
@@ -139,7 +139,7 @@ def test_wins_of_the_tables_are_those_of_the_verdicts(hold, truth, kind_policy):
     report = hold(change(true_reward=truth), **milestones(n2=kind_policy))
     pairs, rows = report.tables["tournament_pairs"], report.tables["tournament_strengths"]
     assert pairs[["first_wins", "ties", "second_wins"]].to_numpy().sum() == report.result.verdicts
-    assert report.result.verdicts <= 60
+    assert report.result.verdicts <= 120
     for row in rows.to_dict("records"):
         first, second = pairs["first"] == row["name"], pairs["second"] == row["name"]
         won = pairs[first]["first_wins"].sum() + pairs[second]["second_wins"].sum()
@@ -180,7 +180,8 @@ def test_as_many_play_as_the_config_says(hold, truth, kind_policy, toy_sft):
     many = {f"milestone.{n}": kind_policy if n == 3 else toy_sft for n in range(1, 6)}
     found = hold(change(true_reward=truth, checkpoints=2), **many).result
     assert [entrant.name for entrant in found.entrants] == ["sft", "milestone.3", "policy"]
-    everyone = hold(change(true_reward=truth, checkpoints=0), **many).result
+    config = change(true_reward=truth, checkpoints=0)
+    everyone = hold(config, output="everyone", **many).result
     assert len(everyone.entrants) == 7
 
 
@@ -273,7 +274,7 @@ def test_a_judge_without_a_verdict_is_an_error_and_no_tie(hold, kind_policy):
     ("settings", "said"),
     [
         ({"checkpoints": 1}, "checkpoints is 1, which is the last policy alone"),
-        ({"checkpoints": 6, "verdicts": 20}, "verdicts 20 is less than one for each of the 21"),
+        ({"checkpoints": 6, "verdicts": 419}, "less than 20 for each of the 21 pairs .* to 420"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, said):
