@@ -8,7 +8,6 @@ from rlhf_core.backbone.networks import Precision
 from rlhf_core.evaluation.tournament.schedule import pairs_of
 from rlhf_core.rewards.ensemble import MemberSection
 
-
 VERDICTS_A_PAIR = 20  # at least, so that half of them are on ten prompts
 
 
