@@ -97,7 +97,7 @@ def run(
             "--force",
             metavar="STAGE",
             help="Run a stage again even if a result can be reused: prepare, sft, reward_model, "
-            "report_card, policy or evaluation; repeatable.",
+            "report_card, policy, tournament or evaluation; repeatable.",
         ),
     ] = [],  # noqa: B006
 ) -> None:
@@ -305,6 +305,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     pipeline = _load(config, overrides)
     load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
     from rlhf_core.doubts import doubts
+    from rlhf_core.judges.config import ENDPOINT
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import inspect
@@ -315,6 +316,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
+        if pipeline.judge.source == ENDPOINT:
+            _ = settings.judge_address
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds
@@ -416,22 +419,48 @@ def compare(
     first: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
     second: Annotated[str, typer.Argument(help="The run to compare it with.")],
     everything: Annotated[bool, typer.Option("--all", help="Also show what is the same.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, and write no page.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
 ) -> None:
     """Compare two pipeline runs: the settings, stages and metrics that differ.
 
-    A metric is shown with its 95 % interval. A stage that was reused from another run is shown with
-    the metrics of that run.
+    The metrics are grouped by stage, and what differs most is first. A metric is shown with its
+    95 % interval. A stage that was reused from another run is shown with the metrics of that run.
+    The same is written as one HTML page, with the answers of both policies side by side.
     """
     settings = find.join(read_settings())
-    load("tasks.history.comparison")
-    from tasks.history.comparison import compare as compare_runs
+    load("tasks.pages.comparison_page")
+    from tasks.pages.comparison_page import write_comparison
 
-    comparison = compare_runs(first, second, settings=settings)
+    page = None if as_json else output
+    comparison = write_comparison(first, second, page, settings=settings)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
         show_comparison(comparison, everything=everything)
+        line(f"Written: {output}")
+
+
+@command(epilog="Example: rlhf report happy-otter --output reports/otter.html")
+def report(
+    run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write the report of a pipeline run as one HTML page, also of a run that failed.
+
+    The page says what came of the run, what ran on what, and what speaks for and against the
+    policy, for people who read no code. It needs no server and loads nothing from elsewhere. A run
+    that came to a decision has it in MLflow already, as report.html.
+    """
+    settings = find.join(read_settings())
+    load("tasks.pages.publish", "flows.config")
+    from flows.config import default_settings
+    from tasks.pages.publish import write_run_page
+
+    line(write_run_page(run, output, defaults=default_settings(), settings=settings))
+    line(f"Written: {output}")
 
 
 @command(epilog="Example: rlhf overoptimisation happy-otter calm-heron --output charts/demo.png")

@@ -1,6 +1,6 @@
 """The config of a pipeline: the sections of its stages, and the checks across them."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -9,7 +9,10 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.doubts import Chosen
 from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.tournament.config import TournamentConfig
+from rlhf_core.evaluation.tournament.result import every
 from rlhf_core.judges.config import JudgeConfig
+from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.plan import Sections
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.rewards.scoring import PIPELINE_REWARD
@@ -135,6 +138,10 @@ class PipelineConfig(ByAlgorithm):
     judge: JudgeConfig = Field(
         default_factory=JudgeConfig, description="Who compares the answers of the policies"
     )
+    tournament: TournamentConfig = Field(
+        default_factory=TournamentConfig,
+        description="Which of the policies along the training goes on to the evaluation",
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Comparison on held-out prompts"
     )
@@ -173,14 +180,39 @@ class PipelineConfig(ByAlgorithm):
         return self.reward_model.model_copy(update={"votes": "first_half"})
 
     @property
+    def optimised(self) -> TrainingSection:
+        """The settings of the chosen algorithm, with the milestones that a tournament needs."""
+        section = self.policy
+        if not (self.tournament.on and isinstance(section, OnPolicySection)) or section.keep_every:
+            return section
+        kept = every(section.iterations, self.tournament.checkpoints)
+        return section.model_copy(update={"keep_every": kept})
+
+    @property
+    def optimised_checkpoints(self) -> int:
+        """How many policies the training keeps, the last one included."""
+        section = self.optimised
+        assert isinstance(section, OnPolicySection)
+        return -(-section.iterations // (section.keep_every or section.iterations))
+
+    @property
+    def contest(self) -> TournamentConfig:
+        """The settings of the tournament, with the known truth of the evaluation."""
+        truth = self.tournament.true_reward or self.evaluation.true_reward
+        return self.tournament.model_copy(update={"true_reward": truth})
+
+    @property
     def reward_functions(self) -> list[tuple[str, str]]:
         """The import paths of functions that a run calls, each with its setting."""
         rewards = getattr(self.policy, "rewards", ())
         found = [("the reward", term.source) for term in rewards if not term.is_model]
         if self.judge.is_function:
             found.append(("judge.source", self.judge.source))
-        truth = self.evaluation.true_reward
-        return [*found, ("evaluation.true_reward", truth)] if truth else found
+        truths = {
+            "tournament.true_reward": self.tournament.true_reward,
+            "evaluation.true_reward": self.evaluation.true_reward,
+        }
+        return [*found, *((setting, truth) for setting, truth in truths.items() if truth)]
 
     @property
     def registered_models(self) -> list[str]:
@@ -203,6 +235,8 @@ class PipelineConfig(ByAlgorithm):
             sampling=self.sampling,
             report_card=self.report_card,
             evaluation=self.evaluation,
+            tournament=self.tournament,
+            judge=self.judge,
             reward_gate=self.reward_gate,
             promotion=self.promotion,
         )
@@ -222,7 +256,7 @@ class PipelineConfig(ByAlgorithm):
         }
         if self.trains_held_out:
             trainings["held_out"] = self.reward_model
-        return {**trainings, self.algorithm: self.policy}
+        return {**trainings, self.algorithm: self.optimised}
 
     @model_validator(mode="after")
     def _halves_are_trained_here(self) -> Self:
@@ -237,6 +271,24 @@ class PipelineConfig(ByAlgorithm):
         if self.reward_model.votes != "all":
             raise ValueError(
                 f"{setting}, which chooses the halves itself; remove reward_model.votes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_are_kept(self) -> Self:
+        if not self.tournament.on:
+            return self
+        setting = f"tournament.checkpoints is {self.tournament.checkpoints}"
+        if not isinstance(self.policy, OnPolicySection):
+            raise ValueError(
+                f"{setting}, but {self.algorithm} keeps no policies along the way; set it to 0, or "
+                "choose ppo, rloo or grpo as the algorithm"
+            )
+        if (kept := self.optimised_checkpoints) < self.tournament.checkpoints:
+            raise ValueError(
+                f"{setting}, but {self.algorithm} will keep {kept} with iterations "
+                f"{self.policy.iterations} and keep_every {self.policy.keep_every}; lower "
+                "checkpoints or keep_every, or set keep_every to 0"
             )
         return self
 
@@ -258,3 +310,8 @@ class PipelineConfig(ByAlgorithm):
                     "lower the former or raise the latter"
                 )
         return self
+
+
+def default_settings() -> dict[str, Any]:
+    """The settings of a run whose config is empty, by section."""
+    return PipelineConfig().model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""The whole pipeline: data, SFT, reward model, policy, evaluation, promotion."""
+"""The whole pipeline: data, SFT, reward model, policy, tournament, evaluation, promotion."""
 
 import logging
 from collections.abc import Sequence
@@ -6,11 +6,12 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.config import PipelineConfig
+from flows.config import PipelineConfig, default_settings
 from flows.pipeline_flow import pipeline_flow
 from rlhf_core.doubts import doubts
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.promotion.decision import Decision
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
@@ -18,15 +19,17 @@ from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
 from tasks.steps.evaluation import evaluate
-from tasks.steps.policy import find_rewards, train_policy
+from tasks.steps.judge import check_judge
+from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
 from tasks.steps.report_card import check_report_card, write_report_card
 from tasks.steps.reward_model import check_base_model, train_held_out, train_reward_model
 from tasks.steps.sft import train_sft
+from tasks.steps.tournament import hold_tournament
 
 Forceable: TypeAlias = Literal[
-    "prepare", "sft", "reward_model", "report_card", "policy", "evaluation"
+    "prepare", "sft", "reward_model", "report_card", "policy", "tournament", "evaluation"
 ]
 
 
@@ -42,8 +45,9 @@ class Trained(BaseModel):
     sft: ModelRef
     reward_model: ModelRef
     report_card: ReportCard  # of the reward model
-    policy: ModelRef
+    policy: ModelRef  # the last one, or the one that the tournament chose
     critic: ModelRef | None
+    tournament: TournamentResult | None = None
 
     @property
     def models(self) -> dict[str, ModelRef]:
@@ -88,7 +92,14 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
             scorecard=scorecard,
             decision=decision,
             report=write_report(
-                scorecard, decision, trained.report_card, config.algorithm, trained.models, run
+                scorecard,
+                decision,
+                trained.report_card,
+                config.algorithm,
+                trained.models,
+                run,
+                trained.tournament,
+                default_settings(),
             ),
         )
 
@@ -96,6 +107,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
+    check_judge(config.judge)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)
@@ -119,9 +131,9 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
             config.reward_model, config.sampling, sft, data, run
         )
 
-    policy = train_policy(
+    trained = train_policy(
         config.algorithm,
-        config.policy,
+        config.optimised,
         config.sampling,
         sft,
         reward_model,
@@ -129,13 +141,34 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
         data,
         run,
     )
+    tournament = None
+    chosen = trained.policy
+    if config.tournament.on:
+        chosen, tournament = choose_policy(config, sft, trained, reward_model, data, run)
     return Trained(
         data=data,
         sft=sft,
         reward_model=reward_model,
         report_card=report_card,
-        **dict(policy),
+        policy=chosen,
+        critic=trained.critic,
+        tournament=tournament,
     )
+
+
+def choose_policy(
+    config: PipelineConfig,
+    sft: ModelRef,
+    trained: TrainedPolicy,
+    reward_model: ModelRef,
+    data: DatasetRef,
+    run: PipelineRun,
+) -> tuple[ModelRef, TournamentResult]:
+    """The strongest of the policies along the training, by a tournament."""
+    found = hold_tournament(
+        config.contest, config.sampling, config.judge, sft, trained, reward_model, data, run
+    )
+    return found.policy, found.tournament
 
 
 def evaluate_policy(

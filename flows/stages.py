@@ -23,8 +23,9 @@ from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
 from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
-from tasks.registry.registered import find_data, find_model, find_parent
+from tasks.registry.registered import find_data, find_milestones, find_model, find_parent
 from tasks.steps.data import prepare_data
+from tasks.steps.judge import check_judge
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
 from tasks.steps.report_card import check_report_card
@@ -136,6 +137,9 @@ HeldOutFlowConfig = stage_form(
 )
 ReportCardFlowConfig = stage_form("report_card", "Examine a registered reward model.")
 PolicyFlowConfig = _policy_form()
+TournamentFlowConfig = stage_form(
+    "tournament", "Find the strongest policy of a training that kept milestones."
+)
 EvaluationFlowConfig = stage_form(
     "evaluation", "Compare a registered policy with SFT, best-of-n and the champion."
 )
@@ -170,6 +174,8 @@ def stage_flow(
     spec = STAGES[stage]
 
     def run_stage(config: RunConfig) -> Any:
+        if "judge" in spec.sections:
+            check_judge(config.judge)  # type: ignore[attr-defined]
         inputs = find_inputs(spec, config)
         sections = {name: getattr(config, name) for name in spec.sections}
         with open_run(config.project, config, config.seed) as run:
@@ -177,6 +183,8 @@ def stage_flow(
                 champion = pin_champion(run)
                 if champion is not None and champion != inputs["policy"]:
                     inputs["champion"] = champion
+            if "milestone.*" in spec.optional_inputs:
+                inputs |= find_milestones(cast(ModelRef, inputs["policy"]))
             if JUDGE in spec.optional_inputs and config.judge.is_registered:  # type: ignore[attr-defined]
                 inputs[JUDGE] = find_model(config.judge.source)  # type: ignore[attr-defined]
             made = any_stage(stage, getattr(config, stage), sections, inputs, run)
@@ -257,9 +265,17 @@ report_card = stage_flow(
     ReportCardFlowConfig,
     "Examine a registered reward model on held-out votes, samples of SFT and known-bad answers.",
 )
+tournament = stage_flow(
+    "tournament",
+    TournamentFlowConfig,
+    "Compare the milestones of a registered policy's training; register the strongest as a policy.",
+)
 evaluation = stage_flow(
     "evaluation",
     EvaluationFlowConfig,
     "Compare a registered policy with SFT, best-of-n and the champion; nothing is promoted.",
 )
-SINGLE_FLOWS = (prepare, sft, reward_model, report_card, held_out, policy, evaluation)
+SINGLE_FLOWS = (
+    *(prepare, sft, reward_model, report_card, held_out),
+    *(policy, tournament, evaluation),
+)

@@ -22,13 +22,16 @@ from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.signs import SIGNS
+from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
+from rlhf_core.judges.config import ENDPOINT, JudgeConfig
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.promotion import evidence
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.evidence import least_excess, prompts_needed, smallest_effect
 from rlhf_core.promotion.looks import first_alpha
-from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.rewards.canaries import BY_SCORE, KINDS
+from rlhf_core.stages.evaluation import PAIRS, EvaluationConfig
 from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.table import STAGES, StageSpec
@@ -80,6 +83,8 @@ class Sections(NamedTuple):
     evaluation: EvaluationConfig
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
+    tournament: TournamentConfig = TournamentConfig()
+    judge: JudgeConfig = JudgeConfig()
 
 
 def make_plan(sections: Sections, validation: Validation) -> Plan:
@@ -121,12 +126,28 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
             for fact in (_of_policy if kind == "policy" else _of_scalar)(base, section, network)
         )
         yield StagePlan(stage=name, steps=steps, work=work, networks=learnt)
+    if sections.tournament.on:
+        yield _tournament(sections, validation)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
-    answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
+    others = "the base model, the policy" if sections.evaluation.base else "the policy"
+    answers = f"{max(k, n)} answers of SFT, {k} of {others} and a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()
     )
+
+
+def _tournament(sections: Sections, validation: Validation) -> StagePlan:
+    """Who meets on what before the evaluation."""
+    config = sections.tournament
+    kept = [getattr(section, "keep_every", 0) for section in sections.trainings.values()]
+    prompts = min(config.prompts, validation.tables["prompts"].train)
+    work = (
+        f"SFT and {config.checkpoints} checkpoints, kept every {_many(max(kept), 'iteration')}: "
+        f"{_many(config.samples_per_prompt, 'answer')} of each to "
+        f"{_many(prompts, 'training prompt')}, {config.verdicts:,} verdicts at most"
+    )
+    return StagePlan(stage="tournament", steps=None, work=work, networks=())
 
 
 def _report_card(config: ReportCardConfig, validation: Validation) -> StagePlan:
@@ -214,6 +235,8 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
         f"rate near 0.5 will be known to about ± {_half_width(prompts):.2f}."
         f"{_first_look(sections.promotion, prompts)}"
     )
+    if sections.judge.source == ENDPOINT:
+        yield _requests(sections, prompts)
     if "reward_model" in sections.trainings:
         votes = validation.tables["preferences"]
         yield (
@@ -233,6 +256,22 @@ def _first_look(promotion: PromotionConfig, prompts: int) -> str:
         f" At the first look (level {alpha:.3g}) the gate shows that it exceeds {over:g} in 80 of "
         f"100 evaluations if it is truly {over + effect:.2f}; for {over + POINTS:g} it needs "
         f"{_many(needed, 'prompt')}."
+    )
+
+
+def _requests(sections: Sections, prompts: int) -> str:
+    """What an endpoint is asked, in both orders, if nothing is remembered or repeated."""
+    judge, each = sections.judge, sections.evaluation.samples_per_prompt
+    verdicts = sum(prompts * (1 if "best_of_n" in pair else each) for pair in PAIRS)
+    contest = sections.tournament.verdicts if sections.tournament.on else 0
+    # The kinds that a comparison can meet; a stage that asks meets them first.
+    canaries = (len(KINDS) - len(BY_SCORE)) * judge.canary_prompts
+    total = 2 * (verdicts + contest + canaries)
+    return (
+        f"Judge: at most {total:,} requests to {judge.endpoint.model}, two for each of "
+        f"{_many(verdicts, 'verdict')} of the evaluation"
+        + (f", {contest:,} of the tournament" if contest else "")
+        + f" and {canaries:,} on canaries."
     )
 
 

@@ -162,6 +162,11 @@ class Report:
         """Markdown for people; empty when the numbers, tables and figures say it all."""
         return ""
 
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """The outputs, by kind, that are a copy of an input, by its role, and nothing new."""
+        return {}
+
     def summary(self) -> dict[str, float]:
         """The numbers of this report by field name, logged once when the stage ends."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -55,6 +55,7 @@ HOME = ".rlhf"
 SECRETS = (
     "RLHF_PASSWORD",
     "RLHF_NOTIFY_WEBHOOK",
+    "RLHF_JUDGE_KEY",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "PREFECT_API_KEY",
@@ -167,6 +168,17 @@ class Settings(BaseSettings):
         description="The folder of the config, whose modules may be rewards. `rlhf run` and the "
         "like set it themselves, and so does `rlhf up` for its worker; another worker has none",
     )
+    judge_url: str = Field(
+        "",
+        validation_alias="RLHF_JUDGE_URL",
+        description="Address of the OpenAI-compatible endpoint of a judge, as "
+        "http://127.0.0.1:8000/v1. No config has it, for none may choose where the key goes",
+    )
+    judge_key: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="RLHF_JUDGE_KEY",
+        description="Key of that endpoint; empty = it asks for none",
+    )
     checkpoint_seconds: float = Field(
         60.0,
         validation_alias="RLHF_CHECKPOINT_SECONDS",
@@ -213,6 +225,17 @@ class Settings(BaseSettings):
         except ValueError as error:
             raise ValueError(f"it is not an address ({error})") from None
         return address
+
+    @field_validator("judge_url")
+    @classmethod
+    def _endpoint(cls, address: str) -> str:
+        """An address without a user or a query: whatever is secret belongs in the key."""
+        parts = urlsplit(address)
+        if address and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("it is not an address that begins with http:// or https://")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("it has a user or a query; put the key in RLHF_JUDGE_KEY")
+        return address.rstrip("/")
 
     @field_validator("mlflow_public_url", "prefect_public_url")
     @classmethod
@@ -279,6 +302,20 @@ class Settings(BaseSettings):
                 "set RLHF_PROCESSES to 1, or RLHF_DEVICE to cpu, or to cuda with enough GPUs"
             )
         return device
+
+    @property
+    def judge_address(self) -> str:
+        """`judge_url`, for a config whose judge is an endpoint.
+
+        Raises: ConfigError if it is not set.
+        """
+        if not self.judge_url:
+            raise ConfigError(
+                "judge.source is endpoint, but RLHF_JUDGE_URL is not set where the stage runs; set "
+                "it to the address of the endpoint, as http://127.0.0.1:8000/v1, and "
+                "RLHF_JUDGE_KEY to its key, if it asks for one"
+            )
+        return self.judge_url
 
     def environment(self) -> dict[str, str]:
         """The environment variables for this process and those that it starts."""

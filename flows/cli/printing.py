@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -187,12 +188,17 @@ def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
             for row in stages
         ],
     )
+    groups = comparison.groups(measures)
+    if clear := [row for rows in groups.values() for row in rows if row.clear]:
+        line(f"Clearly different, since the intervals do not overlap: {_names(clear)}.")
     _side_by_side(
         ("Metric", left, right, "Difference"),
         [
             (f"{row.stage} {row.name}", _value(row.first), _value(row.second), _change(row))
-            for row in measures
+            for rows in groups.values()
+            for row in rows
         ],
+        ends=[len(rows) for rows in groups.values()],
     )
     if differs and not everything:
         line("Use `--all` to list the rest, and the metrics of stages that only one run has.")
@@ -201,13 +207,26 @@ def show_comparison(comparison: "RunComparison", *, everything: bool) -> None:
     line(f"side by side: {comparison.url}")
 
 
-def _side_by_side(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table without cutting cells; if the terminal is too narrow, two lines per row."""
+def _names(measures: "Sequence[Measure]", most: int = 5) -> str:
+    """The first measures by name, and how many there are beside them."""
+    named = ", ".join(f"{row.stage} {row.name}" for row in measures[:most])
+    return named if len(measures) <= most else f"{named} and {len(measures) - most} more"
+
+
+def _side_by_side(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], ends: Sequence[int] = ()
+) -> None:
+    """Print a table without cutting cells; if the terminal is too narrow, two lines per row.
+
+    Args:
+        ends: sizes of the groups of rows, which a line separates.
+    """
     if not rows:
         return
     table = Table(*(Column(name, no_wrap=True) for name in columns))
-    for row in rows:
-        table.add_row(*map(Text, map(printable, row)))
+    last = set(accumulate(ends))
+    for place, row in enumerate(rows, start=1):
+        table.add_row(*map(Text, map(printable, row)), end_section=place in last)
     wide = Console(width=WIDEST)
     if not out.is_terminal:
         wide.print(table)

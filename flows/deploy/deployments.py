@@ -165,6 +165,13 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
         stages.held_out: {"sft": f"{made}sft/1", "data": "", "held_out": preset.reward_model},
         stages.report_card: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
         stages.policy: {"reward_model": f"{made}reward/1", "sft": "", "data": ""},
+        stages.tournament: {
+            "policy": f"{made}policy/1",
+            "sft": "",
+            "reward_model": "",
+            "data": "",
+            "tournament": preset.contest,
+        },
         stages.evaluation: {
             "policy": f"{made}policy@champion",
             "sft": "",

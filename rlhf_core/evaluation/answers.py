@@ -21,7 +21,6 @@ from rlhf_core.data.encoding import (
     right_pad,
     same_tokens,
 )
-from rlhf_core.evaluation.scorecard import ArmName
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.functions import RewardFunction, call_function
 from rlhf_core.rewards.models import RewardModel
@@ -75,12 +74,12 @@ class Bench:
 @torch.no_grad()
 def answer(
     bench: Bench,
-    name: ArmName,
+    name: str,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     k: int,
 ) -> Answers:
-    """k answers of a policy to each prompt, measured."""
+    """k answers of a policy to each prompt, measured; the name decides the random draws."""
     require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
     longest = bench.sampling.max_prompt_length

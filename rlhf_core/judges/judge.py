@@ -3,6 +3,7 @@
 Pair      two answers to one prompt
 Verdict   which of them won, and why, if the judge says so
 Judge     gives a verdict on each pair
+Cost      what verdicts from outside have cost so far
 Judging   what a stage needs from outside to build a judge: an endpoint, and a memory of verdicts
 """
 
@@ -48,8 +49,21 @@ class Judge(Protocol):
         """
 
 
+class Cost(NamedTuple):
+    """What the judges that a `Judging` made have cost so far."""
+
+    requests: int = 0  # to endpoints, repeated ones included
+    remembered: int = 0  # verdicts that cost no request
+    tokens: int = 0  # of the requests, prompts and replies, as the endpoint counts them
+    seconds: float = 0.0  # spent waiting for replies, added up over parallel requests
+
+
 class Judging(Protocol):
     """How a stage reaches judges outside this package, and remembers what they said."""
+
+    @property
+    def cost(self) -> Cost:
+        """What its judges have cost so far."""
 
     def endpoint(self, config: EndpointConfig) -> Judge:
         """The judge behind an OpenAI-compatible endpoint, which sees each pair in one order.
@@ -58,8 +72,20 @@ class Judging(Protocol):
         """
 
     def remembered(self, judge: Judge, identity: str) -> Judge:
-        """The same judge, which is asked about a pair only once.
+        """The same judge, which is asked about a pair only once, by whatever stage.
+
+        A pair without a verdict is asked about again.
 
         Args:
             identity: of everything beside the pair that its verdict depends on.
         """
+
+
+def shown(prompt: Prompt) -> str:
+    """A prompt as a judge reads it: a text, or the text of a single user message, as it is; of
+    several messages each behind the name of its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)

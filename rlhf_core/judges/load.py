@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from rlhf_core.backbone.networks import Precision
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.errors import ConfigError
-from rlhf_core.judges.config import ENDPOINT, REWARD_MODEL, JudgeConfig
+from rlhf_core.judges.config import REWARD_MODEL, JudgeConfig
+from rlhf_core.judges.function import FunctionJudge, JudgeFunction
 from rlhf_core.judges.judge import Judge, Judging, Pair, Verdict, Winner
+from rlhf_core.judges.orders import BothOrders
 from rlhf_core.rewards.canaries import Score
 from rlhf_core.rewards.ensemble import MEAN, MemberSection
-from rlhf_core.rewards.functions import RewardPlaces
+from rlhf_core.rewards.functions import RewardPlaces, load_function
 from rlhf_core.rewards.models import load_reward_model, score_texts
 
 JUDGE = "judge"  # the role of a registered reward model among the inputs of a stage
@@ -29,20 +32,26 @@ def load_judge(
     members: MemberSection = MEAN,
     places: RewardPlaces | None = None,
     judging: Judging | None = None,
+    reward: Score | None = None,
 ) -> Judge | None:
     """The judge, which sees both orders of each pair if the order can matter to it.
 
     None when the known truth or the pipeline's own reward model decides: whoever compares has
-    their scores already.
+    their scores already. Verdicts of an endpoint are remembered; those of a function are not, since
+    nobody can tell what they depend on.
 
     Args:
         registered: directory of the reward model, when `config.source` is another in the registry.
         max_length: tokens of the longest prompt and answer.
         places: where a function may come from; None = anywhere.
         judging: reaches an endpoint and remembers verdicts.
+        reward: the pipeline's reward model, where a truth would decide in its place: then
+            `reward_model` is a judge like another.
 
     Raises: ConfigError when there is no such judge.
     """
+    if config.source == REWARD_MODEL and reward is not None:
+        return ScoreJudge(REWARD_MODEL, reward)
     if config.source in ("", REWARD_MODEL):
         return None
     if config.is_registered:
@@ -53,9 +62,17 @@ def load_judge(
             return score_texts(model, tokenizer, prompts, texts, max_length=max_length).mean(0)
 
         return ScoreJudge(config.source.removeprefix("models:/").replace("/", "-"), score)
-    if config.source == ENDPOINT and judging is None:
-        raise ConfigError("judge.source is endpoint, and there is no endpoint here")
-    raise ConfigError(f"judge.source '{config.source}' cannot be used yet")
+    if config.is_function:
+        found = load_function(config.source, setting="judge.source", places=places)
+        return BothOrders(FunctionJudge(config.source, cast(JudgeFunction, found)))
+    if judging is None:
+        raise ConfigError(
+            "judge.source is endpoint, which only a task reaches; run the stage as one, or choose "
+            "another judge"
+        )
+    endpoint = config.endpoint
+    identity = endpoint.model_dump_json(include={"model", "template", "temperature", "max_tokens"})
+    return BothOrders(judging.remembered(judging.endpoint(endpoint), identity))
 
 
 @dataclass(frozen=True)

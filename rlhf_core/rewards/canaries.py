@@ -57,6 +57,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "keyword": "the first quarter of the real answer, and the word that raises the reward most",
     }
 )
+BY_SCORE = ("constant", "keyword")  # the kinds that a score is needed to make
 MOST_BEATEN = 0.5  # share of real answers; a bad answer that wins more often is preferred
 
 ENDS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
@@ -181,21 +182,40 @@ def measure_canaries(
     """
     scorer = _Scorer(score)
     keys = [prompt_key(prompt) for prompt in prompts]
-    rows = sorted(
-        range(len(answers)), key=lambda row: (_draw(seed, "rows", keys[row], answers[row]), row)
-    )
+    rows = _rows(seed, keys, answers)
     real = scorer(prompts, answers)
     made = [*canaries, *_constant(rows, keys, answers, real, seed)]
     made += _keyword(rows, keys, prompts, answers, real, scorer, seed)
     texts = scorer([prompts[canary.row] for canary in made], [canary.text for canary in made])
     leads = texts - real[[canary.row for canary in made]]
+    return canary_results(made, leads, prompts, answers, seed=seed)
+
+
+def canary_results(
+    canaries: Sequence[Canary],
+    leads: Tensor,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    *,
+    seed: int,
+) -> list[CanaryResult]:
+    """The results of canaries that were compared with their real answers.
+
+    Args:
+        canaries: (M) of which at most one of a kind belongs to a row.
+        leads: (M,) by how much each is preferred to its real answer; 0 = equal, negative = it lost.
+        prompts, answers: (N) the real ones.
+        seed: of the order of the rows and the bootstrap.
+    """
+    keys = [prompt_key(prompt) for prompt in prompts]
+    # In an order that does not depend on that of the rows, as the bootstrap's draws do.
+    rows = _rows(seed, keys, answers)
     by_kind: dict[str, dict[int, tuple[Canary, float]]] = {kind: {} for kind in KINDS}
-    for canary, lead in zip(made, leads.tolist(), strict=True):
+    for canary, lead in zip(canaries, leads.tolist(), strict=True):
         by_kind[canary.kind][canary.row] = (canary, lead)
     number = {key: n for n, key in enumerate(dict.fromkeys(keys[row] for row in rows))}
     results = []
     for kind, found in by_kind.items():
-        # In an order that does not depend on that of the rows, as the bootstrap's draws do.
         compared = [row for row in rows if row in found]
         if not compared:
             continue
@@ -215,6 +235,13 @@ def measure_canaries(
             )
         )
     return results
+
+
+def _rows(seed: int, keys: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """The rows in an order that depends on their texts alone."""
+    return sorted(
+        range(len(answers)), key=lambda row: (_draw(seed, "rows", keys[row], answers[row]), row)
+    )
 
 
 def end_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from rlhf_core.evaluation.comparison import (
     sum_up,
 )
 from rlhf_core.evaluation.diagnosis import diagnose
+from rlhf_core.evaluation.judged import Examined, examine, judge_numbers, reward_score
 from rlhf_core.evaluation.leaks import find_prompt_leaks
 from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
 from rlhf_core.evaluation.scorecard import (
@@ -52,7 +53,6 @@ from rlhf_core.evaluation.signs import SIGNS, more_than
 from rlhf_core.evaluation.slices import prompt_slices, slice_rate
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.judges.config import JudgeConfig
-from rlhf_core.judges.judge import Judge
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
@@ -139,6 +139,8 @@ class EvaluationReport(Report):
                 "leaked_prompts": float(leaks.equal),
                 "nearly_leaked_prompts": float(leaks.near),
             }
+        if self.scorecard.judge is not None:
+            numbers |= judge_numbers(self.scorecard.judge)
         return numbers
 
 
@@ -152,16 +154,6 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
-    judge = load_judge(
-        work.section(JudgeConfig),
-        registered=work.inputs.get(JUDGE),
-        max_length=sampling.max_length,
-        device=device,
-        precision=config.precision,
-        members=config,
-        places=work.rewards_from,
-        judging=work.judging,
-    )
     table = read_table(work.inputs["data"], "prompts", "eval")
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
@@ -185,6 +177,17 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         seed=work.seed,
         logger=logger,
     )
+    judge = load_judge(
+        work.section(JudgeConfig),
+        registered=work.inputs.get(JUDGE),
+        max_length=sampling.max_length,
+        device=device,
+        precision=config.precision,
+        members=config,
+        places=work.rewards_from,
+        judging=work.judging,
+        reward=None if bench.truth is None else reward_score(bench),
+    )
     k, n = config.samples_per_prompt, config.best_of
     others: tuple[ArmName, ...] = ("policy", "champion")
     answers: dict[ArmName, Answers] = {}
@@ -207,6 +210,10 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         answers["base"] = answer(bench, "base", *base, k)
     logger.progress(5, 5, "comparisons")
     arms = {name: answers[name] for name in ARMS if name in answers}
+    most = work.section(JudgeConfig).canary_prompts
+    examined = examine(
+        judge, bench, arms["sft"], work.inputs["data"], most=most, judging=work.judging
+    )
     found = _Found(
         arms=arms,
         chart=Chart(title="Best of n", paths=(curve,)),
@@ -214,7 +221,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         leaks=leaks,
         no_base=no_base,
     )
-    return _report(config, bench, found, judge)
+    return _report(config, bench, found, examined)
 
 
 @dataclass(frozen=True)
@@ -268,14 +275,14 @@ def _curve_metrics(point: Point) -> dict[str, float]:
 
 
 def _report(
-    config: EvaluationConfig, bench: Bench, found: _Found, judge: Judge | None
+    config: EvaluationConfig, bench: Bench, found: _Found, judge: Examined
 ) -> EvaluationReport:
     answers, prompts, seed = found.arms, bench.prompts, bench.seed
     arms = tuple(
         measure_arm(name, said, prompts, config.best_of, seed) for name, said in answers.items()
     )
     matches = [
-        play(pair, answers, prompts, judge)
+        play(pair, answers, prompts, judge.on(*pair))
         for pair in PAIRS
         if all(name in answers for name in pair)
     ]
@@ -304,6 +311,7 @@ def _report(
             signs=_signs_said(arms),
         ),
         leaks=found.leaks,
+        judge=judge.facts(comparisons),
     )
     bars: dict[str, list[Interval | None]] = {
         "true reward": [arm.true_reward for arm in arms],
@@ -331,6 +339,7 @@ def _report(
             "evaluation_best_of_n": pd.DataFrame(found.chart.rows()),
             "evaluation_signs": _signs(arms),
             "evaluation_slices": _slices(scorecard, seed),
+            **judge.tables(config.sample_rows),
         },
         figures=plots,
     )

@@ -16,6 +16,8 @@ from rlhf_core.config import Section
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.evaluation.tournament.config import TournamentConfig
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.stages.dpo import DPOConfig, train_dpo
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
@@ -27,6 +29,7 @@ from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.rloo import RLOOConfig, train_rloo
 from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.stages.tournament import hold_tournament
 from rlhf_core.types import Report
 from rlhf_core.work import StageFunction, Work
 
@@ -139,6 +142,15 @@ STAGES: dict[str, StageSpec] = {
         outputs=("policy",),
         learns={"policy": "policy"},
         passes_over="preferences",
+    ),
+    "tournament": StageSpec(
+        config=TournamentConfig,
+        function=hold_tournament,
+        sections={"sampling": SamplingConfig, "judge": JudgeConfig},
+        inputs=("policy", "data", "sft", "reward"),
+        optional_inputs=("milestone.*", "judge"),
+        optional_outputs=("policy",),
+        result=TournamentResult,
     ),
     "evaluation": StageSpec(
         config=EvaluationConfig,

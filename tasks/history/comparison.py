@@ -5,7 +5,7 @@ It reads MLflow and changes nothing.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -95,6 +95,25 @@ class Measure(NamedTuple):
     difference: float | None
     differs: bool  # in value or bounds
 
+    @property
+    def clear(self) -> bool:
+        """Whether both have an interval, and the two do not overlap."""
+        if self.first is None or self.second is None:
+            return False
+        (_, a, b), (_, c, d) = self.first, self.second
+        if a is None or b is None or c is None or d is None:
+            return False
+        return a < b and c < d and (b < c or d < a)
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the larger value, from 0 to 2; 0 if that is unknown."""
+        if self.first is None or self.second is None or self.difference is None:
+            return 0.0
+        largest = max(abs(self.first.value), abs(self.second.value))
+        share = abs(self.difference) / largest if largest else 0.0
+        return share if math.isfinite(share) else 0.0
+
 
 class RunComparison(_Row):
     """The result of `compare`."""
@@ -134,6 +153,20 @@ class RunComparison(_Row):
                 measure.stage == tags.PIPELINE and f"{tags.SUMMARY}{measure.name}" in evaluated
             )
         ]
+
+    def groups(self, measures: Iterable[Measure]) -> dict[str, list[Measure]]:
+        """Measures by stage. What differs most is first.
+
+        In a stage: what differs clearly, then the rest, each by its relative difference. Stages in
+        which something differs clearly are before the others, each in the order of the pipeline.
+        """
+        found: dict[str, list[Measure]] = {row.stage: [] for row in self.stages}
+        for measure in measures:
+            found.setdefault(measure.stage, []).append(measure)
+        for rows in found.values():
+            rows.sort(key=lambda row: (-row.clear, -row.relative))  # keeps the order of equals
+        ordered = sorted(found.items(), key=lambda group: not any(row.clear for row in group[1]))
+        return {stage: rows for stage, rows in ordered if rows}
 
     def differing_stages(self) -> list[StageRow]:
         """The stages that only one run has, or whose status differs."""

@@ -42,26 +42,33 @@ def overoptimisation(names: Sequence[str], *, settings: Settings) -> Chart:
     """
     record = Record.open(settings)
     runs = [record.runs.pipeline(name) for name in names]
-    paths: list[Path] = []
-    budgets = set()
-    for run in {run.info.run_id: run for run in runs}.values():
-        stages = _stages(record, run)
-        name = next((name for name in stages if _KL in stages[name].data.metrics), None)
-        if name is None:
+    charts = [chart_of(record, run) for run in {run.info.run_id: run for run in runs}.values()]
+    for chart in charts:
+        if not chart.of("on_policy"):
             raise UserError(
-                f"the run {run.info.run_name} has no iterations to draw: the chart needs a policy "
-                "that was trained with ppo, rloo or grpo"
+                f"the run {chart.title} has no iterations to draw: the chart needs a policy that "
+                "was trained with ppo, rloo or grpo"
             )
-        budgets.add(float(run.data.params.get(f"{name}.kl_budget", 0)))
-        evaluation = stages.get(EVALUATION)
-        paths.append(_on_policy(record, run.info.run_name, stages[name], evaluation))
-        if evaluation is not None:
-            paths += _best_of_n(record, run.info.run_name, evaluation)
+    budgets = {chart.kl_budget for chart in charts}
     return Chart(
-        title=", ".join(dict.fromkeys(run.info.run_name for run in runs)),
-        paths=tuple(paths),
+        title=", ".join(dict.fromkeys(chart.title for chart in charts)),
+        paths=tuple(path for chart in charts for path in chart.paths),
         kl_budget=budgets.pop() if len(budgets) == 1 else 0.0,
     )
+
+
+def chart_of(record: Record, run: Run) -> Chart:
+    """The chart of a run: its policy, if it was trained in iterations, and best-of-n."""
+    name, stages = run.info.run_name, _stages(record, run)
+    evaluation = stages.get(EVALUATION)
+    paths, budget = list[Path](), 0.0
+    policy = next((stage for stage in stages if _KL in stages[stage].data.metrics), None)
+    if policy is not None:
+        paths.append(_on_policy(record, name, stages[policy], evaluation))
+        budget = float(run.data.params.get(f"{policy}.kl_budget", 0))
+    if evaluation is not None:
+        paths += _best_of_n(record, name, evaluation)
+    return Chart(title=name, paths=tuple(paths), kl_budget=budget)
 
 
 def write_chart(chart: Chart, picture: FilePath) -> tuple[FilePath, FilePath]:

@@ -1,7 +1,11 @@
 """Describes a run in MLflow: its settings, origin, inputs and page."""
 
 import json
+import os
+import platform
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -57,10 +61,26 @@ def _stage_origin(what: Definition, settings: Settings) -> dict[str, str]:
 
 
 def origin(seed: int, settings: Settings) -> dict[str, str]:
-    """The tags for seed, code and Prefect run."""
+    """The tags for seed, code, machine and Prefect run."""
     prefect = PrefectRun.current()
     links = prefect.tags(settings.prefect_public_url) if prefect else {}
-    return {tags.SEED: str(seed), **code_identity(), **links}
+    machine = {tags.MACHINE: machine_type(settings)}
+    return {tags.SEED: str(seed), **code_identity(), **machine, **links}
+
+
+def machine_type(settings: Settings) -> str:
+    """Processor and accelerators of this machine, e.g. `x86_64, 2 CPU cores, RLHF_DEVICE auto`."""
+    cores = os.cpu_count() or 1
+    # The driver's own list: asking torch would begin to use the accelerator.
+    found = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    models = Counter(text.partition("Model:")[2].splitlines()[0].strip() for text in found)
+    parts = [
+        platform.machine(),
+        f"{cores} CPU {'core' if cores == 1 else 'cores'}",
+        *(f"{count} × {model}" for model, count in models.items()),
+        f"RLHF_DEVICE {settings.device_name}",
+    ]
+    return ", ".join(parts)
 
 
 def write_settings(record: Record, run_id: str, content: Mapping[str, Any], seed: int) -> None:

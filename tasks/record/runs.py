@@ -93,6 +93,12 @@ class Runs:
         """The finished stages with this key, newest first."""
         return list(self._search([experiment], f"{_tagged(tags.KEY, key)} and {FINISHED}"))
 
+    # ---- judges ----
+
+    def verdicts(self, experiment: str) -> list[Run]:
+        """The runs that keep the verdicts of judges: one, or more if several began at once."""
+        return list(self._search([experiment], _tagged(tags.STAGE, tags.VERDICTS), OLDEST_FIRST))
+
     def _search(
         self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
     ) -> Iterator[Run]:

@@ -35,6 +35,7 @@ from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+from tasks.judges.judging import MlflowJudging
 from tasks.prefect import events, ui
 from tasks.prefect.accelerator import accelerator
 from tasks.prefect.ui import ArtifactDisplay, PrefectRun, artifact_key
@@ -155,6 +156,7 @@ class Stage:
             logger=self.logger,
             recovery=self.recovery,
             rewards_from=reward_places(settings),
+            judging=MlflowJudging(self._record, self.run.experiment_id, self.logger),
         )
         if not trains:
             return run_stage(self.name, config, work)
@@ -178,11 +180,17 @@ class Stage:
         about = {"project": self.run.project, "stage": self.name}
         store_report(self._record, self.run_id, report, self.logger, **about)
 
-    def publish(self, models: Mapping[str, Path]) -> dict[str, ModelRef]:
+    def publish(
+        self, models: Mapping[str, Path], copies: Mapping[str, ModelRef] = {}
+    ) -> dict[str, ModelRef]:
         """Register model directories as the next versions of `<project>-<kind>`.
 
         A kind may have the number of an iteration, as in `milestone.10`. All models are uploaded
         and checked before the first is registered.
+
+        Args:
+            copies: the version that a model is a copy of, by kind; it has the parents and the
+                iteration of that version, and names it.
         """
         store = self._record.store
         words = {kind: kind.partition(".")[0].replace("_", "-") for kind in models}
@@ -195,12 +203,20 @@ class Stage:
         self._record.client.log_outputs(self.run_id, outputs)
         shared = version_tags(self._what, self.run_id, self._settings)
         refs = {
-            kind: store.register(upload, tags={**shared, **tags.kind(kind)})
+            kind: store.register(
+                upload, tags={**self._lineage(shared, copies.get(kind)), **tags.kind(kind)}
+            )
             for kind, upload in uploads.items()
         }
         self._tag_outputs({kind: ref.uri for kind, ref in refs.items()})
         log.info("registered %s", ", ".join(ref.uri for ref in refs.values()))
         return refs
+
+    def _lineage(self, own: Mapping[str, str], original: ModelRef | None) -> dict[str, str]:
+        """The tags of a version; a copy was trained from what its original was trained from."""
+        if original is None:
+            return dict(own)
+        return tags.as_copy(own, original, self._record.store.tags(original))
 
     def publish_data(self, directory: Path) -> DatasetRef:
         """Store prepared data with the run."""

@@ -17,6 +17,7 @@ CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
 GIT_DIRTY: Final = "git_dirty"
+MACHINE: Final = "machine_type"  # processor and device, as people say it
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
@@ -44,6 +45,7 @@ RUN: Final = "run_id"  # the stage that made it
 PIPELINE_RUN: Final = "pipeline_run_id"
 KIND: Final = "kind"
 ITERATION: Final = "iteration"  # of a milestone
+COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
 ROLLED_BACK_AT: Final = "rolled_back_at"
@@ -68,12 +70,14 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 # ---- values, and a prefix of metrics ----
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
+VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
+_PARENT: Final = "parent."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
@@ -121,7 +125,17 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
-    return f"parent.{role}"
+    return f"{_PARENT}{role}"
+
+
+def as_copy(
+    own: Mapping[str, str], original: ModelRef, its_tags: Mapping[str, str]
+) -> dict[str, str]:
+    """The tags of a version that is a copy: parents and iteration are those of the original."""
+    parents = {name: uri for name, uri in its_tags.items() if name.startswith(_PARENT)}
+    iteration = {ITERATION: its_tags[ITERATION]} if ITERATION in its_tags else {}
+    rest = {name: value for name, value in own.items() if not name.startswith(_PARENT)}
+    return {**rest, **parents, **iteration, COPY_OF: original.uri}
 
 
 def outputs(tags: Mapping[str, str]) -> dict[str, str]:

@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import ModelError
 from tasks.record.tags import DIGEST, LOGGED_MODEL, MODEL_VERSIONS
-from tasks.registry.files import check_copy, check_files, model_digest, staged
+from tasks.registry.files import MODEL_CARD, check_copy, check_files, model_digest, staged
 from tasks.registry.refs import ModelRef, name_and_alias, place_of, require_address
+
+DESCRIPTION_LENGTH = 5000  # MLflow's limit for the description of a version
 
 
 class Upload(BaseModel):
@@ -99,6 +101,25 @@ class MlflowModelStore:
             check_copy(stored, self.tags(ref).get(DIGEST), ref.uri)
             check_files(stored)
         return to
+
+    def describe(self, ref: ModelRef, card: str, description: str) -> None:
+        """Write the model card of a version, or replace it, and its description in the registry.
+
+        The card is one more file of the LoggedModel, which the digest of the version leaves out.
+
+        Raises: ModelError if the version does not exist, or has no LoggedModel.
+        """
+        logged_model = self.tags(ref).get(LOGGED_MODEL)
+        if logged_model is None:
+            raise ModelError(f"{ref.uri} holds no model of this pipeline, and gets no model card")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / MODEL_CARD
+            path.write_text(card, encoding="utf-8")
+            self._client.log_model_artifact(logged_model, str(path))
+        text = description
+        if len(text) > DESCRIPTION_LENGTH:
+            text = text[: DESCRIPTION_LENGTH - 1] + "…"
+        self._client.update_model_version(ref.name, str(ref.version), description=text)
 
     def versions(self, name: str) -> list[int]:
         """The versions of a model, ascending; empty if there is no such model."""

@@ -1,8 +1,11 @@
 """Finds registered models and data as inputs of a stage, by address or by lineage."""
 
+from collections.abc import Mapping
+
 from prefect import task
 
 from rlhf_core.errors import DataError, ModelError
+from rlhf_core.stages.tournament import MILESTONE
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, run_of_data
@@ -27,6 +30,29 @@ def find_parent(uri: str, model: ModelRef, role: str) -> ModelRef:
             f"{model.uri} was not trained from a {role} model: pass one as models:/NAME/3"
         )
     return store.resolve(uri)
+
+
+@task(name="find-milestones", task_run_name="find milestones of {policy.name}")
+def find_milestones(policy: ModelRef) -> dict[str, ModelRef]:
+    """The milestones of the training that made a policy, by kind, as milestone.10.
+
+    Raises: ModelError if there are none.
+    """
+    record = Record.open()
+    run_id = record.store.tags(policy).get(tags.RUN)
+    found = milestones_of(tags.models(_tags(record, run_id))) if run_id else {}
+    found = {kind: ref for kind, ref in found.items() if record.store.exists(ref)}
+    if not found:
+        raise ModelError(
+            f"the training of {policy.uri} kept no milestones: train it with keep_every, or name "
+            "the last policy of a training that has some"
+        )
+    return found
+
+
+def milestones_of(models: Mapping[str, ModelRef]) -> dict[str, ModelRef]:
+    """The milestones among the outputs of a run."""
+    return {kind: ref for kind, ref in models.items() if kind.startswith(MILESTONE)}
 
 
 @task(name="find-data", task_run_name="find data")

@@ -14,6 +14,7 @@ from rlhf_core.rewards.scoring import PIPELINE_REWARD
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.registry.registered import milestones_of
 from tasks.reward_places import reward_places
 from tasks.steps.stage import do_stage
 
@@ -25,6 +26,7 @@ class TrainedPolicy(BaseModel):
 
     policy: ModelRef
     critic: ModelRef | None
+    milestones: Mapping[str, ModelRef] = {}  # by kind, as milestone.10
 
 
 @task(name="find-rewards", task_run_name="find rewards")
@@ -77,6 +79,8 @@ def train_policy(
         inputs=inputs,
         sections={"sampling": sampling},
         returns=lambda made: TrainedPolicy(
-            policy=made.models["policy"], critic=made.models.get("critic")
+            policy=made.models["policy"],
+            critic=made.models.get("critic"),
+            milestones=milestones_of(made.models),
         ),
     )

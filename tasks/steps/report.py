@@ -4,6 +4,7 @@ The numbers go to the parent run because MLflow compares runs there.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -11,9 +12,11 @@ from prefect.artifacts import create_markdown_artifact
 from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.evaluation import EvaluationReport
+from tasks.pages.publish import publish_report
 from tasks.prefect.ui import PrefectRun, prefect_link_lines
 from tasks.record import tags
 from tasks.record.describe import run_url
@@ -21,7 +24,7 @@ from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import Settings
 
-TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
+TITLES = {"base": "base model", "sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 
 
 @task(name="report", task_run_name="report")
@@ -32,10 +35,21 @@ def write_report(
     algorithm: str,
     models: Mapping[str, ModelRef],
     run: PipelineRun,
+    tournament: TournamentResult | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write `report.md` and the key numbers to the pipeline's run; show the page in Prefect."""
+    """Write the report of a pipeline to its run, and show it in Prefect.
+
+    It is `report.md` with the key numbers, and `report.html` for people who read no code; the
+    policy gets its model card.
+
+    Args:
+        defaults: the settings of a run that changes none, by section.
+    """
     record = Record.open()
-    text = render(scorecard, decision, report_card, algorithm, models, run, record.settings)
+    text = render(
+        scorecard, decision, report_card, algorithm, models, run, record.settings, tournament
+    )
     record.write_page(run.run_id, text)
     record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
     numbers = EvaluationReport(scorecard=scorecard).summary()
@@ -48,6 +62,7 @@ def write_report(
     record.add_numbers(run.run_id, numbers)
     if PrefectRun.current():
         create_markdown_artifact(text, key=f"{run.project}-report", description="Report")
+    publish_report(record, run, defaults, scorecard, decision, report_card, models)
     return text
 
 
@@ -59,6 +74,7 @@ def render(
     models: Mapping[str, ModelRef],
     run: PipelineRun,
     settings: Settings,
+    tournament: TournamentResult | None = None,
 ) -> str:
     """The report as Markdown: reliability of the decision, table, reasons, versions and links."""
     promoted = "promoted to champion" if decision.promote else "not promoted"
@@ -67,6 +83,7 @@ def render(
             f"# {run.project}, seed {run.seed}: {models['policy'].uri} {promoted}",
             "",
             *_basis(scorecard, report_card, models["reward"]),
+            *_contest(tournament),
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
@@ -74,6 +91,8 @@ def render(
             "",
             "Registered: " + ", ".join(f"`{ref.uri}`" for ref in models.values()),
             "",
+            f"- For people who read no code: `report.html` of this run, or `rlhf report "
+            f"{run.run_id[:8]}`",
             f"- Curves, plots (`figures/`) and sample texts (`tables/`) of each stage: "
             f"{run_url(run.run_id, run.experiment_id, settings)}",
             *prefect_link_lines(settings),
@@ -92,6 +111,14 @@ def _basis(scorecard: Scorecard, card: ReportCard, reward_model: ModelRef) -> li
         said.append(f"{name}: {quality.numbers}.{' ' if quality.doubts else ''}{quality.doubts}")
     page = "`report_card.md` of the stage report_card"
     return [*said, f"- Report card: {card_verdict(card)} Its page is {page}."]
+
+
+def _contest(tournament: TournamentResult | None) -> list[str]:
+    """Which of the policies along the training this is about, if there was a choice."""
+    if tournament is None:
+        return []
+    page = "`tournament.md` of the stage tournament"
+    return [f"- Tournament: {tournament.sentence()} Its page is {page}."]
 
 
 def _table(scorecard: Scorecard, titles: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -75,8 +75,10 @@ def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
     if (data := outputs.pop(tags.DATA, None)) is not None:
         stage.publish_data(data)
     milestones = _numbered("milestone", outputs.pop("milestones", None))
-    if models := outputs | milestones:
-        stage.publish(models)
+    made = {kind: path for kind, path in outputs.items() if kind in spec.outputs or path.exists()}
+    if models := made | milestones:
+        originals = {kind: cast(ModelRef, inputs[role]) for kind, role in report.copies.items()}
+        stage.publish(models, copies=originals)
 
 
 def _numbered(kind: str, folder: Path | None) -> dict[str, Path]:

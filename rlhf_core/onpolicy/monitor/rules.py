@@ -65,7 +65,10 @@ class Rule:
         config: MonitorConfig,
     ) -> bool:
         """Whether it trips now: at the `confirm`-th measurement in a row beyond the limit, and at
-        every `AGAIN`-th after it. A roll-back ends the row."""
+        every `AGAIN`-th after it. A roll-back ends the row, and an iteration that was not measured
+        trips nothing."""
+        if self.metric not in metrics:
+            return False
         row = 0
         for past in (metrics, *reversed(since_roll_back(history))):
             if self.metric not in past:

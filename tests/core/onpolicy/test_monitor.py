@@ -144,6 +144,7 @@ def test_a_rule_trips_when_it_was_confirmed_and_again_if_it_stays():
 
 def test_what_is_not_measured_neither_trips_nor_ends_a_row():
     assert trips(RULE["gap"], [2, None, None, 2], max_gap=1, confirm=2) == [3]
+    assert trips(RULE["gap"], [2, 2, None, None, 0], max_gap=1, confirm=2) == [1]
     assert trips(RULE["gap"], [math.nan] * 9, max_gap=1, confirm=1) == []
 
 

@@ -285,6 +285,27 @@ def test_validate_and_config_need_no_server_and_make_nothing(rlhf, tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["judge.source=endpoint", "judge.endpoint.model=m"], "RLHF_JUDGE_URL is not set where"),
+        (["judge.source=no_such_module:f"], "judge.source 'no_such_module:f' cannot be imported"),
+        (["judge.source=endpoint"], "endpoint.model must name its model"),
+    ],
+)
+def test_validate_names_a_judge_that_cannot_work(rlhf, settings, said):
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    assert said in sentence(rlhf("validate", "tiny.yaml", *overrides))
+
+
+def test_validate_says_what_an_endpoint_is_asked(rlhf):
+    overrides = ("--set", "judge.source=endpoint", "--set", "judge.endpoint.model=m")
+    result = rlhf("validate", "tiny.yaml", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1")
+    assert result.exit_code == 0, result.output
+    assert "Judge: at most " in result.stdout
+    assert " requests to m, two for each of " in result.stdout
+
+
 def test_validate_runs_in_a_process_of_its_own_without_prefect(tmp_path):
     code = (
         "import sys; from flows.__main__ import app\n"
@@ -398,19 +419,33 @@ def test_what_was_registered_generates(rlhf, finished):
 
 
 @pytest.mark.integration
-def test_a_run_compares_with_itself(rlhf, finished):
-    name = "tiny#1"
-    shown = rlhf("compare", name, name, RLHF_HOME=str(finished[0]))
+def test_a_run_compares_with_itself(rlhf, finished, tmp_path):
+    name, page = "tiny#1", tmp_path / "compared" / "page.html"
+    shown = rlhf("compare", name, name, "--output", page, RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output
     assert re.match(r"Nothing differs .*: \d+ settings, 8 stages and \d+ metrics ", shown.stdout)
-    assert len(shown.stdout.splitlines()) == 4
+    assert len(shown.stdout.splitlines()) == 5
     assert "compare-runs?runs=" in shown.stdout
-    everything = rlhf("compare", name, name, "--all").stdout
+    assert shown.stdout.splitlines()[-1] == f"Written: {page}"
+    assert "Nothing differs between the two runs." in page.read_text(encoding="utf-8")
+    everything = rlhf("compare", name, name, "--all", "--output", page).stdout
     assert "evaluation summary/win_rate/policy_over_best_of_n" in everything
     assert "ppo.kl_coef" in everything
     data = json.loads(rlhf("compare", name, name, "--json").stdout)
     assert data["params"] == []
     assert {row["stage"] for row in data["metrics"]} >= {"sft", "reward_model", "ppo"}
+
+
+@pytest.mark.integration
+def test_the_page_of_a_run_is_written_again(rlhf, finished, tmp_path):
+    page = tmp_path / "reports" / "tiny.html"
+    shown = rlhf("report", "tiny#1", "--output", page, RLHF_HOME=str(finished[0]))
+    assert shown.exit_code == 0, shown.output
+    said, written = shown.stdout.splitlines()
+    assert said.startswith("models:/tiny-policy/1 ")
+    assert written == f"Written: {page}"
+    assert said.partition(".")[0] in page.read_text(encoding="utf-8")
+    assert "no pipeline run matches 'nobody'" in sentence(rlhf("report", "nobody"))
 
 
 @pytest.mark.integration

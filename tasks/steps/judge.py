@@ -1,0 +1,27 @@
+"""The judge of a config, looked at before anything is trained."""
+
+from prefect import task
+
+from rlhf_core.judges.config import ENDPOINT, JudgeConfig
+from rlhf_core.rewards.functions import load_function
+from tasks.judges.judging import try_endpoint
+from tasks.record.record import Record
+from tasks.reward_places import reward_places
+from tasks.settings import read_settings
+
+
+@task(name="check-judge", task_run_name="check the judge")
+def check_judge(config: JudgeConfig) -> None:
+    """Find out whether the judge can work, which otherwise fails after hours of training.
+
+    An endpoint is asked one easy question.
+
+    Raises: ModelError for a model that does not exist, ConfigError for a function that may not or
+        cannot be imported, and for an endpoint that has no address, refuses, or does not answer.
+    """
+    if config.is_function:
+        load_function(config.source, setting="judge.source", places=reward_places())
+    elif config.is_registered:
+        Record.open().store.resolve(config.source)
+    elif config.source == ENDPOINT:
+        try_endpoint(config.endpoint, read_settings())
