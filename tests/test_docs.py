@@ -148,6 +148,7 @@ def general(name, *, stage=""):
         return name
     name = re.sub(r"_(low|high)$", "", name)
     name = re.sub(r"^summary/canary/.+", "summary/canary/KIND", name)
+    name = re.sub(r"^summary/judge/canary/.+", "summary/judge/canary/KIND", name)
     name = re.sub(r"/sign_\w+", "/sign_KIND", name)
     pair = r"(win_rate|length_controlled_win_rate)"
     name = re.sub(rf"^summary/{pair}/.+", r"summary/\1/CANDIDATE_over_OPPONENT", name)

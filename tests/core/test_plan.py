@@ -10,6 +10,8 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.tournament.config import TournamentConfig
+from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.plan import NetworkPlan, Sections, make_plan
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.seeding import generator
@@ -197,7 +199,9 @@ def test_how_much_can_be_known():
     # Wilson at one half: z / (2·√(n + z²)) with z = 1.96: 0.2007 and 0.0962.
     assert plan(validation(prompts=20, voted=100)).certainty == (
         "Decision: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
-        "about ± 0.20.",
+        # Of 20 prompts 15 have to be won, which 0.8 of the evaluations do at a rate of 0.80.
+        "about ± 0.20. At the first look (level 0.025) the gate shows that it exceeds 0.5 in 80 of "
+        "100 evaluations if it is truly 0.80; for 0.55 it needs 807 prompts.",
         "Reward model: 30 held-out votes on 100 prompts; an accuracy near 0.5 will be known to "
         "about ± 0.10.",
     )
@@ -205,21 +209,47 @@ def test_how_much_can_be_known():
     assert plan(evaluation=few).certainty[0].startswith("Decision: 2 held-out prompts, 1 answer")
 
 
+def test_what_a_judge_behind_an_endpoint_is_asked():
+    """20 prompts: policy/SFT, policy/champion, SFT/base and champion/SFT with 2 answers each, two
+    pairs with best-of-n with 1: 200 verdicts. 12 kinds of canaries of 10 prompts."""
+    judge = JudgeConfig(source="endpoint", endpoint=EndpointConfig(model="m"))
+    asked = plan(validation(prompts=20), judge=judge).certainty[1]
+    assert asked == (
+        "Judge: at most 640 requests to m, two for each of 200 verdicts of the evaluation and 120 "
+        "on canaries."
+    )
+    contest = TournamentConfig(checkpoints=5, verdicts=1000)
+    asked = plan(validation(prompts=20), judge=judge, tournament=contest).certainty[1]
+    assert asked.startswith("Judge: at most 2,640 requests to m, ")
+    assert "evaluation, 1,000 of the tournament and 120 on canaries." in asked
+
+
 MORE = "(raise data.eval_fraction, or add evaluation data)"
+NO_SIGNS = {"max_sign_excess": 1.0}
 
 
 @pytest.mark.parametrize(
     ("found", "changes", "said"),
     [
-        (validation(), {}, []),
-        (validation(prompts=5, voted=4), {}, []),
-        (validation(prompts=4, voted=4), {"promotion": {"min_prompts": 4}}, []),
+        # 33 prompts without a sign exclude a share of 0.2 at the level 0.025 / 11.
+        (validation(prompts=33), {}, []),
         (
-            validation(prompts=4, voted=4),
+            validation(prompts=32),
             {},
             [
-                "No policy can be promoted: 4 held-out prompts cannot meet promotion.min_prompts "
-                "5; raise data.eval_fraction, or add evaluation data."
+                "No policy can be promoted: 32 held-out prompts cannot show "
+                "promotion.max_sign_excess 0.2 for 11 kinds of canary, even if no answer has a "
+                f"sign; at least 33 are needed {MORE}."
+            ],
+        ),
+        # Six of six have p = 1/64, five of five 1/32.
+        (validation(prompts=6, voted=4), {"promotion": NO_SIGNS}, []),
+        (
+            validation(prompts=6, voted=4),
+            {"promotion": {"min_prompts": 7, **NO_SIGNS}},
+            [
+                "No policy can be promoted: 6 held-out prompts cannot meet promotion.min_prompts "
+                "7; raise data.eval_fraction, or add evaluation data."
             ],
         ),
         (
@@ -227,7 +257,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             {},
             [
                 "No policy can be promoted: 1 held-out prompt cannot show promotion.min_win_rate "
-                f"0.5, even if every one of them is won; at least 4 are needed {MORE}."
+                f"0.5, even if every one of them is won; at least 6 are needed {MORE}."
             ],
         ),
         (
@@ -235,17 +265,17 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             {"evaluation": EvaluationConfig(prompts=5), "promotion": {"min_win_rate": 0.6}},
             [
                 "No policy can be promoted: 5 held-out prompts cannot show promotion.min_win_rate "
-                "0.6, even if every one of them is won; at least 6 are needed (raise "
+                "0.6, even if every one of them is won; at least 8 are needed (raise "
                 "evaluation.prompts)."
             ],
         ),
         (
-            validation(prompts=5),
+            validation(prompts=6),
             {"promotion": {"min_win_rate_over_champion": 0.6}},
             [
-                "No champion can be replaced: 5 held-out prompts cannot show "
+                "No champion can be replaced: 6 held-out prompts cannot show "
                 "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; at "
-                f"least 6 are needed {MORE}."
+                f"least 8 are needed {MORE}."
             ],
         ),
         (
@@ -258,7 +288,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=3),
+            validation(33, voted=3),
             {},
             [
                 "Held-out votes on 3 prompts cannot show that the reward model is better than "
@@ -266,7 +296,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=5),
+            validation(33, voted=5),
             {"reward_gate": RewardGateConfig(min_accuracy=0.6)},
             [
                 "No policy will be trained: held-out votes on 5 prompts cannot show "
@@ -275,7 +305,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=9),
+            validation(33, voted=9),
             {"reward_gate": RewardGateConfig(max_canary_share=0.3)},
             [
                 "No policy will be trained: a canary on 4 prompts, half of those that there are, "
@@ -283,8 +313,8 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
                 "are needed (raise data.eval_fraction)."
             ],
         ),
-        (validation(voted=18), {"reward_gate": RewardGateConfig(max_canary_share=0.3)}, []),
-        (validation(voted=1), {"reward_model": None}, []),
+        (validation(33, voted=18), {"reward_gate": RewardGateConfig(max_canary_share=0.3)}, []),
+        (validation(33, voted=1), {"reward_model": None}, []),
     ],
 )
 def test_too_little_to_find_anything_out(found, changes, said):
