@@ -10,6 +10,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.plan import NetworkPlan, Sections, make_plan
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.seeding import generator
@@ -299,3 +300,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_a_tournament_is_planned_with_the_milestones_that_it_needs():
+    policy = PPOConfig(iterations=7, rollout_size=20, batch_size=8, epochs=4, keep_every=2)
+    contest = TournamentConfig(checkpoints=3, prompts=1000, verdicts=120)
+    stages = {stage.stage: stage for stage in plan(policy=policy, tournament=contest).stages}
+    assert list(stages)[-3:] == ["ppo", "tournament", "evaluation"]
+    prompts = validation().tables["prompts"].train
+    assert stages["tournament"].work == (
+        "SFT and 3 checkpoints, kept every 2 iterations: 2 answers of each to "
+        f"{prompts} training prompts, 120 verdicts at most"
+    )
