@@ -2,14 +2,18 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from prefect import flow
+from prefect.artifacts import Artifact
+from transformers import AutoModelForCausalLM
 
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
@@ -27,6 +31,7 @@ from tasks.steps.policy import train_policy
 from tasks.steps.promotion import promote
 from tasks.steps.report import render
 from tasks.steps.reward_model import check_reward_model
+from tests.tasks.judges.model_server import KEY, serving
 
 pytestmark = pytest.mark.integration
 
@@ -116,6 +121,40 @@ def test_the_key_numbers_and_the_report_are_on_the_parent_run(client, first):
     assert "report.md" in [file.path for file in client.list_artifacts(first.run.run_id)]
     for words in ("true reward", "| PPO |", first.policy.uri, "rlhf up"):
         assert words in first.report
+
+
+def test_the_page_of_the_run_is_one_file_with_the_decision(client, first, tmp_path):
+    path = client.download_artifacts(first.run.run_id, "report.html", tmp_path)
+    page = Path(path).read_text(encoding="utf-8")
+    for rule in first.decision.reasons:
+        assert rule.partition(": ")[2].split()[0] in page
+    for said in (first.policy.uri, "passed every rule and became the champion", "Answers side by"):
+        assert said in page
+    assert "What this page cannot show" not in page
+    # Addresses are those of links to MLflow and Prefect; nothing is fetched.
+    ours = {"http://127.0.0.1:5000", "http://127.0.0.1:4200"}
+    assert set(re.findall(r'(?:src|href|action)="(https?://[^/"]+)', page)) <= ours
+    assert not re.search(r'src="(?!data:)|<script|<link|@import|url\((?!#)', page)
+    assert "<svg" in page
+    assert len(page) < 3_000_000
+
+
+def test_prefect_links_the_page(first):
+    found = Artifact.get("tiny-page")
+    assert f"runs/{first.run.run_id}/artifacts/report.html" in found.data
+
+
+def test_the_policy_has_its_model_card(client, store, first, tmp_path):
+    directory = store.fetch(first.policy, tmp_path / "policy")
+    card = ModelCard.load(directory / "README.md")
+    names = {result.metric_name: result for result in card.data.eval_results}
+    rate = first.scorecard.comparison("policy", "sft").win_rate
+    assert names["Win rate over SFT"].metric_value == pytest.approx(rate.value, abs=1e-6)
+    for part in ("tiny-policy", "## Limits and known doubts", first.sft.uri, "simulated"):
+        assert part in card.text
+    version = client.get_model_version(first.policy.name, str(first.policy.version))
+    assert version.description.startswith(f"**{first.policy.uri} passed every rule")
+    assert AutoModelForCausalLM.from_pretrained(directory).config.model_type
 
 
 def test_the_first_lines_say_what_the_judges_are_worth(client, first):
@@ -419,6 +458,59 @@ def test_a_reward_that_is_not_there_is_said_before_anything_trains(
     condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
     assert newest.info.status == "FAILED"
     assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "error", "said"),
+    [
+        ({"source": "models:/nobody/3"}, ModelError, "there is no model 'nobody'"),
+        ({"source": "no_such_module:f"}, ConfigError, "judge.source 'no_such_module:f' cannot be"),
+        ({"source": "endpoint", "endpoint": {"model": "m"}}, ConfigError, "RLHF_JUDGE_URL is not"),
+        ({"source": "endpoint", "endpoint": {"model": "n"}}, ConfigError, "knows no model n"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_said_before_anything_trains(
+    client, first, monkeypatch, judge, error, said
+):
+    with serving() as server:
+        if said.startswith("knows"):
+            monkeypatch.setenv("RLHF_JUDGE_URL", server.address)
+            monkeypatch.setenv("RLHF_JUDGE_KEY", KEY)
+        with pytest.raises(error, match=said):
+            rlhf(config(judge=judge))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    assert newest.info.status == "FAILED"
+    assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+def test_a_model_behind_an_endpoint_decides_and_its_key_is_kept_nowhere(
+    client, first, settings, monkeypatch, caplog
+):
+    judge = {"source": "endpoint", "endpoint": {"model": "m"}, "canary_prompts": 2}
+    with serving() as server:
+        monkeypatch.setenv("RLHF_JUDGE_URL", server.address)
+        monkeypatch.setenv("RLHF_JUDGE_KEY", KEY)
+        result = rlhf(config(judge=judge, **REUSE))
+        asked = len(server.questions)
+        facts = result.scorecard.judge
+        assert asked == facts.requests + 1  # and the easy one before training
+        assert asked == len(set(server.questions))
+        again = rlhf(config(judge=judge, **REUSE), force=("evaluation",)).scorecard.judge
+        assert len(server.questions) == asked + 1
+    assert (again.requests, again.remembered) == (0, facts.requests + facts.remembered)
+    assert {match.judge for match in result.scorecard.comparisons} == {"m"}
+    assert facts.consistency.value == 1
+    evaluation = children(client, result)["evaluation"]
+    assert evaluation.data.params["judge.endpoint.model"] == "m"
+    assert evaluation.data.metrics["summary/judge/requests"] == facts.requests
+    table = client.download_artifacts(evaluation.info.run_id, "tables/evaluation_verdicts.json")
+    assert "characters" in json.loads(Path(table).read_text())["data"][0][5]
+    # Neither MLflow's database and artifacts nor what Prefect keeps has the key.
+    kept = [path for path in settings.home.rglob("*") if path.is_file()]
+    assert len(kept) > 50
+    assert [path for path in kept if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in caplog.text
 
 
 def test_adapters_are_registered_with_their_models(store, first, tmp_path):
