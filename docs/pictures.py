@@ -76,6 +76,17 @@ def curves(page: Page, address: str, experiment: str, folder: Path) -> None:
     page.screenshot(path=folder / "mlflow_runs.png")
 
 
+def report(page: Page, client: MlflowClient, folder: Path) -> None:
+    """The top of the report of the newest pipeline that has one."""
+    experiment = client.get_experiment_by_name("demo").experiment_id
+    runs = client.search_runs([experiment], "tags.stage = 'pipeline'")
+    for run in runs:
+        if any(file.path == "report.html" for file in client.list_artifacts(run.info.run_id)):
+            page.goto(Path(client.download_artifacts(run.info.run_id, "report.html")).as_uri())
+            page.screenshot(path=folder / "report_page.png")
+            return
+
+
 def main(folder: Path) -> None:
     """Make all pictures in a folder."""
     services, settings = signed_in(read_settings())
@@ -93,6 +104,7 @@ def main(folder: Path) -> None:
         flow_run(page, services.prefect, folder)
         experiment = client.get_experiment_by_name("demo").experiment_id
         curves(page, services.mlflow, experiment, folder)
+        report(page, client, folder)
         browser.close()
 
 

@@ -121,7 +121,8 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
     if sections.tournament.on:
         yield _tournament(sections, validation)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
-    answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
+    others = "the base model, the policy" if sections.evaluation.base else "the policy"
+    answers = f"{max(k, n)} answers of SFT, {k} of {others} and a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()

@@ -7,6 +7,8 @@ from rlhf_core import figures
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.chart import Chart, draw
 from rlhf_core.evaluation.scorecard import Comparison, Scorecard
+from rlhf_core.evaluation.tournament.page import draw as draw_tournament
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.figures import BLUE, ORANGE, blank, dress
 from rlhf_core.functional.ranking import Interval
 from tasks.pages.drawing import Drawing, drawing
@@ -126,6 +128,19 @@ def report_card(card: ReportCard) -> Iterator[Drawing]:
             "has shares near 0.",
             [f"{kind}: {interval(share)}" for kind, share in shares.items()],
         )
+
+
+def tournament(result: TournamentResult) -> Drawing:
+    """The strengths of the checkpoints."""
+    numbers = [
+        f"{entrant.title}: {middle:.2f} [{low:.2f}, {high:.2f}]"
+        for entrant in result.entrants
+        for middle, low, high in [entrant.strength]
+    ]
+    says = "Log-odds of winning against SFT, with 95 % intervals; the chosen checkpoint is green."
+    return drawing(
+        draw_tournament(result), "strengths", "Strength of each checkpoint", says, numbers
+    )
 
 
 def over_optimisation(chart: Chart) -> Drawing:

@@ -13,6 +13,7 @@ from tasks.pages.render import render
 from tasks.pages.run_page import DOING, TITLES, Sample, samples
 from tasks.pages.sentences import verdict
 from tasks.pages.texts import shown
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.settings import Settings
 
@@ -75,10 +76,10 @@ def write_comparison(
 
 
 def _group(stage: str, measures: Sequence[Measure]) -> Group:
-    title = "The run as a whole" if stage == "pipeline" else TITLES.get(stage, stage)
+    title = "The run as a whole" if stage == tags.PIPELINE else TITLES.get(stage, stage)
     rows = [
         (
-            measure.name.removeprefix("summary/"),
+            measure.name.removeprefix(tags.SUMMARY),
             value(measure.first),
             value(measure.second),
             "" if not measure.difference else f"{measure.difference:+.3g}",

@@ -12,6 +12,7 @@ from mlflow.entities import Run
 
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
+from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.table import algorithms
 from tasks.pages.reading import Reader, Row
@@ -23,6 +24,7 @@ from tasks.registry.refs import ModelRef
 
 PAGE = "report.html"
 EVALUATION, CARD, PROMOTION = "evaluation", "report_card", "promotion"
+TOURNAMENT = "tournament"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Facts:
     waits: bool  # for a person
     scorecard: Scorecard | None
     card: ReportCard | None
+    tournament: TournamentResult | None
     decision: Decision | None
     samples: tuple[Row, ...]
     reader: Reader
@@ -177,6 +180,7 @@ def gather(
         waits=run_tags.get(tags.APPROVED) == tags.WAITING,
         scorecard=scorecard or kept(EVALUATION, Scorecard, "the numbers of the evaluation"),
         card=card or kept(CARD, ReportCard, "the report card of the reward model"),
+        tournament=kept(TOURNAMENT, TournamentResult, "the result of the tournament"),
         decision=decision or kept(PROMOTION, Decision, "the decision about promotion"),
         samples=tuple(rows),
         reader=reader,
@@ -215,10 +219,10 @@ def _stages(record: Record, run: Run) -> list[StageFacts]:
 
 def _models(run: Run, stages: list[StageFacts]) -> dict[str, ModelRef]:
     """The models of a run, by kind, without milestones; the run itself names them at its end."""
-    found = tags.models(run.data.tags)
+    found: dict[str, ModelRef] = {}
     for stage in stages:
         found |= {k: v for k, v in tags.models(stage.computed.data.tags).items() if "." not in k}
-    return found
+    return found | tags.models(run.data.tags)
 
 
 def _changed(params: Mapping[str, str], defaults: Mapping[str, str]) -> tuple[Setting, ...]:

@@ -14,7 +14,7 @@ from tasks.pages import charts
 from tasks.pages.curves import curves
 from tasks.pages.differences import marked
 from tasks.pages.drawing import Drawing
-from tasks.pages.facts import EVALUATION, Facts, StageFacts
+from tasks.pages.facts import EVALUATION, TOURNAMENT, Facts, StageFacts
 from tasks.pages.reading import Reader, Row
 from tasks.pages.render import render
 from tasks.pages.sentences import gate, judge, notes, verdict
@@ -23,7 +23,6 @@ from tasks.record import tags
 
 SAMPLES = 12  # prompts
 TABLE_ROWS = 30
-TOURNAMENT = "tournament"
 TITLES = {
     "prepare": "Preparing the data",
     "sft": "Learning from demonstrations (SFT)",
@@ -81,6 +80,7 @@ def run_page(facts: Facts, run: Run) -> str:
         "notes": notes(facts.decision) if facts.decision else [],
         "wins": scorecard and reader.attempt("win rates", lambda: charts.win_rates(scorecard)),
         "comparisons": _comparisons(scorecard) if scorecard else [],
+        "differences": _differences(scorecard) if scorecard else [],
         "arms": _arms(scorecard) if scorecard else [],
         "samples": list(samples(facts.samples, _titles(facts))),
         "of_samples": len({row["prompt"] for row in facts.samples}),
@@ -259,6 +259,18 @@ def _comparisons(scorecard: Scorecard) -> list[dict[str, str]]:
     ]
 
 
+def _differences(scorecard: Scorecard) -> list[str]:
+    """By how much two models differ on the same prompts, in sentences."""
+    names = charts.NAMES
+    return [
+        f"{names[pair.first]} against {names[pair.second]}, by their win rates over "
+        f"{names[pair.opponent]} on the same prompts: {100 * value:+.1f} points "
+        f"({100 * low:+.1f} to {100 * high:+.1f})"
+        for pair in scorecard.differences
+        for value, low, high in [pair.difference]
+    ]
+
+
 def _slices(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     """The win rate of the policy over SFT on each slice of the prompts."""
     match = scorecard.comparison("policy", "sft")
@@ -283,11 +295,18 @@ def _arms(scorecard: Scorecard) -> list[tuple[str, list[str]]]:
         "distinct_2": "variety (distinct-2)",
         "perplexity": "perplexity under SFT (fluency; lower is better)",
     }
-    return [
+    arms = scorecard.arms
+    rows = [
         (title, cells)
         for name, title in names.items()
-        if any(cells := [_measure(getattr(arm, name)) for arm in scorecard.arms])
+        if any(cells := [_measure(getattr(arm, name)) for arm in arms])
     ]
+    for kind in dict.fromkeys(kind for arm in arms for kind in arm.signs):
+        shares = [arm.signs.get(kind) for arm in arms]
+        if any(share is not None and share.value > 0 for share in shares):
+            cells = ["" if share is None else percent(share.value) for share in shares]
+            rows.append((f"answers that look bad: {kind.replace('_', ' ')}", cells))
+    return rows
 
 
 def _measure(value: Any) -> str:
@@ -322,7 +341,12 @@ def _tournament(facts: Facts) -> dict[str, Any] | None:
     reader, run = facts.reader, stage.computed
     names = [path.rpartition("/")[2].removesuffix(".json") for path in reader.paths(run, "tables")]
     tables = [table(name, reader.table(run, name)) for name in names]
-    return {"tables": tables, "pictures": reader.figures(run)}
+    result = facts.tournament
+    drawn = result and reader.attempt("the tournament", lambda: charts.tournament(result))
+    # Drawn anew in the colours of the page where that is possible.
+    pictures = {} if drawn else reader.figures(run)
+    says = result and result.sentence()
+    return {"tables": tables, "pictures": pictures, "drawn": drawn, "says": says}
 
 
 def table(name: str, rows: Sequence[Row]) -> Table:

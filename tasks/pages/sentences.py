@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from rlhf_core.evaluation.scorecard import Comparison, Scorecard
 from rlhf_core.promotion.decision import Decision
@@ -16,10 +16,13 @@ _JUDGES = {
 }
 
 
+Kind: TypeAlias = Literal["good", "bad", "waiting", "none"]
+
+
 class Verdict(NamedTuple):
     """A run in a sentence; what speaks for or against the policy follows."""
 
-    kind: Literal["good", "bad", "waiting", "none"]
+    kind: Kind
     sentence: str
     details: tuple[str, ...]
 
@@ -39,9 +42,10 @@ class Row(NamedTuple):
 def verdict(facts: Facts) -> Verdict:
     """What came of a run."""
     decision, policy = facts.decision, facts.models.get("policy")
-    name = policy.uri if policy else "the new policy"
+    name = policy.uri if policy else "The new policy"
     if decision is None:
-        return Verdict("none", _unfinished(facts), ())
+        kind: Kind = "bad" if facts.status in ("FAILED", "KILLED") else "none"
+        return Verdict(kind, _unfinished(facts), ())
     said = tuple(filter(None, [win_sentence(facts.scorecard)]))
     failed = [shown(name, 300) for name in refusals(decision)]
     if decision.promote:

@@ -108,7 +108,7 @@ def test_steps_and_parameters_by_hand():
     assert stages["reward_model"].work == "2 epochs of 65 votes, 32 a step"
     assert stages["ppo"].work == "7 iterations of 20 responses: 4 epochs of 3 updates"
     assert stages["evaluation"].work == (
-        "20 prompts: 8 answers of SFT, 2 of the policy and of a champion"
+        "20 prompts: 8 answers of SFT, 2 of the base model, the policy and a champion"
     )
     assert stages["sft"].networks == (learnt("policy", BODY),)
     assert stages["reward_model"].networks == (learnt("reward model", BODY + 16),)

@@ -2,14 +2,18 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from prefect import flow
+from prefect.artifacts import Artifact
+from transformers import AutoModelForCausalLM
 
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
@@ -117,6 +121,40 @@ def test_the_key_numbers_and_the_report_are_on_the_parent_run(client, first):
     assert "report.md" in [file.path for file in client.list_artifacts(first.run.run_id)]
     for words in ("true reward", "| PPO |", first.policy.uri, "rlhf up"):
         assert words in first.report
+
+
+def test_the_page_of_the_run_is_one_file_with_the_decision(client, first, tmp_path):
+    path = client.download_artifacts(first.run.run_id, "report.html", tmp_path)
+    page = Path(path).read_text(encoding="utf-8")
+    for rule in first.decision.reasons:
+        assert rule.partition(": ")[2].split()[0] in page
+    for said in (first.policy.uri, "passed every rule and became the champion", "Answers side by"):
+        assert said in page
+    assert "What this page cannot show" not in page
+    # Addresses are those of links to MLflow and Prefect; nothing is fetched.
+    ours = {"http://127.0.0.1:5000", "http://127.0.0.1:4200"}
+    assert set(re.findall(r'(?:src|href|action)="(https?://[^/"]+)', page)) <= ours
+    assert not re.search(r'src="(?!data:)|<script|<link|@import|url\((?!#)', page)
+    assert "<svg" in page
+    assert len(page) < 3_000_000
+
+
+def test_prefect_links_the_page(first):
+    found = Artifact.get("tiny-page")
+    assert f"runs/{first.run.run_id}/artifacts/report.html" in found.data
+
+
+def test_the_policy_has_its_model_card(client, store, first, tmp_path):
+    directory = store.fetch(first.policy, tmp_path / "policy")
+    card = ModelCard.load(directory / "README.md")
+    names = {result.metric_name: result for result in card.data.eval_results}
+    rate = first.scorecard.comparison("policy", "sft").win_rate
+    assert names["Win rate over SFT"].metric_value == pytest.approx(rate.value, abs=1e-6)
+    for part in ("tiny-policy", "## Limits and known doubts", first.sft.uri, "simulated"):
+        assert part in card.text
+    version = client.get_model_version(first.policy.name, str(first.policy.version))
+    assert version.description.startswith(f"**{first.policy.uri} passed every rule")
+    assert AutoModelForCausalLM.from_pretrained(directory).config.model_type
 
 
 def test_the_first_lines_say_what_the_judges_are_worth(client, first):

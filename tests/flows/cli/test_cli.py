@@ -437,6 +437,18 @@ def test_a_run_compares_with_itself(rlhf, finished, tmp_path):
 
 
 @pytest.mark.integration
+def test_the_page_of_a_run_is_written_again(rlhf, finished, tmp_path):
+    page = tmp_path / "reports" / "tiny.html"
+    shown = rlhf("report", "tiny#1", "--output", page, RLHF_HOME=str(finished[0]))
+    assert shown.exit_code == 0, shown.output
+    said, written = shown.stdout.splitlines()
+    assert said.startswith("models:/tiny-policy/1 ")
+    assert written == f"Written: {page}"
+    assert said.partition(".")[0] in page.read_text(encoding="utf-8")
+    assert "no pipeline run matches 'nobody'" in sentence(rlhf("report", "nobody"))
+
+
+@pytest.mark.integration
 def test_the_chart_of_a_run_has_its_policy_and_best_of_n(rlhf, finished, tmp_path):
     shown = rlhf("overoptimisation", "tiny#1", RLHF_HOME=str(finished[0]))
     assert shown.exit_code == 0, shown.output

@@ -1,9 +1,12 @@
 """The page of a run: whole, safe against texts of others, and honest about what is missing."""
 
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from recorded_runs import DEFAULTS, REFUSED, scorecard
 
 from rlhf_core.promotion.decision import Decision
 from tasks.pages import publish
@@ -13,7 +16,6 @@ from tasks.pages.sentences import gate, verdict
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
-from tests.tasks.pages.conftest import DEFAULTS, REFUSED, scorecard
 
 HOSTILE = (
     "</p><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>\x1b[31m\u202eevil"
@@ -72,12 +74,15 @@ def require_self_contained(html):
     return page
 
 
+PAGES = {}  # made once
+
+
 @pytest.fixture
-def whole(recorded):
-    facts, run = recorded(
-        ANSWERS, card=scorecard(), curves=CURVES, ppo={"kl_coef": 0.3, "iterations": 5}
-    )
-    return run_page(facts, run)
+def whole(request):
+    if not PAGES:
+        recorded, settings = request.getfixturevalue("recorded"), {"kl_coef": 0.3, "iterations": 5}
+        PAGES["whole"] = run_page(*recorded(ANSWERS, card=scorecard(), curves=CURVES, ppo=settings))
+    return PAGES["whole"]
 
 
 def text_of(html):
@@ -88,7 +93,7 @@ def test_the_page_says_what_came_of_the_run(whole):
     require_self_contained(whole)
     text = text_of(whole)
     for part in (
-        "the new policy was not promoted, and there is still no champion",
+        "The new policy was not promoted, and there is still no champion",
         "What speaks against it: length, not approved by Ada.",
         "win 75 % (55 % to 95 %) of the comparisons",
         "The reward model is at fault.",
@@ -164,8 +169,8 @@ def test_a_decision_of_an_earlier_release_has_a_table_too(recorded):
     old = Decision(
         promote=True,
         reasons=(
-            "pass: win rate over sft 0.912 [0.885, 0.937] by true_reward, from 4 answers to each of "
-            "91 held-out prompts; the lower bound must exceed 0.6",
+            "pass: win rate over sft 0.912 [0.885, 0.937] by true_reward, from 4 answers to each "
+            "of 91 held-out prompts; the lower bound must exceed 0.6",
             "FAIL: KL to SFT 4.72 nats per sequence; at most 1.00",
             "pass: distinct-2 0.162; at least 0.027",
             "FAIL: KL to SFT is unknown, because the tokenizers differ; at most 1.00",
@@ -190,7 +195,7 @@ def test_who_approved_later_is_said(recorded):
     record = Record.open()
     record.add_tags(run.info.run_id, {tags.APPROVED: tags.WAITING})
     found = publish.gather(record, record.client.get_run(run.info.run_id), DEFAULTS)
-    assert verdict(found) == ("waiting", "the new policy waits for a person to approve it.", ())
+    assert verdict(found) == ("waiting", "The new policy waits for a person to approve it.", ())
     said = {tags.APPROVED: "true", tags.APPROVED_BY: "Ada", tags.PROMOTED: "true"}
     record.add_tags(run.info.run_id, said)
     found = publish.gather(record, record.client.get_run(run.info.run_id), DEFAULTS)
@@ -215,3 +220,12 @@ def test_a_report_never_fails_the_run(recorded, monkeypatch, caplog):
     publish.publish_report(record, run, DEFAULTS, scorecard(), REFUSED, None, policy)
     assert "the page of the run could not be written" in caplog.text
     assert "the model card of models:/nothing/1 could not be written" in caplog.text
+
+
+def test_a_wheel_has_the_templates():
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["tasks.pages"]
+    pages = root / "tasks" / "pages"
+    inside = {path for pattern in patterns for path in pages.glob(pattern)}
+    assert inside == {p for p in pages.rglob("*") if p.is_file() and p.suffix in (".html", ".css")}

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_core.digests import tree_digest
 from rlhf_core.errors import DataError, ModelError
 from tasks.record.describe import ensure_experiment
 from tasks.record.tracking import connect
@@ -234,3 +235,66 @@ def test_missing_or_changed_data_is_refused(client, new_run, data_dir, settings,
     with pytest.raises(DataError, match=f"should be {ref.digest}"):
         fetch_dataset(client, ref, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+# ---- the model card, which is written into a version that is there already ----
+
+
+def test_a_model_card_joins_a_version_and_its_digest_stays(store, client, publish, tmp_path):
+    ref = publish()
+    digest = store.tags(ref)["digest"]
+    store.describe(ref, "# first", "short")
+    store.describe(ref, "# second", "**short**")
+    got = store.fetch(ref, tmp_path / "got")
+    assert (got / "README.md").read_text() == "# second"
+    assert model_digest(got) == store.tags(ref)["digest"] == digest
+    assert client.get_model_version(ref.name, "1").description == "**short**"
+    (got / "README.md").unlink()
+    assert model_digest(got) == digest
+
+
+def test_a_changed_model_is_found_beside_a_card(store, client, publish, tmp_path):
+    ref = publish()
+    store.describe(ref, "# card", "")
+    location = Path(
+        client.get_logged_model(store.tags(ref)["logged_model_id"]).artifact_location[7:]
+    )
+    for file, content in (("config.json", "{}"), ("sub/README.md", "elsewhere it counts")):
+        path = location / file
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        with pytest.raises(ModelError, match="is damaged"):
+            store.fetch(ref, tmp_path / "damaged")
+        path.unlink() if before is None else path.write_bytes(before)
+    store.fetch(ref, tmp_path / "whole")
+
+
+def test_a_card_is_no_way_around_the_checks(store, client, publish, tmp_path):
+    ref = publish()
+    location = Path(
+        client.get_logged_model(store.tags(ref)["logged_model_id"]).artifact_location[7:]
+    )
+    (location / "README.md").symlink_to("/etc/hostname")
+    with pytest.raises(ModelError):
+        store.fetch(ref, tmp_path / "linked")
+
+
+def test_a_model_that_came_with_a_card_keeps_its_digest(
+    store, client, policy_dir, new_run, tmp_path
+):
+    """As a release before wrote it, whose digest counted every file."""
+    directory = shutil.copytree(policy_dir, tmp_path / "with")
+    (directory / "README.md").write_text("# theirs")
+    whole = tree_digest(directory)
+    upload = store.upload(directory, "demo-sft", run_id=new_run())
+    ref = store.register(upload.model_copy(update={"digest": whole}), tags={})
+    got = store.fetch(ref, tmp_path / "got")
+    assert (got / "README.md").read_text() == "# theirs"
+
+
+def test_a_description_has_the_length_that_a_database_takes(store, client, publish):
+    ref = publish()
+    store.describe(ref, "# card", "a" * 6000)
+    text = client.get_model_version(ref.name, "1").description
+    assert (len(text), text[-1]) == (5000, "…")
