@@ -64,6 +64,7 @@ JUDGES = {
 class Found(NamedTuple):
     """What a tournament of one seed chose under one judge."""
 
+    kl_coef: float
     seed: int
     judge: str
     chosen: int  # iteration
@@ -100,9 +101,10 @@ def main() -> None:
 def hold(world: World, judge: str, each: int) -> Found:
     """The tournament of a seed under a judge, and what its choice is worth."""
     path = world.root / "results.jsonl"
+    key = {"kl_coef": world.kl_coef, "seed": world.seed, "judge": judge}
     for line in path.read_text().splitlines() if path.is_file() else ():
         known = json.loads(line)
-        if (known["seed"], known["judge"]) == (world.seed, judge):
+        if [known[name] for name in key] == list(key.values()):
             return Found(**known)
     config = world.config()
     *along, last = sorted(world.policies)
@@ -130,8 +132,7 @@ def hold(world: World, judge: str, each: int) -> Found:
     prompts = torch.arange(len(difference))
     draws = generator(world.seed, f"benchmark/{judge}")
     made = Found(
-        seed=world.seed,
-        judge=judge,
+        **key,
         chosen=chosen,
         verdicts=result.verdicts,
         true_reward=truths[chosen].mean().item(),
@@ -168,8 +169,8 @@ def table(found: Sequence[Found], arguments: argparse.Namespace) -> str:
         f"True reward on held-out prompts, {arguments.answers} answers to each; "
         f"`configs/demo.yaml` with `ppo.kl_coef` {arguments.kl_coef:g}. A cell: iteration of the "
         "choice, its true reward, and by how much it exceeds that of the last policy, with the "
-        "95 % bootstrap over prompts. Last line: the mean of these differences with the 95 % interval "
-        "of Student's t over seeds."
+        "95 % bootstrap over prompts. Last line: the mean of these differences with the 95 % "
+        "interval of Student's t over seeds."
     )
     return "\n".join([*lines, "", text])
 

@@ -96,7 +96,7 @@ class World:
         """The true reward of a policy on each held-out prompt, the mean of `each` answers."""
         path = self.root / f"seed-{self.seed}" / "truth.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        key = f"{name}x{each}"
+        key = f"{self.kl_coef:g}/{name}x{each}"
         if key not in known:
             prompts = list(read_table(self.data, "prompts", "eval")["prompt"])
             values = true_reward(*self.answers(policy, prompts, each, f"benchmark/truth/{name}"))

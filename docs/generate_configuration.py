@@ -124,7 +124,10 @@ def _type(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    return f"`{_yaml(field.get_default(call_default_factory=True))}`"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, str) and "\n" in value:
+        return f"{value.count(chr(10)) + 1} lines: `rlhf config` prints them"
+    return f"`{_yaml(value)}`"
 
 
 def _yaml(value: Any) -> str:

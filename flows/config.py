@@ -236,6 +236,7 @@ class PipelineConfig(ByAlgorithm):
             report_card=self.report_card,
             evaluation=self.evaluation,
             tournament=self.tournament,
+            judge=self.judge,
             reward_gate=self.reward_gate,
             promotion=self.promotion,
         )

@@ -22,9 +22,11 @@ from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
+from rlhf_core.judges.config import ENDPOINT, JudgeConfig
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.promotion.config import PromotionConfig
-from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.rewards.canaries import BY_SCORE, KINDS
+from rlhf_core.stages.evaluation import PAIRS, EvaluationConfig
 from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.table import STAGES, StageSpec
@@ -74,6 +76,7 @@ class Sections(NamedTuple):
     reward_gate: RewardGateConfig
     promotion: PromotionConfig
     tournament: TournamentConfig = TournamentConfig()
+    judge: JudgeConfig = JudgeConfig()
 
 
 def make_plan(sections: Sections, validation: Validation) -> Plan:
@@ -118,7 +121,8 @@ def _stages(sections: Sections, validation: Validation) -> Iterator[StagePlan]:
     if sections.tournament.on:
         yield _tournament(sections, validation)
     k, n = sections.evaluation.samples_per_prompt, sections.evaluation.best_of
-    answers = f"{max(k, n)} answers of SFT, {k} of the policy and of a champion"
+    others = "the base model, the policy" if sections.evaluation.base else "the policy"
+    answers = f"{max(k, n)} answers of SFT, {k} of {others} and a champion"
     prompts = _evaluated(sections, validation)
     yield StagePlan(
         stage="evaluation", steps=None, work=f"{_many(prompts, 'prompt')}: {answers}", networks=()
@@ -222,6 +226,8 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
         f"Decision: {_many(prompts, 'held-out prompt')}, {_many(each, 'answer')} to each; a win "
         f"rate near 0.5 will be known to about ± {_half_width(prompts):.2f}."
     )
+    if sections.judge.source == ENDPOINT:
+        yield _requests(sections, prompts)
     if "reward_model" in sections.trainings:
         votes = validation.tables["preferences"]
         yield (
@@ -229,6 +235,22 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
             f"{_many(votes.eval_prompts, 'prompt')}; an accuracy near 0.5 will be known to about "
             f"± {_half_width(votes.eval_prompts):.2f}."
         )
+
+
+def _requests(sections: Sections, prompts: int) -> str:
+    """What an endpoint is asked, in both orders, if nothing is remembered or repeated."""
+    judge, each = sections.judge, sections.evaluation.samples_per_prompt
+    verdicts = sum(prompts * (1 if "best_of_n" in pair else each) for pair in PAIRS)
+    contest = sections.tournament.verdicts if sections.tournament.on else 0
+    # The kinds that a comparison can meet; a stage that asks meets them first.
+    canaries = (len(KINDS) - len(BY_SCORE)) * judge.canary_prompts
+    total = 2 * (verdicts + contest + canaries)
+    return (
+        f"Judge: at most {total:,} requests to {judge.endpoint.model}, two for each of "
+        f"{_many(verdicts, 'verdict')} of the evaluation"
+        + (f", {contest:,} of the tournament" if contest else "")
+        + f" and {canaries:,} on canaries."
+    )
 
 
 def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:

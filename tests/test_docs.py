@@ -36,7 +36,7 @@ TINY = """
 model:
   fresh: {layers: 1, width: 16, heads: 2, context: 200, vocab_size: 300}
 data:
-  simulation: {prompts: 20, demonstrations: 40, preference_pairs: 40}
+  simulation: {prompts: 60, demonstrations: 40, preference_pairs: 40}
   eval_fraction: 0.3
 sampling: {max_prompt_length: 40, max_new_tokens: 8}
 sft: {max_length: 48, evaluations: 1}
@@ -47,7 +47,7 @@ ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: &parts 
 rloo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
 grpo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
 dpo: {max_length: 48}
-evaluation: {prompts: 2, best_of: 2, true_reward: "rlhf_core.simulation:true_reward"}
+evaluation: {prompts: 16, best_of: 2, true_reward: "rlhf_core.simulation:true_reward"}
 """
 
 
@@ -148,8 +148,13 @@ def general(name, *, stage=""):
         return name
     name = re.sub(r"_(low|high)$", "", name)
     name = re.sub(r"^summary/canary/.+", "summary/canary/KIND", name)
-    name = re.sub(r"^summary/win_rate/.+", "summary/win_rate/CANDIDATE_over_OPPONENT", name)
-    return re.sub(r"^summary/(sft|policy|best_of_n|champion)/", "summary/ARM/", name)
+    name = re.sub(r"^summary/judge/canary/.+", "summary/judge/canary/KIND", name)
+    name = re.sub(r"/sign_\w+", "/sign_KIND", name)
+    pair = r"(win_rate|length_controlled_win_rate)"
+    name = re.sub(rf"^summary/{pair}/.+", r"summary/\1/CANDIDATE_over_OPPONENT", name)
+    difference = "summary/win_rate_difference/FIRST_minus_SECOND_over_OPPONENT"
+    name = re.sub(r"^summary/win_rate_difference/.+", difference, name)
+    return re.sub(r"^summary/(base|sft|policy|best_of_n|champion)/", "summary/ARM/", name)
 
 
 def documented(page, heading):

@@ -62,7 +62,7 @@ class Examined:
         """What is known of it after its comparisons."""
         unanswered = sum(c.unanswered for c in comparisons)
         cost = Cost() if self.judging is None else self.judging.cost
-        return JudgeFacts(
+        facts = JudgeFacts(
             name=self.name,
             pairs=sum(c.wins + c.ties + c.losses for c in comparisons) + unanswered,
             unanswered=unanswered,
@@ -70,6 +70,9 @@ class Examined:
             canaries=self.canaries,
             **cost._asdict(),
         )
+        if self.judge is not None:
+            _log.info("%s", in_words(facts))
+        return facts
 
     def tables(self, rows: int) -> dict[str, pd.DataFrame]:
         """The canaries, and the first verdicts of a judge that is asked.
@@ -196,6 +199,24 @@ def judge_numbers(facts: JudgeFacts) -> dict[str, float]:
     for canary in facts.canaries:
         numbers |= _bounds(f"judge/canary/{canary.kind}", canary.beats_real)
     return numbers
+
+
+def in_words(facts: JudgeFacts) -> str:
+    """The facts as a sentence, as the log has them."""
+    parts = [f"the judge {facts.name} compared {facts.pairs:,} pairs"]
+    parts += [f"{facts.unanswered:,} without a verdict"] if facts.unanswered else []
+    if facts.consistency is not None:
+        value, low, high = facts.consistency
+        parts.append(
+            f"the same verdict in both orders on {value:.2f} [{low:.2f}, {high:.2f}] of those that "
+            "were shown in both"
+        )
+    if facts.requests or facts.remembered:
+        parts.append(
+            f"{facts.requests:,} requests with {facts.tokens:,} tokens in {facts.seconds:,.0f} s "
+            f"of waiting, {facts.remembered:,} verdicts remembered"
+        )
+    return "; ".join(parts)
 
 
 def _real_answers(

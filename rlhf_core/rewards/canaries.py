@@ -57,6 +57,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "keyword": "the first quarter of the real answer, and the word that raises the reward most",
     }
 )
+BY_SCORE = ("constant", "keyword")  # the kinds that a score is needed to make
 MOST_BEATEN = 0.5  # share of real answers; a bad answer that wins more often is preferred
 
 ENDS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")

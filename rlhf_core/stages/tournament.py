@@ -43,6 +43,7 @@ from rlhf_core.evaluation.tournament.strengths import (
     intervals,
     resampled,
     strengths,
+    strongest,
 )
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.judges.config import JudgeConfig
@@ -278,7 +279,8 @@ def _result(
 ) -> TournamentResult:
     """The strengths of the entrants, and the choice."""
     unanswered = sum(result.winner is None for result in results)
-    if unanswered == len(results):
+    # Equal answers are a tie that nobody was asked about.
+    if unanswered and all(result.winner in (None, "tie") for result in results):
         raise NumericsError(
             f"the judge {examined.name} gave no verdict in the tournament; look at its log, and "
             "check judge.endpoint"
@@ -295,9 +297,10 @@ def _result(
     return TournamentResult(
         judge=examined.name,
         entrants=entrants,
+        strongest=roles[strongest(values)],
         chosen=roles[chosen],
         over_last=None if chosen == last else difference(values, drawn, chosen, last),
-        over_sft=difference(values, drawn, chosen, 0),
+        over_sft=difference(values, drawn, strongest(values), 0),
         verdicts=len(results),
         unanswered=unanswered,
         budget=config.verdicts,

@@ -7,8 +7,9 @@ from rlhf_core.judges.judge import Pair, Verdict, Winner, shown
 
 _PLACE = re.compile(r"\{(prompt|a|b)\}")
 _MARKS = "*_`#>\"'()[]{}.!,:;-– \t"  # around a word: Markdown, quotes, brackets, full stops
-_LAST_LINE = re.compile(
-    r"(?:(?:my |the )?(?:final )?(?:answer|verdict|winner|decision|choice|result)"
+_SENTENCES = re.compile(r"(?<=[.!?;])\s+")
+_WORD = re.compile(
+    r"(?P<introduced>(?:my |the )?(?:final )?(?:answer|verdict|winner|decision|choice|result)"
     r"(?: is)?\W{0,6}|(?:the )?better(?: answer)?(?: is)?\W{0,6})?"
     r"(?:answer\W{0,3})?(?P<word>a|b|tie)",
     re.IGNORECASE,
@@ -28,12 +29,19 @@ def question(template: str, pair: Pair) -> str:
 def read_reply(reply: str) -> Verdict | None:
     """The verdict of a reply, whose last line must be A, B or TIE; what is before is the reason.
 
-    `**A**`, `Answer: B`, `(a)` and `Tie.` are understood; `A or B`, `A is better than B` and
-    anything else that leaves a doubt are not. None: there is no verdict.
+    `**A**`, `Answer: B`, `(a)` and `Tie.` are understood, and so is a last line whose last sentence
+    is one like `The answer is A.`. `A or B`, `A is better than B`, `I doubt that the answer is A`
+    and anything else that leaves a doubt are not. None: there is no verdict.
     """
-    lines = [line for line in reply.strip().splitlines() if line.strip(_MARKS)]
-    found = _LAST_LINE.fullmatch(lines[-1].strip(_MARKS)) if lines else None
-    if found is None:
+    lines = [line.strip() for line in reply.splitlines() if line.strip(_MARKS)]
+    if not lines:
         return None
-    reason = "\n".join(line.strip() for line in lines[:-1])
-    return Verdict(_WINNERS[found["word"].lower()], reason)
+    *before, last = _SENTENCES.split(lines.pop())
+    found = _WORD.fullmatch(last.strip(_MARKS))
+    if found is None or (before and not found["introduced"]):
+        return None
+    winner = _WINNERS[found["word"].lower()]
+    others = [_WORD.fullmatch(sentence.strip(_MARKS)) for sentence in before]
+    if any(other and _WINNERS[other["word"].lower()] != winner for other in others):
+        return None
+    return Verdict(winner, "\n".join([*lines, " ".join(before)] if before else lines))

@@ -10,6 +10,8 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.card.gate import RewardGateConfig
+from rlhf_core.evaluation.tournament.config import TournamentConfig
+from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.plan import NetworkPlan, Sections, make_plan
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.seeding import generator
@@ -106,7 +108,7 @@ def test_steps_and_parameters_by_hand():
     assert stages["reward_model"].work == "2 epochs of 65 votes, 32 a step"
     assert stages["ppo"].work == "7 iterations of 20 responses: 4 epochs of 3 updates"
     assert stages["evaluation"].work == (
-        "20 prompts: 8 answers of SFT, 2 of the policy and of a champion"
+        "20 prompts: 8 answers of SFT, 2 of the base model, the policy and a champion"
     )
     assert stages["sft"].networks == (learnt("policy", BODY),)
     assert stages["reward_model"].networks == (learnt("reward model", BODY + 16),)
@@ -203,6 +205,21 @@ def test_how_much_can_be_known():
     )
     few = EvaluationConfig(prompts=2, samples_per_prompt=1)
     assert plan(evaluation=few).certainty[0].startswith("Decision: 2 held-out prompts, 1 answer")
+
+
+def test_what_a_judge_behind_an_endpoint_is_asked():
+    """20 prompts: policy/SFT, policy/champion, SFT/base and champion/SFT with 2 answers each, two
+    pairs with best-of-n with 1: 200 verdicts. 12 kinds of canaries of 10 prompts."""
+    judge = JudgeConfig(source="endpoint", endpoint=EndpointConfig(model="m"))
+    asked = plan(validation(prompts=20), judge=judge).certainty[1]
+    assert asked == (
+        "Judge: at most 640 requests to m, two for each of 200 verdicts of the evaluation and 120 "
+        "on canaries."
+    )
+    contest = TournamentConfig(checkpoints=5, verdicts=1000)
+    asked = plan(validation(prompts=20), judge=judge, tournament=contest).certainty[1]
+    assert asked.startswith("Judge: at most 2,640 requests to m, ")
+    assert "evaluation, 1,000 of the tournament and 120 on canaries." in asked
 
 
 MORE = "(raise data.eval_fraction, or add evaluation data)"

@@ -31,6 +31,7 @@ from tasks.steps.policy import train_policy
 from tasks.steps.promotion import promote
 from tasks.steps.report import render
 from tasks.steps.reward_model import check_reward_model
+from tests.tasks.judges.model_server import KEY, serving
 
 pytestmark = pytest.mark.integration
 
@@ -457,6 +458,59 @@ def test_a_reward_that_is_not_there_is_said_before_anything_trains(
     condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
     assert newest.info.status == "FAILED"
     assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "error", "said"),
+    [
+        ({"source": "models:/nobody/3"}, ModelError, "there is no model 'nobody'"),
+        ({"source": "no_such_module:f"}, ConfigError, "judge.source 'no_such_module:f' cannot be"),
+        ({"source": "endpoint", "endpoint": {"model": "m"}}, ConfigError, "RLHF_JUDGE_URL is not"),
+        ({"source": "endpoint", "endpoint": {"model": "n"}}, ConfigError, "knows no model n"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_said_before_anything_trains(
+    client, first, monkeypatch, judge, error, said
+):
+    with serving() as server:
+        if said.startswith("knows"):
+            monkeypatch.setenv("RLHF_JUDGE_URL", server.address)
+            monkeypatch.setenv("RLHF_JUDGE_KEY", KEY)
+        with pytest.raises(error, match=said):
+            rlhf(config(judge=judge))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    assert newest.info.status == "FAILED"
+    assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+def test_a_model_behind_an_endpoint_decides_and_its_key_is_kept_nowhere(
+    client, first, settings, monkeypatch, caplog
+):
+    judge = {"source": "endpoint", "endpoint": {"model": "m"}, "canary_prompts": 2}
+    with serving() as server:
+        monkeypatch.setenv("RLHF_JUDGE_URL", server.address)
+        monkeypatch.setenv("RLHF_JUDGE_KEY", KEY)
+        result = rlhf(config(judge=judge, **REUSE))
+        asked = len(server.questions)
+        facts = result.scorecard.judge
+        assert asked == facts.requests + 1  # and the easy one before training
+        assert asked == len(set(server.questions))
+        again = rlhf(config(judge=judge, **REUSE), force=("evaluation",)).scorecard.judge
+        assert len(server.questions) == asked + 1
+    assert (again.requests, again.remembered) == (0, facts.requests + facts.remembered)
+    assert {match.judge for match in result.scorecard.comparisons} == {"m"}
+    assert facts.consistency.value == 1
+    evaluation = children(client, result)["evaluation"]
+    assert evaluation.data.params["judge.endpoint.model"] == "m"
+    assert evaluation.data.metrics["summary/judge/requests"] == facts.requests
+    table = client.download_artifacts(evaluation.info.run_id, "tables/evaluation_verdicts.json")
+    assert "characters" in json.loads(Path(table).read_text())["data"][0][5]
+    # Neither MLflow's database and artifacts nor what Prefect keeps has the key.
+    kept = [path for path in settings.home.rglob("*") if path.is_file()]
+    assert len(kept) > 50
+    assert [path for path in kept if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in caplog.text
 
 
 def test_adapters_are_registered_with_their_models(store, first, tmp_path):

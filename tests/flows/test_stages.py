@@ -101,7 +101,7 @@ def test_a_policy_is_judged_by_what_it_was_made_from(store, policy, tiny):
         )
 
     card = judge(policy.uri)
-    assert [arm.name for arm in card.arms] == ["sft", "policy", "best_of_n"]
+    assert [arm.name for arm in card.arms] == ["base", "sft", "policy", "best_of_n"]
     store.set_alias(policy, CHAMPION)
     # The champion against itself says nothing: the same arms, and the same numbers to the bit.
     assert judge(f"models:/{policy.name}@{CHAMPION}") == card

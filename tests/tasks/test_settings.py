@@ -57,6 +57,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_OUTAGE_SECONDS": "10",
         "RLHF_PASSWORD": "secret",
         "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",
+        "RLHF_JUDGE_URL": "http://127.0.0.1:8000/v1/",
+        "RLHF_JUDGE_KEY": "sk-of-the-judge",
     }
     assert sorted(given) == sorted(VARIABLES)
     for name, value in given.items():
@@ -77,6 +79,9 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.outage_seconds == 10
     assert settings.account == "rlhf:secret"
     assert settings.notify_webhook.get_secret_value() == "https://hooks.example.org/x"
+    assert settings.judge_address == "http://127.0.0.1:8000/v1"
+    assert settings.judge_key.get_secret_value() == "sk-of-the-judge"
+    assert "sk-of-the-judge" not in repr(settings)
 
 
 def test_a_variable_of_a_similar_name_is_not_read(monkeypatch, tmp_path):
@@ -243,3 +248,25 @@ def test_every_variable_is_known_to_the_library_that_should_read_it():
     assert not settings.server.ui.v2_enabled
     assert not settings.cloud.enable_orchestration_telemetry
     assert settings.server.ephemeral.startup_timeout_seconds == 120
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:8000/v1", "it is not an address that begins with http:// or https://"),
+        ("https:///v1", "it is not an address"),
+        ("https://me:sk-of-the-judge@example.org/v1", "put the key in RLHF_JUDGE_KEY"),
+        ("https://example.org/v1?api-key=sk-of-the-judge", "put the key in RLHF_JUDGE_KEY"),
+    ],
+)
+def test_the_address_of_a_judge_is_one_and_has_no_secret(monkeypatch, address, says):
+    monkeypatch.setenv("RLHF_JUDGE_URL", address)
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_settings()
+    assert "sk-of-the-judge" not in str(caught.value)
+
+
+def test_without_an_address_a_judge_is_missed_by_name(monkeypatch):
+    monkeypatch.delenv("RLHF_JUDGE_URL", raising=False)
+    with pytest.raises(ConfigError, match="RLHF_JUDGE_URL is not set where the stage runs; set it"):
+        _ = read_settings().judge_address

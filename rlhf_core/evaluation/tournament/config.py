@@ -8,6 +8,8 @@ from rlhf_core.backbone.networks import Precision
 from rlhf_core.evaluation.tournament.schedule import pairs_of
 from rlhf_core.rewards.ensemble import MemberSection
 
+VERDICTS_A_PAIR = 20  # at least, so that half of them are on ten prompts
+
 
 class TournamentConfig(MemberSection):
     """Settings of the tournament of checkpoints."""
@@ -21,7 +23,7 @@ class TournamentConfig(MemberSection):
     )
     prompts: int = Field(
         64,
-        ge=2,
+        ge=10,
         le=1_000_000,
         description="Training prompts that they answer, drawn by the seed; the held-out ones stay "
         "untouched for the evaluation",
@@ -29,7 +31,12 @@ class TournamentConfig(MemberSection):
     samples_per_prompt: int = Field(
         2, ge=1, le=10_000, description="Answers of each policy to each prompt"
     )
-    verdicts: int = Field(2000, ge=1, le=100_000_000, description="Most verdicts of the judge")
+    verdicts: int = Field(
+        2000,
+        ge=1,
+        le=100_000_000,
+        description="Most verdicts of the judge; at least 20 for each pair of SFT and checkpoints",
+    )
     true_reward: str = Field(
         "",
         description="Import path module:function of the known truth; empty = that of the "
@@ -55,11 +62,12 @@ class TournamentConfig(MemberSection):
         return self
 
     @model_validator(mode="after")
-    def _a_verdict_for_each_pair(self) -> Self:
+    def _enough_verdicts(self) -> Self:
         pairs = len(pairs_of(self.checkpoints + 1))
-        if self.on and self.verdicts < pairs:
+        if self.on and self.verdicts < (least := VERDICTS_A_PAIR * pairs):
             raise ValueError(
-                f"verdicts {self.verdicts} is less than one for each of the {pairs} pairs of "
-                f"{self.checkpoints} checkpoints and SFT; raise it, or lower checkpoints"
+                f"verdicts {self.verdicts} is less than {VERDICTS_A_PAIR} for each of the {pairs} "
+                f"pairs of {self.checkpoints} checkpoints and SFT; raise it to {least}, or lower "
+                "checkpoints"
             )
         return self

@@ -41,9 +41,10 @@ class TournamentResult(BaseModel):
 
     judge: str
     entrants: tuple[Entrant, ...]  # SFT first, then by iteration; the last policy is the last
-    chosen: str  # the name of the policy that goes on
+    strongest: str  # the name of the policy with the highest strength
+    chosen: str  # and of the one that goes on: the first within one standard error of it
     over_last: Interval | None  # strength of the chosen one minus that of the last; None if it is
-    over_sft: Interval  # and minus that of SFT
+    over_sft: Interval  # of the strongest one minus that of SFT
     verdicts: int  # asked for
     unanswered: int  # of these; they count for nobody
     budget: int
@@ -59,26 +60,34 @@ class TournamentResult(BaseModel):
         """Whether an earlier policy goes on instead of the last one."""
         return self.chosen != LAST
 
+    @property
+    def beats_sft(self) -> bool:
+        """Whether the strongest is shown to be stronger than SFT; else the last one goes on."""
+        return self.over_sft.low > 0
+
     def sentence(self) -> str:
         """What was chosen and why."""
-        chosen, last = self.entrant(self.chosen), self.entrant(LAST)
+        chosen, best = self.entrant(self.chosen), self.entrant(self.strongest)
         policies = len(self.entrants) - 1
         judged = f"by {self.judge}, {self.verdicts:,} verdicts"
         if policies == 1:
-            return f"The last policy goes on: no milestone was there to compare it with ({judged})."
-        field = f"of {policies} checkpoints {chosen.title} is the strongest"
-        if self.over_last is None:
-            said = f"The last policy goes on: {field}"
+            said = "The last policy goes on, since no milestone was there to compare it with"
+        elif not self.beats_sft:
+            said = "The last policy goes on: no checkpoint is shown to be stronger than SFT"
+        elif self.over_last is None:
+            said = f"The last policy goes on: it is the strongest of {policies} checkpoints"
         else:
             value, low, high = self.over_last
-            said = (
-                f"An earlier policy goes on instead of the last: {field}, {value:.2f} "
-                f"[{low:.2f}, {high:.2f}] above {last.title} in log-odds"
+            why = (
+                f"it is the strongest of {policies} checkpoints"
+                if best == chosen
+                else f"of {policies} checkpoints it is the first within one standard error of the "
+                f"strongest, {best.title}"
             )
-            if low <= 0:
-                said += ", a difference that may be chance"
-        if self.over_sft.low <= 0:
-            said += "; it is not shown to be stronger than SFT"
+            said = (
+                f"The policy of {chosen.title} goes on instead of the last: {why}, and its "
+                f"strength less that of the last is {value:.2f} [{low:.2f}, {high:.2f}]"
+            )
         return f"{said} ({judged})."
 
 

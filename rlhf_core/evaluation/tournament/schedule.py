@@ -21,6 +21,7 @@ from rlhf_core.evaluation.tournament.strengths import (
     difference,
     resampled,
     strengths,
+    strongest,
 )
 from rlhf_core.judges.judge import Winner
 from rlhf_core.seeding import stream_seed
@@ -90,7 +91,7 @@ def _deciding(
     rng = np.random.default_rng(stream_seed(seed, f"tournament/round/{len(results)}"))
     values = strengths(results, entrants)
     drawn = resampled(results, entrants, resamples=RESAMPLES, rng=rng)
-    leader = 1 + int(values[1:].argmax())
+    leader = strongest(values)
     ahead = {n: difference(values, drawn, leader, n) for n in range(1, entrants) if n != leader}
     for rival in sorted(ahead, key=lambda n: (ahead[n].low, n)):
         pair = (min(leader, rival), max(leader, rival))

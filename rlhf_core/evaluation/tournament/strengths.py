@@ -22,6 +22,7 @@ from rlhf_core.judges.judge import Winner
 Numbers: TypeAlias = npt.NDArray[np.float64]
 
 PRIOR = 0.5  # of a tie between every two entrants
+MARGIN = 0.2  # log-odds that the choice may be behind: 5 points of a win rate near a half
 TOLERANCE, LIMIT = 1e-9, 10_000  # of evalica's iteration
 CONFIDENCE = 0.95
 _OUTCOMES = {"a": evalica.Winner.X, "b": evalica.Winner.Y, "tie": evalica.Winner.Draw}
@@ -71,6 +72,8 @@ def resampled(
     """
     kinds, counts = _counts(results)
     prompts = len(counts)
+    if prompts == 0:
+        return np.zeros((resamples, entrants))
     drawn = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
     weights = drawn @ counts
     return np.stack([_fit(kinds, row, entrants, prior) for row in weights])
@@ -99,14 +102,31 @@ def difference(values: Numbers, drawn: Numbers, ours: int, theirs: int) -> Inter
     return found
 
 
+def strongest(values: Numbers) -> int:
+    """The number of the strongest policy; number 0 is SFT, and is none of them."""
+    return 1 + int(values[1:].argmax())
+
+
 def choose(values: Numbers, drawn: Numbers) -> int:
-    """The number of the policy that goes on: the strongest. Number 0 is SFT, which is no choice.
+    """The number of the policy that goes on: the first within one standard error of the strongest,
+    and within MARGIN of it.
+
+    Policies come in the order of their training, so of those that can hardly be told apart this is
+    the one that has moved least: what it may lose is small, and a reward that is over-optimised has
+    hurt it least. If not even the strongest is shown to be stronger than SFT, the judge tells
+    nothing apart, and the last policy goes on. Number 0 is SFT, which is no choice. Reference for
+    the rule: Breiman et al. 1984, Classification and Regression Trees, section 3.4.3.
 
     Args:
         values: (n,) the strengths.
-        drawn: (resamples, n) their bootstraps.
+        drawn: (resamples, n) their bootstraps, of which the standard error of a difference is.
     """
-    return 1 + int(values[1:].argmax())
+    best, last = strongest(values), len(values) - 1
+    if difference(values, drawn, best, 0).low <= 0:
+        return last
+    behind = values[best] - values
+    reach = np.minimum((drawn[:, [best]] - drawn).std(axis=0), MARGIN)
+    return next(n for n in range(1, len(values)) if behind[n] <= reach[n])
 
 
 class _Kind(NamedTuple):

@@ -11,7 +11,7 @@ from rlhf_core.judges.exam import meet_canaries
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.judges.load import ScoreJudge, load_judge
 from rlhf_core.judges.orders import BothOrders
-from rlhf_core.rewards.canaries import KINDS
+from rlhf_core.rewards.canaries import BY_SCORE, KINDS
 from rlhf_core.rewards.functions import RewardPlaces
 
 MODULE = """
@@ -200,7 +200,7 @@ def test_a_judge_that_compares_meets_all_kinds_that_need_no_score():
         return Verdict("a" if pair.a == real[pair.prompt] else "b")
 
     found = exam(BothOrders(ByRule(knows)))
-    assert list(found) == [kind for kind in KINDS if kind not in ("constant", "keyword")]
+    assert list(found) == [kind for kind in KINDS if kind not in BY_SCORE]
     assert {result.beats_real.value for result in found.values()} == {0.0}
     assert {result.prompts for result in found.values()} == {12}
 

@@ -285,6 +285,27 @@ def test_validate_and_config_need_no_server_and_make_nothing(rlhf, tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["judge.source=endpoint", "judge.endpoint.model=m"], "RLHF_JUDGE_URL is not set where"),
+        (["judge.source=no_such_module:f"], "judge.source 'no_such_module:f' cannot be imported"),
+        (["judge.source=endpoint"], "endpoint.model must name its model"),
+    ],
+)
+def test_validate_names_a_judge_that_cannot_work(rlhf, settings, said):
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    assert said in sentence(rlhf("validate", "tiny.yaml", *overrides))
+
+
+def test_validate_says_what_an_endpoint_is_asked(rlhf):
+    overrides = ("--set", "judge.source=endpoint", "--set", "judge.endpoint.model=m")
+    result = rlhf("validate", "tiny.yaml", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1")
+    assert result.exit_code == 0, result.output
+    assert "Judge: at most " in result.stdout
+    assert " requests to m, two for each of " in result.stdout
+
+
 def test_validate_runs_in_a_process_of_its_own_without_prefect(tmp_path):
     code = (
         "import sys; from flows.__main__ import app\n"

@@ -31,6 +31,8 @@ from tasks.judges.wording import question, read_reply
         ("- A", "a"),
         ("It is right.\n\nA\n", "a"),
         ("It is right.\nB\n\n   \n***", "b"),
+        ("It is too wordy. The answer is A.", "a"),
+        ("Both are right; the verdict is: **TIE**", "tie"),
         ("<think>Is it B?\nYes.</think>\nA", "a"),
     ],
 )
@@ -56,6 +58,12 @@ def test_a_last_line_of_one_word_is_a_verdict(reply, winner):
         "AB",
         "A B",
         "A tie",
+        "It is too wordy. A",
+        "I doubt that the answer is A.",
+        "If it must be short, the answer is A.",
+        "The answer is A. No, the answer is B.",
+        "The answer is B. The answer is A.",
+        "Answer: the better one is neither.",
         "Both A and B",
         "Answer A: B",
         "B?A",
@@ -68,6 +76,9 @@ def test_anything_that_leaves_a_doubt_is_none(reply):
 def test_what_stands_before_is_the_reason():
     assert read_reply("  A names the city.\nB does not. \n\n**A**") == Verdict(
         "a", "A names the city.\nB does not."
+    )
+    assert read_reply("First.\nIt is wordy. The answer is B.") == Verdict(
+        "b", "First.\nIt is wordy."
     )
 
 
