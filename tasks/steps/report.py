@@ -24,7 +24,7 @@ from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, PipelineRun
 from tasks.settings import Settings
 
-TITLES = {"sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
+TITLES = {"base": "base model", "sft": "SFT", "best_of_n": "best-of-n", "champion": "champion"}
 
 
 @task(name="report", task_run_name="report")
