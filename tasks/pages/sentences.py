@@ -46,7 +46,7 @@ def verdict(facts: Facts) -> Verdict:
     if decision is None:
         kind: Kind = "bad" if facts.status in ("FAILED", "KILLED") else "none"
         return Verdict(kind, _unfinished(facts), ())
-    said = tuple(filter(None, [win_sentence(facts.scorecard)]))
+    said = tuple(filter(None, [win_sentence(facts.scorecard), _trouble(facts)]))
     failed = [shown(name, 300) for name in refusals(decision)]
     if decision.promote:
         return Verdict("good", f"{name} passed every rule and became the champion.", said)
@@ -72,6 +72,15 @@ def _unfinished(facts: Facts) -> str:
         "SCHEDULED": "This run waits, and has not come to a decision yet.",
     }
     return words.get(facts.status, "This run ended without a decision about promotion.")
+
+
+def _trouble(facts: Facts) -> str:
+    """How a run ended that came to a decision and was not finished all the same."""
+    words = {"FAILED": "failed", "KILLED": "was stopped"}
+    if facts.status not in words:
+        return ""
+    why = shown(facts.error or "no reason is known", 300)
+    return f"After the decision the run {words[facts.status]}: {why}"
 
 
 def win_sentence(scorecard: Scorecard | None) -> str:
