@@ -100,7 +100,7 @@ def judge(match: Comparison) -> str:
 
 
 def gate(decision: Decision) -> list[Row]:
-    """The rules of the gate. A decision of an earlier release has only sentences."""
+    """The rules of the gate, what failed first; in a decision of an earlier release, sentences."""
     rows = []
     for rule in decision.rules:
         level = "" if rule.p is None or rule.alpha is None else f"{rule.p:.2g} < {rule.alpha:.2g}"
@@ -111,7 +111,9 @@ def gate(decision: Decision) -> list[Row]:
             shows = number(rule.smallest_effect)
         row = Row(rule.family, rule.name, rule.measured, rule.required, level, shows, rule.answer)
         rows.append(row)
-    return rows or [_from_sentence(reason) for reason in decision.reasons]
+    rows = rows or [_from_sentence(reason) for reason in decision.reasons]
+    order = {"FAIL": 0, "pass": 1}
+    return sorted(rows, key=lambda row: order.get(row.answer, 2))
 
 
 def _from_sentence(reason: str) -> Row:
