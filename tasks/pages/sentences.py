@@ -46,7 +46,7 @@ def verdict(facts: Facts) -> Verdict:
     if decision is None:
         kind: Kind = "bad" if facts.status in ("FAILED", "KILLED") else "none"
         return Verdict(kind, _unfinished(facts), ())
-    said = tuple(filter(None, [win_sentence(facts.scorecard)]))
+    said = tuple(filter(None, [win_sentence(facts.scorecard), _trouble(facts)]))
     failed = [shown(name, 300) for name in refusals(decision)]
     if decision.promote:
         return Verdict("good", f"{name} passed every rule and became the champion.", said)
@@ -74,6 +74,15 @@ def _unfinished(facts: Facts) -> str:
     return words.get(facts.status, "This run ended without a decision about promotion.")
 
 
+def _trouble(facts: Facts) -> str:
+    """How a run ended that came to a decision and was not finished all the same."""
+    words = {"FAILED": "failed", "KILLED": "was stopped"}
+    if facts.status not in words:
+        return ""
+    why = shown(facts.error or "no reason is known", 300)
+    return f"After the decision the run {words[facts.status]}: {why}"
+
+
 def win_sentence(scorecard: Scorecard | None) -> str:
     """How the policy does against SFT, and who says so; empty if they were not compared."""
     match = scorecard.comparison("policy", "sft") if scorecard else None
@@ -91,7 +100,7 @@ def judge(match: Comparison) -> str:
 
 
 def gate(decision: Decision) -> list[Row]:
-    """The rules of the gate. A decision of an earlier release has only sentences."""
+    """The rules of the gate, what failed first; in a decision of an earlier release, sentences."""
     rows = []
     for rule in decision.rules:
         level = "" if rule.p is None or rule.alpha is None else f"{rule.p:.2g} < {rule.alpha:.2g}"
@@ -102,7 +111,9 @@ def gate(decision: Decision) -> list[Row]:
             shows = number(rule.smallest_effect)
         row = Row(rule.family, rule.name, rule.measured, rule.required, level, shows, rule.answer)
         rows.append(row)
-    return rows or [_from_sentence(reason) for reason in decision.reasons]
+    rows = rows or [_from_sentence(reason) for reason in decision.reasons]
+    order = {"FAIL": 0, "pass": 1}
+    return sorted(rows, key=lambda row: order.get(row.answer, 2))
 
 
 def _from_sentence(reason: str) -> Row:

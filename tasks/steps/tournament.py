@@ -53,9 +53,10 @@ def hold_tournament(
     def returns(made: StageOutputs) -> ChosenPolicy:
         result = cast(TournamentResult, made.result)
         policy = made.models["policy"] if result.replaces_last else trained.policy
+        log.info("the policy is %s: %s", policy.uri, result.sentence())
         return ChosenPolicy(policy=policy, tournament=result)
 
-    chosen = do_stage(
+    return do_stage(
         "tournament",
         config,
         run,
@@ -63,5 +64,3 @@ def hold_tournament(
         sections={"sampling": sampling, "judge": judge},
         returns=returns,
     )
-    log.info("the policy is %s: %s", chosen.policy.uri, chosen.tournament.sentence())
-    return chosen

@@ -329,3 +329,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_a_tournament_is_planned_with_the_milestones_that_it_needs():
+    policy = PPOConfig(iterations=7, rollout_size=20, batch_size=8, epochs=4, keep_every=2)
+    contest = TournamentConfig(checkpoints=3, prompts=1000, verdicts=120)
+    stages = {stage.stage: stage for stage in plan(policy=policy, tournament=contest).stages}
+    assert list(stages)[-3:] == ["ppo", "tournament", "evaluation"]
+    prompts = validation().tables["prompts"].train
+    assert stages["tournament"].work == (
+        "SFT and 3 checkpoints, kept every 2 iterations: 2 answers of each to "
+        f"{prompts} training prompts, 120 verdicts at most"
+    )

@@ -113,13 +113,13 @@ def test_the_table_of_the_gate_has_every_rule(whole):
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
     texts = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in cells]
     assert texts == [
-        ["Kind", "Rule", "Measured", "Asked", "p and level", "Can show", "Result"],
+        ["Result", "Rule", "Measured", "Asked", "p and level", "Can show"],
+        ["FAIL", "length limits", "41 tokens", "at most 40", "", ""],
         [
-            *("win rate", "win rate over sft", "0.750", "above 0.5", "0.012 &lt; 0.025"),
-            *("0.08 in 80 % of the evaluations", "pass"),
+            *("pass", "win rate over sft win rate", "0.750", "above 0.5", "0.012 &lt; 0.025"),
+            "0.08 in 80 % of the evaluations",
         ],
-        ["limits", "length", "41 tokens", "at most 40", "", "", "FAIL"],
-        ["limits", "canaries", "none", "at most 0.5", "", "", "n/a"],
+        ["n/a", "canaries limits", "none", "at most 0.5", "", ""],
     ]
     text = text_of(whole)
     assert "FAIL: not approved by Ada" in text
@@ -178,10 +178,10 @@ def test_a_decision_of_an_earlier_release_has_a_table_too(recorded):
         ),
     )
     assert [(row.name, row.measured[:5], row.answer) for row in gate(old)] == [
-        ("win rate over sft", "0.912", "pass"),
         ("KL to SFT", "4.72 ", "FAIL"),
-        ("distinct-2", "0.162", "pass"),
         ("KL to SFT is unknown, because the tokenizers differ; at most 1.00", "", "FAIL"),
+        ("win rate over sft", "0.912", "pass"),
+        ("distinct-2", "0.162", "pass"),
         ("approved by Ada (reads; well)", "", "pass"),
     ]
     facts, run = recorded(decision=old)
