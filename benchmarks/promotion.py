@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -301,6 +301,8 @@ def _rows(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """What was measured, a line for each world."""
+    if not path.exists():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -309,23 +311,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--only", nargs="*", help="names of worlds; without it, all")
-    parser.add_argument("--prompts", type=int, help="instead of those of a world")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--only", nargs="*", help="measure these worlds; without it, all")
+    parser.add_argument(
+        "--write", action="store_true", help="keep what was measured, in promotion.jsonl and README"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
+    lines = {line["name"]: line for line in read(LINES)}
     for world in worlds():
-        if arguments.only and world.name not in arguments.only:
-            continue
-        prompts = arguments.prompts or world.prompts
-        line = measure(replace(world, prompts=prompts), arguments.trials)
-        print(json.dumps(line), flush=True)
-        lines.append(line)
-    print(render(lines))
+        if arguments.only is None or world.name in arguments.only:
+            lines[world.name] = measure(world, arguments.trials)
+            print(json.dumps(lines[world.name]), flush=True)
+    found = [lines[world.name] for world in worlds() if world.name in lines]
+    print(render(found))
     if arguments.write:
-        LINES.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        put_between(render(lines), HERE / "README.md", BEGIN, END)
+        LINES.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+        put_between(render(found), HERE / "README.md", BEGIN, END)
 
 
 if __name__ == "__main__":

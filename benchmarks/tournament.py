@@ -160,19 +160,36 @@ def table(found: Sequence[Found], arguments: argparse.Namespace) -> str:
         any_row = next(iter(rows.values()))
         cells = [f"{any_row.last:.3f}", f"{any_row.best:.3f}", *(_cell(rows[j]) for j in judges)]
         lines.append(f"| {seed} | {' | '.join(cells)} |")
-    gains = {judge: [row.gain[0] for row in found if row.judge == judge] for judge in judges}
-    one = [row for row in found if row.judge == judges[0]]
-    ends = [f"{mean(row.last for row in one):.3f}", f"{mean(row.best for row in one):.3f}"]
-    cells = [f"**{over_seeds(gains[judge])}**" for judge in judges]
-    lines.append(f"| gain over the last, mean of the seeds | {' | '.join(ends + cells)} |")
+    hacked = {seed for seed, rows in by_seed.items() if _hacked(next(iter(rows.values())))}
+    for title, seeds in (
+        ("mean gain over the last policy", set(by_seed)),
+        ("the same where the last policy is hacked", hacked),
+        ("and where it is not", set(by_seed) - hacked),
+    ):
+        if seeds:
+            lines.append(_means(title, [row for row in found if row.seed in seeds], judges))
     text = (
         f"True reward on held-out prompts, {arguments.answers} answers to each; "
         f"`configs/demo.yaml` with `ppo.kl_coef` {arguments.kl_coef:g}. A cell: iteration of the "
         "choice, its true reward, and by how much it exceeds that of the last policy, with the "
-        "95 % bootstrap over prompts. Last line: the mean of these differences with the 95 % "
-        "interval of Student's t over seeds."
+        "95 % bootstrap over prompts. Last lines: the means of these differences with the 95 % "
+        "interval of Student's t over seeds. A last policy is called hacked when an earlier "
+        "checkpoint has a higher true reward."
     )
     return "\n".join([*lines, "", text])
+
+
+def _hacked(row: Found) -> bool:
+    return row.best > row.last
+
+
+def _means(title: str, found: Sequence[Found], judges: Sequence[str]) -> str:
+    """The last lines: means over seeds."""
+    one = [row for row in found if row.judge == judges[0]]
+    ends = [f"{mean(row.last for row in one):.3f}", f"{mean(row.best for row in one):.3f}"]
+    gains = [[row.gain[0] for row in found if row.judge == judge] for judge in judges]
+    cells = [f"**{over_seeds(each)}**" for each in gains]
+    return f"| {title}, {len(one)} seeds | {' | '.join(ends + cells)} |"
 
 
 def _cell(row: Found) -> str:

@@ -7,8 +7,9 @@ Nothing is trained and no weights are read: the networks are built on the device
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from itertools import count
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
@@ -20,17 +21,24 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import Validation
 from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.intervals import can_show
+from rlhf_core.evaluation.signs import SIGNS
 from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
 from rlhf_core.judges.config import ENDPOINT, JudgeConfig
 from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.promotion import evidence
 from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.evidence import least_excess, prompts_needed, smallest_effect
+from rlhf_core.promotion.looks import first_alpha
 from rlhf_core.rewards.canaries import BY_SCORE, KINDS
 from rlhf_core.stages.evaluation import PAIRS, EvaluationConfig
 from rlhf_core.stages.report_card import ReportCardConfig
 from rlhf_core.stages.reward_model import RewardModelConfig
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import TrainingSection
+
+CHAMPION: Final = "champion"
+POINTS = 0.05  # an improvement that many hope for, in a win rate
 
 
 class _Facts(BaseModel):
@@ -225,6 +233,7 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
     yield (
         f"Decision: {_many(prompts, 'held-out prompt')}, {_many(each, 'answer')} to each; a win "
         f"rate near 0.5 will be known to about ± {_half_width(prompts):.2f}."
+        f"{_first_look(sections.promotion, prompts)}"
     )
     if sections.judge.source == ENDPOINT:
         yield _requests(sections, prompts)
@@ -235,6 +244,19 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
             f"{_many(votes.eval_prompts, 'prompt')}; an accuracy near 0.5 will be known to about "
             f"± {_half_width(votes.eval_prompts):.2f}."
         )
+
+
+def _first_look(promotion: PromotionConfig, prompts: int) -> str:
+    """What so many prompts show at the first look at a champion; empty if nothing."""
+    alpha, over = first_alpha(promotion.alpha), promotion.asked(CHAMPION)
+    effect, needed = smallest_effect(prompts, over, alpha), prompts_needed(POINTS, over, alpha)
+    if not effect or needed is None:
+        return ""
+    return (
+        f" At the first look (level {alpha:.3g}) the gate shows that it exceeds {over:g} in 80 of "
+        f"100 evaluations if it is truly {over + effect:.2f}; for {over + POINTS:g} it needs "
+        f"{_many(needed, 'prompt')}."
+    )
 
 
 def _requests(sections: Sections, prompts: int) -> str:
@@ -257,18 +279,23 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
     promotion, prompts = sections.promotion, _evaluated(sections, validation)
     more = "raise data.eval_fraction, or add evaluation data"
     fix = "raise evaluation.prompts" if prompts == sections.evaluation.prompts else more
-    least, over = promotion.min_win_rate, promotion.min_win_rate_over_champion
+    alpha = first_alpha(promotion.alpha)
     for what, setting, rate in (
-        ("No policy can be promoted", "promotion.min_win_rate", least),
-        ("No champion can be replaced", "promotion.min_win_rate_over_champion", over),
+        ("No policy can be promoted", "promotion.min_win_rate", promotion.asked("sft")),
+        (
+            "No champion can be replaced",
+            "promotion.min_win_rate_over_champion",
+            promotion.asked(CHAMPION),
+        ),
     ):
-        if not can_show(prompts, rate):
+        if rate > 0 and not evidence.can_show(prompts, rate, alpha):
             yield (
                 f"{what}: {_many(prompts, 'held-out prompt')} cannot show {setting} {rate:g}, even "
-                f"if every one of them is won; {_needed(rate, fix)}."
+                f"if every one of them is won; {_gate_needs(rate, alpha, fix)}."
             )
             break
     else:
+        yield from _sign_warning(promotion, prompts, alpha, fix)
         if prompts < promotion.min_prompts:
             yield (
                 f"No policy can be promoted: {_many(prompts, 'held-out prompt')} cannot meet "
@@ -290,6 +317,29 @@ def _warnings(sections: Sections, validation: Validation) -> Iterator[str]:
             f"better than chance; {_needed(0.5, more)}."
         )
     yield from _canary_warning(sections, prompts)
+
+
+def _sign_warning(
+    promotion: PromotionConfig, prompts: int, alpha: float, fix: str
+) -> Iterator[str]:
+    """The signs of canaries in the answers are a family of tests, too."""
+    most, level = promotion.max_sign_excess, alpha / len(SIGNS)
+    if most < 1 and least_excess(prompts, level) >= most:
+        z2 = NormalDist().inv_cdf(1 - level) ** 2
+        needed = math.floor(z2 * (1 - most) / most) + 1
+        yield (
+            f"No policy can be promoted: {_many(prompts, 'held-out prompt')} cannot show "
+            f"promotion.max_sign_excess {most:g} for {len(SIGNS)} kinds of canary, even if no "
+            f"answer has a sign; at least {needed} are needed ({fix})."
+        )
+
+
+def _gate_needs(rate: float, alpha: float, fix: str) -> str:
+    """How many prompts can show a rate at a level, if all are won."""
+    if rate == 1:
+        return "no number of them can; lower it"
+    needed = next(n for n in count(1) if evidence.can_show(n, rate, alpha))
+    return f"at least {needed} are needed ({fix})"
 
 
 def _canary_warning(sections: Sections, prompts: int) -> Iterator[str]:

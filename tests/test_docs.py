@@ -47,6 +47,7 @@ ppo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: &parts 
 rloo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
 grpo: {iterations: 1, rollout_size: 4, batch_size: 4, epochs: 1, rewards: *parts}
 dpo: {max_length: 48}
+tournament: {prompts: 10, true_reward: "rlhf_core.simulation:true_reward"}
 evaluation: {prompts: 16, best_of: 2, true_reward: "rlhf_core.simulation:true_reward"}
 """
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_core.evaluation import intervals
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison, PromptSlice, Scorecard
@@ -148,21 +149,16 @@ def _matches(
     config: PromotionConfig, scorecard: Scorecard
 ) -> Iterator[tuple[Comparison, float, str]]:
     """The comparisons that decide, with the win rate that has to be exceeded and what is asked."""
-    asked: list[tuple[ArmName, float]] = [("sft", config.min_win_rate)]
-    if scorecard.arm("champion") is not None:
-        asked.append(("champion", config.min_win_rate_over_champion))
-    for opponent, rate in asked:
+    opponents: tuple[Literal["sft", "champion"], ...] = ("sft", "champion")
+    for opponent in opponents if scorecard.arm("champion") is not None else opponents[:1]:
         match = scorecard.comparison("policy", opponent)
         if match is None:
             raise ValueError(f"a promotion needs the comparison of policy and {opponent}")
-        if config.claim == "superior":
-            yield match, rate, f"must be shown to exceed {rate:g}"
-        else:
-            least = max(rate - config.margin, 0.0)
-            required = (
-                f"not worse than {rate:g} by {config.margin:g}: must be shown to exceed {least:g}"
-            )
-            yield match, least, required
+        least = config.asked(opponent)
+        required = f"must be shown to exceed {least:g}"
+        if config.claim == "non_inferior":
+            required += f", so as to be worse by less than {config.margin:g}"
+        yield match, least, required
 
 
 def _old_win_rate(name: str, measured: str, match: Comparison, least: float, alpha: float) -> Rule:
@@ -243,7 +239,7 @@ def _no_such_column(column: str) -> Rule:
     return Rule(
         name=f"win rate where {column}",
         family="slices",
-        measured="is unknown, since no evaluation prompt has this column",
+        measured="is unknown, since the evaluation prompts have no such column, or one value in it",
         required="name it in data.prompts.keep, or take it out of promotion.protected",
         passed=False,
     )

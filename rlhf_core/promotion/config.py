@@ -73,7 +73,7 @@ class PromotionConfig(Section):
         "shown in it: it refuses, or it is named and left out",
     )
     max_sign_excess: float = Field(
-        0.15,
+        0.2,
         gt=0,
         le=1,
         description="By how much more of the policy's answers than of SFT's may show the sign of a "
@@ -138,3 +138,8 @@ class PromotionConfig(Section):
         le=365,
         description="How long the run waits for the approval before it fails (days)",
     )
+
+    def asked(self, opponent: Literal["sft", "champion"]) -> float:
+        """The win rate over an opponent that has to be exceeded, less the margin of the claim."""
+        rate = self.min_win_rate if opponent == "sft" else self.min_win_rate_over_champion
+        return rate if self.claim == "superior" else max(rate - self.margin, 0.0)

@@ -35,7 +35,7 @@ def page(decision: Decision) -> str:
             "",
             f"Compared with: {decision.champion or 'SFT alone, there is no champion yet'}. "
             f"Claim: {decision.claim.replace('_', '-')}.",
-            *([f"Refused by: {', '.join(failed)}."] if failed else []),
+            *([f"Refused by: {', '.join(failed)}."] if failed and not decision.promote else []),
             *([budget(decision.look)] if decision.look else []),
             *(line for family in FAMILIES for line in _table(family, decision)),
             "",

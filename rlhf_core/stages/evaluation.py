@@ -316,7 +316,8 @@ def _report(
     bars: dict[str, list[Interval | None]] = {
         "true reward": [arm.true_reward for arm in arms],
         "reward model": [arm.proxy_reward for arm in arms],
-        "KL to SFT (nats a sequence)": [arm.kl for arm in arms],
+        # That of the base model is hundreds of nats, and would make the others invisible.
+        "KL to SFT (nats a sequence)": [None if arm.name == "base" else arm.kl for arm in arms],
     }
     if bench.truth is None:
         del bars["true reward"]

@@ -6,8 +6,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -101,10 +101,7 @@ class EndpointJudge:
         in_a_row, reasons = 0, Counter[str]()
         what = f"asking {self.name}"
         self._logger.phase(what, 0, len(pairs))
-        with (
-            self._connect() as client,
-            closing(in_parallel(partial(self._ask, client), pairs, self._config.parallel)) as asked,
-        ):
+        with closing(in_parallel(self._worker, pairs, self._config.parallel)) as asked:
             for done, (number, verdict) in enumerate(asked, start=1):
                 self._logger.phase(what, done, len(pairs))
                 in_a_row = in_a_row + 1 if verdict.winner is None else 0
@@ -141,7 +138,7 @@ class EndpointJudge:
             )
 
     def _connect(self) -> openai.OpenAI:
-        """A client, which several threads may use."""
+        """A client, for one thread."""
         return openai.OpenAI(
             base_url=self._address,
             api_key=self._key or "none",  # a server that asks for no key reads none
@@ -149,6 +146,12 @@ class EndpointJudge:
             timeout=self._config.timeout_seconds,
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
+
+    @contextmanager
+    def _worker(self) -> Iterator[Callable[[Pair, threading.Event], Verdict]]:
+        """What a thread asks with."""
+        with self._connect() as client:
+            yield partial(self._ask, client)
 
     def _ask(self, client: openai.OpenAI, pair: Pair, stop: threading.Event) -> Verdict:
         found = self._insist(client, pair, stop)

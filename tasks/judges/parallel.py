@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,7 +11,9 @@ R = TypeVar("R")
 
 
 def in_parallel(
-    call: Callable[[T, threading.Event], R], items: Sequence[T], at_once: int
+    worker: Callable[[], AbstractContextManager[Callable[[T, threading.Event], R]]],
+    items: Sequence[T],
+    at_once: int,
 ) -> Generator[tuple[int, R]]:
     """The number and the result of each item, in the order in which they finish.
 
@@ -18,22 +21,26 @@ def in_parallel(
     the process, so nobody waits for a call under way when a person stops the run.
 
     Args:
-        call: gets an item, and an event that is set when its result is no longer wanted.
+        worker: what a thread opens and closes itself, such as a connection. It gives the call,
+            which gets an item, and an event that is set when its result is no longer wanted.
     """
     waiting = iter(range(len(items)))
     taking, stop = threading.Lock(), threading.Event()
     done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
-        while not stop.is_set():
-            with taking:
-                number = next(waiting, None)
-            if number is None:
-                return
-            try:
-                done.put((number, call(items[number], stop), None))
-            except BaseException as error:
-                done.put((number, None, error))
+        number = 0
+        try:
+            with worker() as call:
+                while not stop.is_set():
+                    with taking:
+                        number = next(waiting, -1)
+                    if number < 0:
+                        return
+                    done.put((number, call(items[number], stop), None))
+        except BaseException as error:
+            stop.set()
+            done.put((number, None, error))
 
     for _ in range(min(at_once, len(items))):
         threading.Thread(target=work, name="judge", daemon=True).start()

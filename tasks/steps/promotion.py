@@ -1,7 +1,9 @@
 """Promotion of a policy to champion, by rules or by a person; and rollback."""
 
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import pandas as pd
 from prefect import task
@@ -174,6 +176,10 @@ def promote_run(name: str, *, by: str, reason: str, settings: Settings) -> str:
     stages = record.runs.stages(found.info.experiment_id, found.info.run_id, "promotion")
     runs = [found.info.run_id, *(stage.info.run_id for stage in stages)]
     _write_answer(record, answer, candidate, runs)
+    if stages and (decision := _read(record, stages[-1].info.run_id)):
+        said = decision.allow(f"approved by {answer.summary}")
+        allowed = said.model_copy(update={"promote": True, "at": now()})
+        _write(record, allowed, candidate, stages[-1].info.run_id, found.info.run_id)
     _tag_runs(record, runs, {tags.PROMOTED: tags.flag(True)})
     if present != candidate:
         crown(record, candidate, champion, by=by)
@@ -234,6 +240,15 @@ def _write(
     wins = (rule for rule in decision.rules if rule.family == "win rate")
     facts |= {rule.name.replace(" ", "_"): rule.sentence for rule in wins}
     record.store.add_tags(candidate, {tags.gate_fact(name): v for name, v in facts.items()})
+
+
+def _read(record: Record, stage: str) -> Decision | None:
+    """The decision that a promotion stored; None if it is of an older release."""
+    if DECISION not in [found.path for found in record.client.list_artifacts(stage)]:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = record.client.download_artifacts(stage, DECISION, folder)
+        return Decision.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
 
 def _with_answer(decision: Decision, answer: Answer) -> Decision:

@@ -199,7 +199,9 @@ def test_how_much_can_be_known():
     # Wilson at one half: z / (2·√(n + z²)) with z = 1.96: 0.2007 and 0.0962.
     assert plan(validation(prompts=20, voted=100)).certainty == (
         "Decision: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
-        "about ± 0.20.",
+        # Of 20 prompts 15 have to be won, which 0.8 of the evaluations do at a rate of 0.80.
+        "about ± 0.20. At the first look (level 0.025) the gate shows that it exceeds 0.5 in 80 of "
+        "100 evaluations if it is truly 0.80; for 0.55 it needs 807 prompts.",
         "Reward model: 30 held-out votes on 100 prompts; an accuracy near 0.5 will be known to "
         "about ± 0.10.",
     )
@@ -223,20 +225,31 @@ def test_what_a_judge_behind_an_endpoint_is_asked():
 
 
 MORE = "(raise data.eval_fraction, or add evaluation data)"
+NO_SIGNS = {"max_sign_excess": 1.0}
 
 
 @pytest.mark.parametrize(
     ("found", "changes", "said"),
     [
-        (validation(), {}, []),
-        (validation(prompts=5, voted=4), {}, []),
-        (validation(prompts=4, voted=4), {"promotion": {"min_prompts": 4}}, []),
+        # 33 prompts without a sign exclude a share of 0.2 at the level 0.025 / 11.
+        (validation(prompts=33), {}, []),
         (
-            validation(prompts=4, voted=4),
+            validation(prompts=32),
             {},
             [
-                "No policy can be promoted: 4 held-out prompts cannot meet promotion.min_prompts "
-                "5; raise data.eval_fraction, or add evaluation data."
+                "No policy can be promoted: 32 held-out prompts cannot show "
+                "promotion.max_sign_excess 0.2 for 11 kinds of canary, even if no answer has a "
+                f"sign; at least 33 are needed {MORE}."
+            ],
+        ),
+        # Six of six have p = 1/64, five of five 1/32.
+        (validation(prompts=6, voted=4), {"promotion": NO_SIGNS}, []),
+        (
+            validation(prompts=6, voted=4),
+            {"promotion": {"min_prompts": 7, **NO_SIGNS}},
+            [
+                "No policy can be promoted: 6 held-out prompts cannot meet promotion.min_prompts "
+                "7; raise data.eval_fraction, or add evaluation data."
             ],
         ),
         (
@@ -244,7 +257,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             {},
             [
                 "No policy can be promoted: 1 held-out prompt cannot show promotion.min_win_rate "
-                f"0.5, even if every one of them is won; at least 4 are needed {MORE}."
+                f"0.5, even if every one of them is won; at least 6 are needed {MORE}."
             ],
         ),
         (
@@ -252,17 +265,17 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             {"evaluation": EvaluationConfig(prompts=5), "promotion": {"min_win_rate": 0.6}},
             [
                 "No policy can be promoted: 5 held-out prompts cannot show promotion.min_win_rate "
-                "0.6, even if every one of them is won; at least 6 are needed (raise "
+                "0.6, even if every one of them is won; at least 8 are needed (raise "
                 "evaluation.prompts)."
             ],
         ),
         (
-            validation(prompts=5),
+            validation(prompts=6),
             {"promotion": {"min_win_rate_over_champion": 0.6}},
             [
-                "No champion can be replaced: 5 held-out prompts cannot show "
+                "No champion can be replaced: 6 held-out prompts cannot show "
                 "promotion.min_win_rate_over_champion 0.6, even if every one of them is won; at "
-                f"least 6 are needed {MORE}."
+                f"least 8 are needed {MORE}."
             ],
         ),
         (
@@ -275,7 +288,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=3),
+            validation(33, voted=3),
             {},
             [
                 "Held-out votes on 3 prompts cannot show that the reward model is better than "
@@ -283,7 +296,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=5),
+            validation(33, voted=5),
             {"reward_gate": RewardGateConfig(min_accuracy=0.6)},
             [
                 "No policy will be trained: held-out votes on 5 prompts cannot show "
@@ -292,7 +305,7 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
             ],
         ),
         (
-            validation(voted=9),
+            validation(33, voted=9),
             {"reward_gate": RewardGateConfig(max_canary_share=0.3)},
             [
                 "No policy will be trained: a canary on 4 prompts, half of those that there are, "
@@ -300,8 +313,8 @@ MORE = "(raise data.eval_fraction, or add evaluation data)"
                 "are needed (raise data.eval_fraction)."
             ],
         ),
-        (validation(voted=18), {"reward_gate": RewardGateConfig(max_canary_share=0.3)}, []),
-        (validation(voted=1), {"reward_model": None}, []),
+        (validation(33, voted=18), {"reward_gate": RewardGateConfig(max_canary_share=0.3)}, []),
+        (validation(33, voted=1), {"reward_model": None}, []),
     ],
 )
 def test_too_little_to_find_anything_out(found, changes, said):
@@ -316,3 +329,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_a_tournament_is_planned_with_the_milestones_that_it_needs():
+    policy = PPOConfig(iterations=7, rollout_size=20, batch_size=8, epochs=4, keep_every=2)
+    contest = TournamentConfig(checkpoints=3, prompts=1000, verdicts=120)
+    stages = {stage.stage: stage for stage in plan(policy=policy, tournament=contest).stages}
+    assert list(stages)[-3:] == ["ppo", "tournament", "evaluation"]
+    prompts = validation().tables["prompts"].train
+    assert stages["tournament"].work == (
+        "SFT and 3 checkpoints, kept every 2 iterations: 2 answers of each to "
+        f"{prompts} training prompts, 120 verdicts at most"
+    )

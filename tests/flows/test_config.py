@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows.config import PipelineConfig
 from rlhf_core.doubts import doubts
+from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.stages.prepare import inspect
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -251,3 +252,44 @@ def test_a_seed_beyond_what_torch_takes_is_refused():
     for seed in (2**63, 10**20, -1):
         with pytest.raises(ValidationError, match="seed"):
             PipelineConfig(model={"source": "gpt2"}, seed=seed)
+
+
+# ---- tournament ----
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_a_tournament_chooses_how_often_a_policy_is_kept(algorithm):
+    section = {"iterations": 30}
+    config = PipelineConfig.model_validate(
+        {"algorithm": algorithm, algorithm: section, "tournament": {"checkpoints": 6}}
+    )
+    assert config.policy.keep_every == 0
+    assert config.optimised == config.policy.model_copy(update={"keep_every": 5})
+    assert config.chosen.trainings[algorithm].keep_every == 5
+    kept = {algorithm: {**section, "keep_every": 2}, "algorithm": algorithm}
+    config = PipelineConfig.model_validate({**kept, "tournament": {"checkpoints": 6}})
+    assert config.optimised.keep_every == 2
+    assert PipelineConfig.model_validate(kept).optimised.keep_every == 2
+    assert PipelineConfig(algorithm=algorithm).optimised.keep_every == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"algorithm": "dpo"}, "checkpoints is 6, but dpo keeps no policies along the way; set it"),
+        ({"ppo": {"iterations": 5}}, "but ppo will keep 5 with iterations 5 and keep_every 0"),
+        ({"ppo": {"iterations": 30, "keep_every": 10}}, "will keep 3 with iterations 30"),
+    ],
+)
+def test_a_tournament_without_its_checkpoints_is_refused(settings, said):
+    with pytest.raises(ValidationError, match=said):
+        PipelineConfig.model_validate({**settings, "tournament": {"checkpoints": 6}})
+
+
+def test_the_truth_of_the_evaluation_is_that_of_the_tournament():
+    truth = "rlhf_core.simulation:true_reward"
+    config = PipelineConfig.model_validate({"evaluation": {"true_reward": truth}})
+    assert config.contest.true_reward == truth
+    own = config.model_copy(update={"tournament": TournamentConfig(true_reward="ours:truth")})
+    assert own.contest.true_reward == "ours:truth"
+    assert ("tournament.true_reward", "ours:truth") in own.reward_functions

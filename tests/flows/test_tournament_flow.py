@@ -163,4 +163,4 @@ def test_the_flow_of_its_own_finds_the_milestones(client, store, first, tiny):
     newest = ModelRef(name="cup-policy", version=max(store.versions("cup-policy")))
     assert store.tags(newest)["iteration"] == "2"
     with pytest.raises(ModelError, match="kept no milestones: train it with keep_every"):
-        stages.tournament(stages.TournamentFlowConfig(**given, policy=first.sft.uri))
+        stages.tournament(stages.TournamentFlowConfig(**given, policy=first.policy.uri))

@@ -299,13 +299,6 @@ def test_scorecard_and_verdict_survive_json():
     assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 
-def test_every_setting_is_read(recording):
-    config, seen = recording(CONFIG)
-    decide(config, scorecard(champion=0.56))
-    # Who is asked is no rule: tests/tasks/prefect/test_approval.py.
-    assert set(PromotionConfig.model_fields) - seen == {"approval", "approval_days"}
-
-
 def test_config_refuses_what_makes_no_sense():
     for bad in ({"min_win_rate": 1.1}, {"max_kl": 0}, {"max_length_ratio": -1}, {"max_kI": 3}):
         with pytest.raises(ValidationError):

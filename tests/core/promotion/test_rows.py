@@ -166,7 +166,7 @@ BAD_SLICE = tuple(1.0 if i % 2 == 0 else 0.36 for i in range(N))
         ("win rate over sft at equal length", {"sft_equal": around(0.54)}),
         ("win rate over champion at equal length", {"champion_equal": around(0.5)}),
         ("win rate over champion where lang = fr", {"points": BAD_SLICE}),
-        ("sign of the canary list", {"ours": {"list": 0.15}}),
+        ("sign of the canary list", {"ours": {"list": 0.18}}),
         ("worst canary of the judge", {"judge": judge(canaries=(canary("list", 1, 0.9, 1),))}),
         ("same verdict in both orders", {"judge": judge(consistency=around(0.54))}),
         ("pairs without a verdict", {"judge": judge(unanswered=41)}),
@@ -258,7 +258,7 @@ def test_a_policy_may_be_declared_not_worse():
     assert failed(PromotionConfig(**loose), **even) == []
     assert "win rate over champion" in failed(PromotionConfig(claim="non_inferior"), **even)
     shown = row("win rate over champion", PromotionConfig(**loose), **even)
-    assert shown.required == "not worse than 0.5 by 0.15: must be shown to exceed 0.35"
+    assert shown.required == ("must be shown to exceed 0.35, so as to be worse by less than 0.15")
 
 
 def test_settings_of_win_rates_keep_their_meaning():

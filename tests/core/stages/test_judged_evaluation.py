@@ -13,7 +13,7 @@ from rlhf_core.rewards.canaries import BY_SCORE, KINDS
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.work import Work
 
-CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=2, best_of=4, sample_rows=3)
+CONFIG = EvaluationConfig(base=False, prompts=8, samples_per_prompt=2, best_of=4, sample_rows=3)
 COMPARING = [kind for kind in KINDS if kind not in BY_SCORE]
 MODULE = """
 GOOD = {"good", "fine", "warm", "nice"}

@@ -66,12 +66,9 @@ def test_the_request_is_the_template_with_the_settings():
 
 
 def test_requests_run_at_the_same_time_up_to_the_limit():
-    with serving(trouble=lambda number, question: 0.05) as server:
-        began = time.monotonic()
+    with serving(trouble=lambda number, question: 0.2) as server:
         Case(server.address, parallel=4).judge(PAIRS)
-        took = time.monotonic() - began
     assert server.most_at_once == 4
-    assert took < 12 * 0.05
 
 
 def rate_limited(number, question):

@@ -265,6 +265,8 @@ def stage_folder(tmp_path, policy_dir, reward_dir):
     for table, rows in (("prompts", prompts), ("demonstrations", wrote)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{table}.eval.jsonl").write_text(lines)
+    for table in ("prompts", "demonstrations", "preferences"):
+        (folder / "data" / f"{table}.train.jsonl").write_text("")
     return folder
 
 

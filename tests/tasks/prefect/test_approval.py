@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from rlhf_core.errors import UserError
 from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.promotion.decision import Decision
 from tasks.prefect.approval import Answer
 from tasks.record.describe import ensure_experiment
 from tasks.registry.model_store import MlflowModelStore
@@ -337,6 +338,42 @@ def test_nobody_is_asked_unless_the_config_says_so(store, new_version, trigger, 
 def with_prefect() -> Settings:
     """The settings of a command that knows the server."""
     return read_settings().model_copy(update={"prefect_api_url": PREFECT_API_URL.value()})
+
+
+def stored(client, run, folder):
+    """The decision as it lies with a pipeline run."""
+    path = client.download_artifacts(run.info.run_id, "decision.json", str(folder))
+    return Decision.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+
+def newest_pipeline(client):
+    experiment = client.get_experiment_by_name("toy").experiment_id
+    return client.search_runs([experiment], "tags.stage = 'pipeline'")[0]
+
+
+def test_the_decision_is_kept_with_its_rules_its_look_and_the_answer(
+    client, store, new_version, tmp_path
+):
+    candidate = new_version()
+    approval(PromotionConfig(**PERSON), candidate.version)
+    run = newest_pipeline(client)
+    waiting = stored(client, run, tmp_path)
+    assert not waiting.promote
+    assert waiting.candidate == candidate.uri
+    assert waiting.digests[candidate.uri] == store.tags(candidate)["digest"]
+    assert waiting.runs["pipeline"] == run.info.run_id
+    assert (waiting.look.number, waiting.look.alpha) == (1, 0.025)
+    rules = {rule.name: rule for rule in waiting.rules}
+    assert rules["win rate over sft"].passed
+    assert rules["files of the candidate"].passed
+    assert rules["outcome"].measured.startswith("it waits for approval")
+    assert store.tags(candidate)["gate.promoted"] == "false"
+    promote_run(run.info.run_id, by="Bo", reason="", settings=read_settings())
+    done = stored(client, run, tmp_path)
+    assert done.promote
+    assert done.reasons[-1] == "pass: approved by Bo"
+    assert store.tags(candidate)["gate.promoted"] == "true"
+    assert "decision.md" in [found.path for found in client.list_artifacts(run.info.run_id)]
 
 
 def test_a_run_without_a_worker_ends_and_waits_for_the_command(client, store, new_version):
