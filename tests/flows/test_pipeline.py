@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from prefect import flow
-from prefect.artifacts import Artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from transformers import AutoModelForCausalLM
 
 from flows.config import PipelineConfig
@@ -140,8 +141,11 @@ def test_the_page_of_the_run_is_one_file_with_the_decision(client, first, tmp_pa
 
 
 def test_prefect_links_the_page(first):
-    found = Artifact.get("tiny-page")
-    assert f"runs/{first.run.run_id}/artifacts/report.html" in found.data
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=["tiny-page"]))
+    with get_client(sync_client=True) as prefect:
+        found = prefect.read_artifacts(artifact_filter=key)
+    links = [str(artifact.data) for artifact in found]
+    assert any(f"runs/{first.run.run_id}/artifacts/report.html" in link for link in links)
 
 
 def test_the_policy_has_its_model_card(client, store, first, tmp_path):
