@@ -139,12 +139,13 @@ def _at_equal_length(y: Tensor, x: Tensor, difficulty: Tensor, weights: Tensor) 
     Shapes: y, x, difficulty (n,); weights (W, n).
     """
     features = torch.stack([torch.ones_like(x), x, difficulty], 1)
+    products = (features.unsqueeze(2) * features.unsqueeze(1)).flatten(1)  # (n, 9)
     prior = torch.tensor(PRIOR, dtype=torch.float64)
     beta = torch.zeros(len(weights), 3, dtype=torch.float64)
     for _ in range(STEPS):
         p = (beta @ features.T).sigmoid()
         gradient = (weights * (y - p)) @ features - prior * beta
-        curvature = torch.einsum("wn,ni,nj->wij", weights * p * (1 - p), features, features)
+        curvature = ((weights * p * (1 - p)) @ products).view(-1, 3, 3)
         step = torch.linalg.solve(curvature + prior.diag(), gradient)
         # From afar Newton's step overshoots where the curvature is almost 0.
         beta = beta + step * (LONGEST / step.norm(dim=-1, keepdim=True)).clamp(max=1)

@@ -45,7 +45,7 @@ class Rule(BaseModel):
     family: Family = "limits"
     p: float | None = None  # one-sided, of what is asked being untrue
     alpha: float | None = None  # the level of this row, after Holm's correction
-    # by how much the truth has to exceed what is asked, to be shown in 80 % of the evaluations
+    # by how much the truth has to exceed what is asked, to be shown in 85 % of the evaluations
     smallest_effect: float | None = None
     shows: str = ""  # what so many prompts can show, in words
 

@@ -41,7 +41,7 @@ def page(decision: Decision) -> str:
             "",
             "p: how likely such verdicts are if what is asked is untrue. level: what p must be "
             "below, after Holm's correction for the rows of the family. can show: what the truth "
-            "has to be so that this many prompts show it in 80 of 100 evaluations, at that level.",
+            "has to be so that this many prompts show it in 85 of 100 evaluations, at that level.",
             "",
         ]
     )

@@ -201,7 +201,7 @@ def test_how_much_can_be_known():
         "Decision: 20 held-out prompts, 2 answers to each; a win rate near 0.5 will be known to "
         # Of 20 prompts 15 have to be won, which 0.8 of the evaluations do at a rate of 0.80.
         "about ± 0.20. At the first look (level 0.025) the gate shows that it exceeds 0.5 in 80 of "
-        "100 evaluations if it is truly 0.80; for 0.55 it needs 807 prompts.",
+        "100 evaluations if it is truly 0.81; for 0.55 it needs 923 prompts.",
         "Reward model: 30 held-out votes on 100 prompts; an accuracy near 0.5 will be known to "
         "about ± 0.10.",
     )

@@ -236,7 +236,7 @@ def test_a_row_has_its_p_value_its_level_and_what_the_prompts_can_show():
     assert over_sft.p < over_champion.p == pytest.approx(0.0105, abs=1e-4)  # P(Bin ≥ 62)
     assert (over_sft.alpha, over_champion.alpha) == (0.0125, 0.025)
     assert over_champion.shows == f"a true win rate of {0.5 + over_champion.smallest_effect:.3f}"
-    assert over_champion.smallest_effect == pytest.approx(0.145, abs=2e-3)
+    assert over_champion.smallest_effect == pytest.approx(0.154, abs=2e-3)
     assert over_sft.smallest_effect > over_champion.smallest_effect
 
 
