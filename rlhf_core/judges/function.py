@@ -1,6 +1,6 @@
 """A Python function as a judge."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
@@ -9,12 +9,13 @@ from rlhf_core.judges.judge import Pair, Verdict, Winner, shown
 
 # (prompts, answers_a, answers_b) -> for each "a", "b" or "tie", or (that, reason)
 JudgeFunction: TypeAlias = Callable[[list[str], list[str], list[str]], Sequence[object]]
+CALL = 50  # pairs of one call
 _WORDS = get_args(Winner)
 
 
 @dataclass(frozen=True)
 class FunctionJudge:
-    """Asks a function about all pairs in one call."""
+    """Asks a function about fifty pairs in each call: what it said before it failed is kept."""
 
     name: str  # its import path
     function: JudgeFunction
@@ -24,8 +25,15 @@ class FunctionJudge:
 
         Raises: ConfigError when the function fails, or does not return a verdict for each.
         """
-        if not pairs:
-            return []
+        return [verdict for _, verdict in self.stream(pairs)]
+
+    def stream(self, pairs: Sequence[Pair]) -> Generator[tuple[int, Verdict]]:
+        """The number of each pair and its verdict, as they come."""
+        for start in range(0, len(pairs), CALL):
+            yield from enumerate(self._ask(pairs[start : start + CALL], start), start)
+
+    def _ask(self, pairs: Sequence[Pair], start: int) -> list[Verdict]:
+        """The verdicts on the pairs of one call; `start` is the number of the first."""
         prompts = [shown(pair.prompt) for pair in pairs]
         try:
             said = list(
@@ -44,8 +52,8 @@ class FunctionJudge:
         for row, verdict in enumerate(verdicts):
             if verdict is None:
                 raise ConfigError(
-                    f"{wanted}; it returned {said[row]!r} for number {row}, whose prompt is "
-                    f"{prompts[row][:200]!r}"
+                    f"{wanted}; it returned {said[row]!r} for number {start + row}, whose prompt "
+                    f"is {prompts[row][:200]!r}"
                 )
         return [verdict for verdict in verdicts if verdict is not None]
 

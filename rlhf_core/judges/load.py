@@ -16,7 +16,7 @@ from rlhf_core.judges.judge import Judge, Judging, Pair, Verdict, Winner
 from rlhf_core.judges.orders import BothOrders
 from rlhf_core.rewards.canaries import Score
 from rlhf_core.rewards.ensemble import MEAN, MemberSection
-from rlhf_core.rewards.functions import RewardPlaces, load_function
+from rlhf_core.rewards.functions import RewardPlaces, code_digest, load_function
 from rlhf_core.rewards.models import load_reward_model, score_texts
 
 JUDGE = "judge"  # the role of a registered reward model among the inputs of a stage
@@ -37,8 +37,8 @@ def load_judge(
     """The judge, which sees both orders of each pair if the order can matter to it.
 
     None when the known truth or the pipeline's own reward model decides: whoever compares has
-    their scores already. Verdicts of an endpoint are remembered; those of a function are not, since
-    nobody can tell what they depend on.
+    their scores already. Verdicts of an endpoint and of a function are remembered; those of a
+    function as long as the Python files of its folder, or of its package, stay the same.
 
     Args:
         registered: directory of the reward model, when `config.source` is another in the registry.
@@ -64,7 +64,11 @@ def load_judge(
         return ScoreJudge(config.source.removeprefix("models:/").replace("/", "-"), score)
     if config.is_function:
         found = load_function(config.source, setting="judge.source", places=places)
-        return BothOrders(FunctionJudge(config.source, cast(JudgeFunction, found)))
+        function = FunctionJudge(config.source, cast(JudgeFunction, found))
+        code = code_digest(config.source.partition(":")[0], places)
+        if judging is None or code is None:
+            return BothOrders(function)
+        return BothOrders(judging.remembered(function, f"{config.source} {code}"))
     if judging is None:
         raise ConfigError(
             "judge.source is endpoint, which only a task reaches; run the stage as one, or choose "

@@ -17,6 +17,7 @@ from typing import NamedTuple, SupportsFloat, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from rlhf_core.digests import tree_digest
 from rlhf_core.errors import ConfigError
 
 RewardFunction: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -75,6 +76,20 @@ def source_file(module: str, places: RewardPlaces | None) -> Path | None:
     except Exception:  # a package above it fails: the import reports it later
         return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def code_digest(module: str, places: RewardPlaces | None) -> str | None:
+    """A digest of the Python files of a module's folder, or of its whole package.
+
+    None if the module is not found. What it imports from elsewhere does not count.
+    """
+    file = source_file(module, places)
+    if file is None:
+        return None
+    above = module.count(".") + (file.name == "__init__.py")
+    if above == 0:
+        return tree_digest(file.parent, "*.py")
+    return tree_digest(file.parents[above - 1], "**/*.py")
 
 
 def refused(module: str, places: RewardPlaces) -> str:

@@ -94,7 +94,7 @@ class Memory:
             "key": self.key(pair),
             "winner": verdict.winner,
             "reason": masked(verdict.reason),
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
         part = self._part or self._begin()
         part.write(json.dumps(line) + "\n")

@@ -8,6 +8,7 @@ import torch
 from rlhf_core.errors import ConfigError
 from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.exam import meet_canaries
+from rlhf_core.judges.function import FunctionJudge
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.judges.load import ScoreJudge, load_judge
 from rlhf_core.judges.orders import BothOrders
@@ -147,6 +148,42 @@ def test_an_endpoint_is_remembered_by_all_that_its_verdict_depends_on():
         assert judge.name == endpoint["model"]
     assert len(set(outside.identities)) == 5
     assert outside.identities[0] == outside.identities[-1]
+
+
+def test_a_function_is_remembered_as_long_as_the_code_beside_it_stays(tmp_path, monkeypatch):
+    package = tmp_path / "judging"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "wise.py").write_text("def say(prompts, a, b):\n    return ['tie'] * len(a)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    outside = Outside()
+
+    def identity():
+        load_judge(JudgeConfig(source="judging.wise:say"), max_length=16, judging=outside)
+        return outside.identities[-1]
+
+    before = identity()
+    assert identity() == before
+    (tmp_path / "unrelated.py").write_text("")
+    assert identity() == before
+    (package / "helper.py").write_text("LIMIT = 3\n")
+    assert identity() != before
+
+
+def test_what_a_function_said_before_it_failed_is_handed_on():
+    calls = []
+
+    def fails_later(prompts, a, b):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise RuntimeError("no luck today")
+        return ["a"] * len(prompts)
+
+    stream = FunctionJudge("mine:f", fails_later).stream([Pair("x", "y", "z")] * 120)
+    assert [next(stream)[0] for _ in range(100)] == list(range(100))
+    with pytest.raises(ConfigError, match="failed on 20 pairs"):
+        next(stream)
+    assert calls == [50, 50, 20]
 
 
 def test_an_endpoint_without_a_task_is_refused():

@@ -60,6 +60,7 @@ def servers(tmp_path_factory):
     configs.mkdir()
     tiny = yaml.safe_load(TINY.read_text())
     all_pass = {"min_win_rate": 0, "max_kl": 1000, "max_length_ratio": 100, "min_distinct_ratio": 0}
+    all_pass |= {"max_sign_excess": 1, "min_reward_accuracy": 0, "at_alarm": "show"}
     asking = {"approval": "person", **all_pass}
     known = {"tiny": tiny, "long": {**tiny, "ppo": LONG}, "asking": {**tiny, "promotion": asking}}
     for name, config in known.items():
