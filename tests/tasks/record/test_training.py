@@ -419,11 +419,13 @@ def train(which, environment, given, started, answer, seed):
 
 def ranks_of(child):
     """How many processes share the work of a training; 0 when it works alone."""
-    found = 0
+    parents = {}
     with suppress(psutil.Error):  # some may end meanwhile
         for process in psutil.Process(child.pid).children(recursive=True):
-            found += "spawn_main" in " ".join(process.cmdline())
-    return found
+            if "spawn_main" in " ".join(process.cmdline()):
+                parents[process.pid] = process.ppid()
+    # A rank that starts a program is forked first, and for a moment the copy looks like a rank.
+    return sum(parent not in parents for parent in parents.values())
 
 
 class Trainer:
