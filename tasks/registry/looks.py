@@ -41,7 +41,9 @@ def look(
     place = champion or candidate.name
     opponent = place if isinstance(place, str) else place.uri
     files = record.store.tags(candidate).get(tags.DIGEST, candidate.uri)
-    comparison = short_digest({"files": files, "scorecard": scorecard.model_dump(mode="json")})
+    # Without the judge's costs, which differ when the same answers are judged again from memory.
+    compared = scorecard.model_dump(mode="json", exclude={"judge"})
+    comparison = short_digest({"files": files, "scorecard": compared})
     known = _alphas(record, place)
     before = known.get(comparison)
     if before is None:

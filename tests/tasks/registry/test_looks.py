@@ -9,7 +9,7 @@ import torch
 from mlflow.artifacts import download_artifacts
 from safetensors.torch import save_file
 
-from rlhf_core.evaluation.scorecard import PromptSlice, Scorecard
+from rlhf_core.evaluation.scorecard import JudgeFacts, PromptSlice, Scorecard
 from rlhf_core.promotion.config import PromotionConfig
 from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
@@ -65,6 +65,10 @@ def test_the_same_comparison_is_the_same_look(record, publish):
     assert again.spent == pytest.approx(0.05 * 2 / 3)
     # A version with the same files and the same scorecard is the same comparison.
     assert look(record, TOTAL, EMPTY, publish(1), champion).again
+    # So is the same evaluation with verdicts from memory, which cost less.
+    facts = JudgeFacts(name="m", pairs=0, unanswered=0, consistency=None, canaries=(), seconds=9.0)
+    cheaper = EMPTY.model_copy(update={"judge": facts})
+    assert look(record, TOTAL, cheaper, candidate, champion).again
     # Another evaluation is a new one.
     part = PromptSlice(column="lang", value="en", prompts=(0,))
     evaluated = EMPTY.model_copy(update={"slices": (part,)})
