@@ -87,7 +87,7 @@ def render(
             "",
             *_table(scorecard, {**TITLES, "policy": algorithm.upper()}),
             "",
-            *(f"- {reason}" for reason in decision.reasons),
+            *(f"- {reason}" for reason in reasons(decision)),
             "",
             "Registered: " + ", ".join(f"`{ref.uri}`" for ref in models.values()),
             "",
@@ -110,7 +110,19 @@ def _basis(scorecard: Scorecard, card: ReportCard, reward_model: ModelRef) -> li
     else:
         said.append(f"{name}: {quality.numbers}.{' ' if quality.doubts else ''}{quality.doubts}")
     page = "`report_card.md` of the stage report_card"
-    return [*said, f"- Report card: {card_verdict(card)} Its page is {page}."]
+    said.append(f"- Report card: {card_verdict(card)} Its page is {page}.")
+    diagnosis = scorecard.diagnosis
+    return said if diagnosis is None else [*said, f"- Diagnosis: {diagnosis.says}"]
+
+
+def reasons(decision: Decision) -> list[str]:
+    """The reasons, with the signs of canaries that pass as one of them."""
+    signs = [rule for rule in decision.rules if rule.family == "canaries" and rule.passed]
+    if len(signs) < 2:
+        return list(decision.reasons)
+    first, *others = [rule.sentence for rule in signs]
+    together = f"pass: signs of {len(signs)} kinds of canary in the answers; {signs[0].required}"
+    return [together if r == first else r for r in decision.reasons if r not in others]
 
 
 def _contest(tournament: TournamentResult | None) -> list[str]:

@@ -174,7 +174,7 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
             "held_out_prompts",
         )
     )
-    title, _, judge, reward, card, *_ = first.report.splitlines()
+    title, _, judge, reward, card, diagnosis, *_ = first.report.splitlines()
     assert title.startswith("# tiny, seed 0: models:/tiny-policy/")
     assert judge == "- Decision: by true_reward, from 2 answers to each of 6 held-out prompts."
     assert reward.startswith(
@@ -185,6 +185,7 @@ def test_the_first_lines_say_what_the_judges_are_worth(client, first):
     assert reward.endswith(first.report_card.quality.doubts)
     page = "`report_card.md` of the stage report_card"
     assert card == f"- Report card: {verdict(first.report_card)} Its page is {page}."
+    assert diagnosis == f"- Diagnosis: {first.scorecard.diagnosis.says}"
     parent = client.get_run(first.run.run_id).data
     assert parent.metrics["reward_model/accuracy"] == pytest.approx(accuracy)
     assert parent.metrics["reward_model/accuracy_low"] == pytest.approx(low)
