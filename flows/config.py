@@ -293,6 +293,16 @@ class PipelineConfig(ByAlgorithm):
         return self
 
     @model_validator(mode="after")
+    def _protected_columns_are_kept(self) -> Self:
+        kept = self.data.prompts.keep
+        if missing := [name for name in self.promotion.protected if name not in kept]:
+            raise ValueError(
+                f"promotion.protected names {', '.join(missing)}, but data.prompts.keep does not, "
+                "so the evaluation would not know them; add them there"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _texts_fit_into_a_fresh_model(self) -> Self:
         if self.model.source or self.sft.reuse:
             return self  # the stages read the context length of the model

@@ -155,6 +155,17 @@ def test_texts_longer_than_a_fresh_model(section, said):
         PipelineConfig.model_validate(merged)
 
 
+def test_a_protected_column_has_to_be_kept_with_the_prompts():
+    prompts = {"path": "prompts.jsonl", "keep": ["lang", "meta.topic"]}
+    given = {"model": {"source": "gpt2"}, "promotion": {"protected": ["lang", "meta.topic"]}}
+    files = {"source": "files", "demonstrations": {"path": "d.jsonl"}}
+    files["preferences"] = {"path": "p.jsonl"}
+    PipelineConfig.model_validate({**given, "data": {**files, "prompts": prompts}})
+    prompts["keep"] = ["lang"]
+    with pytest.raises(ValidationError, match=r"protected names meta\.topic, but data\.prompts"):
+        PipelineConfig.model_validate({**given, "data": {**files, "prompts": prompts}})
+
+
 def test_only_the_section_of_the_chosen_algorithm_has_to_fit():
     config = PipelineConfig.model_validate(FRESH | SHORT | {"dpo": {"max_length": 65}})
     assert config.policy == config.ppo
