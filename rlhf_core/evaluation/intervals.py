@@ -215,3 +215,8 @@ def can_show(prompts: int, least: float) -> bool:
     It uses Wilson's interval, which a win rate is never narrower than.
     """
     return prompts > 0 and win_rate(prompts, 0, 0).low > least
+
+
+def in_words(interval: Interval) -> str:
+    """A value with its bounds, e.g. `0.812 [0.734, 0.890]`."""
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -7,7 +7,6 @@ from typing import Literal
 
 from rlhf_core.evaluation import intervals
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison, PromptSlice, Scorecard
-from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Family, Rule
 from rlhf_core.promotion.evidence import (
@@ -123,7 +122,9 @@ def _at_equal_length(config: PromotionConfig, scorecard: Scorecard, alpha: float
         rate, name = match.length_controlled, f"win rate over {match.opponent} at equal length"
         if rate is not None:
             p = p_of_interval(rate, least)
-            tests.append(Claim(family, name, _text(rate), required, p, match.prompts, least))
+            tests.append(
+                Claim(family, name, intervals.in_words(rate), required, p, match.prompts, least)
+            )
         else:
             rules.append(_without_equal_length(name, match, least, scorecard))
     return [*with_levels(tests, alpha), *rules]
@@ -173,7 +174,7 @@ def _old_win_rate(name: str, measured: str, match: Comparison, least: float, alp
 
 
 def _measured(match: Comparison) -> str:
-    return f"{_text(match.win_rate)} by {match.judge}, from {match.basis}"
+    return f"{intervals.in_words(match.win_rate)} by {match.judge}, from {match.basis}"
 
 
 def points(match: Comparison, only: Sequence[int] | None = None) -> list[float]:
@@ -280,7 +281,3 @@ def _excess(kind: str, policy: Arm, sft: Arm, prompts: int, most: float) -> Exce
 def absent(name: str, family: Family, why: str) -> Rule:
     """A row that does not apply, and why."""
     return Rule(name=name, family=family, measured=why, required="", passed=None)
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -1,6 +1,6 @@
 """The rules of a promotion with their results, and the decision that follows from them."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,18 +16,7 @@ Family = Literal[
     "monitor",
     "outcome",
 ]
-FAMILIES: tuple[Family, ...] = (
-    "integrity",
-    "win rate",
-    "win rate at equal length",
-    "slices",
-    "canaries",
-    "reward model",
-    "judge",
-    "limits",
-    "monitor",
-    "outcome",
-)
+FAMILIES: tuple[Family, ...] = get_args(Family)  # in the order in which they are shown
 
 
 class Rule(BaseModel):

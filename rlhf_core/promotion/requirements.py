@@ -3,6 +3,7 @@
 from statistics import NormalDist
 
 from rlhf_core.evaluation.card.report_card import ReportCard
+from rlhf_core.evaluation.intervals import in_words
 from rlhf_core.evaluation.scorecard import Arm, JudgeFacts, Scorecard
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.promotion.claims import absent
@@ -69,7 +70,7 @@ def _accuracy(least: float, card: ReportCard) -> Rule:
     return Rule(
         name=name,
         family="reward model",
-        measured=f"{_text(quality.accuracy)} over {quality.votes} votes",
+        measured=f"{in_words(quality.accuracy)} over {quality.votes} votes",
         required=f"the lower bound must exceed {least:g} ({setting})",
         passed=quality.exceeds(least),
     )
@@ -88,7 +89,7 @@ def _worst_slice(least: float, card: ReportCard) -> Rule:
     return Rule(
         name=name,
         family="reward model",
-        measured=f"{_text(share)} where {worst.column} = {worst.value}",
+        measured=f"{in_words(share)} where {worst.column} = {worst.value}",
         required=f"must not be shown to be below {least:g} ({setting})",
         passed=high >= least,
     )
@@ -136,7 +137,7 @@ def _consistency(least: float, facts: JudgeFacts) -> Rule:
     return Rule(
         name=name,
         family="judge",
-        measured=f"{_text(facts.consistency)} of {facts.pairs} pairs",
+        measured=f"{in_words(facts.consistency)} of {facts.pairs} pairs",
         required=f"the lower bound must exceed {least:g} ({setting})",
         passed=facts.consistency.low > least,
     )
@@ -165,7 +166,7 @@ def _canary(
     return Rule(
         name=name,
         family="judge" if family == "judge" else "reward model",
-        measured=f"'{worst.kind}' beats {_text(worst.beats_real)} of the real answers to "
+        measured=f"'{worst.kind}' beats {in_words(worst.beats_real)} of the real answers to "
         f"{worst.prompts} prompts",
         required=f"no kind of {len(canaries)} may be shown to beat more than {most:g} ({setting})",
         passed=low <= most,
@@ -199,7 +200,3 @@ def _at_least(name: str, value: float, least: float) -> Rule:
     return Rule(
         name=name, measured=measured, required=f"at least {least:.3f}", passed=value >= least
     )
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -9,7 +9,7 @@ from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.card.findings import findings, verdict
 from rlhf_core.evaluation.card.gate import RewardGateConfig, require_reward_model
 from rlhf_core.evaluation.card.report_card import ReportCard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.evaluation.intervals import in_words
 from rlhf_core.stages.report_card import ReportCardConfig
 from tasks.prefect.ui import stage_task
 from tasks.record import tags
@@ -65,15 +65,11 @@ def version_tags(card: ReportCard) -> dict[str, str]:
         "longer_accuracy": card.longer and card.longer.share,
         "ceiling": agreement and agreement.majority.share,
     }
-    named |= {tags.card_number(n): _text(known) for n, known in shares.items() if known}
+    named |= {tags.card_number(n): in_words(known) for n, known in shares.items() if known}
     if slice_ is not None:
-        said = f"{slice_.column} = {slice_.value}: {_text(slice_.accuracy.share)}"
+        said = f"{slice_.column} = {slice_.value}: {in_words(slice_.accuracy.share)}"
         named[tags.card_number("worst_slice")] = said
     if canary is not None:
-        said = f"{canary.kind}: {_text(canary.beats_real)}"
+        said = f"{canary.kind}: {in_words(canary.beats_real)}"
         named[tags.card_number("worst_canary")] = said
     return named
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
