@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli import feedback
 from flows.cli.loading import presets
 from flows.cli.printing import (
     err,
@@ -52,6 +53,7 @@ app = typer.Typer(
 
 
 command = partial(app.command, cls=Command)
+app.add_typer(feedback.app)
 
 
 def _print_version(version_option: bool) -> None:

@@ -56,6 +56,7 @@ SECRETS = (
     "RLHF_PASSWORD",
     "RLHF_NOTIFY_WEBHOOK",
     "RLHF_JUDGE_KEY",
+    "RLHF_FEEDBACK_DATABASE",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "PREFECT_API_KEY",
@@ -179,6 +180,17 @@ class Settings(BaseSettings):
         validation_alias="RLHF_JUDGE_KEY",
         description="Key of that endpoint; empty = it asks for none",
     )
+    feedback_database: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="RLHF_FEEDBACK_DATABASE",
+        description="Database of the preference store, as "
+        "postgresql+psycopg2://USER:PASSWORD@HOST:5432/feedback; empty = SQLite under `home`",
+    )
+    label_public_url: str = Field(
+        "http://127.0.0.1:4300",
+        validation_alias="RLHF_LABEL_URL",
+        description="Address of the page for annotators, used in invitation links",
+    )
     checkpoint_seconds: float = Field(
         60.0,
         validation_alias="RLHF_CHECKPOINT_SECONDS",
@@ -237,7 +249,7 @@ class Settings(BaseSettings):
             raise ValueError("it has a user or a query; put the key in RLHF_JUDGE_KEY")
         return address.rstrip("/")
 
-    @field_validator("mlflow_public_url", "prefect_public_url")
+    @field_validator("mlflow_public_url", "prefect_public_url", "label_public_url")
     @classmethod
     def _for_browsers(cls, url: str) -> str:
         """A link is kept in MLflow and Prefect, so it carries neither user nor password."""
@@ -256,6 +268,12 @@ class Settings(BaseSettings):
     def mlflow_uri(self) -> str:
         """`tracking_uri`, or the SQLite file under `home`."""
         return self.tracking_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def feedback_uri(self) -> str:
+        """The database of the preference store, or the SQLite file under `home`."""
+        given = self.feedback_database.get_secret_value()
+        return given or f"sqlite:///{self.home / 'feedback' / 'feedback.db'}"
 
     @property
     def artifact_root(self) -> Path | None:

@@ -1,0 +1,1 @@
+"""How far annotators agree, with each other, with themselves and with known answers."""

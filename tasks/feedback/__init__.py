@@ -1,0 +1,1 @@
+"""What people say about answers: where votes are kept, asked for, exchanged and examined."""

@@ -1,0 +1,1 @@
+"""Pairs that the pipeline has people compare, and what they said."""

@@ -1,0 +1,197 @@
+"""Annotators: who they are, and how they come in. Links and sessions are kept as digests only."""
+
+import hashlib
+import secrets
+from datetime import timedelta
+from typing import NamedTuple
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session as Transaction
+
+from rlhf_core.errors import UserError
+from tasks.feedback.store import audit, clock
+from tasks.feedback.store.database import Database
+from tasks.feedback.store.records import Role
+from tasks.feedback.store.tables import Annotator, Consent, Identity, Invitation, Session
+
+INVITATION_DAYS = 14.0
+SESSION_HOURS = 12.0
+
+
+class InvitationError(UserError):
+    """A link that does not let anybody in."""
+
+
+class SignedIn(NamedTuple):
+    """Who is behind a session."""
+
+    annotator: int
+    pseudonym: str
+    role: Role
+    state: str
+    project: int
+    csrf: str
+
+
+class People:
+    """The annotators of a project."""
+
+    def __init__(self, database: Database, project_id: int) -> None:
+        self._database = database
+        self._project = project_id
+
+    def invite(
+        self,
+        *,
+        role: Role = "annotator",
+        name: str = "",
+        email: str = "",
+        by: str = "",
+        days: float = INVITATION_DAYS,
+        annotator: int | None = None,
+    ) -> str:
+        """The token of a link that lets one person in, once.
+
+        Args:
+            annotator: somebody who comes back; None = a new one.
+        """
+        token = secrets.token_urlsafe(32)
+        with self._database.writing() as session:
+            session.add(
+                Invitation(
+                    project_id=self._project,
+                    token_digest=token_digest(token),
+                    role=role,
+                    name=name,
+                    email=email,
+                    by=by,
+                    created_at=clock.now(),
+                    expires_at=clock.now() + timedelta(days=days),
+                    annotator_id=annotator,
+                )
+            )
+            audit.note(session, self._project, by, "invite", role)
+        return token
+
+    def agree(self, annotator_id: int, *, version: str, text: str, licence: str) -> None:
+        """Keep that somebody agreed to a text."""
+        with self._database.writing() as session:
+            session.add(
+                Consent(
+                    annotator_id=annotator_id,
+                    version=version,
+                    digest=hashlib.sha256(text.encode()).hexdigest(),
+                    licence=licence,
+                    at=clock.now(),
+                )
+            )
+
+    def has_agreed(self, annotator_id: int, version: str) -> bool:
+        """Whether somebody agreed to this version."""
+        with self._database.reading() as session:
+            return bool(
+                session.scalar(
+                    select(Consent.id)
+                    .filter_by(annotator_id=annotator_id, version=version)
+                    .limit(1)
+                )
+            )
+
+    def forget(self, annotator_id: int, by: str) -> None:
+        """Delete who is behind a pseudonym; the votes stay."""
+        with self._database.writing() as session:
+            session.execute(delete(Identity).where(Identity.annotator_id == annotator_id))
+            for invitation in session.scalars(
+                select(Invitation).filter_by(annotator_id=annotator_id)
+            ):
+                invitation.name = invitation.email = ""
+            audit.note(session, self._project, by, "forget", str(annotator_id))
+
+
+class Door:
+    """Lets people in, whatever their project."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def enter(self, token: str, *, hours: float = SESSION_HOURS) -> str:
+        """Use an invitation: a session begins.
+
+        Returns: the token of the session.
+
+        Raises: InvitationError when the link is unknown, used, revoked or too old.
+        """
+        with self._database.writing() as session:
+            found = session.scalar(
+                select(Invitation).filter_by(token_digest=token_digest(token)).with_for_update()
+            )
+            if found is None or found.used_at or found.revoked_at:
+                raise InvitationError("This link was used before, or there is no such link.")
+            if found.expires_at < clock.now():
+                raise InvitationError("This link has expired; ask for a new one.")
+            found.used_at = clock.now()
+            if found.annotator_id is None:
+                found.annotator_id = self._newcomer(session, found)
+            browser = secrets.token_urlsafe(32)
+            session.add(
+                Session(
+                    token_digest=token_digest(browser),
+                    annotator_id=found.annotator_id,
+                    csrf=secrets.token_urlsafe(24),
+                    created_at=clock.now(),
+                    seen_at=clock.now(),
+                    expires_at=clock.now() + timedelta(hours=hours),
+                )
+            )
+            return browser
+
+    def who(self, token: str) -> SignedIn | None:
+        """Who is behind a session; None if it is unknown or has expired."""
+        with self._database.reading() as session:
+            row = session.execute(
+                select(Session, Annotator)
+                .join(Annotator, Annotator.id == Session.annotator_id)
+                .where(Session.token_digest == token_digest(token))
+            ).first()
+            if row is None or row[0].expires_at < clock.now() or row[1].state == "left":
+                return None
+            person = row[1]
+            return SignedIn(
+                person.id, person.pseudonym, person.role, person.state, person.project_id,
+                row[0].csrf,
+            )  # fmt: skip
+
+    def leave(self, token: str) -> None:
+        """End a session."""
+        with self._database.writing() as session:
+            session.execute(delete(Session).where(Session.token_digest == token_digest(token)))
+
+    def _newcomer(self, session: Transaction, invitation: Invitation) -> int:
+        count = session.scalar(
+            select(func.count()).select_from(Annotator).filter_by(project_id=invitation.project_id)
+        )
+        person = Annotator(
+            project_id=invitation.project_id,
+            pseudonym=f"p{(count or 0) + 1:03d}-{secrets.token_hex(2)}",
+            role=invitation.role,
+            state="active",
+            created_at=clock.now(),
+        )
+        session.add(person)
+        session.flush()
+        if invitation.name or invitation.email:
+            session.add(
+                Identity(
+                    annotator_id=person.id,
+                    name=invitation.name,
+                    email=invitation.email,
+                    at=clock.now(),
+                )
+            )
+            invitation.name = invitation.email = ""
+        return person.id
+
+
+def token_digest(token: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,335 @@
+"""The tables of the preference store.
+
+    projects      what is asked about, with the rules of the queue
+    prompts       texts or chat messages, once by content
+    responses     answers to a prompt: who wrote them, how they were sampled, under which licence
+    pairs         two responses to compare
+    batches       pairs that were asked for together, and the flow run that waits for them
+    gold_answers  pairs whose right answer is known
+    annotators    pseudonyms; everything else refers to these
+    identities    who is behind a pseudonym: a table of its own, whose rows can be deleted
+    invitations, sessions, consents    how somebody came in, and what they agreed to
+    assignments   a pair shown to an annotator: the side that was drawn, and a lease
+    judgments     votes, append-only: a new one replaces an old one, and both stay
+    snapshots, snapshot_members        the judgments of a training, for good
+    audit_log     who changed what
+
+All times are in UTC. Tokens of links and sessions are kept as digests only.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A time in UTC. SQLite keeps no zone, so it is taken away on the way in and put back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The time as the database takes it."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value} has no time zone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The time as it was given, in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+_Id = BigInteger().with_variant(Integer, "sqlite")  # only an INTEGER key counts up in SQLite
+Moment = UTCDateTime()
+
+
+class Base(DeclarativeBase):
+    """All tables of the store."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: JSON, datetime: Moment, int: _Id}  # noqa: RUF012
+
+
+class Project(Base):
+    """What is asked about. Its rules are a `ProjectRules`."""
+
+    __tablename__ = "projects"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    rules: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Prompt(Base):
+    """A prompt, once in a project by its content."""
+
+    __tablename__ = "prompts"
+    __table_args__ = (UniqueConstraint("project_id", "digest"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    digest: Mapped[str] = mapped_column(String(64))
+    content: Mapped[Any] = mapped_column(JSON)  # text, or a list of messages
+    source: Mapped[str] = mapped_column(String(300), default="")
+    licence: Mapped[str] = mapped_column(String(300), default="")
+
+
+class Response(Base):
+    """An answer to a prompt. The same text by two models is two responses."""
+
+    __tablename__ = "responses"
+    __table_args__ = (UniqueConstraint("prompt_id", "digest"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
+    digest: Mapped[str] = mapped_column(String(64))  # of text, model, sampling, source, licence
+    text: Mapped[str] = mapped_column(Text)
+    model: Mapped[str] = mapped_column(String(300), default="")  # models:/demo-policy/3
+    sampling: Mapped[dict[str, Any]]
+    source: Mapped[str] = mapped_column(String(300), default="")
+    licence: Mapped[str] = mapped_column(String(300), default="")
+
+
+class Pair(Base):
+    """Two responses to compare.
+
+    `taken` counts the votes and the live leases on it, so `taken < wanted` says that it is free.
+    """
+
+    __tablename__ = "pairs"
+    __table_args__ = (
+        UniqueConstraint("project_id", "digest"),
+        Index(None, "project_id", "state", "priority", "id"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
+    response_a_id: Mapped[int] = mapped_column(ForeignKey("responses.id"))
+    response_b_id: Mapped[int] = mapped_column(ForeignKey("responses.id"))
+    digest: Mapped[str] = mapped_column(String(64))  # of both responses, in either order
+    state: Mapped[str] = mapped_column(String(16), default="done")  # open, done, withdrawn
+    priority: Mapped[int] = mapped_column(default=0)  # lower is sooner
+    wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
+    taken: Mapped[int] = mapped_column(default=0)
+    votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
+    kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
+    created_at: Mapped[datetime]
+
+
+class Batch(Base):
+    """Pairs that were asked for together, and who waits for them."""
+
+    __tablename__ = "batches"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    kind: Mapped[str] = mapped_column(String(16))  # ask, judge, import
+    flow_run: Mapped[str] = mapped_column(String(64), default="")  # in Prefect, that waits
+    details: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    resumed_at: Mapped[datetime | None]
+
+
+class BatchPair(Base):
+    """A pair of a batch; a pair may be in several."""
+
+    __tablename__ = "batch_pairs"
+    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"), primary_key=True, index=True)
+
+
+class GoldAnswer(Base):
+    """The right answer to a pair, for control questions."""
+
+    __tablename__ = "gold_answers"
+    pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"), primary_key=True)
+    vote: Mapped[str] = mapped_column(String(16))  # a, b or tie
+    reason: Mapped[str] = mapped_column(Text, default="")
+    by: Mapped[str] = mapped_column(String(200), default="")
+    at: Mapped[datetime]
+
+
+class Annotator(Base):
+    """A pseudonym in a project."""
+
+    __tablename__ = "annotators"
+    __table_args__ = (UniqueConstraint("project_id", "pseudonym"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    pseudonym: Mapped[str] = mapped_column(String(200))
+    role: Mapped[str] = mapped_column(String(16), default="annotator")  # or admin
+    state: Mapped[str] = mapped_column(String(16), default="active")  # active, paused, left
+    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow
+    created_at: Mapped[datetime]
+
+
+class Identity(Base):
+    """Who is behind a pseudonym. Deleting the row leaves the votes with nobody's name."""
+
+    __tablename__ = "identities"
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), default="")
+    email: Mapped[str] = mapped_column(String(320), default="")
+    at: Mapped[datetime]
+
+
+class Invitation(Base):
+    """A link that lets one person in."""
+
+    __tablename__ = "invitations"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"), index=True)
+    token_digest: Mapped[str] = mapped_column(String(64), unique=True)
+    role: Mapped[str] = mapped_column(String(16), default="annotator")
+    name: Mapped[str] = mapped_column(String(200), default="")  # moves to the identity when used
+    email: Mapped[str] = mapped_column(String(320), default="")
+    by: Mapped[str] = mapped_column(String(200), default="")
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    # whom it lets in: a new annotator, or one who comes back
+    annotator_id: Mapped[int | None] = mapped_column(ForeignKey("annotators.id"))
+
+
+class Session(Base):
+    """A browser that has come in."""
+
+    __tablename__ = "sessions"
+    token_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    csrf: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+
+
+class Consent(Base):
+    """The text that somebody agreed to, by version and digest."""
+
+    __tablename__ = "consents"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    version: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str] = mapped_column(String(64))
+    licence: Mapped[str] = mapped_column(String(300), default="")
+    at: Mapped[datetime]
+
+
+class Assignment(Base):
+    """A pair that is or was shown to an annotator. The side is drawn once, and stays."""
+
+    __tablename__ = "assignments"
+    __table_args__ = (
+        UniqueConstraint("annotator_id", "pair_id", "kind"),
+        Index("ix_assignments_leases", "leased_until", sqlite_where=text("state = 'open'"),
+              postgresql_where=text("state = 'open'")),
+        Index("ix_assignments_of_annotator", "annotator_id", "state"),
+        Index(None, "pair_id"),
+    )  # fmt: skip
+    id: Mapped[int] = mapped_column(primary_key=True)
+    token: Mapped[str] = mapped_column(String(32), unique=True)  # what the browser knows
+    pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"))
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
+    kind: Mapped[str] = mapped_column(String(16), default="fresh")  # fresh, gold, repeat
+    first: Mapped[str] = mapped_column(String(1))  # a or b: the answer on the left
+    state: Mapped[str] = mapped_column(String(16))  # open, voted, skipped, expired
+    leased_until: Mapped[datetime]
+    created_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class Judgment(Base):
+    """A vote, a skip or a withdrawal. Rows are never changed: the one that counts is the one that
+    no other replaces."""
+
+    __tablename__ = "judgments"
+    __table_args__ = (
+        UniqueConstraint("project_id", "key"),
+        CheckConstraint("vote IN ('a', 'b', 'tie', 'both_bad', 'skip', 'withdrawn')", name="vote"),
+        Index(None, "project_id", "id"),
+        Index(None, "pair_id"),
+        Index(None, "annotator_id", "id"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"))
+    annotator_id: Mapped[int | None] = mapped_column(ForeignKey("annotators.id"))  # None: unknown
+    assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignments.id"), index=True)
+    replaces_id: Mapped[int | None] = mapped_column(ForeignKey("judgments.id"), unique=True)
+    key: Mapped[str] = mapped_column(String(64))  # a post that comes twice is one judgment
+    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import
+    vote: Mapped[str] = mapped_column(String(16))
+    first: Mapped[str] = mapped_column(String(1), default="")  # the answer on the left; "" unknown
+    margin: Mapped[float] = mapped_column(default=0.0)  # raw reward
+    seconds: Mapped[float | None]  # from showing the pair to the vote
+    note: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(Text, default="")  # of a skip
+    source: Mapped[str] = mapped_column(String(300), default="")  # page, or a file
+    time: Mapped[str] = mapped_column(String(64), default="")  # as the source has it
+    at: Mapped[datetime]
+
+
+class Snapshot(Base):
+    """The judgments that counted at one time, by the digest of what they say."""
+
+    __tablename__ = "snapshots"
+    __table_args__ = (UniqueConstraint("project_id", "digest"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
+    digest: Mapped[str] = mapped_column(String(64))
+    votes: Mapped[int]
+    pairs: Mapped[int]
+    annotators: Mapped[int]
+    by: Mapped[str] = mapped_column(String(200), default="")
+    created_at: Mapped[datetime]
+
+
+class SnapshotMember(Base):
+    """A judgment of a snapshot."""
+
+    __tablename__ = "snapshot_members"
+    snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshots.id"), primary_key=True)
+    judgment_id: Mapped[int] = mapped_column(ForeignKey("judgments.id"), primary_key=True)
+
+
+class AuditEntry(Base):
+    """Who changed what."""
+
+    __tablename__ = "audit_log"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int | None] = mapped_column(ForeignKey("projects.id"), index=True)
+    at: Mapped[datetime]
+    actor: Mapped[str] = mapped_column(String(200))  # a pseudonym, or the user of a command
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(300), default="")
+    details: Mapped[dict[str, Any]]
