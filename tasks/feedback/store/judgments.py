@@ -96,19 +96,21 @@ class Judgments:
                 pair_id=pair_id,
                 annotator_id=self._annotator(session, ballot.annotator),
                 key=key,
-                kind="import",
+                kind=ballot.kind,
                 vote=vote,
                 first=first,
                 margin=ballot.margin,
                 seconds=ballot.seconds,
                 note=ballot.note,
+                reason=ballot.reason,
                 source=ballot.source,
                 time=ballot.time,
                 at=clock.now(),
             )
         )
-        pair.votes += 1
-        pair.taken += 1
+        if vote != "skip":
+            pair.votes += 1
+            pair.taken += 1
         return True
 
     def _annotator(self, session: Session, pseudonym: str) -> int | None:
