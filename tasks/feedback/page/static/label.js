@@ -205,7 +205,7 @@ function nothing(why) {
     paused: () => paragraphs("Labelling is paused", thanks, `It goes on when the people who run it say so. ${looks}`),
     stopped: () => paragraphs("No pairs for now", looks),
     finished: () => (count
-      ? paragraphs("Nothing left for now", thanks, `Come back later, or leave the page open: ${looks.toLowerCase().replace("this", "this")}`)
+      ? paragraphs("Nothing left for now", thanks, `Come back later, or leave the page open. ${looks}`)
       : paragraphs("No pairs yet", `There is nothing to compare at the moment. ${looks}`)),
   }[why]();
   if (waiting && why !== "offline") drawn.push(...paragraphs("", `${votes(waiting)} are on their way.`).slice(1));
@@ -270,7 +270,7 @@ function count(change) {
 function showProgress() {
   const { done, today, left } = progress;
   const number = (value) => value.toLocaleString("en");
-  const rest = left ? `about ${number(left)} left` : "the last ones";
+  const rest = left ? `${left > 20 ? "about " : ""}${number(left)} left` : "the last ones";
   of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length || left ? rest : "none left"}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
