@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 
 from rlhf_core.data.encoding import Prompt
 
-LONGEST_MARKDOWN = 60_000  # characters; a longer text is shown as it was written
+LONGEST_MARKDOWN = 30_000  # characters; a longer text is shown as it was written
 _LONGEST_FORMULA = 4_000  # characters
 _ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
