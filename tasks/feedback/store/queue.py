@@ -7,7 +7,7 @@ server that is killed leaves either all of a vote or nothing.
 
 import random
 import secrets
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, exists, func, select, update
 from sqlalchemy.orm import Session
@@ -91,13 +91,18 @@ class Queue:
                 raise StaleTaskError("This task has a vote already.")
             self._settle(session, found, vote)
 
-    def undo(self, annotator_id: int) -> Task | None:
+    def undo(self, annotator_id: int, key: str = "") -> Task | None:
         """Take the last vote or skip back, and put its task on top of the desk again.
+
+        Args:
+            key: made by whoever sends it: sent twice, it takes one vote back.
 
         Returns: the task; None if there is nothing to take back.
         """
         with self._database.writing() as session:
             rules = self._rules(session)
+            if key and (before := self._undone(session, key)):
+                return self._task(session, before)
             last = session.scalar(
                 select(Assignment)
                 .where(
@@ -109,13 +114,13 @@ class Queue:
             )
             if last is None:
                 return None
-            self._withdraw(session, last, rules)
+            self._withdraw(session, last, rules, key)
             return self._task(session, last)
 
-    def progress(self, annotator_id: int) -> Progress:
-        """How many tasks somebody has done, and how many are free for them."""
+    def progress(self, annotator_id: int, since: datetime | None = None) -> Progress:
+        """How many tasks somebody has done, in all and since a moment, and how many are free."""
         with self._database.reading() as session:
-            done = session.scalar(
+            query = (
                 select(func.count())
                 .select_from(Assignment)
                 .where(
@@ -123,10 +128,12 @@ class Queue:
                     Assignment.state.in_(("voted", "skipped")),
                 )
             )
+            done = session.scalar(query)
+            recent = session.scalar(query.where(Assignment.ended_at >= since)) if since else 0
             left = session.scalar(
                 select(func.count()).select_from(Pair).where(*self._free(annotator_id))
             )
-            return Progress(done or 0, left or 0)
+            return Progress(done or 0, left or 0, recent or 0)
 
     # ---- drawing ----
 
@@ -291,7 +298,17 @@ class Queue:
             if pair.votes >= pair.wanted:
                 pair.state = "done"
 
-    def _withdraw(self, session: Session, last: Assignment, rules: ProjectRules) -> None:
+    def _undone(self, session: Session, key: str) -> Assignment | None:
+        """The task whose vote was taken back under this key."""
+        return session.scalar(
+            select(Assignment)
+            .join(Judgment, Judgment.assignment_id == Assignment.id)
+            .where(Judgment.project_id == self._project, Judgment.key == key)
+        )
+
+    def _withdraw(
+        self, session: Session, last: Assignment, rules: ProjectRules, key: str
+    ) -> None:
         current = self._current(session, last.id)
         at = clock.now()
         session.add(
@@ -301,7 +318,7 @@ class Queue:
                 annotator_id=last.annotator_id,
                 assignment_id=last.id,
                 replaces_id=current,
-                key=secrets.token_hex(16),
+                key=key or secrets.token_hex(16),
                 kind=last.kind,
                 vote="withdrawn",
                 first=last.first,

@@ -127,6 +127,7 @@ class Progress:
 
     done: int  # by this annotator
     left: int  # pairs that are free for this annotator
+    recent: int = 0  # of those done, since the moment that was asked for
 
 
 @dataclass(frozen=True)
