@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from tasks.feedback.page import annotate, consent, entry, problems
+from tasks.feedback.page import admin, annotate, consent, entry, problems
 from tasks.feedback.page.access import may_label
 from tasks.feedback.page.shield import Address, Rates, Shield
 from tasks.feedback.store.store import Store
@@ -44,6 +44,7 @@ def create_app(
     problems.install(app)
     app.include_router(entry.router)
     app.include_router(consent.router)
+    app.include_router(admin.router)
     app.include_router(annotate.router, dependencies=[Depends(may_label)])
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 

@@ -306,9 +306,7 @@ class Queue:
             .where(Judgment.project_id == self._project, Judgment.key == key)
         )
 
-    def _withdraw(
-        self, session: Session, last: Assignment, rules: ProjectRules, key: str
-    ) -> None:
+    def _withdraw(self, session: Session, last: Assignment, rules: ProjectRules, key: str) -> None:
         current = self._current(session, last.id)
         at = clock.now()
         session.add(
