@@ -126,6 +126,22 @@ class Roster:
             )
         return query
 
+    def find(self, pseudonym: str) -> int:
+        """The number of somebody.
+
+        Raises: UserError when nobody has this pseudonym.
+        """
+        with self._database.reading() as session:
+            found = session.scalar(
+                select(Annotator.id).filter_by(project_id=self._project.id, pseudonym=pseudonym)
+            )
+        if found is None:
+            raise UserError(
+                f"Nobody in the project {self._project.name} is called '{pseudonym}': its page "
+                "lists the people."
+            )
+        return found
+
     def links(self, page: int = 0) -> list[OpenLink]:
         """A page of the invitations that are still open, newest first."""
         with self._database.reading() as session:
