@@ -10,7 +10,7 @@ Repeats are members, as the report on agreement needs them, but are not written 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sqlalchemy import insert, select
@@ -75,11 +75,12 @@ class Snapshots:
     def write(self, which: str, path: Path) -> SnapshotInfo:
         """Write the votes of a snapshot as JSON lines that `data.preferences` reads."""
         found = self._row(which)
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for vote in self._judgments.stream(snapshot=found.id):
-                if vote.kind != "repeat":
-                    file.write(json.dumps(training_row(vote), ensure_ascii=False) + "\n")
+        _write(self._judgments.stream(snapshot=found.id), path)
         return self._info(found, new=False)
+
+    def write_now(self, path: Path) -> None:
+        """Write what `write` would, if a snapshot were taken now."""
+        _write(self._judgments.stream(training=True), path)
 
     def look(self, which: str = LATEST) -> SnapshotInfo:
         """What `take`, for `latest`, would give, without keeping it; else what `find` gives.
@@ -129,6 +130,13 @@ class Snapshots:
         return SnapshotInfo(
             self._name, row.digest, row.votes, row.pairs, row.annotators, row.created_at, new
         )
+
+
+def _write(votes: Iterable[CastVote], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for vote in votes:
+            if vote.kind != "repeat":
+                file.write(json.dumps(training_row(vote), ensure_ascii=False) + "\n")
 
 
 def training_row(vote: CastVote) -> dict[str, object]:
