@@ -13,6 +13,7 @@ STAGE: Final = "stage"  # the stage, as `sft`; for a run with stages: its kind
 SEED: Final = "seed"
 KEY: Final = "stage_key"  # equal keys lead to equal bits: tasks/record/identity.py
 DATA_DIGEST: Final = "data_digest"  # of the prepared data, input or output
+SNAPSHOT: Final = "snapshot"  # of votes: on the run of a pipeline and of its prepare stage
 CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
