@@ -253,7 +253,8 @@ def test_a_bad_row_is_named_without_the_file_of_this_machine(record, project):
         prepare_data(data(), MODEL, LIMITS, run)
     assert str(record.settings.home) not in str(caught.value)
     assert re.match(
-        "the feedback project shop at snapshot [0-9a-f]{16}, line \\d+, field 'response_[ab]': is empty",
+        r"the feedback project shop at snapshot [0-9a-f]{16}, line \d+, "
+        "field 'response_[ab]': is empty",
         str(caught.value),
     )
 
