@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from sqlalchemy import Select, exists, select
+from sqlalchemy import ColumnElement, Select, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.data.encoding import Prompt as PromptText
@@ -13,6 +13,8 @@ from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, Ballot, NewPair
 from tasks.feedback.store.tables import (
     Annotator,
+    Batch,
+    BatchPair,
     GoldAnswer,
     Judgment,
     Pair,
@@ -22,7 +24,17 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
 _EXCHANGED = {"a": "b", "b": "a"}
+
+
+def judged() -> ColumnElement[bool]:
+    """Whether people were asked about the pair of a judgment as judges."""
+    return (
+        exists()
+        .where(BatchPair.pair_id == Judgment.pair_id)
+        .where(Batch.id == BatchPair.batch_id, Batch.kind == JUDGE)
+    )
 
 
 class CastVote(NamedTuple):
@@ -96,19 +108,21 @@ class Judgments:
                 pair_id=pair_id,
                 annotator_id=self._annotator(session, ballot.annotator),
                 key=key,
-                kind="import",
+                kind=ballot.kind,
                 vote=vote,
                 first=first,
                 margin=ballot.margin,
                 seconds=ballot.seconds,
                 note=ballot.note,
+                reason=ballot.reason,
                 source=ballot.source,
                 time=ballot.time,
                 at=clock.now(),
             )
         )
-        pair.votes += 1
-        pair.taken += 1
+        if vote != "skip":
+            pair.votes += 1
+            pair.taken += 1
         return True
 
     def _annotator(self, session: Session, pseudonym: str) -> int | None:
@@ -130,7 +144,12 @@ class Judgments:
         return found.id
 
     def stream(
-        self, *, snapshot: int | None = None, skips: bool = False, after: int = 0
+        self,
+        *,
+        snapshot: int | None = None,
+        skips: bool = False,
+        after: int = 0,
+        training: bool = False,
     ) -> Iterator[CastVote]:
         """The votes that count, in the order in which they came, a few at a time in memory.
 
@@ -138,9 +157,13 @@ class Judgments:
             snapshot: only its members; None = those that count now.
             skips: also what was skipped, with its reason.
             after: only judgments with a higher number.
+            training: without those on pairs that people were asked about as judges: their prompts
+                are those of an evaluation, which no training may see.
         """
         with self._database.reading() as session:
             query = self._query(snapshot, skips).where(Judgment.id > after)
+            if training:
+                query = query.where(~judged())
             rows = session.execute(query.execution_options(yield_per=ROWS))
             for row in rows:
                 yield CastVote(*row)

@@ -272,8 +272,8 @@ class Queue:
                 seconds=vote.seconds,
                 note=vote.note,
                 reason=vote.reason,
-                source="page",
-                time=at.isoformat(timespec="microseconds"),
+                source=vote.source,
+                time=vote.time or at.isoformat(timespec="microseconds"),
                 at=at,
             )
         )

@@ -14,6 +14,7 @@ Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 AssignmentKind: TypeAlias = Literal["fresh", "gold", "repeat"]
 Role: TypeAlias = Literal["annotator", "admin"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
+JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import"]
 
 
 class ProjectRules(BaseModel):
@@ -78,14 +79,16 @@ class NewPair:
 class Ballot:
     """A vote that was cast elsewhere, on its way in."""
 
-    vote: Choice
+    vote: Choice | Literal["skip"]
     annotator: str = ""  # "" = anonymous
     first: Side | Literal[""] = ""  # what the annotator saw first
     margin: float = 0.0
     seconds: float | None = None
     time: str = ""  # as the source has it
     note: str = ""
+    reason: str = ""  # of a skip
     source: str = ""
+    kind: JudgmentKind = "import"  # as another store had it: a repeat stays one
     # distinguishes two anonymous votes of the same row, which are otherwise the same vote
     ballot: int = 0
 
@@ -119,6 +122,8 @@ class Vote:
     seconds: float | None = None
     note: str = ""
     reason: str = ""  # of a skip
+    source: str = "page"  # where it was cast
+    time: str = ""  # when it was cast, in ISO 8601; "" = now
 
 
 @dataclass(frozen=True)

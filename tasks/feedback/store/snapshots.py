@@ -41,21 +41,7 @@ class Snapshots:
 
         Raises: DataError when there is no vote.
         """
-        said: list[bytes] = []
-        members: list[int] = []
-        pairs: set[int] = set()
-        people: set[str] = set()
-        for vote in self._judgments.stream():
-            said.append(bytes.fromhex(_content(vote)))
-            members.append(vote.judgment)
-            pairs.add(vote.pair)
-            people.add(vote.annotator)
-        if not members:
-            raise DataError(
-                f"the feedback project '{self._name}' has no votes yet; import some with "
-                f"`rlhf feedback import {self._name} FILE`, or collect them with `rlhf label`"
-            )
-        key = hashlib.sha256(b"".join(sorted(said))).hexdigest()
+        key, members, pairs, people = self._now()
         with self._database.writing() as session:
             found = session.scalar(select(Snapshot).filter_by(project_id=self._project, digest=key))
             new = found is None
@@ -64,8 +50,8 @@ class Snapshots:
                     project_id=self._project,
                     digest=key,
                     votes=len(members),
-                    pairs=len(pairs),
-                    annotators=len(people - {""}),
+                    pairs=pairs,
+                    annotators=people,
                     by=by,
                     created_at=clock.now(),
                 )
@@ -94,6 +80,35 @@ class Snapshots:
                 if vote.kind != "repeat":
                     file.write(json.dumps(training_row(vote), ensure_ascii=False) + "\n")
         return self._info(found, new=False)
+
+    def look(self, which: str = LATEST) -> SnapshotInfo:
+        """What `take`, for `latest`, would give, without keeping it; else what `find` gives.
+
+        Raises: DataError, as they do.
+        """
+        if which != LATEST:
+            return self.find(which)
+        key, members, pairs, people = self._now()
+        return SnapshotInfo(self._name, key, len(members), pairs, people, clock.now(), new=False)
+
+    def _now(self) -> tuple[str, list[int], int, int]:
+        """Digest, members, pairs and annotators of the votes that count now."""
+        said: list[bytes] = []
+        members: list[int] = []
+        pairs: set[int] = set()
+        people: set[str] = set()
+        for vote in self._judgments.stream(training=True):
+            said.append(bytes.fromhex(_content(vote)))
+            members.append(vote.judgment)
+            pairs.add(vote.pair)
+            people.add(vote.annotator)
+        if not members:
+            raise DataError(
+                f"the feedback project '{self._name}' has no votes yet; import some with "
+                f"`rlhf feedback import {self._name} FILE`, or collect them with `rlhf label`"
+            )
+        key = hashlib.sha256(b"".join(sorted(said))).hexdigest()
+        return key, members, len(pairs), len(people - {""})
 
     def _row(self, which: str) -> Snapshot:
         with self._database.reading() as session:
