@@ -27,7 +27,7 @@ def coincidences(counts: Ints) -> Floats:
     m = counts.sum(1)
     weight = np.where(m >= 2, 1.0 / np.maximum(m - 1, 1), 0.0)
     both = counts[:, :, None] * (counts[:, None, :] - np.eye(counts.shape[1], dtype=np.int64))
-    return both * weight[:, None, None]
+    return np.asarray(both * weight[:, None, None], dtype=np.float64)
 
 
 def alpha_of(coincidence: Floats) -> Floats:
@@ -53,7 +53,8 @@ def alpha_of(coincidence: Floats) -> Floats:
 def same_of(coincidence: Floats) -> Floats:
     """The share of equal votes among any two on a pair: Σ_c o_cc / n, of the same shape."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.trace(coincidence, axis1=-2, axis2=-1) / coincidence.sum((-2, -1))
+        equal = np.trace(coincidence, axis1=-2, axis2=-1)
+        return np.asarray(equal / coincidence.sum((-2, -1)), dtype=np.float64)
 
 
 def krippendorff(
@@ -112,7 +113,8 @@ def krippendorff(
     drawn, step = [], max(1, _CELLS // len(patterns))
     for start in range(0, resamples, step):
         times = random.multinomial(k, repeated / k, size=min(step, resamples - start))
-        drawn.append(statistic((times @ patterns).reshape(-1, kinds, kinds)))
+        sums: Floats = times.astype(np.float64) @ patterns
+        drawn.append(statistic(sums.reshape(-1, kinds, kinds)))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(np.concatenate(drawn), [tail, 1 - tail])
     return Measure.within(

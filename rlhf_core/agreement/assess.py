@@ -1,4 +1,4 @@
-"""Makes the report of votes: every measure of this package, over all and by annotator, time, group."""
+"""The report of votes: every measure of this package, over all, by annotator, time and group."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
@@ -18,7 +18,7 @@ from rlhf_core.agreement.habits import (
     shares_of,
 )
 from rlhf_core.agreement.kappa import kappas
-from rlhf_core.agreement.measures import Measure, in_percent
+from rlhf_core.agreement.measures import in_percent
 from rlhf_core.agreement.quality import Block, Group, Habits, Kappa, Person, Quality, Reason, Said
 from rlhf_core.agreement.votes import (
     CLASSES,
@@ -208,8 +208,9 @@ def _blocks(
     votes: Votes, cases: Mapping[str, Cases], of: Ints, names: tuple[str, ...]
 ) -> Iterator[Block]:
     count = len(names)
-    size = np.bincount(of[votes.choice != SKIP], minlength=count)
-    people = np.unique(np.stack([of, votes.voters()]), axis=1)[0]
+    timed = of != UNKNOWN
+    size = np.bincount(of[timed & (votes.choice != SKIP)], minlength=count)
+    people = np.unique(np.stack([of, votes.voters()])[:, timed], axis=1)[0]
     rows = zip(_habits(votes, cases, of, count), _median(votes, of, count), strict=True)
     for i, (habit, seconds) in enumerate(rows):
         yield Block(names[i], int(size[i]), int((people == i).sum()), habit, seconds)

@@ -1,4 +1,4 @@
-"""The model of Dawid and Skene: who errs how, and what the right answers are, without knowing them."""
+"""The model of Dawid and Skene: who errs how, and what the right answers are, found together."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ class DawidSkene(NamedTuple):
     errors: Floats  # (A, C, C) chance that an annotator says l of an item of class j; NaN = unseen
     prevalence: Floats  # (C,) share of items of each class
     log_likelihood: float  # nats
-    rounds: int
 
     def skill(self) -> Floats:
         """(A,) The chance that an annotator is right about an item drawn from all.
@@ -67,7 +66,7 @@ def dawid_skene(
     posterior = votes / votes.sum(1, keepdims=True)
     said = annotators * classes + labels  # which column of the errors a label reads
     before = -np.inf
-    for rounds in range(1, most_rounds + 1):
+    for _ in range(most_rounds):
         prevalence = posterior.mean(0)
         table = np.stack(
             [
@@ -89,4 +88,4 @@ def dawid_skene(
         if likelihood - before < tolerance * len(items):
             break
         before = likelihood
-    return DawidSkene(posterior, errors, prevalence, likelihood, rounds)
+    return DawidSkene(posterior, errors, prevalence, likelihood)

@@ -40,30 +40,32 @@ class Trend:
 
 
 def places(votes: Votes) -> Floats:
-    """(N,) When each vote was cast, from 0 (the first) to 1 (the last), by its rank.
-
-    By time where all times are known, and else in the order in which the votes came.
-    """
-    n = len(votes)
-    order = np.argsort(votes.at, kind="stable") if np.isfinite(votes.at).all() else np.arange(n)
-    found = np.empty(n)
-    found[order] = np.arange(n) / max(n - 1, 1)
+    """(N,) When each vote was cast, from 0 (the first) to 1 (the last), by its rank; NaN where the
+    time is unknown: the order of the lines of a file is no order in time."""
+    known = np.flatnonzero(np.isfinite(votes.at))
+    found = np.full(len(votes), np.nan)
+    order = known[np.argsort(votes.at[known], kind="stable")]
+    found[order] = np.arange(len(known)) / max(len(known) - 1, 1)
     return found
 
 
 def blocks(votes: Votes) -> Blocks:
-    """Weeks, joined until each has 30 votes, if the times are known and there are three such weeks
-    or more; ten blocks of equal size otherwise, or fewer."""
-    if len(votes) and np.isfinite(votes.at).all():
-        week = np.floor(votes.at / WEEK + 3 / 7).astype(np.int64)  # 1970 began on a Thursday
-        weeks, of, size = np.unique(week, return_inverse=True, return_counts=True)
-        joined = _join(size, max(FEWEST, len(votes) // MOST_BLOCKS))
-        if joined.max() >= 2:
-            starts = [weeks[np.argmax(joined == b)] for b in range(joined.max() + 1)]
-            days = [datetime.fromtimestamp((w - 3 / 7) * WEEK, UTC).date() for w in starts]
-            return Blocks(joined[of], tuple(f"from {day}" for day in days), weekly=True)
-    count = int(np.clip(len(votes) // FEWEST, 1, 10))
-    of = np.minimum((places(votes) * count).astype(np.int64), count - 1)
+    """Weeks, joined until each has 30 votes, if there are three such weeks or more; otherwise ten
+    blocks of equal size, or fewer. A vote whose time is unknown is in none."""
+    known = np.isfinite(votes.at)
+    of = np.full(len(votes), UNKNOWN, dtype=np.int64)
+    if known.sum() < 2 * FEWEST:
+        return Blocks(of, (), weekly=False)
+    week = np.floor(votes.at[known] / WEEK + 3 / 7).astype(np.int64)  # 1970 began on a Thursday
+    weeks, which, size = np.unique(week, return_inverse=True, return_counts=True)
+    joined = _join(size, max(FEWEST, int(known.sum()) // MOST_BLOCKS))
+    if joined.max() >= 2:
+        of[known] = joined[which]
+        starts = [weeks[np.argmax(joined == b)] for b in range(joined.max() + 1)]
+        days = [datetime.fromtimestamp((w - 3 / 7) * WEEK, UTC).date() for w in starts]
+        return Blocks(of, tuple(f"from {day}" for day in days), weekly=True)
+    count = min(int(known.sum()) // FEWEST, 10)
+    of[known] = np.minimum((places(votes)[known] * count).astype(np.int64), count - 1)
     names = tuple(f"part {i + 1} of {count}" for i in range(count))
     return Blocks(of, names, weekly=False)
 
@@ -89,11 +91,11 @@ def slope(
         b = Σ t'·y' / Σ t'²,   s² = K / (K - 1) · Σ_k (Σ_{i∈k} t'·(y' - b·t'))² / (Σ t'²)²
 
     t' and y' are place in time and value less their means over the votes of the same annotator.
-    So nobody's leaving or coming looks like a change. The votes on a pair go together; t has K - 1
-    degrees of freedom. None for fewer than ten pairs, or if nobody's votes spread in time.
+    So nobody's leaving or coming looks like a change. The votes on a prompt go together; t has
+    K - 1 degrees of freedom, K prompts. None for fewer than ten, or if no votes spread in time.
 
     Args:
-        values: (N,); when: (N,) 0 to 1; owners: (N,) annotators; clusters: (N,) pairs.
+        values: (N,); when: (N,) 0 to 1; owners: (N,) annotators; clusters: (N,) prompts.
 
     Reference: Wooldridge 2010, Econometric Analysis, 2nd edition, section 10.5 (fixed effects,
     with errors that are robust to clusters).
@@ -128,9 +130,10 @@ def trends(votes: Votes, habits: dict[str, tuple[Ints, Floats]], alpha: float) -
     when = places(votes)
     found = []
     for name, (rows, values) in habits.items():
-        known = rows[votes.annotator[rows] != UNKNOWN], values[votes.annotator[rows] != UNKNOWN]
-        rows, values = known if len(known[0]) else (rows, values)
-        measured = slope(values, when[rows], votes.annotator[rows], votes.pair[rows])
+        timed = np.isfinite(when[rows])
+        rows, values = rows[timed], values[timed]
+        prompts = votes.prompt[votes.pair[rows]]
+        measured = slope(values, when[rows], votes.annotator[rows], prompts)
         if measured is not None:
             found.append((name, *measured))
     levels = holm([p for _, _, p in found], alpha)

@@ -27,7 +27,7 @@ def kappas(votes: Votes, *, least: int = LEAST_SHARED) -> list[PairOfAnnotators]
     """Cohen's kappa of every two annotators with enough pairs in common, with its interval.
 
         κ = (p_o - p_e) / (1 - p_e),   p_e = Σ_c p_c·q_c
-        bounds = κ ± t·s,   s² = the larger of Σ_i d_i² / n² and K / (K - 1) · Σ_k (Σ_{i∈k} d_i)² / n²
+        bounds = κ ± t·s,   s² = max(Σ_i d_i², K / (K - 1) · Σ_k (Σ_{i∈k} d_i)²) / n²
         d_i = ([x_i = y_i] - p_o) / (1 - p_e)
               - (1 - p_o)·(q_{x_i} + p_{y_i} - 2·p_e) / (1 - p_e)²
 

@@ -1,8 +1,8 @@
 """The report on what annotators agree on: everything in numbers, for people and for programs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, TypeGuard
 
 from rlhf_core.agreement.disclosure import FEWEST_PEOPLE, FEWEST_VOTES
 from rlhf_core.agreement.drift import Trend
@@ -15,14 +15,14 @@ REST: Final = "other reasons"
 class Habits:
     """Shares of whoever's votes these are; None without a case. `habits` defines each."""
 
-    gold: Measure | None
-    consistency: Measure | None
-    left: Measure | None
-    longer: Measure | None
-    others: Measure | None
-    ties: Measure | None
-    skips: Measure | None
-    fast: Measure | None
+    gold: Measure | None = None
+    consistency: Measure | None = None
+    left: Measure | None = None
+    longer: Measure | None = None
+    others: Measure | None = None
+    ties: Measure | None = None
+    skips: Measure | None = None
+    fast: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -103,36 +103,38 @@ class Quality:
 
     project: str
     snapshot: str  # its digest; empty: the votes as they are now
-    votes: int  # repeats and control questions included, skips not
-    skips: int
-    pairs: int  # that somebody voted on
-    prompts: int
-    annotators: int
-    anonymous: int  # votes
-    unknown_sides: int  # decided votes of which nobody knows what was on the left
-    twice: int  # pairs that two or more people voted on
-    alpha: Measure | None
-    alpha_without_ties: Measure | None
-    same: Measure | None  # share of equal votes among any two on a pair
-    together: Mapping[str, float]  # what two votes on a pair are to each other; shares, sum 1
-    habits: Habits
-    left_when_balanced: Measure | None
-    seconds: float | None
-    classes: Mapping[str, float]  # share of pairs whose answer is a, b or a tie, by the model
-    sure: float | None  # share of pairs that the model is sure of to 95 %
-    people: tuple[Person, ...]
-    flags: tuple[Said, ...]
-    tested: int  # annotators that were looked at for flags
-    kappas: tuple[Kappa, ...]
-    blocks: tuple[Block, ...]
-    weekly: bool
-    trends: tuple[Trend, ...]
-    groups: tuple[Group, ...]
-    reasons: tuple[Reason, ...]
+    votes: int = 0  # repeats and control questions included, skips not
+    skips: int = 0
+    pairs: int = 0  # that somebody voted on
+    prompts: int = 0
+    annotators: int = 0
+    anonymous: int = 0  # votes
+    unknown_sides: int = 0  # decided votes of which nobody knows what was on the left
+    twice: int = 0  # pairs that two or more people voted on
+    alpha: Measure | None = None
+    alpha_without_ties: Measure | None = None
+    same: Measure | None = None  # share of equal votes among any two on a pair
+    # what two votes on a pair are to each other; shares, sum 1
+    together: Mapping[str, float] = field(default_factory=dict)
+    habits: Habits = Habits()
+    left_when_balanced: Measure | None = None
+    seconds: float | None = None
+    # share of pairs whose answer is a, b or a tie, by Dawid and Skene's model
+    classes: Mapping[str, float] = field(default_factory=dict)
+    sure: float | None = None  # share of pairs that the model is sure of to 95 %
+    people: tuple[Person, ...] = ()
+    flags: tuple[Said, ...] = ()
+    tested: int = 0  # annotators that were looked at for flags
+    kappas: tuple[Kappa, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    weekly: bool = False
+    trends: tuple[Trend, ...] = ()
+    groups: tuple[Group, ...] = ()
+    reasons: tuple[Reason, ...] = ()
     # what is shown to everybody, decided where the votes were at hand
-    pooled: Person | None
-    hidden_people: frozenset[str]
-    hidden_groups: frozenset[tuple[str, str]]
+    pooled: Person | None = None
+    hidden_people: frozenset[str] = frozenset()
+    hidden_groups: frozenset[tuple[str, str]] = frozenset()
     is_redacted: bool = False
 
     def redacted(self) -> "Quality":
@@ -143,12 +145,12 @@ class Quality:
         if self.is_redacted:
             return self
         if self.votes < FEWEST_VOTES:
-            return _nothing(self)
+            return Quality(self.project, self.snapshot, is_redacted=True)
         hidden = self.hidden_people
         people = tuple(person for person in self.people if person.name not in hidden)
         return replace(
             self,
-            people=people if self.pooled is None else (*people, self.pooled),
+            people=(*people, self.pooled) if _enough(self.pooled) else people,
             flags=tuple(flag for flag in self.flags if flag.annotator not in hidden),
             kappas=tuple(k for k in self.kappas if not {k.first, k.second} & hidden),
             groups=tuple(g for g in self.groups if (g.column, g.value) not in self.hidden_groups),
@@ -167,6 +169,11 @@ class Quality:
         return content
 
 
+def _enough(pool: Person | None) -> TypeGuard[Person]:
+    """Whether a row of several people says nothing of any one of them."""
+    return pool is not None and pool.people >= 2 and pool.votes >= FEWEST_VOTES
+
+
 def _common(reasons: tuple[Reason, ...]) -> tuple[Reason, ...]:
     """The reasons that many gave; the others as one, which is no single reason either."""
     many = [r for r in reasons if r.skips >= FEWEST_VOTES and r.people >= FEWEST_PEOPLE]
@@ -176,17 +183,3 @@ def _common(reasons: tuple[Reason, ...]) -> tuple[Reason, ...]:
         few.append(many.pop(0))
     rest = (Reason(REST, sum(r.skips for r in few), 0),) if few else ()
     return (*sorted(many, key=lambda reason: -reason.skips), *rest)
-
-
-def _nothing(quality: Quality) -> Quality:
-    """A report of fewer than five votes: nothing but that."""
-    none = Habits(*[None] * 8)
-    return replace(
-        quality,
-        **dict.fromkeys(("votes", "skips", "pairs", "prompts", "annotators", "anonymous"), 0),
-        **dict.fromkeys(("unknown_sides", "twice", "tested"), 0),
-        **dict.fromkeys(("alpha", "alpha_without_ties", "same", "left_when_balanced", "seconds")),
-        **dict.fromkeys(("people", "flags", "kappas", "blocks", "trends", "groups", "reasons"), ()),
-        **{"together": {}, "classes": {}, "habits": none, "sure": None, "pooled": None},
-        **{"hidden_people": frozenset(), "hidden_groups": frozenset(), "is_redacted": True},
-    )

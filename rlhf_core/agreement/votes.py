@@ -78,4 +78,5 @@ class Votes:
         asked = (self.kind == FRESH) | (self.kind == IMPORT)
         kept = np.flatnonzero(asked & (self.choice != SKIP))
         key = self.voters()[kept] * max(self.pairs, 1) + self.pair[kept]
-        return kept[np.sort(np.unique(key, return_index=True)[1])]
+        firsts: Ints = np.sort(np.unique(key, return_index=True)[1])
+        return kept[firsts]

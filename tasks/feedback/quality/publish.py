@@ -1,4 +1,4 @@
-"""The report of a snapshot as an MLflow run: a page, tables, and the numbers with their intervals."""
+"""The report of a snapshot as an MLflow run: a page, tables, and numbers with their intervals."""
 
 import json
 import tempfile

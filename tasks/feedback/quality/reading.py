@@ -90,7 +90,7 @@ def _filled(values: dict[int, int], count: int) -> Ints:
 
 
 def _moment(text: str) -> float:
-    """Seconds since 1970 of a time in ISO form, in UTC unless it says otherwise; NaN if it is none."""
+    """Seconds since 1970 of an ISO time, in UTC unless it says otherwise; NaN if it is none."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
