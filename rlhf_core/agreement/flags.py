@@ -20,6 +20,7 @@ SIDE: Final = (0.45, 0.55)  # shares of the left answer that harm nobody
 LENGTH: Final = 0.10  # how far from the share of the others a person may prefer length
 FAST: Final = 0.10  # share of votes that may be too fast: a look at the same pair, a slip
 CHANCE: Final = 0.5  # of a right answer without looking
+WAY: Final = 2 / 3  # from chance to the share of the others, that is good enough
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Test(NamedTuple):
 def tests(found: Mapping[str, Shares]) -> list[Test]:
     """What is tested.
 
-    gold, consistency, others    below the middle between chance and the share of everybody else
+    gold, consistency, others    less than two thirds of the way from chance to the others' share
     left                         outside 45 to 55 %
     longer                       more than 10 points away from the share of everybody else
     fast                         over 10 %
@@ -57,8 +58,8 @@ def tests(found: Mapping[str, Shares]) -> list[Test]:
     ]
     for habit in ("gold", "consistency", "others"):
         rest = _everybody_else(found[habit])
-        middle = (np.maximum(rest, CHANCE) + CHANCE) / 2
-        made.append(Test(habit, False, middle))
+        bound = CHANCE + WAY * (np.maximum(rest, CHANCE) - CHANCE)
+        made.append(Test(habit, False, bound))
     rest = _everybody_else(found["longer"])
     made.append(Test("longer", True, np.minimum(rest + LENGTH, 1.0)))
     made.append(Test("longer", False, np.maximum(rest - LENGTH, 0.0)))
