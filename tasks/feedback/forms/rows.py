@@ -225,7 +225,7 @@ class PreferenceRows:
         own = self._extra(values, field)
         if not is_filled(own) and isinstance(entry, dict):
             own = find(entry, self._own.get("model", "model"))
-        return checks.text(own, self._own.get(field, "model"), MOST["model"])
+        return checks.text(own, self._own.get(field, field), MOST["model"])
 
     def _source(self, found: str) -> str:
         if found == self._file and self._options.source:

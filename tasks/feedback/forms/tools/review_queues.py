@@ -23,6 +23,7 @@ from tasks.feedback.store.queue import StaleTaskError
 from tasks.feedback.store.records import Task, Vote
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Assignment, Judgment
+from tasks.record.describe import ensure_experiment
 from tasks.record.tracking import connect
 from tasks.settings import Settings
 
@@ -92,8 +93,7 @@ class ReviewQueues:
         self._mlflow, self._queues, self._schemas = _modules()
         self._client = connect(settings)
         self._mlflow.set_tracking_uri(settings.mlflow_uri)
-        root = settings.artifact_root  # of a local database; a server has its own
-        self._root = None if root is None else root.absolute().as_uri()
+        self._settings = settings
         self.experiment = f"feedback-{project.name}"
 
     # ---- out ----
@@ -104,7 +104,7 @@ class ReviewQueues:
         Raises: UserError when a reviewer is nobody's name in MLflow, or is no annotator any more.
         """
         made = Pushed(self.experiment)
-        experiment = self._experiment()
+        experiment = ensure_experiment(self._client, self.experiment, self._settings)
         schema = self._schema(experiment)
         for reviewer in dict.fromkeys(reviewers):
             annotator = self._annotator(reviewer)
@@ -139,17 +139,6 @@ class ReviewQueues:
         span.set_outputs({"A": task.left, "B": task.right})
         span.end()
         return str(span.trace_id)
-
-    def _experiment(self) -> str:
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found is not None and found.lifecycle_stage == "active":
-            return str(found.experiment_id)
-        if found is not None:
-            raise UserError(
-                f"The experiment '{self.experiment}' was deleted in MLflow; restore it, or delete "
-                "it for good."
-            )
-        return str(self._client.create_experiment(self.experiment, artifact_location=self._root))
 
     def _schema(self, experiment: str) -> str:
         """The question of all queues."""
