@@ -56,3 +56,143 @@ def invite(
             read_settings(), project, name=name, role=role, days=days, back=back, by=getuser()
         )
     )
+
+
+Fields = Annotated[
+    list[str],
+    typer.Option(
+        "--fields",
+        metavar="OURS=THEIRS",
+        help="Where a field of ours is in the file: a column, a dotted path or a template.",
+    ),
+]
+Votes = Annotated[
+    list[str],
+    typer.Option(
+        "--votes",
+        metavar="OURS=THEIRS",
+        help="What a value of the votes means: `a`, `b`, `tie`, `both_bad` or `skip`.",
+    ),
+]
+
+
+@command("import", epilog="Example: rlhf feedback import demo votes.jsonl --licence 'CC BY 4.0'")
+def import_(
+    project: Project,
+    file: Annotated[str, typer.Argument(help="A file, a folder of save_to_disk, or a hub id.")],
+    form: Annotated[
+        str, typer.Option(help="Form of the file; `auto` tells it by its columns.")
+    ] = "auto",
+    fields: Fields = [],  # noqa: B006
+    votes: Votes = [],  # noqa: B006
+    keep: Annotated[list[str], typer.Option(help="A column to keep beside each pair.")] = [],  # noqa: B006
+    ignore: Annotated[list[str], typer.Option(help="A column to leave out without a note.")] = [],  # noqa: B006
+    source: Annotated[
+        str, typer.Option(help="Where rows that do not say so come from; else the file's name.")
+    ] = "",
+    licence: Annotated[str, typer.Option(help="Licence of rows that name none.")] = "",
+    prompt: Annotated[str, typer.Option(help="The prompt of a file that has none.")] = "",
+    gold: Annotated[str, typer.Option(help="The column with the right answer.")] = "",
+    who: Annotated[
+        Literal["as-is", "hashed"],
+        typer.Option(help="Annotators under the names of the file, or under new pseudonyms."),
+    ] = "as-is",
+    ask: Annotated[
+        int,
+        typer.Option(min=0, max=1000, help="Ask so many people about each pair; take no votes."),
+    ] = 0,
+    score_margin: Annotated[
+        float, typer.Option(min=0.0, help="Margin for each point between two scores.")
+    ] = 0.0,
+    on_bad_row: Annotated[
+        Literal["error", "drop"], typer.Option(help="Stop at a bad row, or leave it out.")
+    ] = "error",
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    subset: Annotated[str, typer.Option(help="Of a data set on the hub.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Only the first rows; 0 = all.")] = 0,
+) -> None:
+    """Put votes, ratings, rankings or pairs of a file into the store; none is put in twice."""
+    load("tasks.feedback.forms.incoming")
+    from flows.cli.feedback_files import put_in, settings
+    from tasks.feedback.forms.options import ImportOptions
+
+    options = ImportOptions(
+        form=form,
+        fields=settings("--fields", fields),
+        votes=settings("--votes", votes, many=True),
+        keep=keep,
+        ignore=ignore,
+        source=source,
+        licence=licence,
+        prompt=prompt,
+        gold=gold,
+        who=who,
+        ask=ask,
+        score_margin=score_margin,
+        on_bad_row=on_bad_row,
+        split=split,
+        subset=subset,
+        limit=limit,
+    )
+    put_in(project, file, options)
+
+
+@command(epilog="Example: rlhf feedback export demo pairs.jsonl --form pairs --snapshot latest")
+def export(
+    project: Project,
+    file: Annotated[str, typer.Argument(help="Ends with .jsonl, .json or .parquet.")],
+    form: Annotated[str, typer.Option(help="Form of the file.")] = "votes",
+    snapshot: Annotated[
+        str, typer.Option(help="A digest, its beginning, or `latest`; else the votes of now.")
+    ] = "",
+    without_annotators: Annotated[
+        bool, typer.Option("--without-annotators", help="Numbers in place of pseudonyms.")
+    ] = False,
+    only_open: Annotated[
+        bool,
+        typer.Option("--only-open", help="For labelling tools: only pairs that want votes."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write votes or pairs of the store to a file, and say what its form has no place for."""
+    load("tasks.feedback.forms.outgoing")
+    from flows.cli.feedback_files import write
+    from tasks.feedback.forms.options import ExportOptions
+
+    options = ExportOptions(
+        form=form,
+        snapshot=snapshot,
+        without_annotators=without_annotators,
+        only_open=only_open,
+        force=force,
+    )
+    write(project, file, options)
+
+
+@command(epilog="Example: rlhf feedback push demo --reviewer ann --reviewer bob --pairs 50")
+def push(
+    project: Project,
+    reviewer: Annotated[
+        list[str], typer.Option(help="A user of MLflow; `default` where it has no accounts.")
+    ] = ["default"],  # noqa: B006
+    pairs: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Pairs in the queue of each reviewer.")
+    ] = 50,
+    days: Annotated[
+        float, typer.Option(min=0.01, max=365, help="How long a pair is held for its reviewer.")
+    ] = 14.0,
+) -> None:
+    """Put pairs of the queue into MLflow's review queues; experimental in MLflow."""
+    load("tasks.feedback.forms.tools.review_queues")
+    from flows.cli.feedback_files import push_pairs
+
+    push_pairs(project, reviewer, pairs, days)
+
+
+@command(epilog="Example: rlhf feedback pull demo")
+def pull(project: Project) -> None:
+    """Take the choices of MLflow's reviewers as votes; a second time adds nothing."""
+    load("tasks.feedback.forms.tools.review_queues")
+    from flows.cli.feedback_files import pull_votes
+
+    pull_votes(project)
