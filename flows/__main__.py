@@ -30,6 +30,7 @@ from flows.cli.printing import (
     show_plan,
     show_report,
     show_services,
+    show_snapshot,
     show_start,
     show_validation,
     warn_on_terminal,
@@ -346,12 +347,18 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     settings = read_settings()
     apply_environment(settings)
     pipeline = _load(config, overrides)
-    load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
+    load(
+        "rlhf_core.plan",
+        "rlhf_core.stages.prepare",
+        "tasks.feedback.asking.votes",
+        "tasks.record.terminal",
+    )
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
-    from rlhf_core.stages.prepare import inspect
+    from rlhf_core.stages.prepare import LATEST, inspect
+    from tasks.feedback.asking.votes import votes_now
     from tasks.record.terminal import on_terminal
     from tasks.reward_places import reward_places
 
@@ -367,9 +374,11 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
 
             unchecked = check_models(pipeline.registered_models, settings)
         limits, seed = pipeline.length_limits, pipeline.seed
-        found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
+        with votes_now(pipeline.data, settings) as (votes, snapshot):
+            found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+    show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):

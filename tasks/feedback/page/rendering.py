@@ -7,8 +7,9 @@ Markdown would still drop a word, the text is shown as it was written, with a no
 """
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from markupsafe import Markup, escape
 
 from rlhf_core.data.encoding import Prompt
 
-LONGEST_MARKDOWN = 60_000  # characters; a longer text is shown as it was written
+LONGEST_MARKDOWN = 30_000  # characters; a longer text is shown as it was written
 _LONGEST_FORMULA = 4_000  # characters
 _ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
@@ -73,17 +74,10 @@ def _role(role: object) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with `␛` or `⟨U+202E⟩` for what a browser would hide or obey."""
-    return _HIDDEN.sub(_name, text.replace("\r\n", "\n"))
-
-
-def _name(found: re.Match[str]) -> str:
-    if found[1]:
-        return found[1]
-    code = ord(found[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+    """The text with marks like `⟨U+202E⟩` for what a browser would hide or obey."""
+    return _HIDDEN.sub(
+        lambda found: found[1] or f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n")
+    )
 
 
 def plain(text: str) -> Markup:
@@ -149,7 +143,7 @@ def _reader() -> MarkdownIt:
     reader.add_render_rule("hardbreak", lambda *_: "<br>")  # line feeds show as such
     reader.add_render_rule("fence", _render_code)
     reader.add_render_rule("code_block", _render_code)
-    reader.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
+    reader.add_render_rule("table_open", _open_table)
     reader.add_render_rule("table_close", lambda *_: "</table></div>")
     return reader
 
@@ -189,7 +183,7 @@ def _cleaned(html: str) -> Markup:
 
 def _for_people(state: StateCore) -> None:
     """Directions of writing, headings below those of the page, numbers and addresses in sight."""
-    for token in state.tokens:
+    for place, token in enumerate(state.tokens):
         if token.type == "inline":
             token.children = list(_with_addresses(token.children or []))
         if token.type in ("heading_open", "heading_close"):
@@ -200,9 +194,19 @@ def _for_people(state: StateCore) -> None:
             token.attrSet("value", token.info)
         if style := token.attrs.pop("style", None):
             token.attrSet("class", str(style).removeprefix("text-align:"))
-        if token.nesting == 1 and token.tag in ("p", "h3", "h4", "h5", "h6", "ul", "ol", "th", "td",
-                                                "blockquote"):  # fmt: skip
+        if token.nesting == 1 and token.tag in ("p", "h3", "h4", "h5", "h6", "th", "td"):
             token.attrSet("dir", "auto")
+        if token.nesting == 1 and token.tag in ("ul", "ol", "blockquote", "table"):
+            token.attrSet("dir", _direction(state.tokens[place : place + 50]))
+
+
+def _direction(tokens: Iterable[Token]) -> str:
+    """Where the first letter that has a direction says that the text goes."""
+    for token in tokens:
+        for sign in token.content:
+            if (kind := unicodedata.bidirectional(sign)) in ("L", "R", "AL"):
+                return "ltr" if kind == "L" else "rtl"
+    return "ltr"
 
 
 def _with_addresses(tokens: Sequence[Token]) -> Iterator[Token]:
@@ -236,6 +240,10 @@ def _address(kind: str, text: str, of: Token) -> Token:
 def _render_address(_: Any, tokens: Sequence[Token], index: int, *__: Any) -> str:
     token = tokens[index]
     return f'<span class="{token.info}"> ({escape(token.content)})</span>'
+
+
+def _open_table(_: Any, tokens: Sequence[Token], index: int, *__: Any) -> str:
+    return f'<div class="table" dir="{tokens[index].attrs["dir"]}"><table>\n'
 
 
 def _render_code(_: Any, tokens: Sequence[Token], index: int, *__: Any) -> str:
