@@ -724,7 +724,7 @@ def test_a_port_in_use_is_named_with_its_option(up, tmp_path, option):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("options", combinations(PORT_OPTIONS, 2))
+@pytest.mark.parametrize("options", list(combinations(PORT_OPTIONS, 2)))
 def test_two_ports_the_same(tmp_path, options):
     port = str(free_port())
     code, _, errors = captured("up", *chain(*((name, port) for name in options)), home=tmp_path)
