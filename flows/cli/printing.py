@@ -36,6 +36,11 @@ def line(text: str) -> None:
     _print(masked(text))
 
 
+def secret_line(text: str) -> None:
+    """Print a line with a secret that was asked for, such as a link that lets somebody in."""
+    _print(text)
+
+
 def _print(text: str) -> None:
     out.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
@@ -66,6 +71,7 @@ def show_services(services: "Services", settings: "Settings") -> None:
         [
             ("Prefect", services.prefect, logs / "prefect.log"),
             ("MLflow", services.mlflow, logs / "mlflow.log"),
+            ("labels", services.label, logs / "label.log"),
             ("worker", "polls Prefect for runs", logs / "worker.log"),
         ],
     )
@@ -78,6 +84,11 @@ def show_links(services: "Services", settings: "Settings") -> None:
     for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
         _print(f"  {name:8}{sign_in.link(address, settings.account)}")  # a secret, and asked for
     line("`rlhf sign-in` prints new ones.")
+    if services.label:
+        line(
+            f"People label at {services.label}: `rlhf feedback invite PROJECT` prints a link for "
+            "one person, with `--role admin` one to the pages of whoever runs the project."
+        )
 
 
 def warn_on_terminal(text: str) -> None:
