@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def kept(folder: Path | None, name: str, sample: Callable[[], Answers]) -> Answe
 def _read(path: Path) -> Answers:
     try:
         content = json.loads(path.read_text())
-        return Answers(**{f.name: _whole(content[f.name]) for f in fields(Answers)})
+        values: dict[str, Any] = {f.name: _whole(content[f.name]) for f in fields(Answers)}
+        return Answers(**values)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"the answers in {path} are damaged ({type(error).__name__}: {error}); remove the file "

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from rlhf_core.data.encoding import Prompt
-from rlhf_core.errors import UserError
 from rlhf_core.judges.config import EndpointConfig, PeopleConfig
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
@@ -61,33 +60,6 @@ class Panel(Judge, Protocol):
 
         Raises: VerdictsPendingError until enough of them are answered.
         """
-
-
-class VerdictsPendingError(UserError):
-    """People were asked and have not answered enough; called again, the stage goes on.
-
-    Args:
-        waiting: pairs without a verdict.
-        pairs: all of them.
-        batch: their name in the preference store.
-        project: of the preference store.
-        where: address of the page where people answer.
-    """
-
-    def __init__(self, waiting: int, pairs: int, batch: str, project: str, where: str) -> None:
-        self.waiting, self.pairs = waiting, pairs
-        self.batch, self.project, self.where = batch, project, where
-        super().__init__(
-            f"{self.short}; nothing is lost: when they have been answered, the same command goes on"
-        )
-
-    @property
-    def short(self) -> str:
-        """What is waited for."""
-        return (
-            f"{self.waiting:,} of {self.pairs:,} pairs wait for people at {self.where} (project "
-            f"{self.project}, batch {self.batch})"
-        )
 
 
 class Cost(NamedTuple):
