@@ -6,7 +6,7 @@
     ├── ModelError       a model or tokenizer that cannot be found or used
     ├── NumericsError    a loss, gradient or reward that is no longer finite
     ├── CheckpointError  a saved state that is damaged or belongs to another run
-    └── VerdictsPendingError  no error: people were asked, and the run goes on when they have answered
+    └── VerdictsPendingError  no fault: the run goes on when people have answered
 
 The command prints only their message; anything else is a defect and keeps its traceback. A message
 quotes files and arguments, so `UserError` itself masks secrets in it, such as the password of an

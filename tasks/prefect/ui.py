@@ -115,8 +115,8 @@ def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             returned: object = prefect_task(*args, **kwargs)
             value = returned.result() if isinstance(returned, State) else returned
-            if isinstance(value, VerdictsPendingError):
-                raise value
+            if isinstance(value, _Waiting):
+                raise value.pending
             return cast(T, value)
 
         return call
@@ -131,6 +131,13 @@ def as_cached(value: T, message: str) -> T:
     return cast(T, Completed(name="Cached", message=message, data=value))
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """What a task returns that waits for people."""
+
+    pending: VerdictsPendingError
+
+
 def as_waiting(pending: VerdictsPendingError) -> Any:
     """The return value of a `stage_task` that waits for people, shown as Waiting: its caller is
     raised the error, which is no failure of the task.
@@ -139,7 +146,7 @@ def as_waiting(pending: VerdictsPendingError) -> Any:
     """
     if TaskRunContext.get() is None:
         raise pending
-    return Completed(name="Waiting", message=pending.short, data=pending)
+    return Completed(name="Waiting", message=pending.short, data=_Waiting(pending))
 
 
 def artifact_key(*parts: str) -> str:

@@ -393,10 +393,12 @@ def _reused(
 def _in_progress(
     record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path, *, waits: bool
 ) -> Iterator[Stage]:
-    """The stage in a new run, or in the run that was stopped in this folder, or waits for people."""
+    """The stage in a new run, or in the run that was stopped here, or waits for people."""
     left = find_unfinished(record, work)
-    if left is None and waits and (left := find_waiting(record, what, stage_tags[tags.KEY])):
-        remember_run(work, left.info.run_id)
+    if left is None and waits:
+        left = find_waiting(record, what, stage_tags[tags.KEY])
+        if left is not None:
+            remember_run(work, left.info.run_id)
     run_id = new_run(record, what, work) if left is None else left.info.run_id
     with (
         events.announced(record.client, what.run, what.name, run_id),

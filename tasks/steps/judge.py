@@ -55,6 +55,6 @@ def nobody_to_ask(config: PeopleConfig, project: str, settings: Settings | None 
     if found >= config.votes_per_pair:
         return ""
     return (
-        f"judge.people asks {config.votes_per_pair} of each pair, and the feedback project '{name}' "
-        f"has {found} annotators: invite people to {settings.label_public_url} (`rlhf label --help`)"
+        f"judge.people asks {config.votes_per_pair} about each pair, and the feedback project "
+        f"'{name}' has {found} annotators: invite people to {settings.label_public_url}"
     )

@@ -71,7 +71,7 @@ def do_stage(
             result = None if spec.result is None else stage.kept(spec.result)
             return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
     except VerdictsPendingError as pending:
-        return as_waiting(pending)
+        return cast(T, as_waiting(pending))
 
 
 def _asks_people(sections: Mapping[str, Section]) -> bool:

@@ -3,8 +3,8 @@
 A flow run of a deployment is suspended, as for an approval: its process ends and frees its memory
 and its worker slot. The batch in the preference store remembers the flow run. Whoever runs `watch`,
 as the page for annotators does, looks every few seconds for batches that are complete, and resumes
-their flow runs through Prefect's API. A worker then runs the flow again from the top: finished stages
-are found, and the stage that waited reads its answers and its verdicts.
+their flow runs through Prefect's API. A worker then runs the flow again from the top: finished
+stages are found, and the stage that waited reads its answers and its verdicts.
 
 What is waited for is kept in the two databases and nowhere else, so everything may be restarted at
 any time. A flow run is resumed only while Prefect has it suspended: twice does no harm.
@@ -26,6 +26,7 @@ from rlhf_core.errors import VerdictsPendingError
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store import clock
+from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import Store
 from tasks.prefect.approval import can_be_resumed
 from tasks.prefect.ui import PrefectRun
@@ -69,7 +70,7 @@ def _suspend(pending: VerdictsPendingError, run: PipelineRun | None) -> None:
         with opened(settings) as store:
             project = store.project(pending.project)
             batches.wait_in(project, pending.batch, current.flow_run_id)
-            number = project.content.batch(pending.batch, batches.JUDGE)
+            number = project.content.batch(pending.batch, JUDGE)
             return batches.stand(project, number).until - clock.now()
 
     left = patiently(note, settings)
