@@ -1,9 +1,9 @@
 """Batches of pairs that a run waits for: how far they are, and what people said on them.
 
 A pair is answered when enough people have voted on it. It is given up when nobody is left to ask:
-at least two people skipped it, or everybody who is active has seen it. A batch is complete when enough
-pairs are answered or given up, or its time is over. Its verdicts are then written down once, so
-that whoever asks later, on whatever machine, is told the same, also if votes come in late.
+at least two people skipped it, or everybody who is active has seen it. A batch is complete when
+enough pairs are answered or given up, or its time is over. Its verdicts are then written down once,
+so that whoever asks later, on whatever machine, is told the same, also if votes come in late.
 """
 
 from collections import Counter, defaultdict
