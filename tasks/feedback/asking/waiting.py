@@ -84,6 +84,14 @@ def _suspend(pending: VerdictsPendingError, run: PipelineRun | None) -> None:
 # ---- in whatever watches ----
 
 
+def standings(store: Store) -> list[batches.Standing]:
+    """The batches that suspended flow runs wait for."""
+    return [
+        batches.stand(store.by_id(project), batch)
+        for project, batch in batches.waiting(store.database)
+    ]
+
+
 def resume_ready(store: Store, settings: Settings) -> list[str]:
     """Resume the flow runs whose batches are complete, or whose time is over.
 
