@@ -8,6 +8,8 @@ import typer
 
 from flows.cli.printing import line, secret_line
 from flows.cli.process import Command, Commands, load
+from flows.local import find
+from rlhf_core.errors import UserError
 from tasks.settings import read_settings
 
 app = typer.Typer(
@@ -196,3 +198,21 @@ def pull(project: Project) -> None:
     from flows.cli.feedback_files import pull_votes
 
     pull_votes(project)
+
+
+@command(epilog="Example: rlhf feedback resume")
+def resume() -> None:
+    """Resume the runs that wait for people and have their answers; show how far the others are.
+
+    `rlhf label`, and so `rlhf up`, does this by itself every few seconds.
+    """
+    settings = find.join(read_settings(), prefect=True)
+    if not settings.prefect_api_url:
+        raise UserError(
+            "No Prefect server is running here: start `rlhf up`, or set PREFECT_API_URL."
+        )
+    load("tasks.feedback.asking.waiting")
+    from flows.cli.asking import resume_by_hand
+
+    for said in resume_by_hand():
+        line(said)
