@@ -102,7 +102,7 @@ class Runs:
     # ---- people ----
 
     def feedback_report(self, experiment: str, snapshot: str) -> Run | None:
-        """The finished run with the report on a snapshot of the preference store."""
+        """The finished run with the report on a snapshot of the preference store, by its address."""
         condition = f"{_tagged(tags.STAGE, tags.FEEDBACK_REPORT)} and {FINISHED}"
         condition += f" and {_tagged(tags.SNAPSHOT, snapshot)}"
         return next(self._search([experiment], condition), None)

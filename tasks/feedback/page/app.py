@@ -1,6 +1,7 @@
 """The web application for annotators: python -m tasks.feedback.page.app --port 4300"""
 
 import argparse
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,7 +10,9 @@ from fastapi import Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from tasks.feedback.page import annotate, consent, entry, problems
+from rlhf_core.errors import UserError, brief
+from rlhf_core.redaction import masked
+from tasks.feedback.page import admin, annotate, consent, entry, problems
 from tasks.feedback.page.access import may_label
 from tasks.feedback.page.shield import Address, Rates, Shield
 from tasks.feedback.store.store import Store
@@ -44,6 +47,7 @@ def create_app(
     problems.install(app)
     app.include_router(entry.router)
     app.include_router(consent.router)
+    app.include_router(admin.router)
     app.include_router(annotate.router, dependencies=[Depends(may_label)])
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 
@@ -55,22 +59,24 @@ def create_app(
     return app
 
 
-def server(app: FastAPI, *, host: str = HOST, port: int) -> uvicorn.Server:
+class Served(uvicorn.Server):
     """The server of an application. It logs no addresses, for links are secrets."""
-    address: Address = app.state.address
-    behind_proxy = (urlsplit(address.public).hostname or HOST) not in LOOPBACK
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=behind_proxy,
-            timeout_graceful_shutdown=5,
+
+    def __init__(self, app: FastAPI, *, host: str = HOST, port: int) -> None:
+        address: Address = app.state.address
+        behind_proxy = (urlsplit(address.public).hostname or HOST) not in LOOPBACK
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=behind_proxy,
+                timeout_graceful_shutdown=5,
+            )
         )
-    )
 
 
 def main() -> None:
@@ -82,10 +88,13 @@ def main() -> None:
         "--name", action="append", default=[], help="another host name of this server"
     )
     options = parser.parse_args()
-    settings = read_settings()
+    try:
+        settings = read_settings()
+        store = Store.open(settings)
+    except UserError as error:
+        sys.exit(f"rlhf: {brief(masked(str(error)))}")
     address = Address(settings.label_public_url, options.port, tuple(options.name))
-    app = create_app(Store.open(settings), address=address)
-    server(app, host=options.host, port=options.port).run()
+    Served(create_app(store, address=address), host=options.host, port=options.port).run()
 
 
 if __name__ == "__main__":

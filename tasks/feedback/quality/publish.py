@@ -17,6 +17,7 @@ from tasks.record.describe import ensure_experiment, origin
 from tasks.record.record import Record
 from tasks.record.run import close_run_on_exit
 from tasks.record.work_folder import remember_run, work_folder
+from tasks.registry.refs import SnapshotRef
 
 SHORT = 16  # digits of a digest, as MLflow shows those of other data
 
@@ -35,10 +36,11 @@ def publish(project: FeedbackProject, snapshot: SnapshotInfo | str, record: Reco
     """
     which = snapshot if isinstance(snapshot, str) else snapshot.digest
     info = project.snapshots.find(which)
+    ref = SnapshotRef(project=project.name, digest=info.digest)
     experiment = ensure_experiment(record.client, project.name, record.settings)
     folder = record.settings.home / "work" / f"feedback-{info.digest[:SHORT]}"
     with work_folder(folder, kept=False):  # whoever else publishes it waits, and finds it
-        found = record.runs.feedback_report(experiment, info.digest)
+        found = record.runs.feedback_report(experiment, ref.uri)
         if found is not None:
             return str(found.info.run_id)
         quality = examine(project, info.digest).redacted()
@@ -46,7 +48,7 @@ def publish(project: FeedbackProject, snapshot: SnapshotInfo | str, record: Reco
         run_id = str(record.client.create_run(experiment, run_name=name).info.run_id)
         remember_run(folder, run_id)
         with close_run_on_exit(record.client, run_id), tempfile.TemporaryDirectory() as scratch:
-            own = {tags.STAGE: tags.FEEDBACK_REPORT, tags.SNAPSHOT: info.digest}
+            own = {tags.STAGE: tags.FEEDBACK_REPORT, tags.SNAPSHOT: ref.uri}
             record.add_tags(run_id, own | origin(0, record.settings))
             source = json.dumps({"feedback_project": project.name, "snapshot": info.digest})
             data = Dataset(f"feedback-{project.name}", info.digest[:SHORT], "feedback", source)

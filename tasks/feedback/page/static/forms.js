@@ -1,5 +1,5 @@
 // Forms that go as JSON: <form data-json action=... method=post>. The server answers with
-// {"to": PAGE}, {"said": TEXT} or {"detail": WHAT WENT WRONG}.
+// {"to": PAGE}, {"reload": true}, something for the event "said", or {"detail": WHAT WENT WRONG}.
 "use strict";
 
 const csrf = document.querySelector("meta[name=csrf]")?.content ?? "";
@@ -39,6 +39,7 @@ document.addEventListener("submit", async (event) => {
     const said = await send(form);
     form.dispatchEvent(new CustomEvent("said", { bubbles: true, detail: said }));
     if (said.to) { window.location.replace(said.to); return; }
+    if (said.reload) { window.location.reload(); return; }
   } catch (error) {
     const text = error instanceof TypeError
       ? "The server cannot be reached; try again in a moment." : error.message;
