@@ -11,7 +11,6 @@ from flows.cli.printing import line, secret_line
 from flows.cli.process import Command, Commands, load
 from flows.local import find
 from rlhf_core.errors import UserError
-
 from tasks.settings import read_settings
 
 app = typer.Typer(
@@ -230,6 +229,7 @@ def resume() -> None:
 
     for said in resume_by_hand():
         line(said)
+
 
 @command(epilog="Example: rlhf feedback report demo --snapshot latest --output agreement.html")
 def report(
