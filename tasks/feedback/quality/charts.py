@@ -1,13 +1,16 @@
 """The charts of the report: agreement, habits of annotators, change over time."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rlhf_core.agreement.measures import Measure, in_percent
 from rlhf_core.agreement.quality import Block, Kappa, Person, Quality
 from rlhf_core.figures import BLUE, GREEN, GREY, ORANGE, blank, dress
 from tasks.pages.drawing import Drawing, drawing
 from tasks.pages.texts import percent, shown
+
+if TYPE_CHECKING:
+    from matplotlib.patches import Rectangle
 
 MOST_PEOPLE: Final = 40  # rows of a chart
 MOST_IN_GRID: Final = 12
@@ -68,7 +71,7 @@ def grid(kappas: Sequence[Kappa]) -> Drawing | None:
     return drawing(figure, "kappas", "Cohen's kappa of each two annotators", says, numbers)
 
 
-def _rectangle(corner: tuple[float, float], color: str, strength: float) -> "object":
+def _rectangle(corner: tuple[float, float], color: str, strength: float) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, 0.96, 0.96, facecolor=color, alpha=strength, linewidth=0)

@@ -43,12 +43,12 @@ def quality_page(quality: Quality) -> str:
         charts.habit(
             people, "longer", "The longer answer wins",
             "The dashed line is the share of all votes. Orange: named above.",
-            lambda p: p.habits.longer, habits.longer and habits.longer.value, named["longer"],
+            lambda p: p.habits.longer, _value(habits.longer), named["longer"],
         ),
         charts.habit(
             people, "others", "Votes like the majority of the others",
             "The dashed line is the share of all votes. Orange: named above.",
-            lambda p: p.habits.others, habits.others and habits.others.value, named["others"],
+            lambda p: p.habits.others, _value(habits.others), named["others"],
         ),
     ]  # fmt: skip
     kappas = sorted(quality.kappas, key=lambda k: k.kappa.value if k.kappa else 2.0)
@@ -151,6 +151,10 @@ def _unknown(quality: Quality) -> Iterator[str]:
 
 def _flagged(quality: Quality, habit: str) -> frozenset[str]:
     return frozenset(flag.annotator for flag in quality.flags if flag.habit == habit)
+
+
+def _value(measure: Measure | None) -> float | None:
+    return None if measure is None else measure.value
 
 
 def _bounds(measure: Measure) -> str:

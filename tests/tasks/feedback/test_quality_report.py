@@ -208,8 +208,8 @@ def test_the_command_says_and_writes(local, monkeypatch, tmp_path):
 
 
 def test_workers_agreement_goes_with_their_published_competence():
-    """Spearman's correlation with MACE's competence, of those with thirty votes or more. The two need
-    not agree closely: MACE is another model, and had 16 debates where we have 6."""
+    """Spearman's correlation with MACE's competence, of those with thirty votes or more. The two
+    need not agree closely: MACE is another model, and had 16 debates where we have 6."""
     rows = SHARED / "argument-pairs-5annotators-dev.jsonl"
     if not rows.is_file():
         pytest.skip(f"there is no {rows}; it has published data that are not kept here")
