@@ -164,9 +164,7 @@ def test_label_studio_with_choices_of_ones_own(plain, tmp_path):
     assert found.unread == {"data.source_id": 1}
     rows[0]["annotations"][0]["result"][0]["from_name"] = "preferred"
     rows[0]["annotations"][1]["result"][0]["from_name"] = "preferred"
-    with pytest.raises(
-        DataError, match=r"questions \(preferred, tone\); name .* vote=NAME"
-    ):
+    with pytest.raises(DataError, match=r"questions \(preferred, tone\); name .* vote=NAME"):
         got(plain, tmp_path, rows, votes=votes)
     got(plain, tmp_path, rows, votes=votes, fields={"vote": "preferred"})
 
