@@ -40,7 +40,7 @@ def pair(number: int, **more) -> NewPair:
     )  # fmt: skip
 
 
-def signed_in(store: Store, project: FeedbackProject, name: str = "Ada") -> str:
+def signed_in(store: Store, project: FeedbackProject, name: str = "Ottoline") -> str:
     """The session of a new annotator, who has agreed to the text."""
     session = store.door.enter(project.people.invite(name=name))
     who, rules = store.door.who(session), project.rules
