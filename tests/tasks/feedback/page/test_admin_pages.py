@@ -332,6 +332,7 @@ def test_agreement_is_shown_with_intervals(store, project, boss, no_extras):
     whole = boss.get("/admin/agreement/report.html")
     assert whole.headers["content-disposition"].startswith("attachment")
     assert "<html" in whole.text
+    add(project, 13)  # one more
     cast(project, newcomer(store, project), "skip")
     assert boss.get("/admin/agreement").status_code == 200
 
