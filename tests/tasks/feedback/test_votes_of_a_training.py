@@ -258,10 +258,8 @@ def test_a_bad_row_is_named_without_the_file_of_this_machine(record, project):
     with pytest.raises(DataError) as caught, run_of(record) as run:
         prepare_data(data(), MODEL, LIMITS, run)
     assert str(record.settings.home) not in str(caught.value)
-    assert re.match(
-        "the feedback project shop at snapshot [0-9a-f]{16}, line [0-9]+, field 'response_a': is empty",
-        str(caught.value),
-    )
+    place = "the feedback project shop at snapshot [0-9a-f]{16}, line [0-9]+"
+    assert re.match(f"{place}, field 'response_[ab]': is empty", str(caught.value))
 
 
 def test_no_store_at_all_and_a_database_that_is_away(tmp_path, monkeypatch):
