@@ -185,6 +185,7 @@ def test_a_server_that_goes_away_is_named_and_found_again(postgres, postgres_tem
     url = postgres.create(postgres_template)
     store = Store(open_database(url))
     project = store.project("demo", make=True)
+
     def lose_it():
         with store.database.writing() as session:
             backend = session.scalar(text("SELECT pg_backend_pid()"))
