@@ -64,7 +64,11 @@ function unsay(key) {
   for (const note of [...of("messages").children]) if (note.dataset.key === key) note.remove();
 }
 
-const say = (text) => { of("last").textContent = text; };
+function say(text) {
+  of("last").textContent = text;
+  if (of("votes").hidden && text) message(text, "wait", "last"); // its place is out of sight
+}
+
 const votes = (count) => `${count} ${count === 1 ? "vote" : "votes"}`;
 
 function showState(state, waiting) {
@@ -212,6 +216,7 @@ function nothing(why) {
   if (count && why !== "stopped") drawn.push(undoButton());
   view.drawNothing(drawn);
   of("nothing").dataset.why = why;
+  showProgress();
 }
 
 function undoButton() {
@@ -223,6 +228,7 @@ function undoButton() {
 }
 
 function show(task) {
+  unsay("last");
   view.chosen(null);
   draw(task);
   closeNote();
@@ -253,7 +259,9 @@ function midnight() {
 
 async function readProgress() {
   try {
-    progress = await ask(`/api/progress?since=${encodeURIComponent(midnight())}`);
+    await fill(); // what lies on the desk is not among those that are left
+    const found = await ask(`/api/progress?since=${encodeURIComponent(midnight())}`);
+    progress = { ...found, left: found.left + desk.length };
     showProgress();
     if (!desk.length && of("nothing").dataset.why) nothing(of("nothing").dataset.why);
   } catch { /* the numbers stay as they are */ }
@@ -268,10 +276,11 @@ function count(change) {
 }
 
 function showProgress() {
+  if (!progress) return;
   const { done, today, left } = progress;
   const number = (value) => value.toLocaleString("en");
   const rest = left ? `${left > 20 ? "about " : ""}${number(left)} left` : "the last ones";
-  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length || left ? rest : "none left"}`;
+  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length ? rest : "none left"}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
 }
@@ -513,5 +522,4 @@ window.addEventListener("online", () => fill());
 for (const vote of outbox.waiting()) gone.add(vote.task);
 showState(outbox.waiting().length ? "waiting" : "saved", outbox.waiting().length);
 outbox.send();
-fill();
 readProgress();
