@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flows.local.find import Services
     from rlhf_core.data.validation import Validation
     from rlhf_core.plan import NetworkPlan, Plan
+    from tasks.feedback.store.records import SnapshotInfo
     from tasks.history.comparison import Measure, RunComparison, Value
     from tasks.settings import Settings
 
@@ -98,6 +99,17 @@ def warn_on_terminal(text: str) -> None:
 def show_error(server: str, error: str, log: Path) -> None:
     """Print an error that a running server has logged."""
     warn_on_terminal(f"{server} logged an error: {error} (see {log})")
+
+
+def show_snapshot(found: "SnapshotInfo | None", *, latest: bool) -> None:
+    """Print which votes of the preference store a run would read, if any."""
+    if found is None:
+        return
+    when = "as they are now; a run takes a snapshot of them when it begins" if latest else "pinned"
+    line(
+        f"Votes of the feedback project {found.project}: snapshot {found.digest[:16]} ({when}), "
+        f"{found.votes:,} votes on {found.pairs:,} pairs by {found.annotators:,} annotators"
+    )
 
 
 def show_validation(validation: "Validation") -> None:

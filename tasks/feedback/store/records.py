@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.prompts import Prompt
 
 Side: TypeAlias = Literal["a", "b"]
 Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
@@ -100,6 +100,7 @@ class AddedPair:
     id: int
     new: bool
     swapped: bool  # the store has it with its answers exchanged
+    digest: str = ""  # of what it says, the same in every store
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Progress:
     """How far somebody is."""
 
     done: int  # by this annotator
-    left: int  # pairs that are free for this annotator
+    left: int  # pairs on the desk or free for this annotator; 5,000 at most
     recent: int = 0  # of those done, since the moment that was asked for
+    more: bool = False  # whether more than these are left
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,12 @@ class SnapshotInfo:
     annotators: int
     created_at: datetime
     new: bool = False
+    training: int = 0  # the votes in a training file: without repeats
+
+
+class AddedVotes(NamedTuple):
+    """What became of votes that were put in."""
+
+    new: int
+    known: int  # there already, so they were left as they are
+    again: int  # of the new ones: by somebody who had voted on that pair already
