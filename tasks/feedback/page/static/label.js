@@ -259,9 +259,7 @@ function midnight() {
 
 async function readProgress() {
   try {
-    await fill(); // what lies on the desk is not among those that are left
-    const found = await ask(`/api/progress?since=${encodeURIComponent(midnight())}`);
-    progress = { ...found, left: found.left + desk.length };
+    progress = await ask(`/api/progress?since=${encodeURIComponent(midnight())}`);
     showProgress();
     if (!desk.length && of("nothing").dataset.why) nothing(of("nothing").dataset.why);
   } catch { /* the numbers stay as they are */ }
@@ -271,15 +269,16 @@ function count(change) {
   if (!progress) return;
   progress.done += change;
   progress.today = Math.max(0, progress.today + change);
-  progress.left = Math.max(0, progress.left - change);
+  if (!progress.more) progress.left = Math.max(0, progress.left - change);
   showProgress();
 }
 
 function showProgress() {
   if (!progress) return;
-  const { done, today, left } = progress;
+  const { done, today, left, more } = progress;
   const number = (value) => value.toLocaleString("en");
-  const rest = left ? `${left > 20 ? "about " : ""}${number(left)} left` : "the last ones";
+  const about = more ? "more than " : left > 20 ? "about " : "";
+  const rest = left ? `${about}${number(left)} left` : "the last ones";
   of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length ? rest : "none left"}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
@@ -522,4 +521,5 @@ window.addEventListener("online", () => fill());
 for (const vote of outbox.waiting()) gone.add(vote.task);
 showState(outbox.waiting().length ? "waiting" : "saved", outbox.waiting().length);
 outbox.send();
+fill();
 readProgress();
