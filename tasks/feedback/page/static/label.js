@@ -11,7 +11,7 @@ import * as view from "./view.js";
 const of = (id) => document.getElementById(id);
 const settings = of("page").dataset;
 const SHORTEST = 500; // ms that a pair is shown before a vote counts
-const SHOWN = 70; // ms that the chosen answer is marked before the next pair comes
+const SHOWN = 40; // ms that the chosen answer is marked before the next pair comes
 const POLLS = [15, 30, 60, 120]; // seconds between looks for new pairs
 const HEARTBEAT = Math.min(300, Math.max(10, settings.lease / 3)); // seconds
 const ACTIVE = 15 * 60; // seconds after which nobody seems to be here
@@ -29,6 +29,7 @@ let busy = false; // a vote or an undo is being shown
 let progress = null;
 let active = Date.now();
 let polls = 0;
+let isOver = false; // nothing is left, as far as the server knows
 
 // ---- settings that this browser remembers ----
 
@@ -216,6 +217,7 @@ function nothing(why) {
   if (count && why !== "stopped") drawn.push(undoButton());
   view.drawNothing(drawn);
   of("nothing").dataset.why = why;
+  isOver = why === "finished";
   showProgress();
 }
 
@@ -229,6 +231,10 @@ function undoButton() {
 
 function show(task) {
   unsay("last");
+  if (isOver) {
+    isOver = false;
+    readProgress();
+  }
   view.chosen(null);
   draw(task);
   closeNote();
@@ -279,7 +285,7 @@ function showProgress() {
   const number = (value) => value.toLocaleString("en");
   const about = more ? "more than " : left > 20 ? "about " : "";
   const rest = left ? `${about}${number(left)} left` : "the last ones";
-  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length ? rest : "none left"}`;
+  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${isOver ? "none left" : rest}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
 }
