@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from rlhf_core.errors import UserError, brief
 from rlhf_core.redaction import masked
+from tasks.feedback.asking.watching import watching
 from tasks.feedback.page import admin, agreement, annotate, consent, entry, problems
 from tasks.feedback.page.access import may_label
 from tasks.feedback.page.shield import Address, Rates, Shield
@@ -96,7 +97,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"rlhf: {brief(masked(str(error)))}")
     address = Address(settings.label_public_url, options.port, tuple(options.name))
-    Served(create_app(store, address=address), host=options.host, port=options.port).run()
+    with watching(store, settings):
+        Served(create_app(store, address=address), host=options.host, port=options.port).run()
 
 
 if __name__ == "__main__":
