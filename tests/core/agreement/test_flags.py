@@ -10,7 +10,7 @@ CROWD = {f"careful {i}": Habit() for i in range(12)}
 
 
 def test_careful_people_are_hardly_ever_flagged(simulated):
-    """Forty projects of twelve people of unequal care: at most 5 % of them, two, should have a flag,
+    """Forty projects of twelve people of unequal care: at most 5 %, two, should have a flag,
     and six or more have a chance below 0.02."""
     random = np.random.default_rng(0)
     flagged = []
