@@ -355,7 +355,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.record.terminal",
     )
     from rlhf_core.doubts import doubts
-    from rlhf_core.judges.config import ENDPOINT
+    from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import LATEST, inspect
@@ -367,8 +367,13 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
+        nobody = ""
         if pipeline.judge.source == ENDPOINT:
             _ = settings.judge_address
+        elif pipeline.judge.source == PEOPLE:
+            from tasks.feedback.asking.batches import nobody_to_ask
+
+            nobody = nobody_to_ask(pipeline.judge.people, pipeline.project, settings)
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds
@@ -384,8 +389,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    if unchecked:
-        line(unchecked)
+    for sentence in filter(None, (nobody, unchecked)):
+        line(sentence)
 
 
 @command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")

@@ -1,11 +1,13 @@
 """The options of `rlhf ask` as a config, whose problems are named as the options are."""
 
+import threading
 from typing import Any
 
 from pydantic import ValidationError
 
 from rlhf_core.errors import ConfigError
 from tasks.feedback.asking.config import AskConfig
+from tasks.settings import Settings
 
 OPTIONS = {
     "project": "PROJECT",
@@ -31,13 +33,20 @@ def ask_config(**options: Any) -> AskConfig:
         raise ConfigError(f"{where}: {said}" if where else said) from None
 
 
-def resume_by_hand() -> list[str]:
+def resume_for_ever(settings: Settings) -> None:
+    """Resume runs as their pairs are answered, until the process is stopped."""
+    from tasks.feedback.asking.votes import opened
+    from tasks.feedback.asking.waiting import watch
+
+    with opened(settings, make=True) as store:
+        watch(store, settings, threading.Event())
+
+
+def resume_by_hand(settings: Settings) -> list[str]:
     """Resume the runs whose pairs are answered, and say how far the others are."""
     from tasks.feedback.asking.votes import opened
     from tasks.feedback.asking.waiting import resume_ready, standings
-    from tasks.settings import read_settings
 
-    settings = read_settings()
     with opened(settings) as store:
         lines = [f"{flow_run} goes on" for flow_run in resume_ready(store, settings)]
         lines += [

@@ -214,10 +214,14 @@ def pull(project: Project) -> None:
 
 
 @command(epilog="Example: rlhf feedback resume")
-def resume() -> None:
+def resume(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look every few seconds, until Ctrl-C.")
+    ] = False,
+) -> None:
     """Resume the runs that wait for people and have their answers; show how far the others are.
 
-    `rlhf label`, and so `rlhf up`, does this by itself every few seconds.
+    `rlhf label` and `rlhf up` do this by themselves every few seconds.
     """
     settings = find.join(read_settings(), prefect=True)
     if not settings.prefect_api_url:
@@ -225,9 +229,11 @@ def resume() -> None:
             "No Prefect server is running here: start `rlhf up`, or set PREFECT_API_URL."
         )
     load("tasks.feedback.asking.waiting")
-    from flows.cli.asking import resume_by_hand
+    from flows.cli.asking import resume_by_hand, resume_for_ever
 
-    for said in resume_by_hand():
+    if watch:
+        resume_for_ever(settings)
+    for said in resume_by_hand(settings):
         line(said)
 
 

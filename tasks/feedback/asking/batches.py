@@ -8,6 +8,7 @@ so that whoever asks later, on whatever machine, is told the same, also if votes
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,14 +16,17 @@ from typing import Any
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
+from rlhf_core.errors import DataError
 from rlhf_core.judges.config import PeopleConfig
 from rlhf_core.judges.judge import Winner
+from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
 from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
+from tasks.settings import Settings
 
 SKIPS = 2  # by so many people, and a pair is given up
 MOST = 500  # ids in one condition
@@ -287,3 +291,23 @@ def annotators(project: FeedbackProject) -> int:
         query = select(func.count()).select_from(Annotator)
         found = session.scalar(query.filter_by(project_id=project.id, state="active", via="page"))
         return found or 0
+
+
+def nobody_to_ask(config: PeopleConfig, project: str, settings: Settings) -> str:
+    """What is to be done before enough people can judge; empty if there are.
+
+    Args:
+        project: of the run, whose people are asked unless the config names another.
+
+    Raises: StoreError for a preference store that cannot be used.
+    """
+    name, found = config.project or project, 0
+    with suppress(DataError), opened(settings) as store:  # there is no store, or no such project
+        found = annotators(store.project(name))
+    if found >= config.votes_per_pair:
+        return ""
+    return (
+        f"judge.people asks {config.votes_per_pair} about each pair, and the feedback project "
+        f"'{name}' has {found} annotators: invite people to {settings.label_public_url} with "
+        f"`rlhf feedback invite {name}`"
+    )

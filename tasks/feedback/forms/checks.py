@@ -19,7 +19,7 @@ _MAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 
 
 def _length(column: Any) -> int:
-    return int(column.type.length)
+    return int(column.type.length or 0)  # 0 = any length
 
 
 # Postgres refuses what is longer; SQLite would keep it.

@@ -54,6 +54,7 @@ class LabelServer:
     """`python -m tasks.feedback.page.app`, which may be killed and started again."""
 
     def __init__(self, database: str, home: Path) -> None:
+        self.database = database
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

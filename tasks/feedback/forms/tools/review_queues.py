@@ -8,6 +8,7 @@ prompt, the two answers as A and B, and the token of the task: nothing tells who
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -92,9 +93,17 @@ class ReviewQueues:
         self._project = project
         self._mlflow, self._queues, self._schemas = _modules()
         self._client = connect(settings)
-        self._mlflow.set_tracking_uri(settings.mlflow_uri)
         self._settings = settings
         self.experiment = f"feedback-{project.name}"
+
+    @contextmanager
+    def _spoken_to(self) -> Iterator[None]:
+        """Queues and traces have no client of their own: they use the process's address."""
+        self._mlflow.set_tracking_uri(self._settings.mlflow_uri)
+        try:
+            yield
+        finally:
+            self._mlflow.set_tracking_uri(self._settings.tracking_uri or None)
 
     # ---- out ----
 
@@ -104,29 +113,36 @@ class ReviewQueues:
         Raises: UserError when a reviewer is nobody's name in MLflow, or is no annotator any more.
         """
         made = Pushed(self.experiment)
-        experiment = ensure_experiment(self._client, self.experiment, self._settings)
-        schema = self._schema(experiment)
-        for reviewer in dict.fromkeys(reviewers):
-            annotator = self._annotator(reviewer)
-            tasks = self._project.queue.lease(annotator, pairs)
-            self._hold(annotator, tasks, days)
-            known = self._tokens(experiment)
-            fresh = [task for task in tasks if task.token not in known]
-            made.waiting += len(tasks) - len(fresh)
-            ids = [self._trace(experiment, task) for task in fresh]
-            self._mlflow.flush_trace_async_logging()
-            queue = self._queue(experiment, schema, reviewer)
-            again = [known[task.token] for task in tasks if task.token in known]
-            for start in range(0, len(ids + again), PAGE):
-                self._queues.add_items_to_review_queue(
-                    queue.queue_id, item_ids=(ids + again)[start : start + PAGE]
-                )
-            made.queues[queue.name] = len(ids)
+        with self._spoken_to():
+            experiment = ensure_experiment(self._client, self.experiment, self._settings)
+            schema = self._schema(experiment)
+            for reviewer in dict.fromkeys(reviewers):
+                self._fill(experiment, schema, reviewer, pairs, days, made)
         with self._project.database.writing() as session:
             audit.note(
                 session, self._project.id, by, "push", self.experiment, {"queues": made.queues}
             )
         return made
+
+    def _fill(
+        self, experiment: str, schema: str, reviewer: str, pairs: int, days: float, made: Pushed
+    ) -> None:
+        """Put pairs into the queue of a reviewer."""
+        annotator = self._annotator(reviewer)
+        tasks = self._project.queue.lease(annotator, pairs)
+        self._hold(annotator, tasks, days)
+        known = self._tokens(experiment)
+        fresh = [task for task in tasks if task.token not in known]
+        made.waiting += len(tasks) - len(fresh)
+        ids = [self._trace(experiment, task) for task in fresh]
+        self._mlflow.flush_trace_async_logging()
+        queue = self._queue(experiment, schema, reviewer)
+        # A push that was killed has left traces that are in no queue.
+        ids += [known[task.token] for task in tasks if task.token in known]
+        for start in range(0, len(ids), PAGE):
+            some = ids[start : start + PAGE]
+            self._queues.add_items_to_review_queue(queue.queue_id, item_ids=some)
+        made.queues[queue.name] = len(fresh)
 
     def _trace(self, experiment: str, task: Task) -> str:
         prompt = as_text(task.prompt)
@@ -222,9 +238,10 @@ class ReviewQueues:
                 f"MLflow has no experiment '{self.experiment}'; "
                 f"`rlhf feedback push {self._project.name}` makes it."
             )
-        declined = self._declined(found.experiment_id)
-        for trace in self._traces(found.experiment_id):
-            self._take(trace, declined, made)
+        with self._spoken_to():
+            declined = self._declined(found.experiment_id)
+            for trace in self._traces(found.experiment_id):
+                self._take(trace, declined, made)
         with self._project.database.writing() as session:
             counts = {"votes": made.votes, "skips": made.skips}
             audit.note(session, self._project.id, by, "pull", self.experiment, counts)

@@ -301,13 +301,40 @@ def test_rules_are_checked_before_they_are_kept(project, boss):
 
 
 def test_the_votes_can_be_downloaded(store, project, boss, no_extras):
-    who = newcomer(store, project)
+    who = newcomer(store, project, "Ann with a name")
     add(project, 3)
-    cast(project, who, count=3)
+    cast(project, who, count=2)
+    cast(project, who, "tie")
     answer = boss.get("/admin/votes.jsonl")
     assert answer.headers["content-disposition"] == 'attachment; filename="demo-votes.jsonl"'
+    assert "Ann" not in answer.text
     rows = [json.loads(line) for line in answer.text.splitlines()]
     assert [row["prompt"] for row in rows] == ["p0", "p1", "p2"]
+    pairs = boss.get("/admin/votes.jsonl?form=pairs").text.splitlines()
+    assert [json.loads(line)["prompt"] for line in pairs] == ["p0", "p1"]  # a tie has no winner
+    assert boss.get("/admin/votes.jsonl?form=../x").status_code == 422
+    assert [change.action for change in changes(project)][:2] == ["export", "export"]
+
+
+def test_agreement_is_shown_with_intervals(store, project, boss, no_extras):
+    """Two people on 12 pairs: they agree on 11, so 91.7 % of the pairs of votes are equal."""
+    assert "There are no votes yet" in boss.get("/admin/agreement").text
+    add(project, 12, wanted=2)
+    for who in (newcomer(store, project), newcomer(store, project)):
+        for n in range(12):
+            (task,) = project.queue.lease(who, 1)
+            wanted = "no" if who % 2 and n == 7 else "yes"
+            side = "left" if task.left.startswith(wanted) else "right"
+            project.queue.vote(who, task.token, Vote(side, task.token, 3.0))
+    shown = boss.get("/admin/agreement").text
+    assert re.search(r"Two people say the same</h2><p class=.figure.>\s*91.7 %", shown)
+    assert "24 votes on 12 pairs by 2 annotators" in shown
+    whole = boss.get("/admin/agreement/report.html")
+    assert whole.headers["content-disposition"].startswith("attachment")
+    assert "<html" in whole.text
+    add(project, 13)  # one more
+    cast(project, newcomer(store, project), "skip")
+    assert boss.get("/admin/agreement").status_code == 200
 
 
 def test_the_user_of_this_machine_is_one_person(store, project):

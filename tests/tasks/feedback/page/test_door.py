@@ -66,7 +66,7 @@ def somebody(app, project, role="annotator", agrees=True, **more) -> TestClient:
 
 
 def tokens(client) -> list[str]:
-    return [task["task"] for task in client.get("/api/tasks").json()]
+    return [task["task"] for task in client.get("/api/tasks").json()["tasks"]]
 
 
 def vote(client, task, key=KEY, **more):
