@@ -65,7 +65,11 @@ def agreement():
     topics = Grouping(votes.pair % 3, ("law", "art", "a topic with a long name " * 5))
     whole = assess(replace(votes, groups={"topic": topics}), project="demo", snapshot="0f" * 32)
     few = assess(simulate({"a": Habit()}, pairs=1, each=1, gold=0, repeats=0), project="few")
-    return {"agreement": whole.redacted(), "agreement-admin": whole, "agreement-few": few.redacted()}
+    return {
+        "agreement": whole.redacted(),
+        "agreement-admin": whole,
+        "agreement-few": few.redacted(),
+    }
 
 
 def test_each_page_offline_in_light_and_dark_wide_and_narrow(browser, pages):
