@@ -87,6 +87,7 @@ def test_another_vote_is_another_digest(project, more):
 
 def test_a_snapshot_stays_as_it_was(store, project, tmp_path):
     """Whatever is voted, undone or known to be right afterwards."""
+    project.change("test", {"gold_every": 0})
     project.content.add([pair(100, wanted=1)])
     who = store.door.who(store.door.enter(project.people.invite())).annotator
     [task] = project.queue.lease(who)
@@ -149,6 +150,7 @@ def test_an_import_says_what_it_did_with_each_vote(store, project):
     assert project.judgments.put(VOTES) == (24, 0, 0)
     assert project.judgments.put(VOTES) == (0, 24, 0)
     assert project.judgments.put([(pair(0), [Ballot("b", "ann", time="later")])]) == (1, 0, 1)
+    project.change("test", {"gold_every": 0})
     project.content.add([pair(50, wanted=1)])
     person = store.door.who(store.door.enter(project.people.invite()))
     [task] = project.queue.lease(person.annotator)
