@@ -301,9 +301,9 @@ BAD = {
     "seconds": ({"seconds": -1}, "'seconds': is -1, not a number of seconds"),
     "seconds as text": ({"seconds": "soon"}, "--ignore seconds leaves the column out"),
     "null": ({"prompt": "a\0b"}, "'prompt': has a null character"),
-    "model": (
-        {"model_a": "m" * (MOST["model"] + 1)},
-        f"at most {MOST['model']} are kept (--ignore model_a leaves the column out)",
+    "name": (
+        {"annotator": "w" * (MOST["annotator"] + 1)},
+        f"'annotator': has {MOST['annotator'] + 1} characters; at most {MOST['annotator']} are",
     ),
     "mail": ({"annotator": "ann@example.org"}, "'annotator': is an e-mail address"),
     "note": ({"note": ["x"]}, "'note': is ['x'], not text"),
