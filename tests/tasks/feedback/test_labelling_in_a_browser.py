@@ -48,9 +48,11 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelling")
     running = LabelServer(f"sqlite:///{folder}/feedback.db", folder)
     running.store = Store(open_database(running.database))
-    yield running.start()
-    running.stop()
-    running.store.close()
+    try:
+        yield running.start()
+    finally:
+        running.stop()
+        running.store.close()
 
 
 class World:
