@@ -297,6 +297,7 @@ function count(change) {
   progress.today = Math.max(0, progress.today + change);
   if (!progress.more) progress.left = Math.max(0, progress.left - change);
   showProgress();
+  if (!desk.length && !of("nothing").hidden && of("nothing").dataset.why) nothing(of("nothing").dataset.why);
 }
 
 function showProgress() {
