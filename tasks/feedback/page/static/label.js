@@ -345,7 +345,10 @@ function next() {
   desk = desk.filter((task) => !gone.has(task.task));
   if (desk.length) show(desk[0]);
   else if (["offline", "busy", "stopped"].includes(of("saved").dataset.state)) nothing("offline");
-  else view.drawNothing(paragraphs("", "Loading…").slice(1));
+  else {
+    view.drawNothing(paragraphs("", "Loading…").slice(1));
+    of("nothing").dataset.why = "";
+  }
   if (desk.length < 2) fill();
 }
 
