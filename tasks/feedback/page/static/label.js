@@ -11,7 +11,7 @@ import * as view from "./view.js";
 const of = (id) => document.getElementById(id);
 const settings = of("page").dataset;
 const SHORTEST = 500; // ms that a pair is shown before a vote counts
-const SHOWN = 70; // ms that the chosen answer is marked before the next pair comes
+const SHOWN = 40; // ms that the chosen answer is marked before the next pair comes
 const POLLS = [15, 30, 60, 120]; // seconds between looks for new pairs
 const HEARTBEAT = Math.min(300, Math.max(10, settings.lease / 3)); // seconds
 const ACTIVE = 15 * 60; // seconds after which nobody seems to be here
@@ -29,6 +29,7 @@ let busy = false; // a vote or an undo is being shown
 let progress = null;
 let active = Date.now();
 let polls = 0;
+let isOver = false; // nothing is left, as far as the server knows
 
 // ---- settings that this browser remembers ----
 
@@ -64,7 +65,11 @@ function unsay(key) {
   for (const note of [...of("messages").children]) if (note.dataset.key === key) note.remove();
 }
 
-const say = (text) => { of("last").textContent = text; };
+function say(text) {
+  of("last").textContent = text;
+  if (of("votes").hidden && text) message(text, "wait", "last"); // its place is out of sight
+}
+
 const votes = (count) => `${count} ${count === 1 ? "vote" : "votes"}`;
 
 function showState(state, waiting) {
@@ -212,6 +217,8 @@ function nothing(why) {
   if (count && why !== "stopped") drawn.push(undoButton());
   view.drawNothing(drawn);
   of("nothing").dataset.why = why;
+  isOver = why === "finished";
+  showProgress();
 }
 
 function undoButton() {
@@ -223,6 +230,11 @@ function undoButton() {
 }
 
 function show(task) {
+  unsay("last");
+  if (isOver) {
+    isOver = false;
+    readProgress();
+  }
   view.chosen(null);
   draw(task);
   closeNote();
@@ -263,15 +275,17 @@ function count(change) {
   if (!progress) return;
   progress.done += change;
   progress.today = Math.max(0, progress.today + change);
-  progress.left = Math.max(0, progress.left - change);
+  if (!progress.more) progress.left = Math.max(0, progress.left - change);
   showProgress();
 }
 
 function showProgress() {
-  const { done, today, left } = progress;
+  if (!progress) return;
+  const { done, today, left, more } = progress;
   const number = (value) => value.toLocaleString("en");
-  const rest = left ? `${left > 20 ? "about " : ""}${number(left)} left` : "the last ones";
-  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length || left ? rest : "none left"}`;
+  const about = more ? "more than " : left > 20 ? "about " : "";
+  const rest = left ? `${about}${number(left)} left` : "the last ones";
+  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${isOver ? "none left" : rest}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
 }

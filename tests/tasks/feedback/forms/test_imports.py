@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_core.errors import ConfigError, DataError
+from tasks.feedback.forms.checks import MOST
 from tasks.feedback.forms.incoming import import_file
 from tasks.feedback.forms.known import FORMS
 from tasks.feedback.forms.options import ImportOptions
@@ -293,7 +294,10 @@ BAD = {
     "seconds": ({"seconds": -1}, "'seconds': is -1, not a number of seconds"),
     "seconds as text": ({"seconds": "soon"}, "--ignore seconds leaves the column out"),
     "null": ({"prompt": "a\0b"}, "'prompt': has a null character"),
-    "model": ({"model_a": "m" * 301}, "'model_a': has 301 characters; at most 300 are kept"),
+    "model": (
+        {"model_a": "m" * (MOST["model"] + 1)},
+        f"at most {MOST['model']} are kept (--ignore model_a leaves the column out)",
+    ),
     "mail": ({"annotator": "ann@example.org"}, "'annotator': is an e-mail address"),
     "note": ({"note": ["x"]}, "'note': is ['x'], not text"),
 }
