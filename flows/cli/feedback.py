@@ -41,7 +41,7 @@ def snapshot(
     what = "new" if found.new else "there already"
     line(
         f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
-        f"{found.annotators:,} annotators"
+        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}"
     )
     if report:
         from tasks.feedback.quality.publish import publish
