@@ -22,7 +22,7 @@ from rlhf_core.data.pairs import with_winners
 from rlhf_core.functional.annotators import CastVotes, Habits, fit_habits, vote_logits, vote_nll
 from rlhf_core.training.ranks import Ranks
 
-GOLD_RELIABILITY = 3.0  # a of known answers: an average voter has 1
+GOLD_RELIABILITY = 4.0  # a of known answers: an average voter has 1
 ANONYMOUS = "(anonymous)"  # what tables call those who cast votes without a name
 AGAIN = 0.01  # share of the votes seen that are new when the habits are fitted again
 
