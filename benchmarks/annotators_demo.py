@@ -133,7 +133,9 @@ class World:
             # The simulation draws from a seed of its own for its data.
             people = {p.name: p for p in simulate(config.data.simulation, self.seed).annotators}
             kind = [people[name].reliability == 0 for name in table["annotator"]]
-            usual = [not people[n].contrary and people[n].reliability > 0 for n in table["annotator"]]
+            usual = [
+                not people[n].contrary and people[n].reliability > 0 for n in table["annotator"]
+            ]
             found["spammer_auc"] = auc(table["reliability"].tolist(), kind, usual)
         (folder / "report.json").write_text(json.dumps(found, indent=1))
 
@@ -206,7 +208,7 @@ def demo_section(seeds: int, root: Path) -> str:
             *rows,
             "",
             f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired "
-            f"seeds. True reward, pooled and aware, seed by seed: {each}; of SFT {sft:.3f}. Spammers "
-            f"against the usual annotators by reliability: AUC {spammers:.3f}.",
+            f"seeds. True reward, pooled and aware, seed by seed: {each}; of SFT {sft:.3f}. "
+            f"Spammers against the usual annotators by reliability: AUC {spammers:.3f}.",
         ]
     )
