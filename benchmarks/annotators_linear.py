@@ -39,7 +39,7 @@ from rlhf_core.training.annotators import GOLD_RELIABILITY
 FEATURES, WORTH = 10, 1.9
 ANNOTATORS, SPAMMERS, CONTRARY = 20, 0.15, 0.05
 TEST_PAIRS = 4000
-ROUNDS, STEPS = 4, 400  # of the optimizer
+STEPS = 400  # of the optimizer, at most
 
 
 class Linear(NamedTuple):
@@ -105,16 +105,16 @@ def fit_linear(
         return total
 
     learnt = [weights, *([moved] if aware else []), *([nu] if ties else [])]
-    for _ in range(ROUNDS):
-        optimizer = torch.optim.LBFGS(
-            learnt,
-            max_iter=STEPS,
-            history_size=30,
-            tolerance_grad=1e-6,
-            tolerance_change=1e-9,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(loss)
+    optimizer = torch.optim.LBFGS(
+        learnt,
+        max_iter=STEPS,
+        max_eval=2 * STEPS,
+        history_size=30,
+        tolerance_grad=1e-7 * len(votes.pair),
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(loss)
     found = weights.detach()
     habits = fit_habits(
         votes.gaps(found),
