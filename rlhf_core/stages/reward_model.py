@@ -76,6 +76,7 @@ _COMPARED = (
 _LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
 
 _HALF = 0.5  # of the mean reliability
+_NAMED = 10  # annotators in a line of the log
 
 _log = logging.getLogger(__name__)
 
@@ -657,12 +658,20 @@ def _aware_report(
     held_out = VoteFacts.of(votes.held_out.table, config.gold_annotator, facts)
     right = half_for_ties(annotators.predict(held_out, gap)[~held_out.tie])
     ties = annotators.habits.log_tie.exp().item()
-    highest = table["reliability"] + 1.96 * table["reliability_sd"]
+    doubtful = table[table["reliability"] + 1.96 * table["reliability_sd"] < _HALF]
+    if len(doubtful):
+        _log.warning(
+            "%d of %d annotators vote as if at random or against the rewards, which hardly learnt "
+            "from them: %s; the table reward_annotators has their numbers",
+            len(doubtful),
+            len(table),
+            ", ".join([*doubtful["annotator"][:_NAMED], *(["..."] * (len(doubtful) > _NAMED))]),
+        )
     given = {field.name: getattr(report, field.name) for field in fields(report)}
     return AwareReport(
         **given | {"tables": {**report.tables, "reward_annotators": table}},
         annotators=len(table),
-        doubtful_annotators=int((highest < _HALF).sum()),
+        doubtful_annotators=len(doubtful),
         gold_votes=int((~voted).sum()),
         unknown_sides=unknown,
         side_bias=means[1],

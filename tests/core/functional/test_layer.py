@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import pkgutil
 import re
 import subprocess
@@ -17,6 +18,7 @@ from rlhf_core import functional
 from rlhf_core.functional import (
     _contracts,
     advantages,
+    annotators,
     chunked_head,
     length_control,
     logprobs,
@@ -78,12 +80,16 @@ losses.bradley_terry(chosen, rejected, *, margin=None, label_smoothing=0.0, cent
 losses.clipped_policy(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, dual_clip=None)
 losses.clipped_value(values, old_values, returns, mask, *, clip_range=0.2)
 losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, label_smoothing=0.0)
+annotators.vote_logits(votes, values)
+annotators.vote_nll(logits, tie, log_tie, *, margin=None)
+annotators.fit_habits(votes, start, free, *, log_tie=-math.inf, anchor_length=False)
 ranking.win_rate(wins, ties, losses, *, confidence=0.95)
 ranking.best_of_n_kl(n)
 """.strip().splitlines()
 MODULES = (
     _contracts,
     advantages,
+    annotators,
     chunked_head,
     length_control,
     logprobs,

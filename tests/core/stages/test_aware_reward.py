@@ -135,7 +135,7 @@ def test_first_loss_and_gradient_by_hand(train, toy_sft, with_votes, logger, mon
     assert logger.series("grad_norm") == [pytest.approx(norm.item(), rel=1e-3)]
 
 
-def test_who_votes_against_the_rewards_at_random_or_for_the_left_is_told(train, with_votes):
+def test_who_votes_against_the_rewards_at_random_or_for_the_left_is_told(train, with_votes, caplog):
     report = train(change(annotators="aware", epochs=6), data=with_votes(by_people))
     assert isinstance(report, AwareReport)
     table = report.tables["reward_annotators"].set_index("annotator")
@@ -153,6 +153,8 @@ def test_who_votes_against_the_rewards_at_random_or_for_the_left_is_told(train, 
     assert report.length_bias == pytest.approx(0, abs=1e-9)
     assert (report.annotators, report.gold_votes, report.unknown_sides) == (6, 0, 0)
     assert report.doubtful_annotators >= 1
+    assert f"{report.doubtful_annotators} of 6 annotators vote as if at random" in caplog.text
+    assert "against the rewards, which hardly learnt from them: contrary-1" in caplog.text
     # A third of the votes say nothing or the contrary, and the rewards are right all the same.
     held_out = report.tables["reward_held_out"]
     praise = held_out["chosen"].str.contains("good|fine")
