@@ -38,9 +38,9 @@ BIASED = [
     "data.simulation.annotators.spammer_share=0.15",
     "data.simulation.annotators.contrary_share=0.05",
     "data.simulation.annotators.side_bias=0.5",
-    "data.simulation.annotators.length_bias=0.4",
     "data.simulation.gold_share=0.02",
 ]
+LENGTH_BIASES = (0.4, 0.8)
 WAYS = ("pooled", "aware")
 EACH = 16  # answers to each held-out prompt
 
@@ -51,15 +51,26 @@ class World:
 
     root: Path
     seed: int
+    length_bias: float  # mean over the annotators, sentiment for ten words
 
     def config(self, way: str = "pooled") -> PipelineConfig:
         """The demo with biased annotators."""
-        settings = [f"seed={self.seed}", f"reward_model.annotators={way}", *BIASED]
+        settings = [
+            f"seed={self.seed}",
+            f"reward_model.annotators={way}",
+            f"data.simulation.annotators.length_bias={self.length_bias}",
+            *BIASED,
+        ]
         return load_config(DEMO, settings, PipelineConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this world lies."""
+        return self.root / f"length-{self.length_bias:g}" / f"seed-{self.seed}"
 
     def measured(self) -> dict[str, Any]:
         """What the reward models and policies of this seed are worth, kept in a file."""
-        path = self.root / f"seed-{self.seed}" / "measured.json"
+        path = self.folder / "measured.json"
         if not path.is_file():
             found: dict[str, Any] = {way: self._measure(way) for way in WAYS}
             found["sft"] = self._worth(self._sft, "sft")
@@ -151,7 +162,7 @@ class World:
 
     def _made(self, name: str, make: Callable[[Path], object]) -> Path:
         """A folder that is made once; what was left half done is made again."""
-        folder = self.root / f"seed-{self.seed}" / name
+        folder = self.folder / name
         begun = folder.with_name(f"{name}.begun-{os.getpid()}")
         if not folder.is_dir():
             begun.mkdir(parents=True)
@@ -179,36 +190,42 @@ def with_interval(values: list[float]) -> str:
     return f"{found:+.3f} ± {half:.3f}"
 
 
+TITLES = {
+    "true_reward": "**true reward of the policy**",
+    "words": "words of its answers",
+    "pair_accuracy": "reward model: truly better answer of held-out pairs",
+    "vote_accuracy": "reward model: held-out votes as they were cast",
+}
+
+
 def demo_section(seeds: int, root: Path) -> str:
     """The table of the demo, as Markdown."""
-    found = []
-    for seed in range(seeds):
-        found.append(World(root, seed).measured())
-        print(f"seed {seed}: {found[-1]}", flush=True)
-    rows = ["| | pooled | aware | difference |", "|---|---|---|---|"]
-    titles = {
-        "true_reward": "**true reward of the policy**",
-        "words": "words of its answers",
-        "pair_accuracy": "reward model: truly better answer of held-out pairs",
-        "vote_accuracy": "reward model: held-out votes as they were cast",
-    }
-    for key, title in titles.items():
-        pooled, aware = ([one[way][key] for one in found] for way in WAYS)
-        differences = [b - a for a, b in zip(pooled, aware, strict=True)]
-        rows.append(
-            f"| {title} | {mean(pooled):.3f} | {mean(aware):.3f} | {with_interval(differences)} |"
+    rows = ["| mean liking for length | | pooled | aware | difference |", "|---|---|---|---|---|"]
+    notes = []
+    for bias in LENGTH_BIASES:
+        found = []
+        for seed in range(seeds):
+            found.append(World(root, seed, bias).measured())
+            print(f"length bias {bias}, seed {seed}: {found[-1]}", flush=True)
+        for key, title in TITLES.items():
+            pooled, aware = ([one[way][key] for one in found] for way in WAYS)
+            differences = [b - a for a, b in zip(pooled, aware, strict=True)]
+            rows.append(
+                f"| {bias} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
+                f"{with_interval(differences)} |"
+            )
+        each = ", ".join(
+            f"{one['pooled']['true_reward']:.3f} and {one['aware']['true_reward']:.3f}"
+            for one in found
         )
-    each = ", ".join(
-        f"{one['pooled']['true_reward']:.3f} and {one['aware']['true_reward']:.3f}" for one in found
+        spammers = mean(one["aware"]["spammer_auc"] for one in found)
+        sft = mean(one["sft"]["true_reward"] for one in found)
+        notes.append(
+            f"With {bias}: true reward of pooled and aware, seed by seed: {each}; of SFT {sft:.3f}; "
+            f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
+        )
+    about = (
+        f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired seeds. "
+        "The liking is in units of sentiment for ten words."
     )
-    spammers = mean(one["aware"]["spammer_auc"] for one in found)
-    sft = mean(one["sft"]["true_reward"] for one in found)
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired "
-            f"seeds. True reward, pooled and aware, seed by seed: {each}; of SFT {sft:.3f}. "
-            f"Spammers against the usual annotators by reliability: AUC {spammers:.3f}.",
-        ]
-    )
+    return "\n".join([*rows, "", about, *notes])
