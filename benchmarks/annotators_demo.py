@@ -221,7 +221,7 @@ def demo_section(seeds: int, root: Path) -> str:
         spammers = mean(one["aware"]["spammer_auc"] for one in found)
         sft = mean(one["sft"]["true_reward"] for one in found)
         notes.append(
-            f"With {bias}: true reward of pooled and aware, seed by seed: {each}; of SFT {sft:.3f}; "
+            f"With {bias}: true reward, pooled and aware, seed by seed: {each}; SFT {sft:.3f}; "
             f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
         )
     about = (
