@@ -1,7 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interrupted by Ctrl-C, 143
-by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 130
+interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its own slow dependencies, so that
+`--help` is fast.
 """
 
 import math
@@ -12,7 +13,7 @@ from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,14 +24,17 @@ from flows.cli.printing import (
     line,
     responses_as_json,
     responses_as_text,
+    secret_line,
     show_comparison,
     show_error,
     show_links,
     show_plan,
     show_report,
     show_services,
+    show_snapshot,
     show_start,
     show_validation,
+    warn_on_terminal,
 )
 from flows.cli.process import Command, Commands, load, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
@@ -184,10 +188,13 @@ def sweep(
     show_report(report)
 
 
-@command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
+@command(epilog="Examples: rlhf up · rlhf up --prefect-port 4201 --mlflow-port 5001")
 def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
+    label_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the page for annotators.")
+    ] = 4300,
     configs: Annotated[
         Path | None,
         typer.Option(
@@ -196,28 +203,64 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run Prefect, MLflow and a worker on this machine until Ctrl-C.
+    """Run Prefect, MLflow, the page for annotators and a worker on this machine until Ctrl-C.
 
     In the Prefect UI each preset is a deployment: a form with its values filled in, which you can
     edit, start or schedule. Each single stage and retraining have a form too. The services listen
     on the loopback address only and stop together. Earlier runs of `rlhf run` are shown as well.
 
-    Both pages require a password, which is generated at each start. Open them with the printed
-    links, each of which signs in one browser; `rlhf sign-in` prints new ones. Other commands find
-    the password themselves.
+    Prefect and MLflow require a password, which is generated at each start. Open them with the
+    printed links, each of which signs in one browser; `rlhf sign-in` prints new ones. Other
+    commands find the password themselves. Annotators come in by links of `rlhf feedback invite`.
     """
-    err.print("Starting Prefect, MLflow and a worker …", highlight=False)
+    err.print("Starting Prefect, MLflow, the page for annotators and a worker …", highlight=False)
     try:
         serve.up(
             read_settings(),
             prefect_port=prefect_port,
             mlflow_port=mlflow_port,
+            label_port=label_port,
             configs=configs or presets(),
             on_ready=show_services,
             on_error=show_error,
         )
     except KeyboardInterrupt:
         err.print("All services have been stopped.", highlight=False)
+
+
+@command(epilog="Examples: rlhf label demo · rlhf label demo --port 4301")
+def label(
+    project: Annotated[str, typer.Argument(help="A feedback project.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 4300,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 127.0.0.1 lets in this machine only.")
+    ] = find.HOST,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the page for browsers, used in links [default: RLHF_LABEL_URL, else "
+            "that of this machine]."
+        ),
+    ] = None,
+) -> None:
+    """Serve the page on which people label until Ctrl-C, and print two links that let you in.
+
+    One link is for labelling, the other for running the project: inviting people, and seeing how
+    far they are and what they wrote. The page shows the pairs of the preference store of this
+    installation. `rlhf up` serves it too.
+    """
+    load("flows.local.label")
+    from flows.local.label import serve_label
+
+    serve_label(
+        read_settings(),
+        project,
+        host=host,
+        port=port,
+        url=url,
+        say=secret_line,
+        warn=warn_on_terminal,
+    )
 
 
 @command(name="sign-in", epilog="Example: rlhf sign-in")
@@ -305,12 +348,18 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     settings = read_settings()
     apply_environment(settings)
     pipeline = _load(config, overrides)
-    load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
+    load(
+        "rlhf_core.plan",
+        "rlhf_core.stages.prepare",
+        "tasks.feedback.asking.votes",
+        "tasks.record.terminal",
+    )
     from rlhf_core.doubts import doubts
-    from rlhf_core.judges.config import ENDPOINT
+    from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
-    from rlhf_core.stages.prepare import inspect
+    from rlhf_core.stages.prepare import LATEST, inspect
+    from tasks.feedback.asking.votes import votes_now
     from tasks.record.terminal import on_terminal
     from tasks.reward_places import reward_places
 
@@ -318,23 +367,30 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
+        nobody = ""
         if pipeline.judge.source == ENDPOINT:
             _ = settings.judge_address
+        elif pipeline.judge.source == PEOPLE:
+            from tasks.feedback.asking.batches import nobody_to_ask
+
+            nobody = nobody_to_ask(pipeline.judge.people, pipeline.project, settings)
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds
 
             unchecked = check_models(pipeline.registered_models, settings)
         limits, seed = pipeline.length_limits, pipeline.seed
-        found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
+        with votes_now(pipeline.data, settings) as (votes, snapshot):
+            found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+    show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    if unchecked:
-        line(unchecked)
+    for sentence in filter(None, (nobody, unchecked)):
+        line(sentence)
 
 
 @command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
@@ -414,6 +470,95 @@ def generate(
         typer.echo(responses_as_json(texts, answers))
     else:
         typer.echo(printable(responses_as_text(texts, answers)))
+
+
+@command(
+    name="ask",
+    epilog="Examples: rlhf ask demo --prompts 200 · "
+    "rlhf ask demo --against models:/demo-policy/2 --pairs ring",
+)
+def ask_people(
+    project: Annotated[str, typer.Argument(help="A feedback project; made if there is none.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer.")] = 100,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="VERSION",
+            help="Who answers: models:/NAME/VERSION or models:/NAME@ALIAS "
+            "[default: models:/PROJECT-policy@champion].",
+        ),
+    ] = "",
+    against: Annotated[
+        str, typer.Option(metavar="VERSION", help="Another version, to compare the first with.")
+    ] = "",
+    answers: Annotated[int, typer.Option(min=1, help="Answers of each to a prompt.")] = 2,
+    pairs: Annotated[
+        Literal["all", "ring"],
+        typer.Option(
+            help="Which answers meet: all, or ring (each the next; the n-th the n-th of --against)."
+        ),
+    ] = "all",
+    file: Annotated[
+        str, typer.Option("--from", metavar="FILE", help="Prompts of your own, as JSON lines.")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="runs:/RUN/data with the prompts [default: what the model was trained on]. Only "
+            "training prompts are asked about.",
+        ),
+    ] = "",
+    evaluation: Annotated[
+        bool,
+        typer.Option(
+            "--eval", help="Held-out prompts instead, with --against; these votes train nothing."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest answer (tokens); 0 = as in training.")
+    ] = 0,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, max=100.0, callback=_number, help="Of sampling; 0 = as in training."),
+    ] = 0.0,
+    votes: Annotated[
+        int, typer.Option(min=0, help="People asked about each pair; 0 = as the project has it.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws prompts and answers.")] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of prompts and answers.")] = "",
+) -> None:
+    """Have people compare answers: sample them, and queue the pairs.
+
+    The same command again goes on where it was stopped, and asks for nothing twice; another seed
+    asks about other prompts. Equal answers are not asked about.
+    """
+    from flows.cli.asking import ask_config
+
+    config = ask_config(
+        project=project,
+        prompts=prompts,
+        policy=model,
+        against=against,
+        answers=answers,
+        pairs=pairs,
+        file=file,
+        data=data,
+        evaluation=evaluation,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        votes_per_pair=votes,
+        seed=seed,
+        licence=licence,
+    )
+    settings = find.join(read_settings())
+    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    from tasks.feedback.asking.ask import ask
+    from tasks.record.terminal import on_terminal
+
+    with on_terminal("ask") as logger:
+        asked = ask(config, settings, logger)
+    line(asked.sentence)
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")

@@ -34,6 +34,7 @@ from rlhf_core.functional._contracts import check_shapes
 STEPS, LONGEST = 100, 4.0  # of Newton's method: how many at most, and how far one may go
 HALVINGS = 30  # of a step that would lower the posterior
 TOLERANCE = 1e-9  # of the largest change
+NOISE = 1e-12  # rounding of a sum over many votes, as a share of it
 
 
 class Prior(NamedTuple):
@@ -181,7 +182,7 @@ def fit_habits(
         for _ in range(HALVINGS):
             found = values + share * step, nu + share * nu_step
             value = fit.objective(*found)
-            if bool(value <= objective):
+            if bool(value <= objective + NOISE * objective.abs()):
                 break
             share /= 2
         else:

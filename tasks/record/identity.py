@@ -23,13 +23,16 @@ import rlhf_core
 from rlhf_core.rewards.functions import source_file
 from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
-from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref, SnapshotRef
 from tasks.reward_places import reward_places
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The first module of a stage, unless it is the one in `rlhf_core.stages` with its name.
 STARTS = {"promotion": "rlhf_core.promotion.rules"}
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:function
+# `reuse` replaces a training, so it is not a setting of one; how long people are waited for, and
+# when they are asked, changes no verdict.
+NO_SETTINGS: Any = {"reuse": True, "people": {"days": True, "priority": True}}
 ROOT = Path(rlhf_core.__file__).parent
 
 
@@ -54,9 +57,8 @@ class Definition:
 
     def key(self, store: MlflowModelStore) -> str:
         """The key of the stage, 16 hex digits: stages with equal keys give equal bits."""
-        # `reuse` replaces a training, so it is not a setting of one.
         settings = {
-            name: section.model_dump(mode="json", exclude={"reuse"})
+            name: section.model_dump(mode="json", exclude=NO_SETTINGS)
             for name, section in self.sections.items()
         }
         facts = {
@@ -72,7 +74,7 @@ class Definition:
 
 def _content(ref: Ref, store: MlflowModelStore) -> str:
     """The digest of the files of a reference; a version trained again has the same digest."""
-    if isinstance(ref, DatasetRef):
+    if isinstance(ref, DatasetRef | SnapshotRef):
         return ref.digest
     assert isinstance(ref, ModelRef)
     return store.tags(ref).get(tags.DIGEST, ref.uri)

@@ -33,9 +33,11 @@ def is_stage_of(done: Run, what: Definition) -> bool:
 
 
 def _is_whole(record: Record, done: Run) -> bool:
-    """Whether a run has outputs, and all of its models are still registered."""
-    made = tags.models(done.data.tags).values()
-    return bool(tags.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
+    """Whether a run has outputs, and all of its models and data are still there."""
+    made, outputs = tags.models(done.data.tags).values(), tags.outputs(done.data.tags)
+    if (data := outputs.get(tags.DATA)) and record.runs.find_active(tags.run_of(data)) is None:
+        return False
+    return bool(outputs) and all(record.store.exists(model) for model in made)
 
 
 def source_of(done: Run) -> str:
@@ -48,6 +50,8 @@ def tags_of_stand_in(done: Run) -> dict[str, str]:
     made = {tags.output_of(kind): uri for kind, uri in tags.outputs(done.data.tags).items()}
     note = f"Reused from the run {source_of(done)}, which has the same settings, inputs and code."
     made |= tags.alarms(done.data.tags)
+    if tags.output_of(tags.DATA) in made:
+        made[tags.DATA_DIGEST] = done.data.tags[tags.DATA_DIGEST]
     return {**made, tags.CACHED_FROM: source_of(done), tags.DESCRIPTION: note}
 
 
@@ -80,8 +84,10 @@ def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str
         if run is not None:
             return run
     left = _remembered(record, folder)
-    # A suspended run belongs to the Prefect run that will be resumed.
-    return left if left is not None and left.info.status != SUSPENDED else None
+    if left is None or left.info.status != SUSPENDED:
+        return left
+    # A run that Prefect suspended belongs to the flow run that will be resumed.
+    return left if tags.BY_COMMAND in left.data.tags else None
 
 
 def _remembered(record: Record, folder: Path) -> Run | None:
@@ -100,14 +106,27 @@ def new_run(record: Record, what: Definition, work: Path) -> str:
     return run_id
 
 
+def find_waiting(record: Record, what: Definition, key: str) -> Run | None:
+    """The run of this stage that waits for people, on whatever machine it began."""
+    return next(
+        (
+            run
+            for run in record.runs.of_key(what.run.experiment_id, key)
+            if is_stage_of(run, what) and run.info.status == SUSPENDED
+        ),
+        None,
+    )
+
+
 def reopen(record: Record, run: Run) -> None:
     """Set a stopped run to RUNNING, and remove its error."""
     run_id, run_tags = run.info.run_id, run.data.tags
     log.info("resuming the run %s, which was stopped", run_id)
     record.client.update_run(run_id, status="RUNNING")
     record.client.set_tag(run_id, tags.RESUMED, str(int(run_tags.get(tags.RESUMED, "0")) + 1))
-    if tags.ERROR in run_tags:
-        record.client.delete_tag(run_id, tags.ERROR)
+    for passed in (tags.ERROR, tags.WAITS_FOR, tags.BY_COMMAND):
+        if passed in run_tags:
+            record.client.delete_tag(run_id, passed)
 
 
 def unpublish(record: Record, run_id: str) -> None:

@@ -13,6 +13,7 @@ STAGE: Final = "stage"  # the stage, as `sft`; for a run with stages: its kind
 SEED: Final = "seed"
 KEY: Final = "stage_key"  # equal keys lead to equal bits: tasks/record/identity.py
 DATA_DIGEST: Final = "data_digest"  # of the prepared data, input or output
+SNAPSHOT: Final = "preference_snapshot"  # of votes: what was trained on, or reported on
 CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
@@ -26,6 +27,8 @@ FLOW_URL: Final = "prefect.flow_run_url"
 # ---- outcome of a run ----
 ERROR: Final = "error"
 RESUMED: Final = "resumed"  # how often it was resumed
+WAITS_FOR: Final = "waits_for_people"  # a sentence, as long as it does
+BY_COMMAND: Final = "continued_by_command"  # true: no worker continues it
 CACHED_FROM: Final = "cached_from"  # the run that it was reused from
 
 # ---- promotion: on the runs of pipeline and stage ----
@@ -71,6 +74,7 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
 VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
+FEEDBACK_REPORT: Final = "feedback_report"  # of STAGE: what annotators agree on
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 
