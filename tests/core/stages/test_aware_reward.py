@@ -15,6 +15,7 @@ from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import generator
+from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.reward_model import AwareReport, RewardModelReport, train_reward_model
 from rlhf_core.training.annotators import Annotators
 
@@ -208,6 +209,14 @@ def test_an_adapter_learns_beside_annotators(train, with_votes):
     report = train(change(annotators="aware", epochs=4, lora_rank=4), data=with_votes(by_people))
     table = report.tables["reward_annotators"].set_index("annotator")
     assert table["reliability"].idxmin() == "contrary-1"
+
+
+def test_a_held_out_reward_model_learns_the_habits_in_its_own_half(toy_work, with_votes, tmp_path):
+    inputs = {"data": with_votes(by_people)}
+    work = toy_work("sft", "data", outputs={"held_out": tmp_path / "held_out"}, **inputs)
+    report = train_held_out(AWARE, work)
+    assert 0 < report.train_pairs < 102
+    assert report.tables["reward_annotators"]["votes"].sum() == report.train_pairs
 
 
 @pytest.mark.parametrize(
