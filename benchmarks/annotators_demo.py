@@ -6,6 +6,7 @@ each kind on the same votes, and PPO on each. What is made is kept in a folder.
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,9 @@ BIASED = [
     "data.simulation.annotators.side_bias=0.5",
     "data.simulation.gold_share=0.02",
 ]
-LENGTH_BIASES = (0.4, 0.8)
+# Mean liking for length, and kl_coef of PPO: that of the demo, and that with which the benchmark of
+# the tournament has policies that are hacked.
+WORLDS = ((0.4, 0.1), (0.8, 0.1), (0.8, 0.03))
 WAYS = ("pooled", "aware")
 EACH = 16  # answers to each held-out prompt
 
@@ -52,12 +55,14 @@ class World:
     root: Path
     seed: int
     length_bias: float  # mean over the annotators, sentiment for ten words
+    kl_coef: float  # of PPO; what comes before it is shared
 
     def config(self, way: str = "pooled") -> PipelineConfig:
         """The demo with biased annotators."""
         settings = [
             f"seed={self.seed}",
             f"reward_model.annotators={way}",
+            f"ppo.kl_coef={self.kl_coef:g}",
             f"data.simulation.annotators.length_bias={self.length_bias}",
             *BIASED,
         ]
@@ -70,7 +75,7 @@ class World:
 
     def measured(self) -> dict[str, Any]:
         """What the reward models and policies of this seed are worth, kept in a file."""
-        path = self.folder / "measured.json"
+        path = self.folder / f"measured-{self.kl_coef:g}.json"
         if not path.is_file():
             found: dict[str, Any] = {way: self._measure(way) for way in WAYS}
             found["sft"] = self._worth(self._sft, "sft")
@@ -79,7 +84,10 @@ class World:
 
     def _measure(self, way: str) -> dict[str, float]:
         reward = self._made(f"reward-{way}", lambda folder: self._train_reward(folder, way))
-        policy = self._made(f"ppo-{way}", lambda folder: self._train_policy(folder, reward, way))
+        policy = self._made(
+            f"ppo-{way}-{self.kl_coef:g}",
+            lambda folder: self._train_policy(folder, reward, way),
+        )
         report = json.loads((reward / "report.json").read_text())
         return {
             "vote_accuracy": report["accuracy"],
@@ -167,7 +175,10 @@ class World:
         if not folder.is_dir():
             begun.mkdir(parents=True)
             make(begun)
-            begun.rename(folder)
+            if folder.is_dir():  # another process was faster; it has made the same
+                shutil.rmtree(begun)
+            else:
+                begun.rename(folder)
         return folder
 
 
@@ -200,18 +211,18 @@ TITLES = {
 
 def demo_section(seeds: int, root: Path) -> str:
     """The table of the demo, as Markdown."""
-    rows = ["| mean liking for length | | pooled | aware | difference |", "|---|---|---|---|---|"]
+    rows = ["| liking for length, KL | | pooled | aware | difference |", "|---|---|---|---|---|"]
     notes = []
-    for bias in LENGTH_BIASES:
+    for bias, kl_coef in WORLDS:
         found = []
         for seed in range(seeds):
-            found.append(World(root, seed, bias).measured())
-            print(f"length bias {bias}, seed {seed}: {found[-1]}", flush=True)
+            found.append(World(root, seed, bias, kl_coef).measured())
+            print(f"{bias}, {kl_coef}, seed {seed}: {found[-1]}", flush=True)
         for key, title in TITLES.items():
             pooled, aware = ([one[way][key] for one in found] for way in WAYS)
             differences = [b - a for a, b in zip(pooled, aware, strict=True)]
             rows.append(
-                f"| {bias} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
+                f"| {bias}, {kl_coef} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
                 f"{with_interval(differences)} |"
             )
         each = ", ".join(
@@ -221,11 +232,11 @@ def demo_section(seeds: int, root: Path) -> str:
         spammers = mean(one["aware"]["spammer_auc"] for one in found)
         sft = mean(one["sft"]["true_reward"] for one in found)
         notes.append(
-            f"With {bias}: true reward, pooled and aware, seed by seed: {each}; SFT {sft:.3f}; "
+            f"With {bias}, {kl_coef}: true reward, pooled and aware, seed by seed: {each}; SFT {sft:.3f}; "
             f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
         )
     about = (
         f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired seeds. "
-        "The liking is in units of sentiment for ten words."
+        "The mean liking for length is in units of sentiment for ten words; KL is `ppo.kl_coef`."
     )
     return "\n".join([*rows, "", about, *notes])
