@@ -232,8 +232,8 @@ def demo_section(seeds: int, root: Path) -> str:
         spammers = mean(one["aware"]["spammer_auc"] for one in found)
         sft = mean(one["sft"]["true_reward"] for one in found)
         notes.append(
-            f"With {bias}, {kl_coef}: true reward, pooled and aware, seed by seed: {each}; SFT {sft:.3f}; "
-            f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
+            f"With {bias}, {kl_coef}: true reward, pooled and aware, seed by seed: {each}; of SFT "
+            f"{sft:.3f}; spammers against usual annotators by reliability: AUC {spammers:.3f}."
         )
     about = (
         f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired seeds. "

@@ -2,6 +2,9 @@
 
     P(chosen ≻ rejected) = σ(r(chosen) - r(rejected) - margin)          (Bradley-Terry)
 
+With `annotators: aware` the votes are those of people with habits, which are learnt beside the rewards:
+`rlhf_core.functional.annotators`.
+
 It is the SFT model with a scalar head at the last token, trained for one epoch by default, since
 more overfits. The reward is then shifted and scaled so that samples of the SFT policy have mean 0
 and standard deviation 1; the constants are saved with the model.
