@@ -2,7 +2,7 @@
 
     P(chosen ≻ rejected) = σ(r(chosen) - r(rejected) - margin)          (Bradley-Terry)
 
-With `annotators: aware` the votes are those of people with habits, which are learnt beside the rewards:
+With `annotators: aware` the votes are those of people with habits, learnt beside the rewards:
 `rlhf_core.functional.annotators`.
 
 It is the SFT model with a scalar head at the last token, trained for one epoch by default, since
