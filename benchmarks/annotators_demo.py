@@ -41,9 +41,9 @@ BIASED = [
     "data.simulation.annotators.side_bias=0.5",
     "data.simulation.gold_share=0.02",
 ]
-# Mean liking for length, and kl_coef of PPO: that of the demo, and that with which the benchmark of
-# the tournament has policies that are hacked.
-WORLDS = ((0.4, 0.1), (0.8, 0.1), (0.8, 0.03))
+# Mean liking for length; care for repetition, half of it as in the demo or all of it; and kl_coef of
+# PPO, that of the demo or that with which the benchmark of the tournament has policies that are hacked.
+WORLDS = ((0.4, 0.5, 0.1), (0.8, 0.5, 0.1), (0.8, 0.5, 0.03), (0.8, 1.0, 0.1), (0.8, 1.0, 0.03))
 WAYS = ("pooled", "aware")
 EACH = 16  # answers to each held-out prompt
 
@@ -55,6 +55,7 @@ class World:
     root: Path
     seed: int
     length_bias: float  # mean over the annotators, sentiment for ten words
+    care: float  # share of the penalty for repetition that the annotators notice
     kl_coef: float  # of PPO; what comes before it is shared
 
     def config(self, way: str = "pooled") -> PipelineConfig:
@@ -64,6 +65,7 @@ class World:
             f"reward_model.annotators={way}",
             f"ppo.kl_coef={self.kl_coef:g}",
             f"data.simulation.annotators.length_bias={self.length_bias}",
+            f"data.simulation.annotators.care={self.care}",
             *BIASED,
         ]
         return load_config(DEMO, settings, PipelineConfig)
@@ -71,7 +73,7 @@ class World:
     @property
     def folder(self) -> Path:
         """Where everything of this world lies."""
-        return self.root / f"length-{self.length_bias:g}" / f"seed-{self.seed}"
+        return self.root / f"length-{self.length_bias:g}-care-{self.care:g}" / f"seed-{self.seed}"
 
     def measured(self) -> dict[str, Any]:
         """What the reward models and policies of this seed are worth, kept in a file."""
@@ -211,18 +213,22 @@ TITLES = {
 
 def demo_section(seeds: int, root: Path) -> str:
     """The table of the demo, as Markdown."""
-    rows = ["| liking for length, KL | | pooled | aware | difference |", "|---|---|---|---|---|"]
+    rows = [
+        "| liking for length, care, KL | | pooled | aware | difference |",
+        "|---|---|---|---|---|",
+    ]
     notes = []
-    for bias, kl_coef in WORLDS:
+    for world in WORLDS:
+        name = ", ".join(f"{value:g}" for value in world)
         found = []
         for seed in range(seeds):
-            found.append(World(root, seed, bias, kl_coef).measured())
-            print(f"{bias}, {kl_coef}, seed {seed}: {found[-1]}", flush=True)
+            found.append(World(root, seed, *world).measured())
+            print(f"{name}; seed {seed}: {found[-1]}", flush=True)
         for key, title in TITLES.items():
             pooled, aware = ([one[way][key] for one in found] for way in WAYS)
             differences = [b - a for a, b in zip(pooled, aware, strict=True)]
             rows.append(
-                f"| {bias}, {kl_coef} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
+                f"| {name} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
                 f"{with_interval(differences)} |"
             )
         each = ", ".join(
@@ -232,11 +238,12 @@ def demo_section(seeds: int, root: Path) -> str:
         spammers = mean(one["aware"]["spammer_auc"] for one in found)
         sft = mean(one["sft"]["true_reward"] for one in found)
         notes.append(
-            f"With {bias}, {kl_coef}: true reward, pooled and aware, seed by seed: {each}; of SFT "
-            f"{sft:.3f}; spammers against usual annotators by reliability: AUC {spammers:.3f}."
+            f"* {name}: true reward, pooled and aware, seed by seed: {each}; of SFT {sft:.3f}; "
+            f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
         )
     about = (
         f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired seeds. "
-        "The mean liking for length is in units of sentiment for ten words; KL is `ppo.kl_coef`."
+        "The mean liking for length is in units of sentiment for ten words, care is the share of "
+        "the penalty for repetition that annotators notice, and KL is `ppo.kl_coef`."
     )
-    return "\n".join([*rows, "", about, *notes])
+    return "\n".join([*rows, "", about, "", *notes])
