@@ -41,8 +41,8 @@ BIASED = [
     "data.simulation.annotators.side_bias=0.5",
     "data.simulation.gold_share=0.02",
 ]
-# Mean liking for length; care for repetition, half of it as in the demo, or all of it; and kl_coef of
-# PPO, as in the demo, or as in the benchmark of the tournament, whose policies are hacked.
+# Mean liking for length; care for repetition, half of it as in the demo or all; and kl_coef of PPO,
+# as in the demo, or as in the benchmark of the tournament, whose policies are hacked.
 WORLDS = ((0.4, 0.5, 0.1), (0.8, 0.5, 0.1), (0.8, 0.5, 0.03), (0.8, 1.0, 0.1), (0.8, 1.0, 0.03))
 WAYS = ("pooled", "aware")
 EACH = 16  # answers to each held-out prompt

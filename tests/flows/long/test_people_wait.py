@@ -6,6 +6,7 @@ on by itself when people have voted.
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -99,5 +100,9 @@ def test_it_goes_on_by_itself_whatever_was_restarted_meanwhile(servers, page):
 
 
 def _engines(servers):
-    worker = psutil.Process(servers.running["worker"].pid)
-    return [p for p in worker.children(recursive=True) if "prefect.engine" in p.cmdline()]
+    """The processes of flow runs that the worker has started and that have not ended."""
+    found = []
+    for child in psutil.Process(servers.running["worker"].pid).children(recursive=True):
+        with suppress(psutil.Error):  # one that ends meanwhile
+            found += [child] if "prefect.engine" in child.cmdline() else []
+    return found
