@@ -5,8 +5,8 @@
     python benchmarks/annotators.py votes                   # votes that people cast, in --data
 
 Each prints a table as Markdown, and with --write puts it into README.md. Simulation: about two
-minutes of a core; demo: about three for each seed; what was made there is not made again; votes:
-about ten.
+minutes of a core; demo: two for each seed and world, and what was made there is not made again;
+votes: five.
 """
 
 import argparse
@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("study", choices=("simulation", "demo", "votes"))
     parser.add_argument("--seeds", type=int, help="20 of the simulation, 5 of the demo")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".rlhf" / "bench" / "annotators")
+    about = "demo: measure nothing more, only show what was"
+    parser.add_argument("--kept", action="store_true", help=about)
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
@@ -113,7 +115,7 @@ def main() -> None:
     if arguments.study == "simulation":
         section = simulation_section(arguments.seeds or 20)
     elif arguments.study == "demo":
-        section = demo_section(arguments.seeds or 5, arguments.work)
+        section = demo_section(arguments.seeds or 5, arguments.work, kept=arguments.kept)
     else:
         section = votes_section(arguments.data)
     print(section)

@@ -75,9 +75,14 @@ class World:
         """Where everything of this world lies."""
         return self.root / f"length-{self.length_bias:g}-care-{self.care:g}" / f"seed-{self.seed}"
 
+    @property
+    def results(self) -> Path:
+        """The file in which it is kept what was measured."""
+        return self.folder / f"measured-{self.kl_coef:g}.json"
+
     def measured(self) -> dict[str, Any]:
-        """What the reward models and policies of this seed are worth, kept in a file."""
-        path = self.folder / f"measured-{self.kl_coef:g}.json"
+        """What the reward models and policies of this seed are worth."""
+        path = self.results
         if not path.is_file():
             found: dict[str, Any] = {way: self._measure(way) for way in WAYS}
             found["sft"] = self._worth(self._sft, "sft")
@@ -220,15 +225,19 @@ def demo_section(seeds: int, root: Path) -> str:
     notes = []
     for world in WORLDS:
         name = ", ".join(f"{value:g}" for value in world)
+        each_seed = [World(root, seed, *world) for seed in range(seeds)]
         found = []
-        for seed in range(seeds):
-            found.append(World(root, seed, *world).measured())
-            print(f"{name}; seed {seed}: {found[-1]}", flush=True)
+        for one in each_seed:
+            if one.results.is_file() or not kept:
+                found.append(one.measured())
+                print(f"{name}; seed {one.seed}: {found[-1]}", flush=True)
+        if not found:
+            continue
         for key, title in TITLES.items():
             pooled, aware = ([one[way][key] for one in found] for way in WAYS)
             differences = [b - a for a, b in zip(pooled, aware, strict=True)]
             rows.append(
-                f"| {name} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
+                f"| {name} | {len(found)} | {title} | {mean(pooled):.3f} | {mean(aware):.3f} | "
                 f"{with_interval(differences)} |"
             )
         each = ", ".join(
@@ -242,7 +251,7 @@ def demo_section(seeds: int, root: Path) -> str:
             f"spammers against usual annotators by reliability: AUC {spammers:.3f}."
         )
     about = (
-        f"{seeds} seeds; a difference with the 95 % interval of Student's t over the paired seeds. "
+        "A difference has the 95 % interval of Student's t over the paired seeds. "
         "The mean liking for length is in units of sentiment for ten words, care is the share of "
         "the penalty for repetition that annotators notice, and KL is `ppo.kl_coef`."
     )
