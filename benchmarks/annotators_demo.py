@@ -203,9 +203,10 @@ def auc(values: list[float], low: list[bool], high: list[bool]) -> float:
 
 def with_interval(values: list[float]) -> str:
     """The mean with the 95 % interval of Student's t, as it is written in a table."""
-    found = mean(values)
-    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
-    return f"{found:+.3f} ± {half:.3f}"
+    if len(values) == 1:
+        return f"{values[0]:+.3f}, one seed"
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean(values):+.3f} ± {half:.3f}"
 
 
 TITLES = {
@@ -216,11 +217,11 @@ TITLES = {
 }
 
 
-def demo_section(seeds: int, root: Path) -> str:
-    """The table of the demo, as Markdown."""
+def demo_section(seeds: int, root: Path, *, kept: bool) -> str:
+    """The table of the demo, as Markdown; with `kept` only of what was measured before."""
     rows = [
-        "| liking for length, care, KL | | pooled | aware | difference |",
-        "|---|---|---|---|---|",
+        "| liking for length, care, KL | seeds | | pooled | aware | difference |",
+        "|---|---|---|---|---|---|",
     ]
     notes = []
     for world in WORLDS:
