@@ -43,7 +43,7 @@ BIASED = [
 ]
 # Mean liking for length; care for repetition, half of it as in the demo or all; and kl_coef of PPO,
 # as in the demo, or as in the benchmark of the tournament, whose policies are hacked.
-WORLDS = ((0.4, 0.5, 0.1), (0.8, 0.5, 0.1), (0.8, 0.5, 0.03), (0.8, 1.0, 0.1), (0.8, 1.0, 0.03))
+WORLDS = ((0.4, 0.5, 0.1), (0.8, 0.5, 0.1), (0.8, 0.5, 0.03), (0.8, 1.0, 0.1))
 WAYS = ("pooled", "aware")
 EACH = 16  # answers to each held-out prompt
 
