@@ -118,7 +118,7 @@ def logged(tmp_path_factory):
     }
     loggers = {name: MemoryLogger() for name in STAGES}
 
-    def report(name):
+    def report(name, section=None):
         spec = TABLE[name]
         # The policy of PPO, the first that is made, is the one that is evaluated.
         outputs = {
@@ -132,13 +132,19 @@ def logged(tmp_path_factory):
             sections={key: sections[key] for key in spec.sections},
             logger=loggers[name],
         )
-        return run_stage(name, config.data if name == "prepare" else getattr(config, name), work)
+        section = section or (config.data if name == "prepare" else getattr(config, name))
+        return run_stage(name, section, work)
 
-    reports = {name: report(name) for name in STAGES}
+    reports = {name: [report(name)] for name in STAGES}
+    # Members and annotators add other metrics, and do not go together.
+    aware = {"members": 1, "annotators": "aware"}
+    reports["reward_model"] += [
+        report("reward_model", config.reward_model.model_copy(update=aware))
+    ]
     return {
         name: {general(key, stage=name) for _, values in loggers[name].history for key in values}
-        | {general(f"summary/{key}", stage=name) for key in report.summary()}
-        for name, report in reports.items()
+        | {general(f"summary/{key}", stage=name) for one in found for key in one.summary()}
+        for name, found in reports.items()
     }
 
 

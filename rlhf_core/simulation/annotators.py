@@ -13,6 +13,8 @@ compound score, except for intensifiers that reach across the end of a clause. S
     d = u(a) - u(b) + side_bias + noise · z     with z from the standard logistic distribution:
     "a" if d > tie_margin, "b" if d < -tie_margin, else "tie".
 
+A spammer has reliability 0. A contrary annotator votes for the other text than this.
+
 With tie margin 0 the second case is the Bradley-Terry model P(a) = σ((u(a) - u(b) + side_bias) /
 noise); with a margin it is its extension to ties by Rao and Kupper
 (https://doi.org/10.1080/01621459.1967.10482901).
@@ -21,7 +23,7 @@ noise); with a margin it is its extension to ties by Rao and Kupper
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from random import Random
 from typing import Literal, NamedTuple, Self
@@ -69,6 +71,12 @@ class AnnotatorsConfig(Section):
     tie_margin: float = Field(
         0.05, ge=0, description="Difference up to which both texts count as equal (sentiment)"
     )
+    spammer_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the annotators who always vote at random"
+    )
+    contrary_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the annotators who vote for the text they like less"
+    )
     flip_share: float = Field(
         0.0, ge=0, le=1, description="Share of the votes that are recorded the wrong way round"
     )
@@ -79,6 +87,15 @@ class AnnotatorsConfig(Section):
             raise ValueError(
                 f"lowest_reliability ({self.lowest_reliability}) is above highest_reliability "
                 f"({self.highest_reliability}): swap them or make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> Self:
+        if self.spammer_share + self.contrary_share > 1:
+            raise ValueError(
+                f"spammer_share ({self.spammer_share}) and contrary_share ({self.contrary_share}) "
+                "add up to more than 1: nobody can be both"
             )
         return self
 
@@ -95,6 +112,7 @@ class Annotator:
     noise: float = 0.0  # scale of the logistic noise, sentiment
     tie_margin: float = 0.0  # sentiment
     taste: Mapping[str, float] = field(default_factory=dict)  # feature -> weight, 1 where absent
+    contrary: bool = False  # votes for the text that it likes less
 
     def utility(self, text: str) -> float:
         """This person's utility of a text (module docstring), in units of sentiment."""
@@ -111,7 +129,7 @@ class Annotator:
         difference += self.noise * _logistic(rng)
         if abs(difference) <= self.tie_margin:
             return "tie"
-        return "a" if difference > 0 else "b"
+        return "a" if (difference > 0) != self.contrary else "b"
 
     def _weight(self, feature: str) -> float:
         return self.taste.get(feature, 1.0)
@@ -131,8 +149,13 @@ class Vote(NamedTuple):
 
 
 def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
-    """Draw annotators with reliability, biases and taste within the bounds of the config."""
-    return [
+    """Draw annotators with reliability, biases and taste within the bounds of the config.
+
+    The first of them are the spammers, and after these come the contrary ones.
+    """
+    spammers = round(config.spammer_share * config.count)
+    contrary = spammers + round(config.contrary_share * config.count)
+    drawn = [
         Annotator(
             name=f"annotator-{number:02d}",
             reliability=rng.uniform(config.lowest_reliability, config.highest_reliability),
@@ -146,6 +169,14 @@ def draw_annotators(config: AnnotatorsConfig, rng: Random) -> list[Annotator]:
             },
         )
         for number in range(1, config.count + 1)
+    ]
+    return [
+        replace(
+            annotator,
+            reliability=0.0 if place < spammers else annotator.reliability,
+            contrary=spammers <= place < contrary,
+        )
+        for place, annotator in enumerate(drawn)
     ]
 
 

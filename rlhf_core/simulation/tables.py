@@ -13,11 +13,13 @@ from rlhf_core.seeding import stream_seed
 from rlhf_core.simulation.annotators import (
     Annotator,
     AnnotatorsConfig,
+    Preference,
     Vote,
     draw_annotators,
     vote,
 )
 from rlhf_core.simulation.grammar import all_prompts, write_review
+from rlhf_core.simulation.truth import true_reward
 
 
 class SimulationConfig(Section):
@@ -29,6 +31,13 @@ class SimulationConfig(Section):
     demonstrations: int = Field(8000, ge=1, le=10_000_000, description="Reviews to imitate (rows)")
     preference_pairs: int = Field(
         4000, ge=1, le=10_000_000, description="Compared pairs, one vote each (rows)"
+    )
+    gold_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Pairs with the known right answer, that of the true reward, beside those that "
+        "the annotators compare (share of these). Their annotator is called gold",
     )
     annotators: AnnotatorsConfig = Field(
         default_factory=AnnotatorsConfig,
@@ -53,17 +62,20 @@ def simulate(config: SimulationConfig, seed: int) -> SimulatedTables:
     """
     prompts = _stream(seed, "prompts").sample(all_prompts(), config.prompts)
     annotators = draw_annotators(config.annotators, _stream(seed, "annotators"))
+    known = round(config.gold_share * config.preference_pairs)
+    gold = _gold(known, prompts, _stream(seed, "gold"))
+    votes = _preferences(
+        config.preference_pairs,
+        prompts,
+        annotators,
+        _stream(seed, "preferences"),
+        _Flips(config.annotators.flip_share, _stream(seed, "flips")),
+    )
     return SimulatedTables(
         demonstrations=_demonstrations(
             config.demonstrations, prompts, _stream(seed, "demonstrations")
         ),
-        preferences=_preferences(
-            config.preference_pairs,
-            prompts,
-            annotators,
-            _stream(seed, "preferences"),
-            _Flips(config.annotators.flip_share, _stream(seed, "flips")),
-        ),
+        preferences=pd.concat([votes, gold], ignore_index=True) if known else votes,
         prompts=pd.DataFrame(
             {"id": [f"prompt-{n:05d}" for n in range(len(prompts))], "prompt": prompts}
         ),
@@ -109,17 +121,33 @@ def _preferences(
         prompt = rng.choice(prompts)
         annotator = rng.choice(annotators)
         cast = vote(annotator, (write_review(prompt, rng), write_review(prompt, rng)), rng)
-        records.append(
-            {
-                "id": f"pair-{n:05d}",
-                "prompt": prompt,
-                **flips.record(cast)._asdict(),
-                "shown_first": "a",
-                "annotator": annotator.name,
-                "gold": False,
-                "margin": 0.0,
-                "time": "",
-                "source": "simulated",
-            }
-        )
+        records.append(_row(f"pair-{n:05d}", prompt, flips.record(cast), annotator.name))
     return pd.DataFrame(records)
+
+
+def _gold(rows: int, prompts: Sequence[str], rng: Random) -> pd.DataFrame:
+    """Pairs with the right answer; nobody has seen them, so neither text was the first."""
+    records = []
+    for n in range(rows):
+        prompt = rng.choice(prompts)
+        texts = write_review(prompt, rng), write_review(prompt, rng)
+        first, second = true_reward([prompt, prompt], texts)
+        right: Preference = "a" if first > second else "b" if second > first else "tie"
+        known = _row(f"gold-{n:05d}", prompt, Vote(*texts, right), "gold")
+        records.append(known | {"shown_first": "", "gold": True})
+    return pd.DataFrame(records)
+
+
+def _row(name: str, prompt: str, cast: Vote, annotator: str) -> dict[str, object]:
+    """A row of the preferences; the text that was shown first is response_a."""
+    return {
+        "id": name,
+        "prompt": prompt,
+        **cast._asdict(),
+        "shown_first": "a",
+        "annotator": annotator,
+        "gold": False,
+        "margin": 0.0,
+        "time": "",
+        "source": "simulated",
+    }

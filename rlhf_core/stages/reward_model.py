@@ -2,6 +2,9 @@
 
     P(chosen ≻ rejected) = σ(r(chosen) - r(rejected) - margin)          (Bradley-Terry)
 
+With `annotators: aware` the votes are those of people with habits, learnt beside the rewards:
+`rlhf_core.functional.annotators`.
+
 It is the SFT model with a scalar head at the last token, trained for one epoch by default, since
 more overfits. The reward is then shifted and scaled so that samples of the SFT policy have mean 0
 and standard deviation 1; the constants are saved with the model.
@@ -54,11 +57,12 @@ from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.ensemble import Ensemble, average_head, average_of
 from rlhf_core.rewards.models import RewardModel
 from rlhf_core.seeding import generator
+from rlhf_core.training.annotators import ANONYMOUS, Annotators, VoteFacts
 from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection, require_finite
 from rlhf_core.training.members import MemberBatches, MemberStep, PairStates, bootstrap
 from rlhf_core.training.order import Batches
-from rlhf_core.training.ranks import Ranks
+from rlhf_core.training.ranks import Micro, Ranks
 from rlhf_core.training.recovery import run_identity
 from rlhf_core.types import Report
 from rlhf_core.work import Work
@@ -73,6 +77,9 @@ _COMPARED = (
     "reward_std",
 )  # of members, in a table
 _LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
+
+_HALF = 0.5  # of the mean reliability
+_NAMED = 10  # annotators in a line of the log
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +109,17 @@ class RewardModelConfig(TrainingSection):
         le=1_000_000,
         description="SFT samples used to normalise the reward to mean 0 and standard deviation 1",
     )
+    annotators: Literal["pooled", "aware"] = Field(
+        "pooled",
+        description="pooled takes every vote for that of the same voter; aware learns of each "
+        "annotator how reliable they are, and how they like the left answer and the longer one, "
+        "and keeps that out of the rewards",
+    )
+    gold_annotator: str = Field(
+        "gold",
+        min_length=1,
+        description="With aware: votes of this annotator that are marked as gold are known answers",
+    )
     members: int = Field(
         1,
         ge=1,
@@ -116,6 +134,27 @@ class RewardModelConfig(TrainingSection):
             raise ValueError(
                 f"members is {self.members}, but lora_rank is 0, and members are adapters on one "
                 "trunk; set lora_rank, for example to 16, or members to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _annotators_vote_in_pairs(self) -> Self:
+        if self.annotators == "pooled":
+            return self
+        if self.loss != "bradley_terry":
+            raise ValueError(
+                f"annotators is aware, which is a model of comparisons, but loss is {self.loss}; "
+                "set loss to bradley_terry or annotators to pooled"
+            )
+        if self.label_smoothing:
+            raise ValueError(
+                "annotators is aware, which learns how many votes of each annotator are wrong, so "
+                "label_smoothing has to be 0; remove it, or set annotators to pooled"
+            )
+        if self.members > 1:
+            raise ValueError(
+                f"members is {self.members}, but annotators is aware, and only a single reward "
+                "model learns what annotators are like; set members to 1 or annotators to pooled"
             )
         return self
 
@@ -148,6 +187,20 @@ class EnsembleReport(RewardModelReport):
     spread: float  # standard deviation of the members' normalised rewards, mean over held-out texts
     member_accuracy: float  # mean over the members
     weight_average_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwareReport(RewardModelReport):
+    """The same of rewards beside which the annotators were learnt. Their table is in `tables`."""
+
+    annotators: int  # with votes to train on, without gold
+    doubtful_annotators: int  # below half the mean reliability, with 97.5 % probability
+    gold_votes: int  # known answers to train on
+    unknown_sides: float  # share of the votes, without gold
+    side_bias: float  # mean of b over these votes, logits
+    length_bias: float  # mean of c over these votes, logits a unit; 0 without gold
+    tie_rate: float  # of answers of equal worth, ν / (2 + ν)
+    vote_accuracy: float  # of the model of the annotators on the votes of `accuracy`
 
 
 class _Votes(NamedTuple):
@@ -190,17 +243,21 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
+    annotators = _annotators(config, votes, ranks)
     with work.recovery.open(
         logger,
         identity=_identity(config, work),
         learners={"reward_model": learner},
-        positions={"batches": batches},
+        positions={"batches": batches} | ({"annotators": annotators} if annotators else {}),
         ranks=ranks,
     ) as session:
         session.resume()
 
         def add(picked: list[int], check: Callable[[], None]) -> dict[str, float]:
-            return accumulate(learner, [train[i] for i in picked], config, ranks, check)
+            pairs = [train[i] for i in picked]
+            if annotators is None:
+                return accumulate(learner, pairs, config, ranks, check)
+            return _accumulate_aware(learner, annotators, picked, pairs, config, ranks, check)
 
         for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
             pass
@@ -216,7 +273,26 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         if ranks.main:
             reward_model.save(tokenizer, work.outputs["reward"], kind="reward", base=sft)
             add_facts(work.outputs["reward"], {"chat": read_card(sft).get("chat", False)})
-    return _report(votes, chosen, rejected, mean, std, seed)
+    report = _report(votes, chosen, rejected, mean, std, seed)
+    if annotators is None:
+        return report
+    return _aware_report(report, annotators, config, votes, chosen - rejected)
+
+
+def _annotators(config: RewardModelConfig, votes: _Votes, ranks: Ranks) -> Annotators | None:
+    """What is to be learnt of the annotators; None when their votes are pooled."""
+    if config.annotators == "pooled":
+        return None
+    facts = VoteFacts.of(votes.train.table, config.gold_annotator)
+    found = Annotators(facts, ranks)
+    if len(facts.names) < 3:
+        who = "have no annotator" if facts.names[1:] == (ANONYMOUS,) else "are of one annotator"
+        _log.warning(
+            "reward_model.annotators is aware, but all votes %s, so nobody can be told to be more "
+            "reliable than others; prepare data with the column annotator",
+            who,
+        )
+    return found
 
 
 def _table(work: Work, split: Split) -> pd.DataFrame:
@@ -243,6 +319,33 @@ def _identity(config: RewardModelConfig, work: Work) -> dict[str, str]:
         {"reward_model": config, "sampling": work.section(SamplingConfig)},
         {name: work.inputs[name] for name in ("sft", "data")},
     )
+
+
+def _accumulate_aware(
+    learner: Learner,
+    annotators: Annotators,
+    rows: list[int],
+    pairs: list[Pair],
+    config: RewardModelConfig,
+    ranks: Ranks,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """As `accumulate`, by the likelihood of who voted; then the annotators learn, too."""
+    gaps: dict[int, float] = {}
+
+    def loss(chosen: Tensor, rejected: Tensor, picked: Micro) -> Tensor:
+        gap = chosen - rejected
+        numbers = [rows[i] for i in picked.rows]
+        if picked.weight:
+            gaps.update(zip(numbers, gap.tolist(), strict=True))
+        margin = torch.tensor([pairs[i].margin for i in picked.rows], device=gap.device)
+        centre = config.center_coef * (chosen + rejected).square().mean()
+        return annotators.loss(gap, numbers, margin) + centre
+
+    metrics = accumulate(learner, pairs, config, ranks, check, loss=loss)
+    annotators.learn(gaps, rows)
+    spread = annotators.habits.values[1:, 0].std(correction=0).item()
+    return metrics | {"reliability_spread": spread}
 
 
 def _train_ensemble(
@@ -542,6 +645,45 @@ def _report(
     )
 
 
+def _aware_report(
+    report: RewardModelReport,
+    annotators: Annotators,
+    config: RewardModelConfig,
+    votes: _Votes,
+    gap: Tensor,
+) -> AwareReport:
+    """The report with the table of annotators. Shapes: gap (M,) of the held-out votes, logits."""
+    annotators.fit()
+    facts, table = annotators.facts, annotators.table()
+    values, voted = annotators.habits.values, facts.annotator > 0
+    means = values[facts.annotator[voted]].mean(0).tolist() if voted.any() else [1.0, 0.0, 0.0]
+    unknown = (facts.side[voted] == 0).double().mean().item() if voted.any() else 0.0
+    held_out = VoteFacts.of(votes.held_out.table, config.gold_annotator, facts)
+    right = half_for_ties(annotators.predict(held_out, gap)[~held_out.tie])
+    ties = annotators.habits.log_tie.exp().item()
+    doubtful = table[table["reliability"] + 1.96 * table["reliability_sd"] < _HALF]
+    if len(doubtful):
+        _log.warning(
+            "%d of %d annotators vote as if at random or against the rewards, which hardly learnt "
+            "from them: %s; the table reward_annotators has their numbers",
+            len(doubtful),
+            len(table),
+            ", ".join([*doubtful["annotator"][:_NAMED], *(["..."] * (len(doubtful) > _NAMED))]),
+        )
+    given = {field.name: getattr(report, field.name) for field in fields(report)}
+    return AwareReport(
+        **given | {"tables": {**report.tables, "reward_annotators": table}},
+        annotators=len(table),
+        doubtful_annotators=len(doubtful),
+        gold_votes=int((~voted).sum()),
+        unknown_sides=unknown,
+        side_bias=means[1],
+        length_bias=means[2],
+        tie_rate=ties / (2 + ties),
+        vote_accuracy=right.mean().item(),
+    )
+
+
 def _as_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
@@ -555,12 +697,14 @@ def accumulate(
     *,
     weights: Sequence[int] | None = None,
     pack: Callable[[list[int]], Packed] | None = None,
+    loss: Callable[[Tensor, Tensor, Micro], Tensor] | None = None,
 ) -> dict[str, float]:
     """Add the gradient of one optimizer step; return its mean loss and its accuracy.
 
     Args:
         weights: how often each pair counts; once by default.
         pack: packs the pairs of some places in `pairs`, chosen and rejected in turn.
+        loss: mean over the pairs of a micro-batch, instead of that of the config.
     """
     sums = {"loss": 0.0, "accuracy": 0.0}
     counts = [1] * len(pairs) if weights is None else weights
@@ -578,9 +722,13 @@ def accumulate(
             if weights is not None:
                 scores = scores.repeat_interleave(times.to(scores.device), 0)
             chosen, rejected = scores.unbind(1)
-            loss = _loss(chosen, rejected, micro, config) * (len(micro) * share)
-            learner.backward(loss, "the reward-model loss")
-        sums["loss"] += loss.item()
+            if loss is None:
+                mean = _loss(chosen, rejected, micro, config)
+            else:
+                mean = loss(chosen, rejected, picked)
+            value = mean * (len(micro) * share)
+            learner.backward(value, "the reward-model loss")
+        sums["loss"] += value.item()
         sums["accuracy"] += half_for_ties(chosen - rejected).sum().item() * share
     return ranks.sum(sums)
 

@@ -194,6 +194,14 @@ class Ranks:
         dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor on the CPU over the ranks, the same to the bit on every rank."""
+        if self._device is None:
+            return values
+        sums = values.to(self._device)
+        dist.all_reduce(sums)
+        return sums.cpu()
+
     def collect(
         self,
         rows: int,

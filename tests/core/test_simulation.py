@@ -145,7 +145,7 @@ FIELDS = [
     *(("count", 5), ("lowest_reliability", 0.1), ("highest_reliability", 0.81)),
     *(("side_bias", 2.0), ("length_bias", 2.0), ("taste_spread", 2.0)),
     *(("care", 1.0), ("noise", 2.0), ("tie_margin", 0.8)),
-    ("flip_share", 0.5),
+    *(("flip_share", 0.5), ("spammer_share", 0.3), ("contrary_share", 0.1), ("gold_share", 0.1)),
 ]
 
 
@@ -176,9 +176,39 @@ def test_flipped_votes_are_the_other_way_round_on_the_same_pairs():
     assert (recorded["vote"][ties] == "tie").all()
 
 
+def test_spammers_come_first_then_the_contrary_and_the_others_vote_as_before():
+    config = AnnotatorsConfig(count=20, spammer_share=0.15, contrary_share=0.05)
+    drawn = draw_annotators(config, Random(0))
+    assert [a.reliability == 0 for a in drawn] == [True] * 3 + [False] * 17
+    assert [a.contrary for a in drawn] == [False] * 3 + [True] + [False] * 16
+    assert drawn[4:] == draw_annotators(AnnotatorsConfig(count=20), Random(0))[4:]
+    praise, blame = " The room was lovely.", " The room was awful."
+    usual, contrary = Annotator("usual"), Annotator("contrary", contrary=True)
+    assert usual.prefers(praise, blame, Random(0)) == "a"
+    assert contrary.prefers(praise, blame, Random(0)) == "b"
+    same = Annotator("same", contrary=True, tie_margin=0.1)
+    assert same.prefers(praise, praise, Random(0)) == "tie"
+
+
+def test_known_answers_are_those_of_the_truth_beside_the_same_votes():
+    known = simulate(SMALL.model_copy(update={"gold_share": 0.05}), 7).preferences
+    plain = simulate(SMALL, 7).preferences
+    assert known[: len(plain)].equals(plain)
+    gold = known[len(plain) :]
+    assert len(gold) == 30
+    assert set(gold["annotator"]) == {"gold"}
+    assert gold["gold"].all()
+    assert set(gold["shown_first"]) == {""}
+    first, second = (true_reward(list(gold["prompt"]), list(gold[f"response_{s}"])) for s in "ab")
+    right = ["a" if a > b else "b" if b > a else "tie" for a, b in zip(first, second, strict=True)]
+    assert gold["vote"].tolist() == right
+    assert {"a", "b"} <= set(right)
+
+
 @pytest.mark.parametrize(
     ("section", "values"),
     [
+        (AnnotatorsConfig, {"spammer_share": 0.7, "contrary_share": 0.4}),
         (SimulationConfig, {"prompts": 481}),
         (SimulationConfig, {"demonstrations": 0}),
         (SimulationConfig, {"pairs": 10}),

@@ -17,6 +17,7 @@ from rlhf_core import functional
 from rlhf_core.functional import (
     _contracts,
     advantages,
+    annotators,
     chunked_head,
     holm,
     length_control,
@@ -28,6 +29,7 @@ from rlhf_core.functional import (
 )
 from rlhf_core.functional._contracts import check_shapes
 from rlhf_core.functional.advantages import gae, group_relative, leave_one_out
+from rlhf_core.functional.annotators import CastVotes, fit_habits, vote_logits, vote_nll
 from rlhf_core.functional.logprobs import (
     chunked_token_logprobs,
     chunked_token_loss,
@@ -79,12 +81,16 @@ losses.bradley_terry(chosen, rejected, *, margin=None, label_smoothing=0.0, cent
 losses.clipped_policy(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, dual_clip=None)
 losses.clipped_value(values, old_values, returns, mask, *, clip_range=0.2)
 losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, label_smoothing=0.0)
+annotators.vote_logits(votes, values)
+annotators.vote_nll(logits, tie, log_tie, *, margin=None)
+annotators.fit_habits(votes, start, free, *, anchor_reliability=False, anchor_length=False)
 ranking.win_rate(wins, ties, losses, *, confidence=0.95)
 ranking.best_of_n_kl(n)
 """.strip().splitlines()
 MODULES = (
     _contracts,
     advantages,
+    annotators,
     chunked_head,
     holm,
     length_control,
@@ -163,6 +169,7 @@ def test_the_message_names_the_tensor_the_wanted_and_the_found_shape():
 
 ROWS, WIDE, FLAT, CUBE = torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2), torch.zeros(2, 3, 5)
 SHORT = torch.zeros(3)
+NO_VOTES = CastVotes(FLAT, FLAT, FLAT, FLAT.bool(), FLAT.long())
 WRONG = {
     "masked_mean": lambda: masked_mean(ROWS, WIDE),
     # Would broadcast to (2, 3) without a word.
@@ -193,6 +200,11 @@ WRONG = {
     "bradley_terry rank": lambda: bradley_terry(FLAT, FLAT.unsqueeze(1)),
     "bradley_terry margin": lambda: bradley_terry(FLAT, FLAT, margin=SHORT),
     "bradley_terry smoothing": lambda: bradley_terry(FLAT, FLAT, label_smoothing=SHORT),
+    "vote_logits": lambda: vote_logits(NO_VOTES._replace(side=SHORT), torch.zeros(1, 3)),
+    "vote_logits values": lambda: vote_logits(NO_VOTES, FLAT),
+    "vote_nll": lambda: vote_nll(FLAT, SHORT, 0.0),
+    "vote_nll margin": lambda: vote_nll(FLAT, FLAT.bool(), 0.0, margin=SHORT),
+    "fit_habits": lambda: fit_habits(NO_VOTES, torch.zeros(1, 3), torch.ones(2, 3).bool()),
     "pointwise_mse": lambda: pointwise_mse(FLAT, FLAT.unsqueeze(1)),
     "clipped_policy": lambda: clipped_policy(ROWS, ROWS, FLAT, ROWS),
     "clipped_policy mask": lambda: clipped_policy(ROWS, ROWS, ROWS, WIDE),

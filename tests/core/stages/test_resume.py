@@ -33,7 +33,8 @@ SHAPED = {
     "rloo_sigmoid": change(CONFIGS["rloo"], shaping=ShapingSection(transform="sigmoid")),
     "grpo_whiten": change(CONFIGS["grpo"], shaping=ShapingSection(transform="whiten", clip=1.0)),
 }
-RESUMED = CONFIGS | SHAPED
+AWARE = {"reward_model_aware": change(CONFIGS["reward_model"], annotators="aware")}
+RESUMED = CONFIGS | SHAPED | AWARE
 
 pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
 

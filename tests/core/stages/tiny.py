@@ -117,7 +117,10 @@ def write_tables(data: Path) -> None:
             frame = pd.DataFrame(rows, columns=columns)
             frame.insert(0, "id", [f"{split}-{i}" for i in range(len(frame))])
             if kind == "preferences":
-                frame = frame.assign(annotator="x", shown_first="", gold=False, time="", source="")
+                people = [("x", "y", "z")[i % 3] for i in range(len(frame))]
+                first = [("a", "b", "")[i // 3 % 3] for i in range(len(frame))]
+                frame = frame.assign(annotator=people, shown_first=first, gold=False)
+                frame = frame.assign(time="", source="")
             write_table(frame, data, kind, split)
 
 

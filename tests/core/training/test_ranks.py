@@ -48,6 +48,7 @@ DDP = {
     "sft": changed("sft", **UNEVEN),
     "sft with LoRA": changed("sft", **UNEVEN, lora_rank=2),
     "reward model": changed("reward_model", **UNEVEN),
+    "reward model, aware": changed("reward_model", **UNEVEN, annotators="aware"),
     "reward model with members": changed("reward_model_members", **UNEVEN),
     "dpo": changed("dpo", **UNEVEN),
     "dpo with LoRA": changed("dpo", **UNEVEN, lora_rank=2),
@@ -65,6 +66,7 @@ DDP = {
 FSDP = (
     "sft",
     "reward model",
+    "reward model, aware",
     "dpo with LoRA",
     "ppo",
     "ppo on two trunks",
@@ -90,6 +92,7 @@ class Course(NamedTuple):
     summary: dict[str, float]
     texts: list[str]
     weights: dict[str, torch.Tensor]
+    annotators: dict[str, list[float]]  # as this rank knows them
 
 
 def course(name: str, world: tiny.World, output: Path, ranks: Ranks) -> Course:
@@ -102,7 +105,9 @@ def course(name: str, world: tiny.World, output: Path, ranks: Ranks) -> Course:
         for file in output.rglob("*.safetensors")
         for key, tensor in load_file(file).items()
     }
-    return Course(logger.history, report.summary(), texts, weights)
+    people = report.tables.get("reward_annotators")
+    known = {} if people is None else people.sort_values("annotator").to_dict("list")
+    return Course(logger.history, report.summary(), texts, weights, known)
 
 
 # --- what the two processes do ---
@@ -231,6 +236,9 @@ def test_two_processes_follow_the_trajectory_of_one(both, alone, case):
         assert values == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert two.summary == pytest.approx(one.summary, rel=1e-4, abs=1e-6)
     assert two.texts == one.texts
+    for column, values in one.annotators.items():
+        expected = values if column == "annotator" else pytest.approx(values, rel=1e-3, abs=1e-5)
+        assert two.annotators[column] == expected
     assert two.weights.keys() == one.weights.keys()
     for name, tensor in one.weights.items():
         found = two.weights[name]
@@ -239,6 +247,14 @@ def test_two_processes_follow_the_trajectory_of_one(both, alone, case):
             # of which AdamW makes steps as large as any.
             found, tensor = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (found, tensor))
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_is_learnt_of_annotators_is_the_same_to_the_bit_on_all_ranks(both):
+    for strategy in ("ddp", "fsdp"):
+        one, two = (found[f"{strategy} reward model, aware"].annotators for found in both)
+        assert len(one["annotator"]) == 3
+        assert len({*one["reliability"], *one["left"], *one["length"]}) == 9
+        assert one == two
 
 
 def test_only_the_main_rank_speaks(both):
