@@ -13,7 +13,7 @@ from torch import Tensor
 
 PRIOR_SPREAD = 3.0  # τ, log-odds: 95 % of the pairs are won with a chance between .003 and .997
 MOST_DIRECTIONS = 128  # that features are reduced to
-_STEPS, _CLOSE = 100, 1e-9
+_STEPS, _CLOSE, _SHORTEST = 100, 1e-8, 1e-6
 
 
 class Space(NamedTuple):
@@ -80,13 +80,22 @@ class Probe(NamedTuple):
         return -(outcomes * p.log() + (1 - outcomes) * (-p).log1p())
 
 
-def fit_probe(features: Tensor, outcomes: Tensor, prior_spread: float = PRIOR_SPREAD) -> Probe:
+def no_votes(size: int, spread: float = PRIOR_SPREAD) -> Probe:
+    """The prior, N(0, τ²·I) in `size` directions."""
+    return Probe(
+        torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64) / spread**2
+    )
+
+
+def fit_probe(features: Tensor, outcomes: Tensor, prior: Probe | None = None) -> Probe:
     """The mode of w and its information, by Newton's method.
+
+        E(w) = Σᵢ [log(1 + exp(wᵀxᵢ)) - yᵢ·wᵀxᵢ] + (w - w₀)ᵀ A₀ (w - w₀) / 2
 
     Args:
         features: (N, k), N may be 0.
         outcomes: (N,) 1 if a won, 0 if b did, 0.5 for a tie.
-        prior_spread: τ.
+        prior: w₀ and A₀, for instance what earlier votes say; None = `no_votes`.
 
     Raises:
         ValueError: if the shapes differ, a value is not finite, or an outcome is not in [0, 1].
@@ -96,27 +105,25 @@ def fit_probe(features: Tensor, outcomes: Tensor, prior_spread: float = PRIOR_SP
         raise ValueError("fit_probe needs features (N, k) and outcomes (N,).")
     if not bool(x.isfinite().all()) or not bool(((y >= 0) & (y <= 1)).all()):
         raise ValueError("fit_probe needs finite features, and outcomes between 0 and 1.")
-    prior = torch.eye(x.shape[1], dtype=torch.float64) / prior_spread**2
-
-    def energy(w: Tensor) -> float:
-        z = x @ w
-        loss = torch.nn.functional.softplus(z) - y * z
-        return float(loss.sum() + 0.5 * w @ prior @ w)
-
-    def information(w: Tensor) -> tuple[Tensor, Tensor]:
-        p = torch.sigmoid(x @ w)
-        return x.T @ (p - y) + prior @ w, (x * (p * (1 - p)).unsqueeze(1)).T @ x + prior
-
-    w = torch.zeros(x.shape[1], dtype=torch.float64)
-    now = energy(w)
+    start, known = prior or no_votes(x.shape[1])
+    w = start.clone()
+    now = _energy(w, x, y, start, known)
     for _ in range(_STEPS):
-        gradient, precision = information(w)
-        step = torch.cholesky_solve(gradient.unsqueeze(1), torch.linalg.cholesky(precision))
-        size = 1.0
-        while size > 1e-6 and energy(w - size * step.squeeze(1)) > now + 1e-12 * abs(now):
-            size /= 2
-        w = w - size * step.squeeze(1)
-        now = energy(w)
-        if float(step.abs().max()) * size < _CLOSE:
+        p = torch.sigmoid(x @ w)
+        gradient = x.T @ (p - y) + known @ (w - start)
+        root = torch.linalg.cholesky((x * (p * (1 - p)).unsqueeze(1)).T @ x + known)
+        step = torch.cholesky_solve(gradient.unsqueeze(1), root).squeeze(1)
+        if float(step.abs().max()) < _CLOSE:
             break
-    return Probe(w, information(w)[1])
+        size = 1.0
+        # Far from the mode a whole step may go too far; half of it, and so on, does not.
+        while (then := _energy(w - size * step, x, y, start, known)) > now and size > _SHORTEST:
+            size /= 2
+        w, now = w - size * step, then
+    p = torch.sigmoid(x @ w)
+    return Probe(w, (x * (p * (1 - p)).unsqueeze(1)).T @ x + known)
+
+
+def _energy(w: Tensor, x: Tensor, y: Tensor, start: Tensor, known: Tensor) -> float:
+    z, off = x @ w, w - start
+    return float((torch.nn.functional.softplus(z) - y * z).sum() + off @ known @ off / 2)
