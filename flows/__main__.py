@@ -23,14 +23,17 @@ from flows.cli.printing import (
     line,
     responses_as_json,
     responses_as_text,
+    secret_line,
     show_comparison,
     show_error,
     show_links,
     show_plan,
     show_report,
     show_services,
+    show_snapshot,
     show_start,
     show_validation,
+    warn_on_terminal,
 )
 from flows.cli.process import Command, Commands, load, own_prefect, run_here, stoppable
 from flows.local import allocator, find, serve
@@ -184,10 +187,13 @@ def sweep(
     show_report(report)
 
 
-@command(epilog="Examples: rlhf up · rlhf up --prefect-port 4300 --mlflow-port 5300")
+@command(epilog="Examples: rlhf up · rlhf up --prefect-port 4201 --mlflow-port 5001")
 def up(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
+    label_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the page for annotators.")
+    ] = 4300,
     configs: Annotated[
         Path | None,
         typer.Option(
@@ -196,28 +202,64 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Run Prefect, MLflow and a worker on this machine until Ctrl-C.
+    """Run Prefect, MLflow, the page for annotators and a worker on this machine until Ctrl-C.
 
     In the Prefect UI each preset is a deployment: a form with its values filled in, which you can
     edit, start or schedule. Each single stage and retraining have a form too. The services listen
     on the loopback address only and stop together. Earlier runs of `rlhf run` are shown as well.
 
-    Both pages require a password, which is generated at each start. Open them with the printed
-    links, each of which signs in one browser; `rlhf sign-in` prints new ones. Other commands find
-    the password themselves.
+    Prefect and MLflow require a password, which is generated at each start. Open them with the
+    printed links, each of which signs in one browser; `rlhf sign-in` prints new ones. Other
+    commands find the password themselves. Annotators come in by links of `rlhf feedback invite`.
     """
-    err.print("Starting Prefect, MLflow and a worker …", highlight=False)
+    err.print("Starting Prefect, MLflow, the page for annotators and a worker …", highlight=False)
     try:
         serve.up(
             read_settings(),
             prefect_port=prefect_port,
             mlflow_port=mlflow_port,
+            label_port=label_port,
             configs=configs or presets(),
             on_ready=show_services,
             on_error=show_error,
         )
     except KeyboardInterrupt:
         err.print("All services have been stopped.", highlight=False)
+
+
+@command(epilog="Examples: rlhf label demo · rlhf label demo --port 4301")
+def label(
+    project: Annotated[str, typer.Argument(help="A feedback project.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 4300,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 127.0.0.1 lets in this machine only.")
+    ] = find.HOST,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the page for browsers, used in links [default: RLHF_LABEL_URL, else "
+            "that of this machine]."
+        ),
+    ] = None,
+) -> None:
+    """Serve the page on which people label until Ctrl-C, and print two links that let you in.
+
+    One link is for labelling, the other for running the project: inviting people, and seeing how
+    far they are and what they wrote. The page shows the pairs of the preference store of this
+    installation. `rlhf up` serves it too.
+    """
+    load("flows.local.label")
+    from flows.local.label import serve_label
+
+    serve_label(
+        read_settings(),
+        project,
+        host=host,
+        port=port,
+        url=url,
+        say=secret_line,
+        warn=warn_on_terminal,
+    )
 
 
 @command(name="sign-in", epilog="Example: rlhf sign-in")
@@ -305,12 +347,18 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     settings = read_settings()
     apply_environment(settings)
     pipeline = _load(config, overrides)
-    load("rlhf_core.plan", "rlhf_core.stages.prepare", "tasks.record.terminal")
+    load(
+        "rlhf_core.plan",
+        "rlhf_core.stages.prepare",
+        "tasks.feedback.asking.votes",
+        "tasks.record.terminal",
+    )
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
-    from rlhf_core.stages.prepare import inspect
+    from rlhf_core.stages.prepare import LATEST, inspect
+    from tasks.feedback.asking.votes import votes_now
     from tasks.record.terminal import on_terminal
     from tasks.reward_places import reward_places
 
@@ -326,9 +374,11 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
 
             unchecked = check_models(pipeline.registered_models, settings)
         limits, seed = pipeline.length_limits, pipeline.seed
-        found = inspect(pipeline.data, pipeline.model, limits, seed, logger)
+        with votes_now(pipeline.data, settings) as (votes, snapshot):
+            found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+    show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):

@@ -12,8 +12,10 @@ from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import evaluate_policy, train_models
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
+from rlhf_core.stages.prepare import DataConfig
 from tasks.history.sweep import Outcome, SweepPoint, record_sweep
 from tasks.record.run import open_run
+from tasks.steps.data import pin_preferences
 
 
 class SweepConfig(Section):
@@ -61,6 +63,16 @@ class Point(NamedTuple):
     about: SweepPoint
     config: PipelineConfig
 
+    def at(self, data: DataConfig, pinned: DataConfig) -> "Point":
+        """The same on the snapshot that `data` was pinned to, unless it chooses its own votes."""
+        own, votes = self.config.data, pinned.preferences
+        chosen = (own.preferences.store, own.preferences.snapshot)
+        if chosen != (data.preferences.store, data.preferences.snapshot):
+            return self
+        preferences = own.preferences.model_copy(update={"snapshot": votes.snapshot})
+        content = own.model_copy(update={"preferences": preferences})
+        return self._replace(config=self.config.model_copy(update={"data": content}))
+
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
     """Set `section.name` in nested `content`."""
@@ -85,7 +97,9 @@ def sweep(config: SweepConfig) -> str:
     """
     pipeline = config.pipeline
     with open_run(pipeline.project, config, pipeline.seed, kind="sweep") as run:
-        outcomes = [_try_point(point, run.run_id) for point in config.points()]
+        pinned = pin_preferences(pipeline.data, run)
+        points = [point.at(pipeline.data, pinned) for point in config.points()]
+        outcomes = [_try_point(point, run.run_id) for point in points]
         report = record_sweep(outcomes, run)
         if failed := [outcome for outcome in outcomes if outcome.problem]:
             raise UserError(

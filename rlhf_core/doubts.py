@@ -54,8 +54,8 @@ def doubts(chosen: Chosen, validation: Validation | None = None) -> list[str]:
 
 def _of_sources(chosen: Chosen) -> Iterator[str]:
     data, model = chosen.data, chosen.model
-    tables = (data.demonstrations, data.preferences, data.prompts)
-    named = [table.path for table in tables if table.path]
+    sources = (data.demonstrations.path, data.preferences.named, data.prompts.path)
+    named = [source for source in sources if source]
     if data.source == "simulated" and named:
         yield (
             f"data.source is simulated, so {named[0]} is not read; set data.source to files to "

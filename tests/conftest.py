@@ -1,10 +1,11 @@
-"""What the tests of tasks and flows share: MLflow stores, and one Prefect server."""
+"""What the tests of tasks and flows share: MLflow stores, one Prefect server, one Postgres."""
 
 import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
+from postgres_server import postgres as postgres
 
 from tasks.settings import QUIET, Settings
 

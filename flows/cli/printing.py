@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flows.local.find import Services
     from rlhf_core.data.validation import Validation
     from rlhf_core.plan import NetworkPlan, Plan
+    from tasks.feedback.store.records import SnapshotInfo
     from tasks.history.comparison import Measure, RunComparison, Value
     from tasks.settings import Settings
 
@@ -33,6 +34,11 @@ err = Console(stderr=True)
 def line(text: str) -> None:
     """Print a line verbatim, without its secrets: no markup, no colours, no breaks in addresses."""
     _print(masked(text))
+
+
+def secret_line(text: str) -> None:
+    """Print a line with a secret that was asked for, such as a link that lets somebody in."""
+    _print(text)
 
 
 def _print(text: str) -> None:
@@ -65,6 +71,7 @@ def show_services(services: "Services", settings: "Settings") -> None:
         [
             ("Prefect", services.prefect, logs / "prefect.log"),
             ("MLflow", services.mlflow, logs / "mlflow.log"),
+            ("labels", services.label, logs / "label.log"),
             ("worker", "polls Prefect for runs", logs / "worker.log"),
         ],
     )
@@ -77,6 +84,11 @@ def show_links(services: "Services", settings: "Settings") -> None:
     for name, address in (("Prefect", services.prefect), ("MLflow", services.mlflow)):
         _print(f"  {name:8}{sign_in.link(address, settings.account)}")  # a secret, and asked for
     line("`rlhf sign-in` prints new ones.")
+    if services.label:
+        line(
+            f"People label at {services.label}: `rlhf feedback invite PROJECT` prints a link for "
+            "one person, with `--role admin` one to the pages of whoever runs the project."
+        )
 
 
 def warn_on_terminal(text: str) -> None:
@@ -87,6 +99,17 @@ def warn_on_terminal(text: str) -> None:
 def show_error(server: str, error: str, log: Path) -> None:
     """Print an error that a running server has logged."""
     warn_on_terminal(f"{server} logged an error: {error} (see {log})")
+
+
+def show_snapshot(found: "SnapshotInfo | None", *, latest: bool) -> None:
+    """Print which votes of the preference store a run would read, if any."""
+    if found is None:
+        return
+    when = "as they are now; a run takes a snapshot of them when it begins" if latest else "pinned"
+    line(
+        f"Votes of the feedback project {found.project}: snapshot {found.digest[:16]} ({when}), "
+        f"{found.votes:,} votes on {found.pairs:,} pairs by {found.annotators:,} annotators"
+    )
 
 
 def show_validation(validation: "Validation") -> None:

@@ -29,6 +29,7 @@ class Services(NamedTuple):
     prefect: str
     mlflow: str
     pid: int
+    label: str = ""
 
 
 def join(settings: Settings, *, prefect: bool = False) -> Settings:

@@ -1,9 +1,9 @@
-"""`rlhf up`: Prefect, MLflow and a worker on this machine; and the server of a single run.
+"""`rlhf up`: Prefect, MLflow, the page for annotators and a worker; and the server of a single run.
 
 All listen only on the loopback address. Other users and web pages can reach that address, so the
 servers require a password, which is generated at each start and kept in a file that only the owner
-of the home can read. They use the same data as `rlhf run` without a server, so there is one
-history.
+of the home can read. The page for annotators has invitation links instead. They use the same data
+as `rlhf run` without a server, so there is one history.
 """
 
 import errno
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -48,11 +49,13 @@ def up(
     *,
     prefect_port: int,
     mlflow_port: int,
+    label_port: int,
     configs: Path,
     on_ready: Callable[[Services, Settings], None],
     on_error: Callable[[str, str, Path], None],
 ) -> None:
-    """Run Prefect, MLflow and a worker with a deployment for each config, until interrupted.
+    """Run Prefect, MLflow, the page for annotators, and a worker with a deployment for each config,
+    until interrupted.
 
     `on_ready` is called once with the addresses and the settings with the password; `on_error` for
     each error that a server logs, with its name, the error and its log. However this function ends,
@@ -71,14 +74,22 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     services = Services(
-        f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}", os.getpid()
+        f"http://{HOST}:{prefect_port}",
+        f"http://{HOST}:{mlflow_port}",
+        os.getpid(),
+        label_address(settings, label_port),
     )
     with _claim(settings) as state, _password(settings) as settings:
         require_space(settings.home)
         config_files(configs)
-        _check_ports(prefect_port, mlflow_port)
-        with Supervisor(settings.home, ("worker", "deploy", "mlflow", "prefect")) as group:
-            servers = _prefect(settings, services.prefect), _mlflow(settings, services.mlflow)
+        ports = {"prefect": prefect_port, "mlflow": mlflow_port, "label": label_port}
+        check_ports({f"--{name}-port": port for name, port in ports.items()})
+        with Supervisor(settings.home, ("worker", "deploy", "label", "mlflow", "prefect")) as group:
+            servers = (
+                _prefect(settings, services.prefect),
+                _mlflow(settings, services.mlflow),
+                _label(settings, services.label, label_port),
+            )
             for server in servers:
                 group.start(server)
             group.until_ready(*servers)
@@ -220,23 +231,40 @@ def _claim(settings: Settings) -> Iterator[IO[str]]:
             file.truncate(0)
 
 
-def _check_ports(prefect_port: int, mlflow_port: int) -> None:
-    options = (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port))
-    if prefect_port == mlflow_port:
-        raise UserError(
-            f"--prefect-port and --mlflow-port are both {mlflow_port}: choose different ports."
-        )
-    for option, port in options:
-        with socket.socket() as probe:
+def check_ports(options: Mapping[str, int], host: str = HOST) -> None:
+    """Raise UserError if a port is in use, or is the value of two options."""
+    for (one, port), (other, again) in combinations(options.items(), 2):
+        if port == again:
+            raise UserError(f"{one} and {other} are both {port}: choose different ports.")
+    for option, port in options.items():
+        with socket.socket(_family(host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((HOST, port))
+                probe.bind((host, port))
             except OSError as error:
                 taken = error.errno == errno.EADDRINUSE
                 reason = "is already in use" if taken else f"cannot be used ({error.strerror})"
                 raise UserError(
                     f"Port {port} {reason}: free it, or choose another port with {option}."
                 ) from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def label_address(settings: Settings, port: int) -> str:
+    """The address of the page for annotators: the one that was set, else that of this machine."""
+    is_set = "label_public_url" in settings.model_fields_set
+    return settings.label_public_url if is_set else f"http://{HOST}:{port}"
+
+
+def _label(settings: Settings, address: str, port: int) -> Service:
+    environment = {**settings.environment(), "RLHF_LABEL_URL": address}
+    command = _python("tasks.feedback.page.app", "--port", str(port))
+    return Service(
+        "label", command, environment, partial(unreachable, f"http://{HOST}:{port}/health")
+    )
 
 
 def _prefect(settings: Settings, address: str, name: str = "prefect") -> Service:
@@ -284,6 +312,7 @@ def _client_environment(settings: Settings, services: Services, configs: Path) -
         "MLFLOW_TRACKING_URI": services.mlflow,
         "RLHF_PREFECT_URL": services.prefect,
         "RLHF_MLFLOW_URL": services.mlflow,
+        **({"RLHF_LABEL_URL": services.label} if services.label else {}),
         "PREFECT_WORKER_QUERY_SECONDS": "3",
     }
 

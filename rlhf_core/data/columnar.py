@@ -12,7 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,35 @@ def read_columnar(paths: Sequence[Path], limit: int) -> tuple[list[tuple[int, Ro
     _rehearse(paths, limit)
     rows: list[tuple[int, Row]] = []
     bad: list[Bad] = []
+    for good, wrong in _good(paths, limit):
+        rows += good
+        bad += wrong
+    return rows, bad
+
+
+def reread_columnar(
+    paths: Sequence[Path], limit: int
+) -> tuple[Callable[[], Iterator[tuple[int, Row]]], list[Bad], int]:
+    """As `read_columnar`, but with a function that reads the rows by batches, and their number."""
+    _rehearse(paths, limit)
+    bad: list[Bad] = []
+    count = 0
+    for rows, wrong in _good(paths, limit):
+        count += len(rows)
+        bad += wrong
+    return lambda: (row for rows, _ in _good(paths, limit) for row in rows), bad, count
+
+
+def _good(paths: Sequence[Path], limit: int) -> Iterator[tuple[list[tuple[int, Row]], list[Bad]]]:
+    """The good rows of each batch, and its bad cells."""
     try:
         for first, batch in _batches(paths, limit):
             found, wrong = _rows(batch)
             faulty = {number for number, _, _ in wrong}
-            rows += [(first + n, row) for n, row in enumerate(found) if n not in faulty]
-            bad += [(first + number, field, reason) for number, field, reason in wrong]
+            rows = [(first + n, row) for n, row in enumerate(found) if n not in faulty]
+            yield rows, [(first + number, field, reason) for number, field, reason in wrong]
     except (ValueError, pa.ArrowException, OSError) as error:  # the file has just changed
         raise DamagedError(_why(error)) from error
-    return rows, bad
 
 
 def _rehearse(paths: Sequence[Path], limit: int) -> None:

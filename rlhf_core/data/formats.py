@@ -23,7 +23,7 @@ tree; prompts are `prompt`. A `system` message may stand beside any prompt.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,63 @@ class ParsedSource:
     numbers: Sequence[int] = ()  # of the row in the source, for each example
 
 
+class Parsing:
+    """A source in a form of ours, and the examples that its rows become, one after the other.
+
+    An example has the prepared columns, `ballot`, `row` (the number of its row) and `values` (the
+    row itself); one of two answers also `entry_a` and `entry_b`, what the row says of each of them,
+    and one of a vote `said` and `entry`, the vote as the row has it.
+
+    Raises: DataError when the source is empty or lacks a required field.
+    """
+
+    def __init__(
+        self,
+        source: SourceRows,
+        kind: TableKind,
+        names: Mapping[str, str],
+        reading: Reading | None = None,
+    ) -> None:
+        self.reading = reading = reading or Reading()
+        if not source.rows and not source.unreadable:
+            raise DataError(f"{source.source} has no rows; check that it is the right file")
+        self.kind, self.names = kind, names
+        self.source = without(source, reading.ignore)
+        self.form = form_of(self.source, kind, names, reading)
+        self.columns = Columns(self.source, kind, names, self.form, reading)
+        self.faults: list[Fault] = []
+        self.skipped = Counter[str]()
+
+    def examples(self) -> Iterator[Row]:
+        """The examples; after the last one, `faults` and `skipped` say what was left out.
+
+        They are made as the rows are read, except where an example needs several rows.
+        """
+        self.faults, self.skipped = list(self.source.unreadable), Counter[str]()
+        found: Iterable[Row] = self._examples()
+        if self.form.join:
+            found, left_over = self.form.join(list(found))
+            self.skipped.update(left_over)
+        yield from found
+        self.faults.sort(key=lambda fault: fault.number)
+
+    def _examples(self) -> Iterator[Row]:
+        source, keep = self.source, self.reading.keep
+        for number, row in self.columns.rows(Path(source.source)):
+            try:
+                common = {"id": row.identity(), "ballot": 0, "row": number, "values": row.values}
+                if keep:
+                    common[KEPT] = row.kept()
+                found = self.form.convert(row)
+            except BadRowError as bad:
+                where = (source.source, source.unit, number, bad.field)
+                self.faults.append(Fault(*where, bad.category, bad.reason))
+            except SkippedRowError as skip:
+                self.skipped[str(skip)] += 1
+            else:
+                yield from ({**common, **example} for example in found)
+
+
 def parse(
     source: SourceRows, kind: TableKind, names: Mapping[str, str], reading: Reading | None = None
 ) -> ParsedSource:
@@ -65,36 +122,16 @@ def parse(
     Raises: DataError when the source is empty or lacks a required field. Single bad rows are
     returned as `faults`.
     """
-    reading = reading or Reading()
-    if not source.rows and not source.unreadable:
-        raise DataError(f"{source.source} has no rows; check that it is the right file")
-    source = without(source, reading.ignore)
-    form = form_of(source, kind, names, reading)
-    columns = Columns(source, kind, names, form, reading)
-    examples: list[Row] = []
-    faults, skipped = list(source.unreadable), Counter[str]()
-    for number, row in columns.rows(Path(source.source)):
-        try:
-            common = {"id": row.identity(), "ballot": 0, "row": number}
-            if reading.keep:
-                common[KEPT] = row.kept()
-            examples += [{**common, **example} for example in form.convert(row)]
-        except BadRowError as bad:
-            where = (source.source, source.unit, number, bad.field)
-            faults.append(Fault(*where, bad.category, bad.reason))
-        except SkippedRowError as skip:
-            skipped[str(skip)] += 1
-    if form.join:
-        examples, left_over = form.join(examples)
-        skipped.update(left_over)
-    columns.note_unused_template()
+    parsing = Parsing(source, kind, names, reading)
+    examples = list(parsing.examples())
+    parsing.columns.note_unused_template()
     frame = pd.DataFrame(
         examples,
-        columns=[*COLUMNS[kind], "ballot", *([KEPT] if reading.keep else [])],
+        columns=[*COLUMNS[kind], "ballot", *([KEPT] if parsing.reading.keep else [])],
         dtype=object,
     )
-    faults.sort(key=lambda fault: fault.number)
     rows = len(source.rows) + len(source.unreadable)
     numbers = [example.get("row", 0) for example in examples]
-    notes = columns.lacks, columns.notes
-    return ParsedSource(frame, source.source, rows, faults, skipped, *notes, numbers)
+    notes = parsing.columns.lacks, parsing.columns.notes
+    left_out = parsing.faults, parsing.skipped
+    return ParsedSource(frame, source.source, rows, *left_out, *notes, numbers)

@@ -12,14 +12,15 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from rlhf_core.data.columnar import DamagedError, read_columnar
+from rlhf_core.data.columnar import DamagedError, read_columnar, reread_columnar
 from rlhf_core.errors import DataError, printable
 from rlhf_core.reading import MIB, UnreadableError, exists, expanded, file_size, opened, read_whole
 
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 _WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "entries", "samples")
 Unit = Literal["line", "row"]
 
+REREAD_FROM = 32 * MIB  # smaller files are kept in memory
 LONGEST_ROW = 64 * MIB  # of a .jsonl file, which is read line by line
 LARGEST_TEXT = 2_048 * MIB  # a .json or .csv file, which is read in one piece
 DEEPEST = 100  # lists and objects within each other
@@ -53,6 +55,35 @@ class Fault:
         )
 
 
+class Reread(Sequence[tuple[int, Row]]):
+    """Rows that are read from their file each time that they are looked at, never all at once."""
+
+    def __init__(self, read: Callable[[], Iterator[tuple[int, Row]]], length: int = -1) -> None:
+        self.read = read
+        self._length = length
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        return self.read()
+
+    def __len__(self) -> int:
+        if self._length < 0:
+            self._length = sum(1 for _ in self.read())
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, Row]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, Row]]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        """Rows by their place, read from the beginning."""
+        if isinstance(place, slice):
+            return list(islice(self.read(), *place.indices(len(self))))
+        found = next(islice(self.read(), place, None), None) if place >= 0 else None
+        if found is None:
+            raise IndexError(place)
+        return found
+
+
 @dataclass(frozen=True)
 class SourceRows:
     """The rows of one source, and the lines that could not be read.
@@ -64,6 +95,18 @@ class SourceRows:
     unit: Unit
     rows: Sequence[tuple[int, Row]]
     unreadable: Sequence[Fault] = ()
+
+    def mapped(self, change: Callable[[int, Row], Iterable[tuple[int, Row]]]) -> "SourceRows":
+        """The source with other rows in place of each; rows that are read as they are needed stay
+        so."""
+        if isinstance(self.rows, Reread):
+            read = self.rows.read
+            changed: Sequence[tuple[int, Row]] = Reread(
+                lambda: (new for n, row in read() for new in change(n, row))
+            )
+        else:
+            changed = [new for n, row in self.rows for new in change(n, row)]
+        return replace(self, rows=changed)
 
     def columns(self) -> list[str]:
         """The field names of all rows, in order of appearance."""
@@ -96,6 +139,24 @@ def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
     if _format(local) is not None or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
         raise DataError(f"there is no file {path}{_nearest(local)}")
     return _read_hub(path, split, subset, limit)
+
+
+def reread_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
+    """As `read_rows`, for a source that need not fit in memory: the rows of a large .jsonl or
+    .parquet file are read each time that they are looked at.
+
+    Raises: DataError when `path` does not exist or cannot be read.
+    """
+    try:
+        local = expanded(path)
+        large = exists(local) and local.is_file() and file_size(local) >= REREAD_FROM
+        if large and _format(local) is _read_json_lines:
+            return _reread_json_lines(local, limit)
+        if large and local.suffix.lower() == ".parquet":
+            return _reread_parquet(local, limit)
+    except (UnreadableError, DamagedError) as error:
+        raise DataError(f"{path}: {error}; check the file, or write it again") from error
+    return read_rows(path, split=split, subset=subset, limit=limit)
 
 
 def _format(path: Path) -> Callable[[Path, int], SourceRows] | None:
@@ -188,10 +249,44 @@ def _deep(value: object) -> bool:
 
 def _read_json_lines(path: Path, limit: int) -> SourceRows:
     found = _Collector(path, "line", limit)
+    for number, row, reason in _json_lines(path):
+        if reason:
+            found.reject(number, reason)
+        else:
+            found.add(number, row)
+        if found.full():
+            break
+    return found.finish()
+
+
+def _reread_json_lines(path: Path, limit: int) -> SourceRows:
+    """The first time the lines are checked, then they are only read."""
+    checked = _Collector(path, "line", limit)
+    count = 0
+    for number, row, reason in _json_lines(path):
+        if reason:
+            checked.reject(number, reason)
+        else:
+            checked.add(number, row)
+            count += len(checked.rows)
+            checked.rows.clear()
+        if 0 < limit <= count + len(checked.unreadable):
+            break
+    bad = {fault.number for fault in checked.unreadable}
+
+    def read() -> Iterator[tuple[int, Row]]:
+        good = ((n, row) for n, row, _ in _json_lines(path) if n not in bad)
+        return islice(good, count)
+
+    return SourceRows(checked.name, "line", Reread(read, count), checked.unreadable)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """The number of each line that is not empty, and its value or why it has none."""
     with opened(path) as file:
         number = 0
         # str.splitlines would also split at U+2028, which may occur inside a JSON string.
-        while not found.full() and (data := file.readline(LONGEST_ROW + 1)):
+        while data := file.readline(LONGEST_ROW + 1):
             number += 1
             if len(data) > LONGEST_ROW:
                 raise DataError(
@@ -202,10 +297,9 @@ def _read_json_lines(path: Path, limit: int) -> SourceRows:
             if not line.strip():
                 continue
             try:
-                found.add(number, json.loads(line))
+                yield number, json.loads(line), ""
             except (ValueError, RecursionError) as error:
-                found.reject(number, f"not valid JSON ({_why(error)})")
-    return found.finish()
+                yield number, None, f"not valid JSON ({_why(error)})"
 
 
 def _read_json(path: Path, limit: int) -> SourceRows:
@@ -308,10 +402,21 @@ def _read_parquet(path: Path, limit: int) -> SourceRows:
         return _columnar(str(path), [Path(unpacked.name)], limit)
 
 
+def _reread_parquet(path: Path, limit: int) -> SourceRows:
+    read, faults, count = reread_columnar([path], limit)
+    rows = Reread(lambda: ((number + 1, row) for number, row in read()), count)
+    return SourceRows(str(path), "row", rows, _unreadable(str(path), faults))
+
+
 def _columnar(name: str, files: Sequence[Path], limit: int) -> SourceRows:
     rows, bad = read_columnar(files, limit)
-    faults = [Fault(name, "row", n + 1, field, "unreadable", reason) for n, field, reason in bad]
-    return SourceRows(name, "row", [(number + 1, row) for number, row in rows], faults)
+    return SourceRows(
+        name, "row", [(number + 1, row) for number, row in rows], _unreadable(name, bad)
+    )
+
+
+def _unreadable(name: str, bad: Iterable[tuple[int, str, str]]) -> list[Fault]:
+    return [Fault(name, "row", n + 1, field, "unreadable", reason) for n, field, reason in bad]
 
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"

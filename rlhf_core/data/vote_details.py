@@ -10,7 +10,7 @@ bad row.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, TypeAlias
 
@@ -30,10 +30,11 @@ class UnlikeError(Exception):
         self.category = category
 
 
+BOTH_BAD = frozenset(("tie (bothbad)", "tie (both bad)", "both_bad", "bothbad"))
 _WORDS: Mapping[str, str] = {
     **{"a": "a", "model_a": "a", "response_a": "a", "answer_a": "a", "assistant_a": "a"},
     **{"b": "b", "model_b": "b", "response_b": "b", "answer_b": "b", "assistant_b": "b"},
-    **dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad"), "tie"),
+    **dict.fromkeys(("tie", *BOTH_BAD), "tie"),
 }
 
 
@@ -47,15 +48,18 @@ class Sides:
 
     values: Mapping[str, str]  # as the settings say, by `word`
     columns: Mapping[str, str]  # names of the two columns, by `word` -> "a" or "b"
+    words: Mapping[str, str] = field(default_factory=dict)  # beside those that are known
 
     @classmethod
-    def of(cls, values: Mapping[str, str], a: str, b: str) -> "Sides":
+    def of(
+        cls, values: Mapping[str, str], a: str, b: str, words: Mapping[str, str] | None = None
+    ) -> "Sides":
         """The sides of a source whose answers stand in the columns or dotted paths `a` and `b`."""
         names = ((name, side) for place, side in ((a, "a"), (b, "b")) for name in _ends(place))
         found: dict[str, str] = {}
         for name, side in names:
             found[name] = "" if found.get(name, side) != side else side  # "" if both have it
-        return cls(values, {name: side for name, side in found.items() if side})
+        return cls(values, {name: side for name, side in found.items() if side}, words or {})
 
     def named(self, value: Any) -> str:
         """The side that the settings or the columns call so; "" if none does."""
@@ -66,7 +70,8 @@ class Sides:
 
     def vote(self, value: Any) -> str:
         """ "a", "b" or "tie"; "" if the value is no vote."""
-        return self.named(value) or _WORDS.get(word(value), "")
+        name = word(value)
+        return self.named(value) or self.words.get(name, "") or _WORDS.get(name, "")
 
 
 def word(value: Any) -> str:

@@ -17,7 +17,7 @@ from rlhf_core.promotion.evidence import (
     p_of_interval,
     smallest_effect,
 )
-from rlhf_core.promotion.holm import holm, passes
+from rlhf_core.functional.holm import holm, passes
 
 LONGER = 1.25  # times, beyond which a win rate has to be known at equal length
 _FEW = ", which so few prompts cannot show"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LATEST = "latest"  # of data.preferences.snapshot
+SNAPSHOT = "preferences"  # the role of a snapshot among the inputs of the stage
 _PURPOSE: Mapping[Split, str] = {"train": "training", "eval": "evaluation"}
 
 
@@ -145,6 +148,11 @@ class TableConfig(Section):
             raise ValueError(f"the value {twice[0]!r} is listed twice; it can mean one vote only")
         return votes
 
+    @property
+    def named(self) -> str:
+        """What is read, in words; empty if there is nothing."""
+        return self.path
+
     def evaluation(self) -> tuple[str, str] | None:
         """Path and split of the evaluation data; None if the data are split by prompt."""
         if not self.eval_path and not self.eval_split:
@@ -153,10 +161,59 @@ class TableConfig(Section):
 
     @model_validator(mode="after")
     def _evaluation_apart(self) -> "TableConfig":
-        if self.evaluation() and not self.path:
+        if self.evaluation() and not self.named:
             raise ValueError("evaluation data are set but `path` is empty: set the training data")
         if self.evaluation() == (self.path, self.split) and self.path:
             raise ValueError("the evaluation data are the training data: change one of the two")
+        return self
+
+
+class PreferencesConfig(TableConfig):
+    """The source of the preferences: a file, a data set, or the votes in the preference store."""
+
+    store: str = Field(
+        "",
+        pattern=r"^([a-z0-9]([a-z0-9-]*[a-z0-9])?)?$",
+        max_length=100,
+        description="A project of the preference store, whose votes are read instead of `path`; "
+        "empty = none",
+    )
+    snapshot: str = Field(
+        "",
+        pattern=r"^(latest|[0-9a-f]{6,64})?$",
+        description="Which votes of the project in `store`: latest = those that count when the run "
+        "begins, or the digest of a snapshot (at least its first 6 digits); empty = latest",
+    )
+
+    @property
+    def named(self) -> str:
+        """What is read, in words; empty if there is nothing."""
+        if not self.store:
+            return self.path
+        which = self.snapshot if self.snapshot not in ("", LATEST) else ""
+        return f"the feedback project {self.store}{f' at snapshot {which[:16]}' if which else ''}"
+
+    @property
+    def only_store(self) -> bool:
+        """Whether all votes come from the store."""
+        return bool(self.store) and not self.eval_path
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PreferencesConfig":
+        if self.snapshot and not self.store:
+            raise ValueError(
+                "snapshot names votes of the preference store, but store is empty: set store to "
+                "the feedback project, or remove snapshot"
+            )
+        if self.store and self.path:
+            raise ValueError(
+                "path and store are both set, and votes come from one of them: remove one"
+            )
+        if self.only_store and (self.split != "train" or self.subset or self.eval_split):
+            raise ValueError(
+                "split, subset and eval_split choose within a data set, which the store is not: "
+                "remove them, or set eval_path to a data set"
+            )
         return self
 
 
@@ -173,9 +230,10 @@ class DataConfig(Section):
         default_factory=TableConfig,
         description="prompt, response; if absent, the chosen answers of the preferences",
     )
-    preferences: TableConfig = Field(
-        default_factory=TableConfig,
-        description="prompt, chosen, rejected; or dialogues; or pairs with votes",
+    preferences: PreferencesConfig = Field(
+        default_factory=PreferencesConfig,
+        description="prompt, chosen, rejected; or dialogues; or pairs with votes; or a project of "
+        "the preference store",
     )
     prompts: TableConfig = Field(
         default_factory=TableConfig,
@@ -201,6 +259,12 @@ class DataConfig(Section):
         "error", description="Stop at a bad row, or leave it out and count it"
     )
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether anything is read from a file or a hub, which may change."""
+        tables = [self.table(kind) for kind in TABLE_KINDS]
+        return any(table.path or table.eval_path for table in tables)
+
     def table(self, kind: TableKind) -> TableConfig:
         """The settings of one table."""
         tables: dict[TableKind, TableConfig] = {
@@ -221,6 +285,14 @@ class DataConfig(Section):
             self.prompt_style,
             tuple(dict.fromkeys(table.keep)),
         )
+
+    @field_validator("preferences", mode="before")
+    @classmethod
+    def _of_a_file(cls, table: object) -> object:
+        """Settings of a table that know nothing of the store."""
+        if isinstance(table, TableConfig) and not isinstance(table, PreferencesConfig):
+            return table.model_dump()
+        return table
 
     @model_validator(mode="after")
     def _template_takes_a_text(self) -> "DataConfig":
@@ -291,14 +363,15 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     """Write the prepared tables and the validation report.
 
     Args:
-        work: output data; sections model, whose tokenizer measures lengths, and limits.
+        work: output data; sections model, whose tokenizer measures lengths, and limits; input
+            preferences, the JSON lines of the snapshot, if `config.preferences` names a store.
 
     Raises: ConfigError or DataError naming file, line and field, before anything is written.
     """
     output, logger = work.outputs["data"], work.logger
     logger.progress(0, 3, "reading the data")
     model, limits = work.section(ModelConfig), work.section(LengthLimits)
-    tables = _assemble(config, model, work.seed, logger)
+    tables = _assemble(config, model, work.seed, logger, work.inputs.get(SNAPSHOT))
     logger.progress(1, 3, "measuring lengths")
     counts, validation = _validate(tables, model, limits, logger)
     logger.progress(2, 3, "writing the tables")
@@ -319,20 +392,31 @@ def inspect(
     limits: LengthLimits,
     seed: int,
     logger: StageLogger | None = None,
+    snapshot: Path | None = None,
 ) -> Validation:
     """Compute only the validation report; nothing is written.
+
+    Args:
+        snapshot: as the input preferences of `prepare_data`.
 
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
     logger = logger or SilentLogger()
-    return _validate(_assemble(config, model, seed, logger), model, limits, logger)[1]
+    tables = _assemble(config, model, seed, logger, snapshot)
+    return _validate(tables, model, limits, logger)[1]
 
 
 def _assemble(
-    config: DataConfig, model: ModelConfig, seed: int, logger: StageLogger
+    config: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    logger: StageLogger,
+    snapshot: Path | None,
 ) -> CleanTables:
-    simulated = config.source == "simulated"
-    sources = _simulated(config, seed) if simulated else _from_files(config, model, logger)
+    if config.source == "simulated":
+        sources = _simulated(config, seed)
+    else:
+        sources = _from_files(config, model, logger, snapshot)
     logger.phase("splitting by prompt")
     tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
     _check_sides(tables, config)
@@ -363,19 +447,27 @@ def _simulated(config: DataConfig, seed: int) -> CleanTables:
     }
 
 
-def _from_files(config: DataConfig, model: ModelConfig, logger: StageLogger) -> CleanTables:
-    if not config.preferences.path:
+def _from_files(
+    config: DataConfig, model: ModelConfig, logger: StageLogger, snapshot: Path | None
+) -> CleanTables:
+    if not config.preferences.named:
         raise ConfigError(
             "data.source is 'files' but there are no preferences; set "
             "data.preferences.path, or set data.source to 'simulated'"
+        )
+    if config.preferences.store and snapshot is None:
+        raise ConfigError(
+            f"data.preferences.store is '{config.preferences.store}', which only a task reads: run "
+            "the stage as one, or write the snapshot to a file with `rlhf feedback export`"
         )
     # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
     tokenizer = load_tokenizer(model, ()) if model.source else None
     parts: dict[TableKind, dict[str, ParsedSource]] = {}
     for kind in TABLE_KINDS:
-        if config.table(kind).path:
+        found = snapshot if kind == "preferences" and config.preferences.store else None
+        if config.table(kind).path or found:
             logger.phase(f"reading the {kind}")
-            parts[kind] = _read(config, kind, tokenizer)
+            parts[kind] = _read(config, kind, tokenizer, found)
     _check_template(config, [source for found in parts.values() for source in found.values()])
     tables = {kind: assemble(kind, found) for kind, found in parts.items()}
     for kind, table in tables.items():
@@ -385,12 +477,19 @@ def _from_files(config: DataConfig, model: ModelConfig, logger: StageLogger) -> 
 
 
 def _read(
-    config: DataConfig, kind: TableKind, tokenizer: PreTrainedTokenizerBase | None
+    config: DataConfig,
+    kind: TableKind,
+    tokenizer: PreTrainedTokenizerBase | None,
+    snapshot: Path | None,
 ) -> dict[str, ParsedSource]:
     """The sources of a table by their split, "" where the prompts decide."""
     settings = config.table(kind)
     evaluation = settings.evaluation()
-    train = _parse(config, kind, settings.path, settings.split, tokenizer)
+    if snapshot is None:
+        train = _parse(config, kind, settings.path, settings.split, tokenizer)
+    else:
+        named = config.preferences.named
+        train = _parse(config, kind, str(snapshot), settings.split, tokenizer, named)
     if evaluation is None:
         return {"": train}
     return {"train": train, "eval": _parse(config, kind, *evaluation, tokenizer)}
@@ -411,9 +510,13 @@ def _parse(
     path: str,
     split: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    named: str = "",
 ) -> ParsedSource:
+    """The votes or texts of a source; `named` is what messages call it instead of its path."""
     settings = config.table(kind)
     source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
+    if named:
+        source = replace(source, source=named)
     table = parse(source, kind, settings.fields, config.reading(kind))
     if tokenizer is not None:
         table = _without_unreadable(table, source, kind, settings, tokenizer)

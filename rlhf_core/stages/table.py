@@ -24,7 +24,7 @@ from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.stages.grpo import GRPOConfig, train_grpo
 from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
+from rlhf_core.stages.prepare import SNAPSHOT, DataConfig, LengthLimits, prepare_data
 from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
 from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
 from rlhf_core.stages.rloo import RLOOConfig, train_rloo
@@ -69,6 +69,7 @@ STAGES: dict[str, StageSpec] = {
         config=DataConfig,
         function=prepare_data,
         sections={"model": ModelConfig, "limits": LengthLimits},
+        optional_inputs=(SNAPSHOT,),
         outputs=("data",),
     ),
     "sft": StageSpec(

@@ -167,6 +167,8 @@ def data_source(params: Any) -> str:
         for table in ("demonstrations", "preferences", "prompts")
         if params.get(name := f"data.{table}.path")
     ]
+    if store := params.get("data.preferences.store"):
+        paths.insert(0, f"votes of the feedback project {store}")
     return ", ".join(dict.fromkeys(paths)) or source or "unknown"
 
 

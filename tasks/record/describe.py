@@ -18,10 +18,11 @@ from tasks.prefect.ui import PrefectRun
 from tasks.record import tags
 from tasks.record.identity import Definition, code_identity
 from tasks.record.record import Record
-from tasks.registry.refs import DatasetRef, ModelRef, Ref
+from tasks.registry.refs import DatasetRef, ModelRef, Ref, SnapshotRef
 from tasks.settings import Settings
 
 CONFIG = "config.yaml"
+DIGEST_LENGTH = 36  # MLflow's limit for the digest of a data set
 PARAM_LENGTH = 6000  # MLflow's limit; config.yaml has the whole value
 
 
@@ -39,8 +40,15 @@ def run_tags(what: Definition, key: str, settings: Settings) -> dict[str, str]:
         tags.STAGE: what.name,
         tags.KEY: key,
         **_stage_origin(what, settings),
+        **_snapshot(what.inputs),
         **{tags.input_of(role): ref.uri for role, ref in what.inputs.items()},
     }
+
+
+def _snapshot(inputs: Mapping[str, Ref]) -> dict[str, str]:
+    """The tag of the votes that a stage reads, if it reads any from the store."""
+    found = [ref for ref in inputs.values() if isinstance(ref, SnapshotRef)]
+    return {tags.SNAPSHOT: found[0].uri} if found else {}
 
 
 def version_tags(what: Definition, run_id: str, settings: Settings) -> dict[str, str]:
@@ -115,7 +123,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], context: str) -> None:
     known = {model.model_id for model in record.client.get_run(run_id).inputs.model_inputs}
-    data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef)]
+    data = [ref for ref in inputs.values() if isinstance(ref, DatasetRef | SnapshotRef)]
     model_tags = {
         role: record.store.tags(ref) for role, ref in inputs.items() if isinstance(ref, ModelRef)
     }
@@ -134,9 +142,13 @@ def _write_inputs(record: Record, run_id: str, inputs: Mapping[str, Ref], contex
     )
 
 
-def _dataset_input(ref: DatasetRef, context: str) -> DatasetInput:
+def _dataset_input(ref: DatasetRef | SnapshotRef, context: str) -> DatasetInput:
     source = json.dumps({"uri": ref.uri})
-    dataset = Dataset("prepared-data", ref.digest, source_type="mlflow_run", source=source)
+    if isinstance(ref, SnapshotRef):
+        name, digest, kind = ref.project, ref.digest[:DIGEST_LENGTH], "preference_store"
+    else:
+        name, digest, kind = "prepared-data", ref.digest, "mlflow_run"
+    dataset = Dataset(name, digest, source_type=kind, source=source)
     return DatasetInput(dataset, [InputTag(tags.DATA_CONTEXT, context)])
 
 

@@ -23,7 +23,7 @@ import rlhf_core
 from rlhf_core.rewards.functions import source_file
 from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
-from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref, SnapshotRef
 from tasks.reward_places import reward_places
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
@@ -72,7 +72,7 @@ class Definition:
 
 def _content(ref: Ref, store: MlflowModelStore) -> str:
     """The digest of the files of a reference; a version trained again has the same digest."""
-    if isinstance(ref, DatasetRef):
+    if isinstance(ref, DatasetRef | SnapshotRef):
         return ref.digest
     assert isinstance(ref, ModelRef)
     return store.tags(ref).get(tags.DIGEST, ref.uri)

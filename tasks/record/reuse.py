@@ -33,9 +33,11 @@ def is_stage_of(done: Run, what: Definition) -> bool:
 
 
 def _is_whole(record: Record, done: Run) -> bool:
-    """Whether a run has outputs, and all of its models are still registered."""
-    made = tags.models(done.data.tags).values()
-    return bool(tags.outputs(done.data.tags)) and all(record.store.exists(model) for model in made)
+    """Whether a run has outputs, and all of its models and data are still there."""
+    made, outputs = tags.models(done.data.tags).values(), tags.outputs(done.data.tags)
+    if (data := outputs.get(tags.DATA)) and record.runs.find_active(tags.run_of(data)) is None:
+        return False
+    return bool(outputs) and all(record.store.exists(model) for model in made)
 
 
 def source_of(done: Run) -> str:
@@ -48,6 +50,8 @@ def tags_of_stand_in(done: Run) -> dict[str, str]:
     made = {tags.output_of(kind): uri for kind, uri in tags.outputs(done.data.tags).items()}
     note = f"Reused from the run {source_of(done)}, which has the same settings, inputs and code."
     made |= tags.alarms(done.data.tags)
+    if tags.output_of(tags.DATA) in made:
+        made[tags.DATA_DIGEST] = done.data.tags[tags.DATA_DIGEST]
     return {**made, tags.CACHED_FROM: source_of(done), tags.DESCRIPTION: note}
 
 

@@ -99,6 +99,14 @@ class Runs:
         """The runs that keep the verdicts of judges: one, or more if several began at once."""
         return list(self._search([experiment], _tagged(tags.STAGE, tags.VERDICTS), OLDEST_FIRST))
 
+    # ---- people ----
+
+    def feedback_report(self, experiment: str, snapshot: str) -> Run | None:
+        """The finished run with the report on a snapshot of the preference store, by its address."""
+        condition = f"{_tagged(tags.STAGE, tags.FEEDBACK_REPORT)} and {FINISHED}"
+        condition += f" and {_tagged(tags.SNAPSHOT, snapshot)}"
+        return next(self._search([experiment], condition), None)
+
     def _search(
         self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
     ) -> Iterator[Run]:

@@ -60,7 +60,7 @@ from tasks.record.run import close_run_on_exit
 from tasks.record.terminal import Display, TerminalDisplay
 from tasks.record.work_folder import CHECKPOINTS, INPUTS, sweep, work_folder
 from tasks.registry.datasets import fetch_dataset, store_dataset
-from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref, SnapshotRef
 from tasks.reward_places import reward_places
 from tasks.settings import Settings
 
@@ -135,6 +135,10 @@ class Stage:
         if isinstance(ref, DatasetRef):
             to = self.work / INPUTS / f"data-{ref.digest}"
             return to if to.exists() else fetch_dataset(self._record.client, ref, to)
+        if isinstance(ref, SnapshotRef):
+            from tasks.feedback.asking.votes import fetch_snapshot  # its database takes a second
+
+            return fetch_snapshot(ref, self.work / INPUTS, self._settings)
         model = cast(ModelRef, ref)
         to = self.work / INPUTS / f"{model.name}-{model.version}"
         return to if to.exists() else self._record.store.fetch(model, to)

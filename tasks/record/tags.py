@@ -13,6 +13,7 @@ STAGE: Final = "stage"  # the stage, as `sft`; for a run with stages: its kind
 SEED: Final = "seed"
 KEY: Final = "stage_key"  # equal keys lead to equal bits: tasks/record/identity.py
 DATA_DIGEST: Final = "data_digest"  # of the prepared data, input or output
+SNAPSHOT: Final = "preference_snapshot"  # of votes: what was trained on, or reported on
 CODE_VERSION: Final = "code_version"
 CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
@@ -71,6 +72,7 @@ DATA_CONTEXT: Final = "mlflow.data.context"  # of an input dataset
 SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
 VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
+FEEDBACK_REPORT: Final = "feedback_report"  # of STAGE: what annotators agree on
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 

@@ -1,4 +1,4 @@
-"""References to models and data in MLflow, which stages pass on instead of paths or objects."""
+"""References to models, data and votes, which stages pass on instead of paths or objects."""
 
 import re
 from abc import abstractmethod
@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import DataError, ModelError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}"
 SHOWN = 200  # characters of a bad reference in a message
 DATA_FOLDER = "data"  # artifact folder of the run that prepared them
 _VERSION_URI = re.compile(rf"models:/({NAME})/([1-9]\d{{0,8}})")
 _ALIAS_URI = re.compile(rf"models:/({NAME})@([A-Za-z0-9_-]+)")
+_SNAPSHOT_URI = re.compile(rf"feedback:/({NAME})/([0-9a-f]{{64}})")
 _DATA_URI = re.compile(rf"runs:/([0-9a-f]{{32}})/{DATA_FOLDER}")
 
 
@@ -21,12 +22,12 @@ class _Frozen(BaseModel):
 
 
 class Ref(_Frozen):
-    """A reference to something stored in MLflow."""
+    """A reference to something stored in MLflow, or in the preference store."""
 
     @property
     @abstractmethod
     def uri(self) -> str:
-        """The address in MLflow's own notation."""
+        """The address, in MLflow's own notation if MLflow has it."""
 
 
 class ModelRef(Ref):
@@ -62,6 +63,29 @@ class DatasetRef(Ref):
     def uri(self) -> str:
         """`runs:/run_id/data`."""
         return f"runs:/{self.run_id}/{DATA_FOLDER}"
+
+
+class SnapshotRef(Ref):
+    """Votes of the preference store: an immutable snapshot, which is not in MLflow itself."""
+
+    project: str = Field(pattern=rf"^{NAME}$")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def uri(self) -> str:
+        """`feedback:/project/digest`."""
+        return f"feedback:/{self.project}/{self.digest}"
+
+    @classmethod
+    def parse(cls, uri: str) -> "SnapshotRef":
+        """Parse `feedback:/project/digest`.
+
+        Raises: DataError for any other text.
+        """
+        match = _SNAPSHOT_URI.fullmatch(uri)
+        if match is None:
+            raise DataError(f"'{uri[:SHOWN]}' is no snapshot; write feedback:/PROJECT/DIGEST")
+        return cls(project=match[1], digest=match[2])
 
 
 class PipelineRun(_Frozen):

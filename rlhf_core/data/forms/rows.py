@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rlhf_core.data.encoding import Message, Prompt
 from rlhf_core.data.forms import messages
@@ -50,6 +50,26 @@ class Reading:
     template: str = "{prompt}"  # of a text prompt
     style: Literal["text", "chat"] = "text"
     keep: Sequence[str] = ()  # columns and dotted paths to keep beside a vote or a prompt
+    # what more a vote may be called, by `word`; unlike `votes`, data may have none of them
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+class VoteOfRow(NamedTuple):
+    """A vote of a row."""
+
+    annotator: str  # empty when anonymous
+    vote: str
+    details: Row  # the other fields of its object in `votes`
+    said: Any  # the vote as the row has it
+    entry: Any  # of the list `votes`; None where a row has one vote
+
+
+class AnswerOfRow(NamedTuple):
+    """An answer of a list, and how good it is: more is better."""
+
+    text: str
+    level: float
+    entry: Any  # of the list `answers`
 
 
 @dataclass(frozen=True)
@@ -266,12 +286,12 @@ class SourceRow:
 
     # --- votes
 
-    def votes(self, field: str) -> list[tuple[str, str, Row]]:
-        """Annotator (empty when anonymous), vote, and its object's other fields, for each vote."""
+    def votes(self, field: str) -> list[VoteOfRow]:
+        """The votes in `field`, a list of them or a single one."""
         with self._blame(field):
             value = messages.required(self.get(field))
             if field != "votes":
-                return [(self.label("annotator"), self._vote(value), {})]
+                return [VoteOfRow(self.label("annotator"), self._vote(value), {}, value, None)]
             if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
                 value = messages.parsed(value) or value
             if not isinstance(value, list):
@@ -284,7 +304,7 @@ class SourceRow:
         """How a vote was cast: from `vote`, its object in `votes`, or else from the row."""
         return {field: self._detail(field, vote) for field in OF_A_VOTE}
 
-    def answers(self, ranked: str) -> list[tuple[str, float]]:
+    def answers(self, ranked: str) -> list[AnswerOfRow]:
         """The answers in `answers`, each with its `score`, or with its `rank` as a negative score,
         so that more is better."""
         with self._blame("answers"):
@@ -303,7 +323,7 @@ class SourceRow:
                 if isinstance(beside, list) and len(beside) == len(entries):
                     level = beside[n - 1]
                 value = self.number("answers", level, f"the {ranked} of {where}")
-                found.append((text, -value if ranked == "rank" else value))
+                found.append(AnswerOfRow(text, -value if ranked == "rank" else value, entry))
             if len(found) < 2:
                 raise SkippedRowError("fewer than two answers")
             return found
@@ -313,7 +333,7 @@ class SourceRow:
         place = self.name(field)
         return find(entry, place) if has(entry, place) else entry.get(field)
 
-    def _ballot(self, entry: Any) -> tuple[str, str, Row]:
+    def _ballot(self, entry: Any) -> VoteOfRow:
         details: Row = {}
         if isinstance(entry, dict):
             annotator, vote = self._entry(entry, "annotator"), self._entry(entry, "vote")
@@ -322,7 +342,7 @@ class SourceRow:
             annotator, vote = entry[0], entry[1]
         else:
             annotator, vote = None, entry
-        return _label(annotator), self._vote(vote), details
+        return VoteOfRow(_label(annotator), self._vote(vote), details, vote, entry)
 
     def _vote(self, value: Any) -> str:
         vote = self.sides.vote(value)

@@ -2,23 +2,60 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
 
-from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import exists, insert, select, update
+from sqlalchemy.orm import Session, aliased
 
-from rlhf_core.data.prepared import canonical_prompt
+from rlhf_core.data.prepared import COLUMNS, canonical_prompt, writable
+from rlhf_core.errors import DataError
 from tasks.feedback.store.clock import now
 from tasks.feedback.store.database import Database
+from tasks.feedback.store.drawing import set_marks_back
 from tasks.feedback.store.records import AddedPair, Answer, NewPair
 from tasks.feedback.store.tables import Batch, BatchPair, GoldAnswer, Pair, Prompt, Response
 
+T = TypeVar("T")
+
 CHUNK = 500  # pairs in one transaction
+PRIORITIES = 2**31  # the least and the greatest are this far from 0
+EXCHANGED = {"a": "b", "b": "a"}
 
 
 def digest(*parts: object) -> str:
     """The SHA-256 of some values, as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of at most `size`."""
+    waiting = iter(items)
+    while some := list(islice(waiting, size)):
+        yield some
+
+
+@dataclass
+class _Row:
+    """A pair on its way in: as it is in the database, or will be."""
+
+    spec: NewPair
+    prompt: int
+    a: int
+    b: int
+    digest: str
+    exchanged: bool
+    id: int = 0
+    state: str = "done"
+    priority: int = 0
+    wanted: int = 0
+    votes: int = 0
+    taken: int = 0
+    new: bool = False
+    changed: bool = False
+    gold: dict[str, Any] = field(default_factory=dict)
 
 
 class Content:
@@ -32,90 +69,190 @@ class Content:
         """Put pairs in, or find them; in the order given.
 
         A pair is the same if it has the same prompt and the same two texts by the same models, in
-        either order. One that is there already is asked about again if more votes are wanted.
+        either order; what is said about it besides (sampling, sources, licences, kept columns, the
+        right answer) stays as it was at first. One that is there already is asked about again if
+        more votes are wanted.
+
+        Raises: DataError for a pair that cannot be kept; those before it may be in the store.
         """
         added: list[AddedPair] = []
-        chunk: list[NewPair] = []
+        for some in chunks(pairs, CHUNK):
+            with self._database.writing(self._project) as session:
+                added += self.put(session, some, batch)
+        return added
+
+    def put(
+        self, session: Session, pairs: Sequence[NewPair], batch: int | None = None
+    ) -> list[AddedPair]:
+        """The same, for a few, in a transaction of this project that somebody else has begun."""
         for pair in pairs:
-            chunk.append(pair)
-            if len(chunk) == CHUNK:
-                added += self._add(chunk, batch)
-                chunk = []
-        return added + (self._add(chunk, batch) if chunk else [])
+            check(pair)
+        prompts = self._prompts(session, pairs)
+        responses = self._responses(session, prompts, pairs)
+        rows: dict[str, _Row] = {}
+        order = []
+        for pair in pairs:
+            prompt = prompts[_prompt_digest(pair)]
+            one, other = _response_digest(pair.a), _response_digest(pair.b)
+            a, b = responses[prompt, one], responses[prompt, other]
+            # Of digests, so that it does not depend on who came first.
+            key = digest(*sorted([one, other]), _prompt_digest(pair))
+            row = rows.setdefault(key, _Row(pair, prompt, a, b, key, one > other))
+            order.append((row, pair, a))
+        self._find(session, rows)
+        placed, seen = [], set()
+        for row, pair, a in order:
+            swapped = row.a != a
+            _ask(row, pair, swapped)
+            placed.append((row, swapped, row.new and row.digest not in seen))
+            seen.add(row.digest)
+        self._save(session, list(rows.values()), batch)
+        return [AddedPair(row.id, new, swapped, row.digest) for row, swapped, new in placed]
 
-    def _add(self, pairs: Sequence[NewPair], batch: int | None) -> list[AddedPair]:
-        with self._database.writing() as session:
-            return [self._add_one(session, pair, batch) for pair in pairs]
+    # ---- how it gets there: what is known is looked up, the rest is put in, many at a time ----
 
-    def _add_one(self, session: Session, pair: NewPair, batch: int | None) -> AddedPair:
-        prompt = self._prompt(session, pair)
-        a, b = self._response(session, prompt, pair.a), self._response(session, prompt, pair.b)
-        key = digest(*sorted([a.digest, b.digest]), prompt.digest)
-        found = session.scalar(select(Pair).filter_by(project_id=self._project, digest=key))
-        new = found is None
-        if found is None:
-            found = Pair(
-                project_id=self._project,
-                prompt_id=prompt.id,
-                response_a_id=a.id,
-                response_b_id=b.id,
-                digest=key,
-                kept=dict(pair.kept),
-                state="done",
-                priority=pair.priority,
-                wanted=0,
-                taken=0,
-                votes=0,
-                created_at=now(),
-            )
-            session.add(found)
-            session.flush()
-        swapped = found.response_a_id != a.id
-        if pair.wanted > found.wanted:
-            found.wanted, found.priority = pair.wanted, min(pair.priority, found.priority)
-        found.state = "open" if found.votes < found.wanted else "done"
-        if pair.gold is not None and session.get(GoldAnswer, found.id) is None:
-            side = {"a": "b", "b": "a"}.get(pair.gold, pair.gold) if swapped else pair.gold
-            session.add(GoldAnswer(pair_id=found.id, vote=side, at=now()))
-        if batch is not None and session.get(BatchPair, (batch, found.id)) is None:
-            session.add(BatchPair(batch_id=batch, pair_id=found.id))
-        return AddedPair(found.id, new, swapped)
-
-    def _prompt(self, session: Session, pair: NewPair) -> Prompt:
-        key = digest(canonical_prompt(pair.prompt))
-        found = session.scalar(select(Prompt).filter_by(project_id=self._project, digest=key))
-        if found is None:
-            found = Prompt(
-                project_id=self._project,
-                digest=key,
-                content=pair.prompt,
-                source=pair.source,
-                licence=pair.licence,
-            )
-            session.add(found)
-            session.flush()
+    def _prompts(self, session: Session, pairs: Sequence[NewPair]) -> dict[str, int]:
+        """The ids of the prompts, by digest."""
+        by_digest = {_prompt_digest(pair): pair for pair in pairs}
+        query = select(Prompt.digest, Prompt.id).where(
+            Prompt.project_id == self._project, Prompt.digest.in_(list(by_digest))
+        )
+        found = {row.digest: row.id for row in session.execute(query)}
+        missing = [
+            {
+                "project_id": self._project,
+                "digest": key,
+                "content": pair.prompt,
+                "source": pair.source,
+                "licence": pair.licence,
+            }
+            for key, pair in by_digest.items()
+            if key not in found
+        ]
+        if missing:
+            made = session.execute(insert(Prompt).returning(Prompt.digest, Prompt.id), missing)
+            found |= {row.digest: row.id for row in made}
         return found
 
-    def _response(self, session: Session, prompt: Prompt, answer: Answer) -> Response:
-        key = digest(answer.text, answer.model)
-        found = session.scalar(select(Response).filter_by(prompt_id=prompt.id, digest=key))
-        if found is None:
-            found = Response(
-                prompt_id=prompt.id,
-                digest=key,
-                text=answer.text,
-                model=answer.model,
-                sampling=dict(answer.sampling),
-                source=answer.source,
-                licence=answer.licence,
-            )
-            session.add(found)
-            session.flush()
+    def _responses(
+        self, session: Session, prompts: Mapping[str, int], pairs: Sequence[NewPair]
+    ) -> dict[tuple[int, str], int]:
+        """The ids of the responses, by prompt and digest."""
+        wanted: dict[tuple[int, str], Answer] = {}
+        for pair in pairs:
+            prompt = prompts[_prompt_digest(pair)]
+            for answer in (pair.a, pair.b):
+                wanted.setdefault((prompt, _response_digest(answer)), answer)
+        query = select(Response.prompt_id, Response.digest, Response.id).where(
+            Response.prompt_id.in_({prompt for prompt, _ in wanted}),
+            Response.digest.in_({key for _, key in wanted}),
+        )
+        found = {(row.prompt_id, row.digest): row.id for row in session.execute(query)}
+        missing = [
+            {
+                "prompt_id": prompt,
+                "digest": key,
+                "text": answer.text,
+                "model": answer.model,
+                "sampling": dict(answer.sampling),
+                "source": answer.source,
+                "licence": answer.licence,
+            }
+            for (prompt, key), answer in wanted.items()
+            if (prompt, key) not in found
+        ]
+        if missing:
+            columns = Response.prompt_id, Response.digest, Response.id
+            made = session.execute(insert(Response).returning(*columns), missing)
+            found |= {(row.prompt_id, row.digest): row.id for row in made}
         return found
+
+    def _find(self, session: Session, rows: Mapping[str, _Row]) -> None:
+        """Fill in what the database has of the pairs."""
+        query = select(
+            Pair.digest, Pair.id, Pair.response_a_id, Pair.response_b_id, Pair.exchanged,
+            Pair.state, Pair.priority, Pair.wanted, Pair.votes, Pair.taken,
+        ).where(Pair.project_id == self._project, Pair.digest.in_(list(rows)))  # fmt: skip
+        for found in session.execute(query):
+            row = rows[found.digest]
+            row.id, row.a, row.b = found.id, found.response_a_id, found.response_b_id
+            row.exchanged, row.state, row.priority = found.exchanged, found.state, found.priority
+            row.wanted, row.votes, row.taken = found.wanted, found.votes, found.taken
+        for row in rows.values():
+            row.new = not row.id
+
+    def _save(self, session: Session, rows: Sequence[_Row], batch: int | None) -> None:
+        at = now()
+        if new := [row for row in rows if row.new]:
+            values = [
+                {
+                    "project_id": self._project,
+                    "prompt_id": row.prompt,
+                    "response_a_id": row.a,
+                    "response_b_id": row.b,
+                    "digest": row.digest,
+                    "exchanged": row.exchanged,
+                    "kept": dict(row.spec.kept),
+                    "state": row.state,
+                    "priority": row.priority,
+                    "wanted": row.wanted,
+                    "taken": 0,
+                    "votes": 0,
+                    "created_at": at,
+                }
+                for row in new
+            ]
+            made = session.execute(insert(Pair).returning(Pair.digest, Pair.id), values)
+            ids = {row.digest: row.id for row in made}
+            for row in new:
+                row.id = ids[row.digest]
+        if changed := [row for row in rows if row.changed and not row.new]:
+            session.execute(
+                update(Pair),
+                [
+                    {"id": r.id, "wanted": r.wanted, "priority": r.priority, "state": r.state}
+                    for r in changed
+                ],
+            )
+        free = [
+            (row.priority, row.id)
+            for row in rows
+            if row.changed and row.state == "open" and row.taken < row.wanted
+        ]
+        if free:
+            set_marks_back(session, self._project, *min(free))
+        self._save_gold(session, rows)
+        if batch is not None:
+            self._save_batch(session, rows, batch)
+
+    def _save_gold(self, session: Session, rows: Sequence[_Row]) -> None:
+        if known := {row.id: row.gold for row in rows if row.gold}:
+            query = select(GoldAnswer.pair_id).where(GoldAnswer.pair_id.in_(list(known)))
+            there = set(session.scalars(query))
+            missing = [
+                {"pair_id": id_, "at": now(), "by": "", **answer}
+                for id_, answer in known.items()
+                if id_ not in there
+            ]
+            if missing:
+                session.execute(insert(GoldAnswer), missing)
+
+    def _save_batch(self, session: Session, rows: Sequence[_Row], batch: int) -> None:
+        query = select(BatchPair.pair_id).where(
+            BatchPair.batch_id == batch, BatchPair.pair_id.in_([row.id for row in rows])
+        )
+        there = set(session.scalars(query))
+        missing = [{"batch_id": batch, "pair_id": row.id} for row in rows if row.id not in there]
+        if missing:
+            session.execute(insert(BatchPair), missing)
+        asked_again = update(Batch).where(Batch.id == batch, Batch.withdrawn_at.is_not(None))
+        session.execute(asked_again.values(withdrawn_at=None))
+
+    # ---- batches ----
 
     def batch(self, name: str, kind: str, details: dict[str, object] | None = None) -> int:
         """The batch of this name, made if there is none."""
-        with self._database.writing() as session:
+        with self._database.writing(self._project) as session:
             found = session.scalar(select(Batch).filter_by(project_id=self._project, name=name))
             if found is None:
                 found = Batch(
@@ -130,11 +267,113 @@ class Content:
             return found.id
 
     def withdraw(self, batch: int) -> None:
-        """Ask nobody about the pairs of a batch any more; votes stay."""
-        with self._database.writing() as session:
+        """Ask nobody about the pairs of a batch any more, unless another batch has them too.
+
+        Votes stay, and so does what is on somebody's desk.
+        """
+        with self._database.writing(self._project) as session:
+            session.execute(update(Batch).where(Batch.id == batch).values(withdrawn_at=now()))
+            other, others = aliased(BatchPair), aliased(Batch)
+            still_asked = exists().where(
+                other.pair_id == Pair.id,
+                others.id == other.batch_id,
+                others.id != batch,
+                others.withdrawn_at.is_(None),
+            )
             of_batch = select(BatchPair.pair_id).where(BatchPair.batch_id == batch)
             session.execute(
                 update(Pair)
-                .where(Pair.id.in_(of_batch), Pair.state == "open")
+                .where(Pair.id.in_(of_batch), Pair.state == "open", ~still_asked)
                 .values(state="withdrawn")
+                .execution_options(synchronize_session=False)
             )
+
+
+def _ask(row: _Row, pair: NewPair, swapped: bool) -> None:
+    """What a pair on its way in changes of the row."""
+    if pair.wanted > 0 and (pair.wanted > row.wanted or row.state == "withdrawn"):
+        row.wanted = max(row.wanted, pair.wanted)
+        row.priority = pair.priority if row.state == "done" else min(row.priority, pair.priority)
+        row.state = "open" if row.votes < row.wanted else "done"
+        row.changed = True
+    elif pair.wanted > 0 and row.state == "open" and pair.priority < row.priority:
+        row.priority, row.changed = pair.priority, True
+    if pair.gold is not None and not row.gold:
+        row.gold = {"vote": EXCHANGED.get(pair.gold, pair.gold) if swapped else pair.gold}
+
+
+def _prompt_digest(pair: NewPair) -> str:
+    # A text that is written as the JSON of messages is another prompt than these messages.
+    return digest(type(pair.prompt).__name__, canonical_prompt(pair.prompt))
+
+
+def _response_digest(answer: Answer) -> str:
+    return digest(answer.text, answer.model)
+
+
+# ---- what can be kept ----
+
+
+def check(pair: NewPair) -> None:
+    """Refuse what the store or a training could not hold.
+
+    Raises: DataError that names the place.
+    """
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        check_text("the prompt", prompt)
+    elif isinstance(prompt, list) and prompt:
+        for message in prompt:
+            if not isinstance(message, dict) or set(message) != {"role", "content"}:
+                raise DataError("a message of the prompt is not {role: ..., content: ...}")
+            check_text("the role of a message", message["role"])
+            check_text("a message of the prompt", message["content"])
+    else:
+        raise DataError("the prompt is neither text nor a list of messages")
+    for name, answer in (("answer a", pair.a), ("answer b", pair.b)):
+        check_text(name, answer.text)
+        for what in ("model", "source", "licence"):
+            check_text(f"the {what} of {name}", getattr(answer, what))
+        _check_json(f"the sampling settings of {name}", answer.sampling)
+    check_text("the source of the prompt", pair.source)
+    check_text("the licence of the prompt", pair.licence)
+    check_kept(pair.kept)
+    if pair.gold not in (None, "a", "b", "tie"):
+        raise DataError(f"the right answer is {pair.gold!r}; it can be a, b or tie")
+    for what, number, least in (("wanted", pair.wanted, 0), ("priority", pair.priority, 1 - 2**31)):
+        if not isinstance(number, int) or not least <= number < PRIORITIES:
+            raise DataError(f"`{what}` of a pair is {number!r}; it is a whole number from {least}")
+
+
+def check_text(what: str, text: object) -> None:
+    """Refuse what is no text, or cannot be written as UTF-8.
+
+    Raises: DataError.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{what} is of type {type(text).__name__}; it has to be text")
+    if not writable(text):
+        raise DataError(f"{what} is broken text: it has half of a surrogate pair")
+
+
+def check_kept(kept: Mapping[str, str]) -> None:
+    """Refuse kept columns that would hide those of a vote.
+
+    Raises: DataError.
+    """
+    for name, value in kept.items():
+        check_text("the name of a kept column", name)
+        check_text(f"the kept column '{name}'", value)
+        if name in COLUMNS["preferences"]:
+            raise DataError(
+                f"a column '{name}' cannot be kept beside the votes, which have one of that name; "
+                "rename it"
+            )
+
+
+def _check_json(what: str, value: Mapping[str, Any]) -> None:
+    try:
+        text = json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} cannot be written as JSON: {error}") from error
+    check_text(what, text)

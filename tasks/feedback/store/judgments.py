@@ -1,18 +1,31 @@
 """Votes that were cast elsewhere, put in; and the votes that count, read as a stream."""
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, exists, select
+from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.data.encoding import Prompt as PromptText
+from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
-from tasks.feedback.store.content import Content, digest
+from tasks.feedback.store.content import (
+    EXCHANGED,
+    Content,
+    check_kept,
+    check_text,
+    chunks,
+    digest,
+)
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.records import CHOICES, Ballot, NewPair
+from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
     Annotator,
+    Batch,
+    BatchPair,
     GoldAnswer,
     Judgment,
     Pair,
@@ -22,7 +35,18 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-_EXCHANGED = {"a": "b", "b": "a"}
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
+LONGEST_PSEUDONYM = 200
+KINDS = ("fresh", "gold", "repeat", "import")
+
+
+def judged() -> ColumnElement[bool]:
+    """Whether people were asked about the pair of a judgment as judges."""
+    return (
+        exists()
+        .where(BatchPair.pair_id == Judgment.pair_id)
+        .where(Batch.id == BatchPair.batch_id, Batch.kind == JUDGE)
+    )
 
 
 class CastVote(NamedTuple):
@@ -47,6 +71,19 @@ class CastVote(NamedTuple):
     reason: str
     source: str
     kept: dict[str, str]
+    pair_digest: str = ""  # of what the pair says, the same in every store
+    exchanged: bool = False  # the answers stand the other way round in a training file
+
+
+class _Placed(NamedTuple):
+    """A ballot and the pair that it is about, as the store has them."""
+
+    pair: AddedPair
+    ballot: Ballot
+    kept: dict[str, str]
+    vote: str
+    first: str
+    key: str
 
 
 class Judgments:
@@ -60,94 +97,192 @@ class Judgments:
         """Put in votes that were cast elsewhere; one that is there already is not doubled.
 
         Returns: the number of new votes.
+
+        Raises: DataError for a vote that cannot be kept; those before it may be in the store.
+        """
+        return self.put(votes, chunk=chunk).new
+
+    def put(self, votes: Iterable[tuple[NewPair, list[Ballot]]], *, chunk: int = 500) -> AddedVotes:
+        """The same, and how many there were already.
+
+        A vote is the same if the same annotator says the same about the same pair, with the same
+        answer first and at the same time, wherever it comes from: from a file, or from the page. A
+        vote that was taken back is there too. An anonymous vote is the same if it has the same
+        source and number as well. Somebody's second, different vote on a pair is kept: it is a
+        member of snapshots, but not of a training file, which has a vote of a person once.
         """
         content = Content(self._database, self._project)
-        added, waiting = 0, []
-        for pair, ballots in votes:
-            waiting.append((pair, ballots))
-            if len(waiting) == chunk:
-                added += self._add(content, waiting)
-                waiting = []
-        return added + (self._add(content, waiting) if waiting else 0)
-
-    def _add(self, content: Content, votes: list[tuple[NewPair, list[Ballot]]]) -> int:
-        pairs = content.add(pair for pair, _ in votes)
-        added = 0
-        with self._database.writing() as session:
-            for place, (_, ballots) in zip(pairs, votes, strict=True):
+        total = AddedVotes(0, 0, 0)
+        for some in chunks(votes, chunk):
+            for pair, ballots in some:
+                check_kept(pair.kept)
                 for ballot in ballots:
-                    added += self._cast(session, place.id, place.swapped, ballot)
-        return added
+                    _check(ballot)
+            with self._database.writing(self._project) as session:
+                pairs = content.put(session, [pair for pair, _ in some])
+                placed = [
+                    _place(there, ballot, dict(pair.kept))
+                    for there, (pair, ballots) in zip(pairs, some, strict=True)
+                    for ballot in ballots
+                ]
+                added = self._cast(session, placed)
+            total = AddedVotes(*(one + other for one, other in zip(total, added, strict=True)))
+        return total
 
-    def _cast(self, session: Session, pair_id: int, swapped: bool, ballot: Ballot) -> bool:
-        pair = session.get_one(Pair, pair_id)
-        vote, first = ballot.vote, ballot.first
-        if swapped:
-            vote = _EXCHANGED.get(vote, vote)  # type: ignore[assignment]
-            first = _EXCHANGED.get(first, first)  # type: ignore[assignment]
-        key = digest(
-            pair.digest, vote, first, ballot.annotator, ballot.time, ballot.source, ballot.ballot
-        )
-        if session.scalar(select(Judgment.id).filter_by(project_id=self._project, key=key)):
-            return False
-        session.add(
-            Judgment(
-                project_id=self._project,
-                pair_id=pair_id,
-                annotator_id=self._annotator(session, ballot.annotator),
-                key=key,
-                kind="import",
-                vote=vote,
-                first=first,
-                margin=ballot.margin,
-                seconds=ballot.seconds,
-                note=ballot.note,
-                source=ballot.source,
-                time=ballot.time,
-                at=clock.now(),
+    def _cast(self, session: Session, placed: Sequence[_Placed]) -> AddedVotes:
+        there, voted = self._known(session, placed)
+        people = self._annotators(session, placed)
+        at = clock.now()
+        rows: list[dict[str, Any]] = []
+        counted: Counter[int] = Counter()
+        known = again = 0
+        for item in placed:
+            ballot, pair = item.ballot, item.pair.id
+            if item.key in there:
+                known += 1
+                continue
+            there.add(item.key)
+            if ballot.annotator and ballot.kind != "repeat" and item.vote != "skip":
+                again += (pair, ballot.annotator) in voted
+                voted.add((pair, ballot.annotator))
+            rows.append(
+                {
+                    "project_id": self._project,
+                    "pair_id": pair,
+                    "annotator_id": people.get(ballot.annotator),
+                    "key": item.key,
+                    "kind": ballot.kind,
+                    "vote": item.vote,
+                    "first": item.first,
+                    "margin": float(ballot.margin),
+                    "seconds": ballot.seconds,
+                    "note": ballot.note,
+                    "reason": ballot.reason,
+                    "source": ballot.source,
+                    "time": ballot.time,
+                    "kept": item.kept,
+                    "at": at,
+                }
             )
-        )
-        pair.votes += 1
-        pair.taken += 1
-        return True
+            if item.vote != "skip" and ballot.kind in ("fresh", "import"):
+                counted[pair] += 1
+        if rows:
+            session.execute(insert(Judgment.__table__), rows)  # type: ignore[arg-type]
+        self._count(session, counted)
+        return AddedVotes(len(rows), known, again)
 
-    def _annotator(self, session: Session, pseudonym: str) -> int | None:
-        if not pseudonym:
-            return None
-        found = session.scalar(
-            select(Annotator).filter_by(project_id=self._project, pseudonym=pseudonym)
-        )
-        if found is None:
-            found = Annotator(
-                project_id=self._project,
-                pseudonym=pseudonym,
-                via="import",
-                state="left",
-                created_at=clock.now(),
+    def _known(
+        self, session: Session, placed: Sequence[_Placed]
+    ) -> tuple[set[str], set[tuple[int, str]]]:
+        """The keys of the votes that are there already, and who has voted on which pair."""
+        digests = {item.pair.id: item.pair.digest for item in placed}
+        later = aliased(Judgment)
+        replaced = exists().where(later.replaces_id == Judgment.id)
+        query = (
+            select(
+                Judgment.key,
+                Judgment.pair_id,
+                Judgment.vote,
+                Judgment.first,
+                Judgment.kind,
+                Judgment.time,
+                func.coalesce(Annotator.pseudonym, "").label("annotator"),
+                replaced.label("replaced"),
             )
-            session.add(found)
-            session.flush()
-        return found.id
+            .outerjoin(Annotator, Annotator.id == Judgment.annotator_id)
+            .where(Judgment.pair_id.in_(list(digests)))
+        )
+        keys, voted = set(), set()
+        for row in session.execute(query):
+            keys.add(row.key)
+            if row.annotator:
+                said = row.vote, row.first, row.annotator, row.time
+                keys.add(_named_key(digests[row.pair_id], *said))
+                if row.vote in CHOICES and row.kind != "repeat" and not row.replaced:
+                    voted.add((row.pair_id, row.annotator))
+        return keys, voted
+
+    def _annotators(self, session: Session, placed: Sequence[_Placed]) -> dict[str, int]:
+        """The ids of annotators, by pseudonym."""
+        names = {item.ballot.annotator for item in placed} - {""}
+        query = select(Annotator.pseudonym, Annotator.id).where(
+            Annotator.project_id == self._project, Annotator.pseudonym.in_(sorted(names))
+        )
+        found = {row.pseudonym: row.id for row in session.execute(query)}
+        missing = [
+            {
+                "project_id": self._project,
+                "pseudonym": name,
+                "role": "annotator",
+                "via": "import",
+                "state": "left",
+                "created_at": clock.now(),
+            }
+            for name in sorted(names - found.keys())
+        ]
+        if missing:
+            columns = Annotator.pseudonym, Annotator.id
+            made = session.execute(insert(Annotator).returning(*columns), missing)
+            found |= {row.pseudonym: row.id for row in made}
+        return found
+
+    def _count(self, session: Session, counted: Counter[int]) -> None:
+        """Add to the votes of pairs; what was asked for may be there now."""
+        by_number: dict[int, list[int]] = {}
+        for pair, number in counted.items():
+            by_number.setdefault(number, []).append(pair)
+        for number, pairs in by_number.items():
+            session.execute(
+                update(Pair)
+                .where(Pair.id.in_(pairs))
+                .values(votes=Pair.votes + number, taken=Pair.taken + number)
+                .execution_options(synchronize_session=False)
+            )
+        session.execute(
+            update(Pair)
+            .where(Pair.id.in_(list(counted)), Pair.state == "open", Pair.votes >= Pair.wanted)
+            .values(state="done")
+            .execution_options(synchronize_session=False)
+        )
+
+    # ---- reading ----
 
     def stream(
-        self, *, snapshot: int | None = None, skips: bool = False, after: int = 0
+        self,
+        *,
+        snapshot: int | None = None,
+        skips: bool = False,
+        after: int = 0,
+        training: bool = False,
+        by_pair: bool = False,
     ) -> Iterator[CastVote]:
         """The votes that count, in the order in which they came, a few at a time in memory.
+
+        All of them are as they were when the first was read, whatever comes meanwhile.
 
         Args:
             snapshot: only its members; None = those that count now.
             skips: also what was skipped, with its reason.
             after: only judgments with a higher number.
+            training: without those on pairs that people were asked about as judges: their prompts
+                are those of an evaluation, which no training may see.
+            by_pair: in the order of `pair_digest`, which is the same in every store.
         """
         with self._database.reading() as session:
             query = self._query(snapshot, skips).where(Judgment.id > after)
-            rows = session.execute(query.execution_options(yield_per=ROWS))
+            if training:
+                query = query.where(~judged())
+            order = (Pair.digest,) if by_pair else ()
+            rows = session.execute(
+                query.order_by(*order, Judgment.id).execution_options(yield_per=ROWS)
+            )
             for row in rows:
                 yield CastVote(*row)
 
     def _query(self, snapshot: int | None, skips: bool) -> Select[tuple[object, ...]]:
         a, b = aliased(Response), aliased(Response)
         later = aliased(Judgment)
+        gold = GoldAnswer.vote if snapshot is None else SnapshotMember.gold
         query = (
             select(
                 Judgment.id,
@@ -159,31 +294,80 @@ class Judgments:
                 b.model,
                 Judgment.vote,
                 Judgment.first,
-                Annotator.pseudonym,
+                func.coalesce(Annotator.pseudonym, ""),
                 Judgment.kind,
-                GoldAnswer.vote,
+                func.coalesce(gold, ""),
                 Judgment.margin,
                 Judgment.seconds,
                 Judgment.time,
                 Judgment.note,
                 Judgment.reason,
                 Judgment.source,
-                Pair.kept,
+                func.coalesce(Judgment.kept, Pair.kept),
+                Pair.digest,
+                Pair.exchanged,
             )
             .join(Pair, Pair.id == Judgment.pair_id)
             .join(Prompt, Prompt.id == Pair.prompt_id)
             .join(a, a.id == Pair.response_a_id)
             .join(b, b.id == Pair.response_b_id)
             .outerjoin(Annotator, Annotator.id == Judgment.annotator_id)
-            .outerjoin(GoldAnswer, GoldAnswer.pair_id == Judgment.pair_id)
             .where(Judgment.project_id == self._project)
-            .order_by(Judgment.id)
         )
         if snapshot is not None:
             return query.join(SnapshotMember, SnapshotMember.judgment_id == Judgment.id).where(
                 SnapshotMember.snapshot_id == snapshot
             )
         counted = (*CHOICES, "skip") if skips else CHOICES
-        return query.where(
+        return query.outerjoin(GoldAnswer, GoldAnswer.pair_id == Judgment.pair_id).where(
             Judgment.vote.in_(counted), ~exists().where(later.replaces_id == Judgment.id)
+        )
+
+
+def _place(pair: AddedPair, ballot: Ballot, kept: dict[str, str]) -> _Placed:
+    vote: str = ballot.vote
+    first: str = ballot.first
+    if pair.swapped:
+        vote, first = EXCHANGED.get(vote, vote), EXCHANGED.get(first, first)
+    if ballot.annotator:
+        key = _named_key(pair.digest, vote, first, ballot.annotator, ballot.time)
+    else:
+        more = ballot.time, ballot.source, ballot.ballot
+        key = digest(pair.digest, vote, first, *more)
+    return _Placed(pair, ballot, kept, vote, first, key)
+
+
+def _named_key(pair: str, vote: str, first: str, annotator: str, time: str) -> str:
+    return digest(pair, vote, first, annotator, time)
+
+
+def _check(ballot: Ballot) -> None:
+    """Refuse a vote that says something impossible.
+
+    Raises: DataError.
+    """
+    if ballot.vote not in (*CHOICES, "skip"):
+        raise DataError(f"{ballot.vote!r} is no vote; a vote is one of {', '.join(CHOICES)}, skip")
+    if ballot.first not in ("a", "b", ""):
+        raise DataError(f"{ballot.first!r} is no side; what was shown first is a, b or unknown")
+    if ballot.kind not in KINDS:
+        raise DataError(f"{ballot.kind!r} is no kind of vote; it is one of {', '.join(KINDS)}")
+    if not math.isfinite(ballot.margin):
+        raise DataError(f"the margin of a vote is {ballot.margin}; it has to be a finite number")
+    if ballot.seconds is not None and not (math.isfinite(ballot.seconds) and ballot.seconds >= 0):
+        raise DataError(f"a vote cannot have taken {ballot.seconds} seconds")
+    for what in ("annotator", "time", "note", "reason", "source"):
+        check_text(f"the {what} of a vote", getattr(ballot, what))
+    check_pseudonym(ballot.annotator)
+
+
+def check_pseudonym(name: str) -> None:
+    """Refuse a name that is too long, or that a terminal or a page could not show.
+
+    Raises: DataError.
+    """
+    if len(name) > LONGEST_PSEUDONYM or any(unicodedata.category(c) == "Cc" for c in name):
+        raise DataError(
+            f"an annotator is called {name[:50]!r}: a name has up to {LONGEST_PSEUDONYM} "
+            "characters, and no control characters"
         )

@@ -2,20 +2,29 @@
 
 import hashlib
 import secrets
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from rlhf_core.errors import UserError
 from tasks.feedback.store import audit, clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import Role
-from tasks.feedback.store.tables import Annotator, Consent, Identity, Invitation, Session
+from tasks.feedback.store.tables import (
+    Annotator,
+    Consent,
+    Identity,
+    Invitation,
+    Project,
+    Session,
+)
 
 INVITATION_DAYS = 14.0
 SESSION_HOURS = 12.0
+SEEN_EVERY = timedelta(minutes=1)  # how exactly the last use of a session is known
 
 
 class InvitationError(UserError):
@@ -31,6 +40,14 @@ class SignedIn(NamedTuple):
     state: str
     project: int
     csrf: str
+
+
+class InvitedTo(NamedTuple):
+    """What an invitation is to."""
+
+    project: str
+    role: Role
+    expires: datetime
 
 
 class People:
@@ -145,8 +162,12 @@ class Door:
             )
             return browser
 
-    def who(self, token: str) -> SignedIn | None:
-        """Who is behind a session; None if it is unknown or has expired."""
+    def who(self, token: str, *, idle: Mapping[str, timedelta] | None = None) -> SignedIn | None:
+        """Who is behind a session; None if it is unknown or has expired.
+
+        Args:
+            idle: by role, how long a session lasts that nobody uses.
+        """
         with self._database.reading() as session:
             row = session.execute(
                 select(Session, Annotator)
@@ -155,11 +176,58 @@ class Door:
             ).first()
             if row is None or row[0].expires_at < clock.now() or row[1].state == "left":
                 return None
-            person = row[1]
-            return SignedIn(
+            browser, person = row
+            unused = clock.now() - browser.seen_at
+            if idle and unused > idle[person.role]:
+                return None
+            found = SignedIn(
                 person.id, person.pseudonym, person.role, person.state, person.project_id,
-                row[0].csrf,
+                browser.csrf,
             )  # fmt: skip
+        if unused > SEEN_EVERY:
+            self._seen(token)
+        return found
+
+    def _seen(self, token: str) -> None:
+        with self._database.writing() as session:
+            session.execute(
+                update(Session)
+                .where(Session.token_digest == token_digest(token))
+                .values(seen_at=clock.now())
+            )
+
+    def look(self, token: str) -> InvitedTo:
+        """What an invitation is to, without using it.
+
+        Raises: InvitationError when the link is unknown, used, revoked or too old.
+        """
+        with self._database.reading() as session:
+            row = session.execute(
+                select(Invitation, Project.name)
+                .join(Project, Project.id == Invitation.project_id)
+                .where(Invitation.token_digest == token_digest(token))
+            ).first()
+            found = None if row is None else row[0]
+            if row is None or found is None:
+                raise InvitationError("There is no such link. Check that it was copied whole.")
+            if found.revoked_at:
+                raise InvitationError("This link was withdrawn. Ask for a new one.")
+            if found.used_at:
+                raise InvitationError(
+                    "This link was used before, and each link lets in one browser. If that was "
+                    "you, go on in that browser; else ask for a new link."
+                )
+            if found.expires_at < clock.now():
+                raise InvitationError("This link has expired. Ask for a new one.")
+            return InvitedTo(row[1], found.role, found.expires_at)
+
+    def is_own(self, token: str, annotator_id: int) -> bool:
+        """Whether an invitation let in this very person."""
+        with self._database.reading() as session:
+            owner = session.scalar(
+                select(Invitation.annotator_id).filter_by(token_digest=token_digest(token))
+            )
+            return owner == annotator_id
 
     def leave(self, token: str) -> None:
         """End a session."""

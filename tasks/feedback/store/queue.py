@@ -1,37 +1,37 @@
-"""Who labels what: leases, drawn sides, control questions, repeats, votes and undo.
+"""Who labels what: leases, votes and undo.
 
 A pair is leased to one annotator at a time for each vote that is wanted, and nobody gets a pair
 twice, except as a repeat with its sides exchanged. Everything happens in a transaction, so a
 server that is killed leaves either all of a vote or nothing.
+
+A task is open (on a desk), voted, skipped, or expired: somebody else may have its pair, and if
+nobody took it, it comes back to the desk as it was.
 """
 
-import random
+import math
 import secrets
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, exists, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import exists, func, select
+from sqlalchemy.orm import Session, aliased
 
-from rlhf_core.errors import UserError
+from rlhf_core.errors import DataError, UserError
 from tasks.feedback.store import clock
+from tasks.feedback.store.content import check_text
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.records import AssignmentKind, Progress, ProjectRules, Task, Vote
-from tasks.feedback.store.tables import (
-    Annotator,
-    Assignment,
-    GoldAnswer,
-    Judgment,
-    Pair,
-    Project,
-    Prompt,
-    Response,
-)
+from tasks.feedback.store.drawing import Draw, count_free, draw, set_marks_back
+from tasks.feedback.store.records import Progress, ProjectRules, Task, Vote
+from tasks.feedback.store.tables import Annotator, Assignment, Judgment, Pair, Project, Response
+from tasks.feedback.store.tables import Prompt as PromptRow
 
-REPEAT_AFTER = 10  # tasks between a pair and its repeat
+LEFT_AT_MOST = 5_000  # more free pairs than this are not counted
+LONGEST_KEY = 64
+_CHOICES = ("left", "right", "tie", "both_bad", "skip")
 
 
 class StaleTaskError(UserError):
-    """A vote on a task that is not the annotator's, or has a vote already."""
+    """A vote or an undo that cannot be, as things are: the message says why."""
 
 
 class Queue:
@@ -46,76 +46,90 @@ class Queue:
 
         Those that were leased before come first and as they were, sides included.
         """
-        with self._database.writing() as session:
-            rules = self._rules(session)
-            person = session.get_one(Annotator, annotator_id)
+        with self._database.writing(self._project) as session:
+            rules, person = self._rules(session), self._person(session, annotator_id)
             if rules.paused or person.state != "active":
                 return []
-            self._expire(session)
-            until = clock.now() + timedelta(minutes=rules.lease_minutes)
-            desk = list(
-                session.scalars(
-                    select(Assignment)
-                    .filter_by(annotator_id=annotator_id, state="open")
-                    .order_by(Assignment.id)
-                )
-            )
+            until = _lease_end(rules)
+            desk = self._desk(session, annotator_id)
             for assignment in desk:
                 assignment.leased_until = until
+            session.flush()
+            self._expire(session)
             while len(desk) < count:
-                drawn = self._draw(session, annotator_id, rules)
-                if drawn is None:
-                    break
-                pair, kind, first = drawn
-                desk.append(self._assign(session, annotator_id, pair, kind, first, rules))
-            return [self._task(session, assignment) for assignment in desk[:count]]
+                if (again := self._reopen(session, annotator_id)) is None:
+                    drawn = draw(session, person, rules)
+                    if drawn is None:
+                        break
+                    again = self._assign(session, annotator_id, drawn)
+                again.leased_until = until
+                session.flush()
+                desk.append(again)
+            return self._tasks(session, desk[:count])
 
     def vote(self, annotator_id: int, token: str, vote: Vote) -> None:
-        """Keep a vote or a skip. The same key twice is one vote.
+        """Keep a vote or a skip. The same post twice is one vote.
 
         A lease that has expired meanwhile does not matter: what somebody has decided is kept.
 
-        Raises: StaleTaskError when the task is not this annotator's, or has another vote.
+        Raises: StaleTaskError when the task is not this annotator's, or has another vote;
+            DataError for a vote that says something impossible.
         """
-        with self._database.writing() as session:
+        _check(vote)
+        with self._database.writing(self._project) as session:
+            person = self._person(session, annotator_id)
             found = session.scalar(
-                select(Assignment).filter_by(token=token, annotator_id=annotator_id)
+                select(Assignment).filter_by(
+                    token=token, annotator_id=annotator_id, project_id=self._project
+                )
             )
-            if found is None:
+            if found is None or person.state == "left":
                 raise StaleTaskError("This task is not on your desk.")
-            if session.scalar(
-                select(Judgment.id).filter_by(project_id=self._project, key=vote.key)
-            ):
-                return
+            said = _said(found, vote.choice)
+            known = session.scalar(
+                select(Judgment).filter_by(project_id=self._project, key=vote.key)
+            )
+            if known is not None:
+                if (known.assignment_id, known.vote) == (found.id, said):
+                    return
+                raise StaleTaskError("The key of this vote was used for another vote.")
             if found.state in ("voted", "skipped"):
                 raise StaleTaskError("This task has a vote already.")
-            self._settle(session, found, vote)
+            self._settle(session, found, vote, said)
 
-    def undo(self, annotator_id: int) -> Task | None:
+    def undo(self, annotator_id: int, key: str = "") -> Task | None:
         """Take the last vote or skip back, and put its task on top of the desk again.
 
-        Returns: the task; None if there is nothing to take back.
+        Args:
+            key: made by whoever sends it: sent twice, it takes one vote back.
+
+        Returns: the task; None if there is nothing to take back, or nobody labels at present.
+
+        Raises: StaleTaskError when the pair of a skip is somebody else's by now.
         """
-        with self._database.writing() as session:
-            rules = self._rules(session)
-            last = session.scalar(
-                select(Assignment)
-                .where(
-                    Assignment.annotator_id == annotator_id,
-                    Assignment.state.in_(("voted", "skipped")),
-                )
-                .order_by(Assignment.ended_at.desc(), Assignment.id.desc())
-                .limit(1)
-            )
+        key = key or secrets.token_hex(16)
+        _check_key(key)
+        with self._database.writing(self._project) as session:
+            rules, person = self._rules(session), self._person(session, annotator_id)
+            if rules.paused or person.state != "active":
+                return None
+            known = session.scalar(select(Judgment).filter_by(project_id=self._project, key=key))
+            if known is not None:
+                return self._undone(session, known, annotator_id)
+            last = self._last(session, annotator_id)
             if last is None:
                 return None
-            self._withdraw(session, last, rules)
-            return self._task(session, last)
+            judgment, assignment = last
+            self._withdraw(session, judgment, assignment, key, rules)
+            session.flush()
+            [task] = self._tasks(session, [assignment])
+            return task
 
-    def progress(self, annotator_id: int) -> Progress:
-        """How many tasks somebody has done, and how many are free for them."""
+    def progress(self, annotator_id: int, since: datetime | None = None) -> Progress:
+        """How many tasks somebody has done, in all and since a moment, and how many are left."""
         with self._database.reading() as session:
-            done = session.scalar(
+            person = self._person(session, annotator_id)
+            query = (
                 select(func.count())
                 .select_from(Assignment)
                 .where(
@@ -123,140 +137,98 @@ class Queue:
                     Assignment.state.in_(("voted", "skipped")),
                 )
             )
-            left = session.scalar(
-                select(func.count()).select_from(Pair).where(*self._free(annotator_id))
+            done = session.scalar(query)
+            recent = session.scalar(query.where(Assignment.ended_at >= since)) if since else 0
+            left = count_free(session, person, LEFT_AT_MOST + 1) + sum(
+                assignment.kind == "fresh" for assignment in self._desk(session, annotator_id)
             )
-            return Progress(done or 0, left or 0)
+            return Progress(
+                done or 0, min(left, LEFT_AT_MOST), recent or 0, more=left > LEFT_AT_MOST
+            )
 
-    # ---- drawing ----
+    def release(self, annotator_id: int) -> None:
+        """Take the desk of an annotator away, so that others get its pairs at once."""
+        with self._database.writing(self._project) as session:
+            self._give_back(session, self._desk(session, annotator_id))
 
-    def _draw(
-        self, session: Session, annotator_id: int, rules: ProjectRules
-    ) -> tuple[Pair, AssignmentKind, str] | None:
-        """What comes next: now and then a control question or a repeat, else a fresh pair."""
-        if (
-            rules.gold_every
-            and random.random() < 1 / rules.gold_every
-            and (gold := self._gold(session, annotator_id))
-        ):
-            return gold, "gold", random.choice("ab")
-        if (
-            rules.repeat_every
-            and random.random() < 1 / rules.repeat_every
-            and (again := self._repeat(session, annotator_id))
-        ):
-            pair, first = again
-            return pair, "repeat", "b" if first == "a" else "a"
-        fresh = session.scalar(
-            select(Pair)
-            .where(*self._free(annotator_id))
-            .order_by(Pair.priority, Pair.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        return None if fresh is None else (fresh, "fresh", random.choice("ab"))
+    # ---- the desk ----
 
-    def _free(self, annotator_id: int) -> list[ColumnElement[bool]]:
-        mine = exists().where(
-            Assignment.pair_id == Pair.id, Assignment.annotator_id == annotator_id
+    def _desk(self, session: Session, annotator_id: int) -> list[Assignment]:
+        """What is on a desk: what was undone last, on top; then in the order of the draws."""
+        found = session.scalars(
+            select(Assignment).filter_by(annotator_id=annotator_id, state="open")
         )
-        return [
-            Pair.project_id == self._project,
-            Pair.state == "open",
-            Pair.taken < Pair.wanted,
-            ~mine,
-        ]
+        return sorted(found, key=lambda row: (-_seconds(row.undone_at), row.id))
 
-    def _gold(self, session: Session, annotator_id: int) -> Pair | None:
-        mine = exists().where(
-            Assignment.pair_id == Pair.id, Assignment.annotator_id == annotator_id
-        )
-        return session.scalar(
-            select(Pair)
-            .join(GoldAnswer, GoldAnswer.pair_id == Pair.id)
-            .where(Pair.project_id == self._project, ~mine)
-            .order_by(Pair.id)
-            .limit(1)
-        )
-
-    def _repeat(self, session: Session, annotator_id: int) -> tuple[Pair, str] | None:
-        recent = (
-            select(Assignment.id)
-            .filter_by(annotator_id=annotator_id)
-            .order_by(Assignment.id.desc())
-            .limit(REPEAT_AFTER)
-        )
-        repeated = (
-            select(Assignment.pair_id)
-            .filter_by(annotator_id=annotator_id, kind="repeat")
-            .subquery()
-        )
+    def _reopen(self, session: Session, annotator_id: int) -> Assignment | None:
+        """A task that left the desk because its lease was over, and that nobody took."""
         found = session.execute(
-            select(Pair, Assignment.first)
-            .join(Assignment, Assignment.pair_id == Pair.id)
+            select(Assignment, Pair)
+            .join(Pair, Pair.id == Assignment.pair_id)
             .where(
                 Assignment.annotator_id == annotator_id,
-                Assignment.kind == "fresh",
-                Assignment.state == "voted",
-                Assignment.id.not_in(recent),
-                Pair.id.not_in(select(repeated.c.pair_id)),
+                Assignment.state == "expired",
+                (Assignment.kind != "fresh") | (Pair.taken < Pair.wanted),
+                (Pair.state == "open") | ((Assignment.kind != "fresh") & (Pair.state == "done")),
             )
             .order_by(Assignment.id)
             .limit(1)
         ).first()
-        return None if found is None else (found[0], found[1])
+        if found is None:
+            return None
+        assignment: Assignment = found[0]
+        assignment.state, assignment.ended_at = "open", None
+        if assignment.kind == "fresh":
+            found[1].taken += 1
+        return assignment
 
-    def _assign(
-        self,
-        session: Session,
-        annotator_id: int,
-        pair: Pair,
-        kind: AssignmentKind,
-        first: str,
-        rules: ProjectRules,
-    ) -> Assignment:
+    def _assign(self, session: Session, annotator_id: int, drawn: Draw) -> Assignment:
         made = Assignment(
             token=secrets.token_hex(16),
-            pair_id=pair.id,
+            project_id=self._project,
+            pair_id=drawn.pair,
             annotator_id=annotator_id,
-            kind=kind,
-            first=first,
+            kind=drawn.kind,
+            first=drawn.first,
             state="open",
-            leased_until=clock.now() + timedelta(minutes=rules.lease_minutes),
+            leased_until=clock.now(),
             created_at=clock.now(),
         )
         session.add(made)
-        if kind == "fresh":
-            pair.taken += 1
-        session.flush()
+        if drawn.kind == "fresh":
+            session.get_one(Pair, drawn.pair).taken += 1
         return made
 
     def _expire(self, session: Session) -> None:
         """Free the pairs whose lease is over; their tasks leave the desk."""
-        over = list(
-            session.scalars(
-                select(Assignment)
-                .join(Pair, Pair.id == Assignment.pair_id)
-                .where(
-                    Pair.project_id == self._project,
-                    Assignment.state == "open",
-                    Assignment.leased_until < clock.now(),
-                )
+        over = session.scalars(
+            select(Assignment).where(
+                Assignment.project_id == self._project,
+                Assignment.state == "open",
+                Assignment.leased_until < clock.now(),
             )
-        )
-        for assignment in over:
-            assignment.state = "expired"
-            if assignment.kind == "fresh":
-                self._release(session, assignment.pair_id)
+        ).all()
+        self._give_back(session, over)
 
-    def _release(self, session: Session, pair_id: int) -> None:
-        session.execute(update(Pair).where(Pair.id == pair_id).values(taken=Pair.taken - 1))
+    def _give_back(self, session: Session, desk: Sequence[Assignment]) -> None:
+        for assignment in desk:
+            assignment.state, assignment.ended_at = "expired", clock.now()
+            assignment.undone_at = None
+        session.flush()
+        for pair in [assignment.pair_id for assignment in desk if assignment.kind == "fresh"]:
+            self._free(session, pair)
+
+    def _free(self, session: Session, pair_id: int) -> None:
+        """One less has, or will have, labelled a pair."""
+        pair = session.get_one(Pair, pair_id)
+        pair.taken -= 1
+        session.flush()
+        if pair.state == "open" and pair.taken < pair.wanted:
+            set_marks_back(session, self._project, pair.priority, pair.id, one=True)
 
     # ---- votes ----
 
-    def _settle(self, session: Session, assignment: Assignment, vote: Vote) -> None:
-        other = "b" if assignment.first == "a" else "a"
-        said = {"left": assignment.first, "right": other}.get(vote.choice, vote.choice)
+    def _settle(self, session: Session, assignment: Assignment, vote: Vote, said: str) -> None:
         at = clock.now()
         session.add(
             Judgment(
@@ -272,75 +244,156 @@ class Queue:
                 seconds=vote.seconds,
                 note=vote.note,
                 reason=vote.reason,
-                source="page",
-                time=at.isoformat(timespec="microseconds"),
+                source=vote.source,
+                time=vote.time or at.isoformat(timespec="microseconds"),
                 at=at,
             )
         )
-        was_expired = assignment.state == "expired"
-        skipped = vote.choice == "skip"
-        assignment.state, assignment.ended_at = "skipped" if skipped else "voted", at
+        was_open = assignment.state == "open"
+        skipped = said == "skip"
+        assignment.state = "skipped" if skipped else "voted"
+        assignment.ended_at, assignment.undone_at = at, None
+        session.flush()
         if assignment.kind != "fresh":
             return
-        pair = session.get_one(Pair, assignment.pair_id, with_for_update=True)
         if skipped:
-            pair.taken -= 0 if was_expired else 1
-        else:
-            pair.taken += 1 if was_expired else 0
-            pair.votes += 1
-            if pair.votes >= pair.wanted:
-                pair.state = "done"
+            if was_open:
+                self._free(session, assignment.pair_id)
+            return
+        pair = session.get_one(Pair, assignment.pair_id)
+        pair.taken += 0 if was_open else 1
+        pair.votes += 1
+        if pair.state == "open" and pair.votes >= pair.wanted:
+            pair.state = "done"
 
-    def _withdraw(self, session: Session, last: Assignment, rules: ProjectRules) -> None:
-        current = self._current(session, last.id)
-        at = clock.now()
-        session.add(
-            Judgment(
-                project_id=self._project,
-                pair_id=last.pair_id,
-                annotator_id=last.annotator_id,
-                assignment_id=last.id,
-                replaces_id=current,
-                key=secrets.token_hex(16),
-                kind=last.kind,
-                vote="withdrawn",
-                first=last.first,
-                source="page",
-                time=at.isoformat(timespec="microseconds"),
-                at=at,
+    def _last(self, session: Session, annotator_id: int) -> tuple[Judgment, Assignment] | None:
+        """The last vote or skip of an annotator that was not taken back."""
+        later = aliased(Judgment)
+        row = session.execute(
+            select(Judgment, Assignment)
+            .join(Assignment, Assignment.id == Judgment.assignment_id)
+            .where(
+                Judgment.annotator_id == annotator_id,
+                Judgment.vote != "withdrawn",
+                ~exists().where(later.replaces_id == Judgment.id),
             )
-        )
-        if last.kind == "fresh":
-            pair = session.get_one(Pair, last.pair_id, with_for_update=True)
-            if last.state == "voted":
+            .order_by(Judgment.id.desc())
+            .limit(1)
+        ).first()
+        return None if row is None else (row[0], row[1])
+
+    def _withdraw(
+        self,
+        session: Session,
+        current: Judgment,
+        assignment: Assignment,
+        key: str,
+        rules: ProjectRules,
+    ) -> None:
+        at = clock.now()
+        pair = session.get_one(Pair, assignment.pair_id)
+        if assignment.kind == "fresh":
+            if assignment.state == "voted":  # the vote becomes a lease
                 pair.votes -= 1
                 if pair.state == "done" and pair.votes < pair.wanted:
                     pair.state = "open"
-            else:
+            elif pair.state == "open" and pair.taken < pair.wanted:
                 pair.taken += 1
-        last.state, last.ended_at = "open", None
-        last.leased_until = at + timedelta(minutes=rules.lease_minutes)
+            else:
+                raise StaleTaskError("Somebody else has this pair by now, so the skip stays.")
+        session.add(
+            Judgment(
+                project_id=self._project,
+                pair_id=assignment.pair_id,
+                annotator_id=assignment.annotator_id,
+                assignment_id=assignment.id,
+                replaces_id=current.id,
+                key=key,
+                kind=assignment.kind,
+                vote="withdrawn",
+                first=assignment.first,
+                source=current.source,
+                time=at.isoformat(timespec="microseconds"),
+                at=at,
+            )
+        )
+        assignment.state, assignment.ended_at, assignment.undone_at = "open", None, at
+        assignment.leased_until = _lease_end(rules)
+
+    def _undone(self, session: Session, known: Judgment, annotator_id: int) -> Task | None:
+        """The task of an undo that has come before; None if it has a vote again."""
+        if known.annotator_id != annotator_id or known.vote != "withdrawn":
+            raise StaleTaskError("The key of this undo was used for a vote.")
+        assignment = session.get_one(Assignment, known.assignment_id)
+        return self._tasks(session, [assignment])[0] if assignment.state == "open" else None
 
     def _current(self, session: Session, assignment_id: int) -> int | None:
         """The judgment of a task that no other replaces."""
-        later = select(Judgment.replaces_id).where(
-            Judgment.assignment_id == assignment_id, Judgment.replaces_id.is_not(None)
-        )
+        later = aliased(Judgment)
         return session.scalar(
             select(Judgment.id).where(
-                Judgment.assignment_id == assignment_id, Judgment.id.not_in(later)
+                Judgment.assignment_id == assignment_id,
+                ~exists().where(later.replaces_id == Judgment.id),
             )
         )
 
     # ---- reading ----
 
-    def _task(self, session: Session, assignment: Assignment) -> Task:
-        pair = session.get_one(Pair, assignment.pair_id)
-        prompt = session.get_one(Prompt, pair.prompt_id)
-        a = session.get_one(Response, pair.response_a_id).text
-        b = session.get_one(Response, pair.response_b_id).text
-        left, right = (a, b) if assignment.first == "a" else (b, a)
-        return Task(assignment.token, prompt.content, left, right, assignment.leased_until)
+    def _tasks(self, session: Session, desk: Sequence[Assignment]) -> list[Task]:
+        a, b = aliased(Response), aliased(Response)
+        rows = session.execute(
+            select(Pair.id, PromptRow.content, a.text, b.text)
+            .join(PromptRow, PromptRow.id == Pair.prompt_id)
+            .join(a, a.id == Pair.response_a_id)
+            .join(b, b.id == Pair.response_b_id)
+            .where(Pair.id.in_([assignment.pair_id for assignment in desk]))
+        )
+        shown = {row[0]: row for row in rows}
+        tasks = []
+        for assignment in desk:
+            _, prompt, one, other = shown[assignment.pair_id]
+            left, right = (one, other) if assignment.first == "a" else (other, one)
+            tasks.append(Task(assignment.token, prompt, left, right, assignment.leased_until))
+        return tasks
 
     def _rules(self, session: Session) -> ProjectRules:
         return ProjectRules.model_validate(session.get_one(Project, self._project).rules)
+
+    def _person(self, session: Session, annotator_id: int) -> Annotator:
+        """An annotator of this project.
+
+        Raises: StaleTaskError for that of another.
+        """
+        person = session.get(Annotator, annotator_id)
+        if person is None or person.project_id != self._project:
+            raise StaleTaskError("There is no such annotator in this project.")
+        return person
+
+
+def _lease_end(rules: ProjectRules) -> datetime:
+    return clock.now() + timedelta(minutes=rules.lease_minutes)
+
+
+def _seconds(moment: datetime | None) -> float:
+    return 0.0 if moment is None else moment.timestamp()
+
+
+def _said(assignment: Assignment, choice: str) -> str:
+    other = "b" if assignment.first == "a" else "a"
+    return {"left": assignment.first, "right": other}.get(choice, choice)
+
+
+def _check(vote: Vote) -> None:
+    if vote.choice not in _CHOICES:
+        raise DataError(f"{vote.choice!r} is no vote; a vote is one of {', '.join(_CHOICES)}")
+    _check_key(vote.key)
+    seconds = vote.seconds
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+        raise DataError(f"a vote cannot have taken {seconds} seconds")
+    for what in ("note", "reason", "source", "time"):
+        check_text(f"the {what} of a vote", getattr(vote, what))
+
+
+def _check_key(key: str) -> None:
+    if not (0 < len(key) <= LONGEST_KEY and key.isascii() and key.isprintable()):
+        raise DataError(f"the key of a vote has 1 to {LONGEST_KEY} letters, digits and signs")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 AssignmentKind: TypeAlias = Literal["fresh", "gold", "repeat"]
 Role: TypeAlias = Literal["annotator", "admin"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
+JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import"]
 
 
 class ProjectRules(BaseModel):
@@ -78,14 +79,16 @@ class NewPair:
 class Ballot:
     """A vote that was cast elsewhere, on its way in."""
 
-    vote: Choice
+    vote: Choice | Literal["skip"]
     annotator: str = ""  # "" = anonymous
     first: Side | Literal[""] = ""  # what the annotator saw first
     margin: float = 0.0
     seconds: float | None = None
     time: str = ""  # as the source has it
     note: str = ""
+    reason: str = ""  # of a skip
     source: str = ""
+    kind: JudgmentKind = "import"  # as another store had it: a repeat stays one
     # distinguishes two anonymous votes of the same row, which are otherwise the same vote
     ballot: int = 0
 
@@ -97,6 +100,7 @@ class AddedPair:
     id: int
     new: bool
     swapped: bool  # the store has it with its answers exchanged
+    digest: str = ""  # of what it says, the same in every store
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class Vote:
     seconds: float | None = None
     note: str = ""
     reason: str = ""  # of a skip
+    source: str = "page"  # where it was cast
+    time: str = ""  # when it was cast, in ISO 8601; "" = now
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,9 @@ class Progress:
     """How far somebody is."""
 
     done: int  # by this annotator
-    left: int  # pairs that are free for this annotator
+    left: int  # pairs on the desk or free for this annotator; 5,000 at most
+    recent: int = 0  # of those done, since the moment that was asked for
+    more: bool = False  # whether more than these are left
 
 
 @dataclass(frozen=True)
@@ -140,3 +148,12 @@ class SnapshotInfo:
     annotators: int
     created_at: datetime
     new: bool = False
+    training: int = 0  # the votes in a training file: without repeats
+
+
+class AddedVotes(NamedTuple):
+    """What became of votes that were put in."""
+
+    new: int
+    known: int  # there already, so they were left as they are
+    again: int  # of the new ones: by somebody who had voted on that pair already

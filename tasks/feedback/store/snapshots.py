@@ -5,26 +5,69 @@ A file of a snapshot has a vote a line, in the form that `data.preferences` read
     id, prompt, response_a, response_b, vote, shown_first, annotator, gold, margin, time, source,
     and the columns that were kept
 
-Repeats are members, as the report on agreement needs them, but are not written for training.
+Votes on control questions are in it, with gold true. Repeats are members, as the report on
+agreement needs them, but are not written for training; nor is somebody's second vote on a pair, as
+by an import of what they did elsewhere: of a person's votes on a pair the first by its time is
+written.
+
+The digest, and every byte of the file, depends on what the votes say and on nothing else: not on
+the database, nor on the order in which they came. So pairs are in the order of their digests, the
+votes on a pair in that of theirs, and which of two answers is `a` follows from digests too.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from sqlalchemy import insert, select
 
-from rlhf_core.data.prepared import canonical_prompt
 from rlhf_core.errors import DataError
-from tasks.feedback.store import clock
-from tasks.feedback.store.content import digest
+from tasks.feedback.store import audit, clock
+from tasks.feedback.store.content import EXCHANGED, chunks, digest
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.judgments import CastVote, Judgments
 from tasks.feedback.store.records import SnapshotInfo
 from tasks.feedback.store.tables import Snapshot, SnapshotMember
 
 LATEST = "latest"
+SHORTEST = 4  # digits of a digest that name a snapshot
+MEMBERS = 5_000  # written at a time
+
+
+@dataclass
+class _Reading:
+    """What is known of a snapshot once its votes have been read. 17 bytes a vote are kept."""
+
+    hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    members: "array[int]" = field(default_factory=lambda: array("q"))
+    gold: dict[int, str] = field(default_factory=dict)
+    training: int = 0
+    pairs: int = 0
+    people: set[str] = field(default_factory=set)
+
+    def add(self, votes: list[CastVote], written: list[CastVote], digests: list[str]) -> None:
+        """Take in the votes on a pair."""
+        self.hash.update("".join(digests).encode())
+        for vote in votes:
+            self.members.append(vote.judgment)
+            if vote.gold:
+                self.gold[vote.judgment] = vote.gold
+            if vote.annotator:
+                self.people.add(vote.annotator)
+        self.training += len(written)
+        self.pairs += 1
+
+    @property
+    def digest(self) -> str:
+        return self.hash.hexdigest()
 
 
 class Snapshots:
@@ -39,63 +82,117 @@ class Snapshots:
     def take(self, by: str = "") -> SnapshotInfo:
         """A snapshot of the votes that count now; the same votes are the same snapshot.
 
+        Votes may come meanwhile: it has those that were there when it began.
+
         Raises: DataError when there is no vote.
         """
-        said: list[bytes] = []
-        members: list[int] = []
-        pairs: set[int] = set()
-        people: set[str] = set()
-        for vote in self._judgments.stream():
-            said.append(bytes.fromhex(_content(vote)))
-            members.append(vote.judgment)
-            pairs.add(vote.pair)
-            people.add(vote.annotator)
-        if not members:
-            raise DataError(
-                f"the feedback project '{self._name}' has no votes yet; import some with "
-                f"`rlhf feedback import {self._name} FILE`, or collect them with `rlhf label`"
+        read = self._now()
+        with self._database.writing(self._project) as session:
+            query = select(Snapshot).filter_by(project_id=self._project, digest=read.digest)
+            found = session.scalar(query)
+            if found is not None:
+                return self._info(found)
+            made = Snapshot(
+                project_id=self._project,
+                digest=read.digest,
+                votes=len(read.members),
+                training=read.training,
+                pairs=read.pairs,
+                annotators=len(read.people),
+                by=by,
+                created_at=clock.now(),
             )
-        key = hashlib.sha256(b"".join(sorted(said))).hexdigest()
-        with self._database.writing() as session:
-            found = session.scalar(select(Snapshot).filter_by(project_id=self._project, digest=key))
-            new = found is None
-            if found is None:
-                found = Snapshot(
-                    project_id=self._project,
-                    digest=key,
-                    votes=len(members),
-                    pairs=len(pairs),
-                    annotators=len(people - {""}),
-                    by=by,
-                    created_at=clock.now(),
+            session.add(made)
+            session.flush()
+            for some in chunks(read.members, MEMBERS):
+                session.execute(
+                    insert(SnapshotMember.__table__),  # type: ignore[arg-type]
+                    [
+                        {
+                            "snapshot_id": made.id,
+                            "judgment_id": judgment,
+                            "gold": read.gold.get(judgment, ""),
+                        }
+                        for judgment in some
+                    ],
                 )
-                session.add(found)
-                session.flush()
-                rows = [{"snapshot_id": found.id, "judgment_id": id_} for id_ in members]
-                session.execute(insert(SnapshotMember), rows)
-            return self._info(found, new)
+            audit.note(session, self._project, by, "snapshot", read.digest)
+            session.flush()
+            return self._info(made, new=True)
+
+    def look(self, which: str = LATEST) -> SnapshotInfo:
+        """What `take`, for `latest`, would give, without keeping it; else what `find` gives.
+
+        Raises: DataError, as they do.
+        """
+        if which != LATEST:
+            return self.find(which)
+        read = self._now()
+        return SnapshotInfo(
+            self._name, read.digest, len(read.members), read.pairs, len(read.people), clock.now(),
+            training=read.training,
+        )  # fmt: skip
 
     def find(self, which: str = LATEST) -> SnapshotInfo:
         """A snapshot by its digest or the beginning of it; `latest` is the last one taken.
 
         Raises: DataError when there is none, or several begin so.
         """
-        return self._info(self._row(which), new=False)
+        return self._info(self._row(which))
+
+    def all(self) -> list[SnapshotInfo]:
+        """All snapshots, newest first."""
+        with self._database.reading() as session:
+            query = select(Snapshot).filter_by(project_id=self._project)
+            rows = session.scalars(query.order_by(Snapshot.id.desc()))
+            return [self._info(row) for row in rows]
 
     def votes(self, which: str) -> Iterator[CastVote]:
         """All votes of a snapshot, repeats included."""
         yield from self._judgments.stream(snapshot=self._row(which).id)
 
     def write(self, which: str, path: Path) -> SnapshotInfo:
-        """Write the votes of a snapshot as JSON lines that `data.preferences` reads."""
+        """Write the votes of a snapshot as JSON lines that `data.preferences` reads.
+
+        Raises: DataError when the votes are no longer those of the digest: somebody has changed
+            the database.
+        """
         found = self._row(which)
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            for vote in self._judgments.stream(snapshot=found.id):
-                if vote.kind != "repeat":
-                    file.write(json.dumps(training_row(vote), ensure_ascii=False) + "\n")
-        return self._info(found, new=False)
+        votes = self._judgments.stream(snapshot=found.id, by_pair=True)
+        with _writing(path) as write:
+            read = _read(votes, write)
+            if read.digest != found.digest:
+                raise DataError(
+                    f"the votes of the snapshot {found.digest[:16]} of '{self._name}' are not what "
+                    f"they were (they are {read.digest[:16]}): the database was changed by hand; "
+                    "restore a back-up of it"
+                )
+        return self._info(found)
+
+    def write_now(self, path: Path) -> None:
+        """Write what `write` would, if a snapshot were taken now."""
+        with _writing(path) as write:
+            _read(self._judgments.stream(training=True, by_pair=True), write)
+
+    def _now(self) -> _Reading:
+        """What a snapshot would have now.
+
+        Raises: DataError when there is no vote.
+        """
+        read = _read(self._judgments.stream(training=True, by_pair=True))
+        if not read.members:
+            raise DataError(
+                f"the feedback project '{self._name}' has no votes yet; import some with "
+                f"`rlhf feedback import {self._name} FILE`, or collect them with `rlhf label`"
+            )
+        return read
 
     def _row(self, which: str) -> Snapshot:
+        if which != LATEST and not re.fullmatch(f"[0-9a-f]{{{SHORTEST},64}}", which):
+            raise DataError(
+                f"'{which[:80]}' names no snapshot: write `{LATEST}`, or {SHORTEST} to 64 digits "
+                "of its digest"
+            )
         with self._database.reading() as session:
             query = select(Snapshot).filter_by(project_id=self._project)
             if which == LATEST:
@@ -110,16 +207,70 @@ class Snapshots:
             )
         return found[0]
 
-    def _info(self, row: Snapshot, new: bool) -> SnapshotInfo:
+    def _info(self, row: Snapshot, new: bool = False) -> SnapshotInfo:
         return SnapshotInfo(
-            self._name, row.digest, row.votes, row.pairs, row.annotators, row.created_at, new
-        )
+            self._name, row.digest, row.votes, row.pairs, row.annotators, row.created_at, new,
+            row.training,
+        )  # fmt: skip
+
+
+# ---- what the votes say ----
+
+
+def _read(votes: Iterable[CastVote], write: Callable[[CastVote], None] | None = None) -> _Reading:
+    """Read the votes, which come by pair, and hand on those for training."""
+    read = _Reading()
+    for _, on_pair in groupby(votes, key=attrgetter("pair_digest")):
+        said = sorted((_content(vote), vote) for vote in map(_turned, on_pair))
+        ordered = [vote for _, vote in said]
+        for_training = _once_each(ordered)
+        read.add(ordered, for_training, [content for content, _ in said])
+        if write is not None:
+            for vote in for_training:
+                write(vote)
+    return read
+
+
+def _turned(vote: CastVote) -> CastVote:
+    """A vote with its answers in the order that does not depend on who came first."""
+    if not vote.exchanged:
+        return vote
+    return vote._replace(
+        response_a=vote.response_b,
+        response_b=vote.response_a,
+        model_a=vote.model_b,
+        model_b=vote.model_a,
+        vote=EXCHANGED.get(vote.vote, vote.vote),
+        first=EXCHANGED.get(vote.first, vote.first),
+        gold=EXCHANGED.get(vote.gold, vote.gold),
+        exchanged=False,
+    )
+
+
+def _once_each(votes: Iterable[CastVote]) -> list[CastVote]:
+    """The votes on a pair that are for training: no repeats, and one of each annotator."""
+    first: dict[str, CastVote] = {}
+    kept = [vote for vote in votes if vote.kind != "repeat"]
+    for vote in kept:
+        if vote.annotator and (
+            vote.annotator not in first or vote.time < first[vote.annotator].time
+        ):
+            first[vote.annotator] = vote
+    return [vote for vote in kept if not vote.annotator or first[vote.annotator] is vote]
+
+
+def _content(vote: CastVote) -> str:
+    return digest(
+        vote.pair_digest,
+        *(vote.vote, vote.first, vote.annotator, vote.kind == "repeat", vote.gold),
+        *(vote.margin, vote.seconds, vote.time, vote.source, vote.kept),
+    )
 
 
 def training_row(vote: CastVote) -> dict[str, object]:
     """A vote in the form that `data.preferences` reads."""
     return {
-        "id": str(vote.pair),
+        "id": vote.pair_digest[:16],
         "prompt": vote.prompt,
         "response_a": vote.response_a,
         "response_b": vote.response_b,
@@ -134,10 +285,16 @@ def training_row(vote: CastVote) -> dict[str, object]:
     }
 
 
-def _content(vote: CastVote) -> str:
-    return digest(
-        canonical_prompt(vote.prompt),
-        *(vote.response_a, vote.response_b, vote.model_a, vote.model_b),
-        *(vote.vote, vote.first, vote.annotator, vote.kind, vote.gold),
-        *(vote.margin, vote.seconds, vote.time, vote.source, vote.kept),
-    )
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Callable[[CastVote], None]]:
+    """What writes a vote to a file, which appears when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            yield lambda vote: print(json.dumps(training_row(vote), ensure_ascii=False), file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -14,9 +14,11 @@
     snapshots, snapshot_members        the judgments of a training, for good
     audit_log     who changed what
 
-All times are in UTC. Tokens of links and sessions are kept as digests only.
+All times are in UTC. Tokens of links and sessions are kept as digests only. Rows of judgments,
+snapshots, their members and the audit log are neither changed nor deleted: triggers refuse it.
 """
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,8 +63,30 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class ExactText(TypeDecorator[str]):
+    """Any text. Postgres takes no NUL, so a text that has one is written as JSON behind an ESC."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text as the database takes it."""
+        if value is not None and ("\0" in value or value.startswith("\x1b")):
+            return "\x1b" + json.dumps(value)
+        return value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text as it was given."""
+        if value is not None and value.startswith("\x1b"):
+            return str(json.loads(value[1:]))
+        return value
+
+
 _Id = BigInteger().with_variant(Integer, "sqlite")  # only an INTEGER key counts up in SQLite
 Moment = UTCDateTime()
+
+
+FREE = "state = 'open' AND taken < wanted"  # of a pair
 
 
 class Base(DeclarativeBase):
@@ -77,7 +101,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON, datetime: Moment, int: _Id}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        dict[str, Any]: JSON,
+        datetime: Moment,
+        int: _Id,
+        str: ExactText,
+    }
 
 
 class Project(Base):
@@ -99,8 +128,8 @@ class Prompt(Base):
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
     digest: Mapped[str] = mapped_column(String(64))
     content: Mapped[Any] = mapped_column(JSON)  # text, or a list of messages
-    source: Mapped[str] = mapped_column(String(300), default="")
-    licence: Mapped[str] = mapped_column(String(300), default="")
+    source: Mapped[str] = mapped_column(default="")
+    licence: Mapped[str] = mapped_column(default="")
 
 
 class Response(Base):
@@ -111,24 +140,28 @@ class Response(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
     digest: Mapped[str] = mapped_column(String(64))  # of text, model, sampling, source, licence
-    text: Mapped[str] = mapped_column(Text)
-    model: Mapped[str] = mapped_column(String(300), default="")  # models:/demo-policy/3
+    text: Mapped[str]
+    model: Mapped[str] = mapped_column(default="")  # models:/demo-policy/3
     sampling: Mapped[dict[str, Any]]
-    source: Mapped[str] = mapped_column(String(300), default="")
-    licence: Mapped[str] = mapped_column(String(300), default="")
+    source: Mapped[str] = mapped_column(default="")
+    licence: Mapped[str] = mapped_column(default="")
 
 
 class Pair(Base):
     """Two responses to compare.
 
-    `taken` counts the votes and the live leases on it, so `taken < wanted` says that it is free.
+    `taken` counts the votes and the live leases on it, so that it is free while it is open and
+    `taken < wanted`. `exchanged` says that the answers stand the other way round in what must not
+    depend on who came first: digests and training files.
     """
 
     __tablename__ = "pairs"
     __table_args__ = (
         UniqueConstraint("project_id", "digest"),
-        Index(None, "project_id", "state", "priority", "id"),
-    )
+        Index("ix_pairs_free", "project_id", "priority", "id",
+              sqlite_where=text(FREE), postgresql_where=text(FREE)),
+        Index(None, "project_id", "state"),
+    )  # fmt: skip
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"))
@@ -141,6 +174,7 @@ class Pair(Base):
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
     kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
+    exchanged: Mapped[bool]
     created_at: Mapped[datetime]
 
 
@@ -157,6 +191,7 @@ class Batch(Base):
     details: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
     resumed_at: Mapped[datetime | None]
+    withdrawn_at: Mapped[datetime | None]
 
 
 class BatchPair(Base):
@@ -173,13 +208,17 @@ class GoldAnswer(Base):
     __tablename__ = "gold_answers"
     pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"), primary_key=True)
     vote: Mapped[str] = mapped_column(String(16))  # a, b or tie
-    reason: Mapped[str] = mapped_column(Text, default="")
-    by: Mapped[str] = mapped_column(String(200), default="")
+    reason: Mapped[str] = mapped_column(default="")
+    by: Mapped[str] = mapped_column(default="")
     at: Mapped[datetime]
 
 
 class Annotator(Base):
-    """A pseudonym in a project."""
+    """A pseudonym in a project.
+
+    No pair at or before the mark, in the order of the queue, is free for this annotator. Whatever
+    frees such a pair sets the mark back, so that a search for the next one is short.
+    """
 
     __tablename__ = "annotators"
     __table_args__ = (UniqueConstraint("project_id", "pseudonym"),)
@@ -189,6 +228,8 @@ class Annotator(Base):
     role: Mapped[str] = mapped_column(String(16), default="annotator")  # or admin
     state: Mapped[str] = mapped_column(String(16), default="active")  # active, paused, left
     via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow
+    mark_priority: Mapped[int | None]
+    mark_id: Mapped[int | None]
     created_at: Mapped[datetime]
 
 
@@ -212,7 +253,7 @@ class Invitation(Base):
     role: Mapped[str] = mapped_column(String(16), default="annotator")
     name: Mapped[str] = mapped_column(String(200), default="")  # moves to the identity when used
     email: Mapped[str] = mapped_column(String(320), default="")
-    by: Mapped[str] = mapped_column(String(200), default="")
+    by: Mapped[str] = mapped_column(default="")
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     used_at: Mapped[datetime | None]
@@ -241,7 +282,7 @@ class Consent(Base):
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
     version: Mapped[str] = mapped_column(String(64))
     digest: Mapped[str] = mapped_column(String(64))
-    licence: Mapped[str] = mapped_column(String(300), default="")
+    licence: Mapped[str] = mapped_column(default="")
     at: Mapped[datetime]
 
 
@@ -251,13 +292,15 @@ class Assignment(Base):
     __tablename__ = "assignments"
     __table_args__ = (
         UniqueConstraint("annotator_id", "pair_id", "kind"),
-        Index("ix_assignments_leases", "leased_until", sqlite_where=text("state = 'open'"),
-              postgresql_where=text("state = 'open'")),
-        Index("ix_assignments_of_annotator", "annotator_id", "state"),
+        Index("ix_assignments_leases", "project_id", "leased_until",
+              sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+        Index(None, "annotator_id", "state"),
+        Index(None, "annotator_id", "id"),
         Index(None, "pair_id"),
     )  # fmt: skip
     id: Mapped[int] = mapped_column(primary_key=True)
     token: Mapped[str] = mapped_column(String(32), unique=True)  # what the browser knows
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
     pair_id: Mapped[int] = mapped_column(ForeignKey("pairs.id"))
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
     kind: Mapped[str] = mapped_column(String(16), default="fresh")  # fresh, gold, repeat
@@ -266,6 +309,7 @@ class Assignment(Base):
     leased_until: Mapped[datetime]
     created_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
+    undone_at: Mapped[datetime | None]  # since when it is on top of the desk again
 
 
 class Judgment(Base):
@@ -292,10 +336,12 @@ class Judgment(Base):
     first: Mapped[str] = mapped_column(String(1), default="")  # the answer on the left; "" unknown
     margin: Mapped[float] = mapped_column(default=0.0)  # raw reward
     seconds: Mapped[float | None]  # from showing the pair to the vote
-    note: Mapped[str] = mapped_column(Text, default="")
-    reason: Mapped[str] = mapped_column(Text, default="")  # of a skip
-    source: Mapped[str] = mapped_column(String(300), default="")  # page, or a file
-    time: Mapped[str] = mapped_column(String(64), default="")  # as the source has it
+    note: Mapped[str] = mapped_column(default="")
+    reason: Mapped[str] = mapped_column(default="")  # of a skip
+    source: Mapped[str] = mapped_column(default="")  # page, or a file
+    time: Mapped[str] = mapped_column(default="")  # as the source has it
+    # columns of the user's that came with this vote; None: those of the pair
+    kept: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     at: Mapped[datetime]
 
 
@@ -308,18 +354,20 @@ class Snapshot(Base):
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"))
     digest: Mapped[str] = mapped_column(String(64))
     votes: Mapped[int]
+    training: Mapped[int]  # those of them in a training file
     pairs: Mapped[int]
     annotators: Mapped[int]
-    by: Mapped[str] = mapped_column(String(200), default="")
+    by: Mapped[str] = mapped_column(default="")
     created_at: Mapped[datetime]
 
 
 class SnapshotMember(Base):
-    """A judgment of a snapshot."""
+    """A judgment of a snapshot, and what was the right answer to its pair then."""
 
     __tablename__ = "snapshot_members"
     snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshots.id"), primary_key=True)
     judgment_id: Mapped[int] = mapped_column(ForeignKey("judgments.id"), primary_key=True)
+    gold: Mapped[str] = mapped_column(String(16), default="")
 
 
 class AuditEntry(Base):
@@ -329,7 +377,7 @@ class AuditEntry(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int | None] = mapped_column(ForeignKey("projects.id"), index=True)
     at: Mapped[datetime]
-    actor: Mapped[str] = mapped_column(String(200))  # a pseudonym, or the user of a command
+    actor: Mapped[str]  # a pseudonym, or the user of a command
     action: Mapped[str] = mapped_column(String(64))
-    subject: Mapped[str] = mapped_column(String(300), default="")
+    subject: Mapped[str] = mapped_column(default="")
     details: Mapped[dict[str, Any]]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_core.promotion.holm import holm, passes
+from rlhf_core.functional.holm import holm, passes
 from rlhf_core.promotion.looks import first_alpha, take_look
 
 

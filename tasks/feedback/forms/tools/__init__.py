@@ -1,0 +1,1 @@
+"""Labelling tools of others: their exports in, tasks for them out."""
