@@ -91,7 +91,9 @@ def d_optimal(
         step = w[best] / (1 + gain)
         inverse -= step * torch.outer(direction, direction)
         spread = (spread - step * (x @ direction).square()).clamp(min=0)
-    return Order(torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64).log1p())
+    return Order(
+        torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64).log1p()
+    )
 
 
 def _turns(groups: Tensor | None, asked: Tensor | None, size: int) -> Tensor:

@@ -22,16 +22,16 @@ prompt counts once. Both fits have the same features, which may come from a mode
 on the votes of both.
 
 The interval comes from samples without replacement (the delete-d jackknife): each takes a random
-share f = 0.8 of the prompts of every arm and estimates δ again. The mean of such a part varies about
-that of the whole with (1 - f) / f times the variance of the whole, and so
+share f = 0.8 of the prompts of every arm and estimates δ again. The mean of such a part varies
+about that of the whole with (1 - f) / f times the variance of the whole, and so
 
     δ ± z·√(f / (1 - f))·1.4826·median |δ* - median δ*|
 
 The bootstrap would not do: it repeats votes, and a fit to repeated votes learns less.
 
-References: Finney 1978, Statistical Method in Biological Assay, chapter 4 (parallel lines); Shao and
-Wu 1989, https://doi.org/10.1214/aos/1176347263 (the delete-d jackknife); Chernozhukov et al. 2018,
-https://doi.org/10.1111/ectj.12097 (cross-fitting).
+References: Finney 1978, Statistical Method in Biological Assay, chapter 4 (parallel lines); Shao
+and Wu 1989, https://doi.org/10.1214/aos/1176347263 (the delete-d jackknife); Chernozhukov et al.
+2018, https://doi.org/10.1111/ectj.12097 (cross-fitting).
 """
 
 import math
@@ -160,22 +160,28 @@ def _curves(
     fold = torch.searchsorted(groups, control.groups) % FOLDS
     rests = [control.at(fold != k) for k in range(FOLDS)]
     sizes = _sizes(min(len(design), *map(len, rests)))
-    by_design = [_fit(design, n, before) for n in sizes]
+    by_design = _fits(design, sizes, before)
     ours, theirs = torch.zeros(2, len(sizes), dtype=torch.float64)
     for k, rest in enumerate(rests):
         left_out = control.at(fold == k)
         # Votes of the random arm are as good in any order: each fold begins at another.
         turned = rest.at(torch.arange(len(rest)).roll(-(k * len(rest) // FOLDS)))
+        by_chance = _fits(turned, sizes, before)
         # The hold-out is tested in every fold, and a prompt of the random arm in one.
         for tested, weight in ((hold_out, 1 / FOLDS), (left_out, 1.0)):
-            theirs += weight * _losses([_fit(turned, n, before) for n in sizes], tested)
+            theirs += weight * _losses(by_chance, tested)
             ours += weight * _losses(by_design, tested)
     prompts = len(groups) + len(hold_out.groups.unique())
     return ours / prompts, theirs / prompts, sizes
 
 
-def _fit(votes: Votes, n: int, before: Probe) -> Probe:
-    return fit_probe(votes.features[:n], votes.outcomes[:n], before)
+def _fits(votes: Votes, sizes: Sequence[int], before: Probe) -> list[Probe]:
+    """Fits to the first votes, for each size."""
+    fits: list[Probe] = []
+    for n in sizes:
+        near = fits[-1].mean if fits else None
+        fits.append(fit_probe(votes.features[:n], votes.outcomes[:n], before, near=near))
+    return fits
 
 
 def _losses(fits: Sequence[Probe], tested: Votes) -> Tensor:
