@@ -1,7 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 success, 1 the run or a service failed, 2 user error, 130 interrupted by Ctrl-C, 143
-by SIGTERM. Each command imports its own slow dependencies, so `--help` is fast.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 130
+interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its own slow dependencies, so that
+`--help` is fast.
 """
 
 import math
@@ -12,7 +13,7 @@ from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -354,7 +355,7 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.record.terminal",
     )
     from rlhf_core.doubts import doubts
-    from rlhf_core.judges.config import ENDPOINT
+    from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.stages.prepare import LATEST, inspect
@@ -366,8 +367,13 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         logger.phase("reward functions and registered models")
         for setting, path in pipeline.reward_functions:
             load_function(path, setting=setting, places=reward_places())
+        nobody = ""
         if pipeline.judge.source == ENDPOINT:
             _ = settings.judge_address
+        elif pipeline.judge.source == PEOPLE:
+            from tasks.feedback.asking.batches import nobody_to_ask
+
+            nobody = nobody_to_ask(pipeline.judge.people, pipeline.project, settings)
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds
@@ -383,8 +389,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    if unchecked:
-        line(unchecked)
+    for sentence in filter(None, (nobody, unchecked)):
+        line(sentence)
 
 
 @command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")
@@ -464,6 +470,94 @@ def generate(
         typer.echo(responses_as_json(texts, answers))
     else:
         typer.echo(printable(responses_as_text(texts, answers)))
+
+
+@command(
+    name="ask",
+    epilog="Examples: rlhf ask demo --prompts 200 · "
+    "rlhf ask demo --against models:/demo-policy/2 --pairs ring",
+)
+def ask_people(
+    project: Annotated[str, typer.Argument(help="A feedback project; made if there is none.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer.")] = 100,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="VERSION",
+            help="Who answers: models:/NAME/VERSION or models:/NAME@ALIAS "
+            "[default: models:/PROJECT-policy@champion].",
+        ),
+    ] = "",
+    against: Annotated[
+        str, typer.Option(metavar="VERSION", help="Another version, to compare the first with.")
+    ] = "",
+    answers: Annotated[int, typer.Option(min=1, help="Answers of each to a prompt.")] = 2,
+    pairs: Annotated[
+        Literal["all", "ring"],
+        typer.Option(
+            help="Which answers meet: all, or ring (each the next; the n-th the n-th of --against)."
+        ),
+    ] = "all",
+    file: Annotated[
+        str, typer.Option("--from", metavar="FILE", help="Prompts of your own, as JSON lines.")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="runs:/RUN/data with the prompts [default: what the model was trained on]. Only "
+            "training prompts are asked about.",
+        ),
+    ] = "",
+    evaluation: Annotated[
+        bool,
+        typer.Option(
+            "--eval", help="Held-out prompts instead, with --against; these votes train nothing."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest answer (tokens); 0 = as in training.")
+    ] = 0,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, max=100.0, callback=_number, help="Of sampling; 0 = as in training."),
+    ] = 0.0,
+    votes: Annotated[
+        int, typer.Option(min=0, help="People asked about each pair; 0 = as the project has it.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws prompts and answers.")] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of prompts and answers.")] = "",
+) -> None:
+    """Have people compare answers: sample them, and queue the pairs.
+
+    The same command again goes on where it was stopped, and asks for nothing twice; another seed
+    asks about other prompts. Equal answers are not asked about.
+    """
+    settings = find.join(read_settings())
+    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    from flows.cli.asking import ask_config
+    from tasks.feedback.asking.ask import ask
+    from tasks.record.terminal import on_terminal
+
+    config = ask_config(
+        project=project,
+        prompts=prompts,
+        policy=model,
+        against=against,
+        answers=answers,
+        pairs=pairs,
+        file=file,
+        data=data,
+        evaluation=evaluation,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        votes_per_pair=votes,
+        seed=seed,
+        licence=licence,
+    )
+    with on_terminal("ask") as logger:
+        asked = ask(config, settings, logger)
+    line(asked.sentence)
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")

@@ -10,6 +10,7 @@ from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import PipelineResult, rlhf
 from rlhf_core.config import Section
+from tasks.feedback.asking.waiting import suspended_for_people
 from tasks.steps.new_data import PreferenceCount, count_preferences
 
 
@@ -41,7 +42,8 @@ def retrain(config: RetrainConfig) -> "PipelineResult | State[Any]":
     )
     if found.new < config.min_new_preferences:
         return Completed(name="Skipped", message=_why_not(found, config.min_new_preferences))
-    return rlhf(pipeline)
+    with suspended_for_people():
+        return rlhf(pipeline)
 
 
 def _why_not(found: PreferenceCount, needed: int) -> str:

@@ -13,6 +13,7 @@ from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.promotion.decision import Decision
+from tasks.feedback.asking.waiting import suspended_for_people
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
@@ -79,7 +80,10 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
     forced = forced_stages(force, config)
     for sentence in doubts(config.chosen):
         log.warning("%s", sentence)
-    with open_run(config.project, config, config.seed, force=forced) as run:
+    with (
+        open_run(config.project, config, config.seed, force=forced) as run,
+        suspended_for_people(run),
+    ):
         trained = train_models(config, run)
         champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
@@ -107,7 +111,7 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
 def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
     """Prepare the data, then train each model on those before it."""
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
-    check_judge(config.judge)
+    check_judge(config.judge, run.project)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)

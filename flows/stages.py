@@ -21,6 +21,7 @@ from rlhf_core.judges.load import JUDGE
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
+from tasks.feedback.asking.waiting import suspended_for_people
 from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.registry.registered import find_data, find_milestones, find_model, find_parent
@@ -175,7 +176,7 @@ def stage_flow(
 
     def run_stage(config: RunConfig) -> Any:
         if "judge" in spec.sections:
-            check_judge(config.judge)  # type: ignore[attr-defined]
+            check_judge(config.judge, config.project)  # type: ignore[attr-defined]
         inputs = find_inputs(spec, config)
         sections = {name: getattr(config, name) for name in spec.sections}
         with open_run(config.project, config, config.seed) as run:
@@ -187,7 +188,8 @@ def stage_flow(
                 inputs |= find_milestones(cast(ModelRef, inputs["policy"]))
             if JUDGE in spec.optional_inputs and config.judge.is_registered:  # type: ignore[attr-defined]
                 inputs[JUDGE] = find_model(config.judge.source)  # type: ignore[attr-defined]
-            made = any_stage(stage, getattr(config, stage), sections, inputs, run)
+            with suspended_for_people(run):
+                made = any_stage(stage, getattr(config, stage), sections, inputs, run)
             if "reward" in made.models:
                 check_reward_model(made.models["reward"])
             if isinstance(made.result, ReportCard):

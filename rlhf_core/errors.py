@@ -5,7 +5,8 @@
     ├── DataError        a file, row or field
     ├── ModelError       a model or tokenizer that cannot be found or used
     ├── NumericsError    a loss, gradient or reward that is no longer finite
-    └── CheckpointError  a saved state that is damaged or belongs to another run
+    ├── CheckpointError  a saved state that is damaged or belongs to another run
+    └── VerdictsPendingError  no fault: the run goes on when people have answered
 
 The command prints only their message; anything else is a defect and keeps its traceback. A message
 quotes files and arguments, so `UserError` itself masks secrets in it, such as the password of an
@@ -52,6 +53,33 @@ class NumericsError(UserError):
 
 class CheckpointError(UserError):
     """A saved state of a training run that is damaged or belongs to another run."""
+
+
+class VerdictsPendingError(UserError):
+    """People were asked and have not answered enough; called again, the stage goes on.
+
+    Args:
+        waiting: pairs without a verdict.
+        pairs: all of them.
+        batch: their name in the preference store.
+        project: of the preference store.
+        where: address of the page where people answer.
+    """
+
+    def __init__(self, waiting: int, pairs: int, batch: str, project: str, where: str) -> None:
+        self.waiting, self.pairs = waiting, pairs
+        self.batch, self.project, self.where = batch, project, where
+        super().__init__(
+            f"{self.short}; nothing is lost: when they have been answered, the same command goes on"
+        )
+
+    @property
+    def short(self) -> str:
+        """What is waited for."""
+        return (
+            f"{self.waiting:,} of {self.pairs:,} pairs wait for people at {self.where} (project "
+            f"{self.project}, batch {self.batch})"
+        )
 
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")

@@ -24,7 +24,7 @@ from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.signs import SIGNS
 from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
-from rlhf_core.judges.config import ENDPOINT, JudgeConfig
+from rlhf_core.judges.config import ENDPOINT, PEOPLE, JudgeConfig
 from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.promotion import evidence
 from rlhf_core.promotion.config import PromotionConfig
@@ -237,6 +237,8 @@ def _certainty(sections: Sections, validation: Validation) -> Iterator[str]:
     )
     if sections.judge.source == ENDPOINT:
         yield _requests(sections, prompts)
+    if sections.judge.source == PEOPLE:
+        yield _people_asked(sections, prompts)
     if "reward_model" in sections.trainings:
         votes = validation.tables["preferences"]
         yield (
@@ -259,10 +261,29 @@ def _first_look(promotion: PromotionConfig, prompts: int) -> str:
     )
 
 
+def _people_asked(sections: Sections, prompts: int) -> str:
+    """What people are asked, if no two answers are equal and nothing was asked before."""
+    people = sections.judge.people
+    verdicts = _verdicts(sections, prompts)
+    contest = sections.tournament.verdicts if sections.tournament.on else 0
+    return (
+        f"Judge: people are asked about at most {_many(verdicts + contest, 'pair')}, "
+        f"{verdicts:,} of the evaluation"
+        + (f" and {contest:,} of the tournament" if contest else "")
+        + f", {_many(people.votes_per_pair, 'vote')} on each; the run waits until "
+        f"{people.enough:.0%} are answered, {people.days:g} days at most."
+    )
+
+
+def _verdicts(sections: Sections, prompts: int) -> int:
+    """The verdicts of an evaluation with a champion."""
+    each = sections.evaluation.samples_per_prompt
+    return sum(prompts * (1 if "best_of_n" in pair else each) for pair in PAIRS)
+
+
 def _requests(sections: Sections, prompts: int) -> str:
     """What an endpoint is asked, in both orders, if nothing is remembered or repeated."""
-    judge, each = sections.judge, sections.evaluation.samples_per_prompt
-    verdicts = sum(prompts * (1 if "best_of_n" in pair else each) for pair in PAIRS)
+    judge, verdicts = sections.judge, _verdicts(sections, prompts)
     contest = sections.tournament.verdicts if sections.tournament.on else 0
     # The kinds that a comparison can meet; a stage that asks meets them first.
     canaries = (len(KINDS) - len(BY_SCORE)) * judge.canary_prompts

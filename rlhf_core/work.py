@@ -33,6 +33,8 @@ class Work:
             calls a stage of this package has named them.
         judging: reaches judges outside this package and remembers their verdicts; None = there is
             no endpoint, and nothing is remembered.
+        answers: a folder where sampled answers are kept from one call to the next, for a judge who
+            takes days; None = they are sampled in each call.
     """
 
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Work:
     ranks: Ranks = field(default_factory=Ranks)
     rewards_from: RewardPlaces | None = None
     judging: Judging | None = None
+    answers: Path | None = None
 
     def section(self, kind: type[S]) -> S:
         """The shared settings of a class.

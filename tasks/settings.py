@@ -386,6 +386,7 @@ class StackSettings(BaseSettings):
     prefect_url: str = Field("http://127.0.0.1:4200", validation_alias="RLHF_PREFECT_URL")
     mlflow_url: str = Field("http://127.0.0.1:5000", validation_alias="RLHF_MLFLOW_URL")
     mlflow_host: str = Field("127.0.0.1:5000", validation_alias="RLHF_MLFLOW_HOST")
+    label_url: str = Field("http://127.0.0.1:4300", validation_alias="RLHF_LABEL_URL")
     password: SecretStr = Field(validation_alias="RLHF_PASSWORD")
     postgres_password: SecretStr = Field(validation_alias="POSTGRES_PASSWORD")
     prefect_database: SecretStr = Field(validation_alias="POSTGRES_PREFECT_PASSWORD")

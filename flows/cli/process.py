@@ -16,7 +16,7 @@ from flows.cli.failures import explain, was_interrupted
 from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
-from rlhf_core.errors import NumericsError, UserError, brief
+from rlhf_core.errors import NumericsError, UserError, VerdictsPendingError, brief
 from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tasks.settings import Settings
 
 USAGE_ERROR = typer.BadParameter.__bases__  # of typer: a wrong option, argument or command
-FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, USER_ERROR, WAITING, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
 class Command(TyperCommand):
@@ -66,6 +66,8 @@ class Commands(TyperGroup):
             raise end("Interrupted.", INTERRUPTED) from None
         except (ServiceError, NumericsError) as error:
             raise end(str(error), FAILED) from None
+        except VerdictsPendingError as error:
+            raise end(str(error), WAITING) from None
         except UserError as error:
             raise end(str(error), USER_ERROR) from None
         except Exception as error:

@@ -29,6 +29,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.types import SecretDict
 
 from flows import stages
+from flows.feedback import feedback
 from flows.retrain import retrain
 from flows.rlhf import rlhf
 from flows.sweep import sweep, sweep_point
@@ -38,7 +39,7 @@ from tasks.settings import Settings
 FLOWS: Final = [
     flow.name
     for flow in (
-        *(rlhf, retrain, sweep, sweep_point),
+        *(rlhf, retrain, sweep, sweep_point, feedback),
         *stages.SINGLE_FLOWS,
     )
 ]

@@ -36,6 +36,7 @@ from prefect.workers.process import ProcessWorker
 from flows import stages
 from flows.cli.loading import config_files, describe, load_config
 from flows.config import PipelineConfig
+from flows.feedback import feedback
 from flows.local.find import OWNER, POOL
 from flows.retrain import RetrainConfig, retrain
 from flows.rlhf import rlhf
@@ -178,6 +179,7 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
             "reward_model": "",
             "data": "",
         },
+        feedback: {"data": "", "evaluation": False},
         sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
     }
     sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})

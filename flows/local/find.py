@@ -104,6 +104,8 @@ def _addresses(settings: Settings, with_prefect: bool) -> dict[str, str]:
         page = prefect.rstrip("/").removesuffix("/api")
         found |= {"PREFECT_API_URL": prefect, "RLHF_PREFECT_URL": page}
         found |= known.prefect_credentials()
+    if services and services.label:
+        found["RLHF_LABEL_URL"] = services.label
     return found
 
 

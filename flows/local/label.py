@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from flows.local import find, serve
 from rlhf_core.errors import UserError
 from tasks.feedback.admin.people import Roster
+from tasks.feedback.asking.watching import watching
 from tasks.feedback.page.app import Served, create_app
 from tasks.feedback.page.shield import Address
 from tasks.feedback.store.store import Store
@@ -64,7 +65,8 @@ def serve_label(
             )
 
     try:
-        _Told(app, host, port, ready).run()
+        with watching(store, find.join(settings, prefect=True)):
+            _Told(app, host, port, ready).run()
     except KeyboardInterrupt:
         say("Stopped. What was labelled is kept.")
     finally:

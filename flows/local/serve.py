@@ -88,7 +88,7 @@ def up(
             servers = (
                 _prefect(settings, services.prefect),
                 _mlflow(settings, services.mlflow),
-                _label(settings, services.label, label_port),
+                _label(settings, services, label_port),
             )
             for server in servers:
                 group.start(server)
@@ -259,8 +259,12 @@ def label_address(settings: Settings, port: int) -> str:
     return settings.label_public_url if is_set else f"http://{HOST}:{port}"
 
 
-def _label(settings: Settings, address: str, port: int) -> Service:
-    environment = {**settings.environment(), "RLHF_LABEL_URL": address}
+def _label(settings: Settings, services: Services, port: int) -> Service:
+    environment = {
+        **settings.environment(),
+        "RLHF_LABEL_URL": services.label,
+        "PREFECT_API_URL": f"{services.prefect}/api",  # it resumes runs that wait for people
+    }
     command = _python("tasks.feedback.page.app", "--port", str(port))
     return Service(
         "label", command, environment, partial(unreachable, f"http://{HOST}:{port}/health")

@@ -37,6 +37,7 @@ def check(stack: StackSettings) -> None:
         "RLHF_BIND": stack.bind,
         "RLHF_PREFECT_URL": urlsplit(stack.prefect_url).hostname or "",
         "RLHF_MLFLOW_URL": urlsplit(stack.mlflow_url).hostname or "",
+        "RLHF_LABEL_URL": urlsplit(stack.label_url).hostname or "",
     }
     for variable, host in exposed.items():
         if not _is_loopback(host):

@@ -12,13 +12,15 @@ from rlhf_core.agreement.drift import blocks, trends
 from rlhf_core.agreement.flags import ALPHA, Flag, flags
 from rlhf_core.agreement.habits import (
     Cases,
+    Others,
     habits,
     left_when_balanced,
     medians,
+    others,
     shares_of,
 )
 from rlhf_core.agreement.kappa import kappas
-from rlhf_core.agreement.measures import in_percent
+from rlhf_core.agreement.measures import Measure, Shares, cells, in_percent
 from rlhf_core.agreement.quality import Block, Group, Habits, Kappa, Person, Quality, Reason, Said
 from rlhf_core.agreement.votes import (
     CLASSES,
@@ -31,7 +33,7 @@ from rlhf_core.agreement.votes import (
     Votes,
 )
 
-SMOOTHING: Final = 1.0  # labels of each kind that Dawid and Skene's model adds for a person
+SMOOTHING: Final = 0.1  # labels of each kind that Dawid and Skene's model adds for a person
 MOST_VALUES: Final = 50  # of a column that makes groups; with more it names things
 DRIFTING: Final = ("others", "gold", "left", "longer")
 NO_VALUE: Final = "(none)"
@@ -44,18 +46,21 @@ def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0
         project: its name; snapshot: its digest, if the votes are one's. They are only passed on.
         seed: of the bootstrap.
     """
-    cases, owners, count = habits(votes), votes.annotator, len(votes.names)
+    rest, owners, count = others(votes), votes.annotator, len(votes.names)
+    cases = habits(votes, rest)
     voted = votes.choice != SKIP
     rows = votes.independent()
     counts = counts_by_pair(votes.pair[rows], votes.classes[rows], votes.pairs, len(CLASSES))
     everybody = np.zeros(len(votes), dtype=np.int64)
     [whole] = _habits(votes, cases, everybody, 1)
     model = _model(votes, rows)
-    people = _people(votes, cases, model)
+    found = {name: shares_of(votes, each, owners, count) for name, each in cases.items()}
+    balanced = left_when_balanced(votes, rest, owners, count)
+    people = _people(votes, found, balanced, model)
     there = np.bincount(owners[owners != UNKNOWN], minlength=count) > 0
     hidden = pooled(np.bincount(owners[voted & (owners != UNKNOWN)], minlength=count), there)
     cut = blocks(votes)
-    groups, hidden_values = _groups(votes, cases, counts, seed)
+    groups, hidden_values = _groups(votes, cases, rows, seed)
     return Quality(
         project=project,
         snapshot=snapshot,
@@ -72,12 +77,12 @@ def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0
         same=krippendorff(counts, votes.prompt, statistic=same_of, seed=seed),
         together=_together(counts),
         habits=whole,
-        left_when_balanced=left_when_balanced(votes, everybody, 1)[0],
+        left_when_balanced=left_when_balanced(votes, rest, everybody, 1)[0],
         seconds=_median(votes, everybody, 1)[0],
         classes=dict(zip(CLASSES, model.prevalence.tolist(), strict=True)) if model else {},
         sure=model.sure if model else None,
         people=tuple(people[i] for i in np.flatnonzero(there)),
-        flags=tuple(_flags(votes, cases)),
+        flags=tuple(_flags(votes, found, balanced)),
         tested=int(there.sum()),
         kappas=tuple(
             Kappa(votes.names[k.first], votes.names[k.second], k.shared, k.kappa, k.same)
@@ -88,7 +93,7 @@ def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0
         trends=tuple(trends(votes, _drifting(votes, cases), ALPHA)),
         groups=groups,
         reasons=_reasons(votes),
-        pooled=_pool(votes, cases, hidden),
+        pooled=_pool(votes, cases, rest, hidden),
         hidden_people=frozenset(votes.names[i] for i in hidden),
         hidden_groups=hidden_values,
     )
@@ -144,6 +149,10 @@ def _model(votes: Votes, rows: Ints) -> _Model | None:
 
 def _habits(votes: Votes, cases: Mapping[str, Cases], owners: Ints, count: int) -> list[Habits]:
     found = {name: shares_of(votes, each, owners, count) for name, each in cases.items()}
+    return _measured(found, count)
+
+
+def _measured(found: Mapping[str, Shares], count: int) -> list[Habits]:
     return [
         Habits(**{name: each.measure(owner) for name, each in found.items()})
         for owner in range(count)
@@ -155,23 +164,28 @@ def _median(votes: Votes, owners: Ints, count: int) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in medians(timed, owners, count)]
 
 
-def _people(votes: Votes, cases: Mapping[str, Cases], model: _Model | None) -> list[Person]:
+def _people(
+    votes: Votes,
+    found: Mapping[str, Shares],
+    balanced: list[Measure | None],
+    model: _Model | None,
+) -> list[Person]:
     count, owners = len(votes.names), votes.annotator
     own = owners != UNKNOWN
     cast = np.bincount(owners[own & (votes.choice != SKIP)], minlength=count)
     repeats = np.bincount(owners[own & (votes.kind == REPEAT)], minlength=count)
     rows = zip(
-        _habits(votes, cases, owners, count),
-        left_when_balanced(votes, owners, count),
+        _measured(found, count),
+        balanced,
         _median(votes, owners, count),
         strict=True,
     )
     return [
         Person(
-            votes.names[i], 1, int(cast[i]), int(repeats[i]), habit, balanced, seconds,
+            votes.names[i], 1, int(cast[i]), int(repeats[i]), habit, even, seconds,
             *_skill(model, i),
         )
-        for i, (habit, balanced, seconds) in enumerate(rows)
+        for i, (habit, even, seconds) in enumerate(rows)
     ]  # fmt: skip
 
 
@@ -183,12 +197,15 @@ def _skill(
     return float(model.skill[annotator]), tuple(map(tuple, model.errors[annotator].tolist()))
 
 
-def _pool(votes: Votes, cases: Mapping[str, Cases], hidden: Ints) -> Person | None:
+def _pool(votes: Votes, cases: Mapping[str, Cases], rest: Others, hidden: Ints) -> Person | None:
     """The people who are not shown one by one, as one row."""
     if not len(hidden):
         return None
     owners = np.where(np.isin(votes.annotator, hidden), 0, UNKNOWN)
-    [habit], [balanced] = _habits(votes, cases, owners, 1), left_when_balanced(votes, owners, 1)
+    [habit], [balanced] = (
+        _habits(votes, cases, owners, 1),
+        left_when_balanced(votes, rest, owners, 1),
+    )
     name = "1 other" if len(hidden) == 1 else f"{len(hidden)} others"
     mine = owners == 0
     return Person(
@@ -210,7 +227,7 @@ def _blocks(
     count = len(names)
     timed = of != UNKNOWN
     size = np.bincount(of[timed & (votes.choice != SKIP)], minlength=count)
-    people = np.unique(np.stack([of, votes.voters()])[:, timed], axis=1)[0]
+    people = cells(of[timed], votes.voters()[timed])[0]
     rows = zip(_habits(votes, cases, of, count), _median(votes, of, count), strict=True)
     for i, (habit, seconds) in enumerate(rows):
         yield Block(names[i], int(size[i]), int((people == i).sum()), habit, seconds)
@@ -224,32 +241,32 @@ def _drifting(votes: Votes, cases: Mapping[str, Cases]) -> dict[str, tuple[Ints,
 
 
 def _groups(
-    votes: Votes, cases: Mapping[str, Cases], counts: Ints, seed: int
+    votes: Votes, cases: Mapping[str, Cases], rows: Ints, seed: int
 ) -> tuple[tuple[Group, ...], frozenset[tuple[str, str]]]:
     """The groups of each column that has two to fifty values; and those that admins alone see."""
     made: list[Group] = []
     hidden: set[tuple[str, str]] = set()
-    voted = votes.choice != SKIP
+    voted, classes = votes.choice != SKIP, votes.classes
     for column, grouping in sorted(votes.groups.items()):
-        codes = np.where(grouping.codes == UNKNOWN, len(grouping.values), grouping.codes)
-        of = codes[votes.pair]
+        of = np.where(grouping.codes == UNKNOWN, len(grouping.values), grouping.codes)
         there = np.unique(of)
         if not 2 <= len(there) <= MOST_VALUES:
             continue
         values, count = (*grouping.values, NO_VALUE), len(grouping.values) + 1
         small = hidden_groups(of[voted], votes.annotator[voted], count)
         hidden |= {(column, values[i]) for i in small}
-        cells = np.unique(np.stack([of[voted], votes.annotator[voted]]), axis=1)[0]
+        people = cells(of[voted], votes.annotator[voted])[0]
         found = _habits(votes, cases, of, count)
         for i in there:
-            own = np.where((codes == i)[:, None], counts, 0)
+            own = rows[of[rows] == i]
+            counts = counts_by_pair(votes.pair[own], classes[own], votes.pairs, len(CLASSES))
             made.append(
                 Group(
                     column,
                     values[i],
                     int((of[voted] == i).sum()),
-                    int((cells == i).sum()),
-                    krippendorff(own, votes.prompt, seed=seed),
+                    int((people == i).sum()),
+                    krippendorff(counts, votes.prompt, seed=seed),
                     found[i],
                 )
             )
@@ -286,10 +303,10 @@ _SENTENCES: Final = {
 }
 
 
-def _flags(votes: Votes, cases: Mapping[str, Cases]) -> Iterator[Said]:
-    count, owners = len(votes.names), votes.annotator
-    found = {name: shares_of(votes, each, owners, count) for name, each in cases.items()}
-    for flag in flags(found, left_when_balanced(votes, owners, count)):
+def _flags(
+    votes: Votes, found: Mapping[str, Shares], balanced: list[Measure | None]
+) -> Iterator[Said]:
+    for flag in flags(found, balanced):
         yield Said(
             votes.names[flag.annotator], flag.habit, flag.measure, flag.p, sentence(votes, flag)
         )

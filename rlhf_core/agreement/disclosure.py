@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from rlhf_core.agreement.measures import cells
 from rlhf_core.agreement.votes import Flags, Ints
 
 FEWEST_VOTES: Final = 5
@@ -47,8 +48,7 @@ def hidden_groups(groups: Ints, people: Ints, count: int) -> Ints:
         count: of groups.
     """
     votes = np.bincount(groups, minlength=count)
-    cells = np.unique(np.stack([groups, people]), axis=1)
-    persons = np.bincount(cells[0], minlength=count)
+    persons = np.bincount(cells(groups, people)[0], minlength=count)
     order = np.lexsort([votes, persons])
     order = order[votes[order] > 0]
     small = (persons[order] < FEWEST_PEOPLE) | (votes[order] < FEWEST_VOTES)

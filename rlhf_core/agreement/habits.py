@@ -59,8 +59,8 @@ def others(votes: Votes) -> Others:
     return Others(where[clear], counts[clear].argmax(1))
 
 
-def habits(votes: Votes) -> Mapping[str, Cases]:
-    """The cases of each habit.
+def habits(votes: Votes, rest: Others) -> Mapping[str, Cases]:
+    """The cases of each habit, `rest` being what `others` gives.
 
     gold         right on a pair whose answer is known; repeats left out
     consistency  a repeat, whose sides are exchanged, has the same answer as the first time
@@ -78,7 +78,6 @@ def habits(votes: Votes) -> Mapping[str, Cases]:
     gold, first = votes.gold[votes.pair], votes.first
     length = votes.characters[votes.pair]
     longer = np.where(length[:, 0] > length[:, 1], A, 1)
-    rest = others(votes)
     found = {
         "gold": _cases(voted & (gold != UNKNOWN), classes == gold),
         "consistency": _consistency(votes),
@@ -110,7 +109,9 @@ def share_of_all(votes: Votes, cases: Cases) -> Measure | None:
     return shares_of(votes, cases, np.zeros(len(votes), dtype=np.int64), 1).measure(0)
 
 
-def left_when_balanced(votes: Votes, owners: Ints, count: int) -> list[Measure | None]:
+def left_when_balanced(
+    votes: Votes, rest: Others, owners: Ints, count: int
+) -> list[Measure | None]:
     """How often the left answer wins, if the better one were on the left half of the time.
 
         p = (p_L + p_R) / 2,   bounds = p ± ½·√((p_L - b_L)² + (p_R - b_R)²)
@@ -122,7 +123,6 @@ def left_when_balanced(votes: Votes, owners: Ints, count: int) -> list[Measure |
 
     Reference: Zou and Donner 2008, https://doi.org/10.1002/sim.3095, on bounds of a sum.
     """
-    rest = others(votes)
     rows, majority = rest.rows, rest.majority
     first, said = votes.first[rows], votes.classes[rows]
     usable = (first != UNKNOWN) & (majority < TIE) & (said < TIE)

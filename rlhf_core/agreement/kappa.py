@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from scipy import stats
 
-from rlhf_core.agreement.measures import CONFIDENCE, FEW_CLUSTERS, Measure
+from rlhf_core.agreement.measures import CONFIDENCE, FEW_CLUSTERS, Measure, cells
 from rlhf_core.agreement.votes import CLASSES, UNKNOWN, Floats, Ints, Votes
 
 LEAST_SHARED: Final = 20  # pairs that two people both voted on: with fewer a kappa says nothing
@@ -106,10 +106,10 @@ def _measures(
 
 def _clustered(values: Floats, owners: Ints, clusters: Ints, count: int) -> tuple[Floats, Ints]:
     """K / (K - 1) times the sum of squared cluster sums, and K, for each owner."""
-    cells, where = np.unique(np.stack([owners, clusters]), axis=1, return_inverse=True)
-    sums = np.bincount(where.reshape(-1), values)
-    k = np.bincount(cells[0], minlength=count)
-    squares = np.bincount(cells[0], sums**2, minlength=count)
+    owner, where = cells(owners, clusters)
+    sums = np.bincount(where, values)
+    k = np.bincount(owner, minlength=count)
+    squares = np.bincount(owner, sums**2, minlength=count)
     return k / np.maximum(k - 1, 1) * squares, k
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from scipy import stats
@@ -9,6 +10,7 @@ from scipy import stats
 from rlhf_core.agreement.votes import Floats, Ints
 
 CONFIDENCE = 0.95
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 FEW_CLUSTERS = 10  # below, no interval of a mean or a coefficient is worth its name
 
 
@@ -47,7 +49,7 @@ class Shares:
         if self.of[owner] == 0:
             return None
         p, n = float(self.share[owner]), float(self.effective[owner])
-        z2 = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) ** 2
+        z2 = _Z**2
         centre = p + z2 / (2 * n)
         half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
         low, high = ((centre + side * half) / (1 + z2 / n) for side in (-1, 1))
@@ -78,9 +80,7 @@ def shares(values: Floats, owners: Ints, clusters: Ints, count: int) -> Shares:
     total = np.bincount(owners, values, minlength=count)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = total / size
-        cells, where = np.unique(np.stack([owners, clusters]), axis=1, return_inverse=True)
-        where = where.reshape(-1)
-        of_owner = cells[0]
+        of_owner, where = cells(owners, clusters)
         cell_size = np.bincount(where, minlength=len(of_owner)).astype(float)
         cell_sum = np.bincount(where, values, minlength=len(of_owner))
         rest = (cell_sum - share[of_owner] * cell_size) ** 2
@@ -92,6 +92,19 @@ def shares(values: Floats, owners: Ints, clusters: Ints, count: int) -> Shares:
     alike = ~np.isfinite(worth) | (share * (1 - share) < 1e-12) | (k < 2)
     effective = np.where(alike, kish, np.minimum(worth, size) * few**2)
     return Shares(share, size, np.maximum(np.nan_to_num(effective, nan=0.0), 0.0))
+
+
+def cells(owners: Ints, clusters: Ints) -> tuple[Ints, Ints]:
+    """Each owner's clusters: the owner of each, and which of them each case is in.
+
+    Shapes: (N,) each; returns (M,) and (N,).
+    """
+    if not len(owners):
+        return owners, owners
+    least = int(clusters.min())
+    span = int(clusters.max()) - least + 1
+    keys, where = np.unique(owners * span + (clusters - least), return_inverse=True)
+    return keys // span, where
 
 
 def _student(freedom: Ints) -> Floats:

@@ -21,9 +21,9 @@ CLASSES: Final = ("a", "b", "tie")  # both_bad counts as a tie
 
 
 class Grouping(NamedTuple):
-    """A column by which pairs are told apart."""
+    """A column by which votes are told apart: of their pairs, as a topic, or of their people."""
 
-    codes: Ints  # (P,) UNKNOWN where a pair has no value
+    codes: Ints  # (N,) UNKNOWN where a vote has no value
     values: tuple[str, ...]
 
 
@@ -44,6 +44,7 @@ class Votes:
     prompt: Ints  # (P,) which prompt it is on
     characters: Ints  # (P, 2) lengths of both answers
     gold: Small  # (P,) the right answer: A, B, TIE or UNKNOWN
+    # by vote, for each column that was kept
     groups: Mapping[str, Grouping]
     # names
     names: tuple[str, ...]  # of the annotators

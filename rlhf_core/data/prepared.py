@@ -31,7 +31,9 @@ from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 
-from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.prompts import canonical_prompt as canonical_prompt
+from rlhf_core.data.prompts import prompt_key as prompt_key
+from rlhf_core.data.prompts import writable as writable
 from rlhf_core.digests import tree_digest
 from rlhf_core.errors import DataError
 
@@ -52,20 +54,6 @@ KEPT = "kept"  # a column of preferences and prompts, only where columns of the 
 UNKNOWN = "(unknown)"  # what reports call the value of a row that has none in such a column
 
 
-def canonical_prompt(prompt: Prompt) -> str:
-    """A prompt as text: equal for equal prompts and for no others."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """A key that is equal for prompts that ask the same: runs of white space count as one space,
-    and a single user message counts as its text."""
-    if not isinstance(prompt, str):
-        single = len(prompt) == 1 and prompt[0]["role"] == "user"
-        prompt = prompt[0]["content"] if single else canonical_prompt(prompt)
-    return " ".join(prompt.split())
-
-
 def falls_to_eval(key: str, seed: int, fraction: float) -> bool:
     """Whether a prompt is for evaluation: decided by a hash of seed and prompt key, so it is the
     same in every table, row order and process."""
@@ -78,17 +66,6 @@ def training_texts(demonstrations: pd.DataFrame) -> Iterator[str]:
     for prompt, response in zip(demonstrations["prompt"], demonstrations["response"], strict=True):
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         yield "\n".join([*(message["content"] for message in messages), response])
-
-
-def writable(text: str) -> bool:
-    """Whether a text can be written: UTF-8 cannot encode half of a surrogate pair."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:

@@ -26,7 +26,7 @@ from rlhf_core.functional.ranking import (
     clustered_share,
     win_rate,
 )
-from rlhf_core.judges.config import REWARD_MODEL
+from rlhf_core.judges.config import PEOPLE, REWARD_MODEL
 from rlhf_core.judges.judge import Judge, Pair, Verdict, Winner
 from rlhf_core.judges.load import by_score
 from rlhf_core.seeding import generator
@@ -75,6 +75,22 @@ def measure_arm(
     )
 
 
+def pairs_on(ours: Answers, theirs: Answers, prompts: Sequence[Prompt]) -> list[Pair]:
+    """N pairs: the i-th answer of ours is a, that of theirs is b."""
+    asked = [prompts[i] for i in ours.prompt.tolist()]
+    return [Pair(*texts) for texts in zip(asked, ours.texts, theirs.texts, strict=True)]
+
+
+def matched(
+    pair: tuple[ArmName, ArmName], answers: Mapping[ArmName, Answers]
+) -> tuple[Answers, Answers]:
+    """The answers of two arms that meet: as many to each prompt from both."""
+    ours, theirs = (answers[name] for name in pair)
+    k = min(int((arm.prompt == arm.prompt[0]).sum()) for arm in (ours, theirs))
+    picked = (arm.pick(first_of_each(arm.prompt, k)) for arm in (ours, theirs))
+    return next(picked), next(picked)
+
+
 def verdicts_on(
     ours: Answers, theirs: Answers, prompts: Sequence[Prompt], judge: Judge | None
 ) -> list[Verdict]:
@@ -83,8 +99,7 @@ def verdicts_on(
     A judge of None goes by the true reward if it is known, else by the reward model.
     """
     if judge is not None:
-        asked = [prompts[i] for i in ours.prompt.tolist()]
-        return judge([Pair(*texts) for texts in zip(asked, ours.texts, theirs.texts, strict=True)])
+        return judge(pairs_on(ours, theirs, prompts))
     if ours.true is not None and theirs.true is not None:
         return by_score(ours.true, theirs.true)
     return by_score(ours.proxy, theirs.proxy)
@@ -127,15 +142,15 @@ def play(
 
     Raises: NumericsError when the judge gives no verdict at all.
     """
-    ours, theirs = (answers[name] for name in pair)
-    k = min(int((arm.prompt == arm.prompt[0]).sum()) for arm in (ours, theirs))
-    ours, theirs = (arm.pick(first_of_each(arm.prompt, k)) for arm in (ours, theirs))
+    ours, theirs = matched(pair, answers)
     name = judge_name(ours, judge)
     points = torch.tensor([POINTS[v.winner] for v in verdicts_on(ours, theirs, prompts, judge)])
     if points.isnan().all():
+        fix = "look at its log, and check judge.endpoint"
+        if name == PEOPLE:
+            fix = "raise judge.people.enough or days, and invite people with `rlhf label`"
         raise NumericsError(
-            f"the judge {name} gave no verdict on {pair[0]} against {pair[1]}; look at its log, "
-            "and check judge.endpoint"
+            f"the judge {name} gave no verdict on {pair[0]} against {pair[1]}; {fix}"
         )
     characters = (torch.tensor([len(text) for text in arm.texts]) for arm in (ours, theirs))
     longer = next(characters) - next(characters)

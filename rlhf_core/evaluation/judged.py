@@ -23,7 +23,7 @@ from rlhf_core.evaluation.scorecard import ArmName, Comparison, JudgeFacts
 from rlhf_core.functional.ranking import Interval, clustered_share
 from rlhf_core.judges.config import REWARD_MODEL
 from rlhf_core.judges.exam import meet_canaries
-from rlhf_core.judges.judge import Cost, Judge, Judging, Pair, Verdict, shown
+from rlhf_core.judges.judge import Cost, Judge, Judging, Pair, Panel, Verdict, shown
 from rlhf_core.judges.load import ScoreJudge
 from rlhf_core.rewards.canaries import CanaryResult, Score, end_marks
 from rlhf_core.rewards.functions import call_function
@@ -67,6 +67,7 @@ class Examined:
             pairs=sum(c.wins + c.ties + c.losses for c in comparisons) + unanswered,
             unanswered=unanswered,
             consistency=position_consistency(self.said, self.seed),
+            agreement=agreement_of_people(self.said, self.seed),
             canaries=self.canaries,
             **cost._asdict(),
         )
@@ -117,6 +118,8 @@ def examine(
 ) -> Examined:
     """Have a judge meet the canaries; a warning names each that it prefers to real answers.
 
+    People do not meet any: their time is for the answers.
+
     Args:
         judge: None = whoever decides by score, the truth or the reward model of the bench.
         sft: answers of the SFT policy, which stand for real ones if nobody wrote any.
@@ -124,6 +127,8 @@ def examine(
         most: prompts of which canaries are made.
         judging: what has made the judge, and knows its cost.
     """
+    if isinstance(judge, Panel):
+        return Examined(judge, judge.name, (), judging, bench.seed)
     bench.logger.phase("canaries for the judge")
     score = judge_by_score(bench)
     canaries = meet_canaries(
@@ -173,15 +178,27 @@ def position_consistency(said: Sequence[Said], seed: int) -> Interval | None:
 
     None when no pair was shown in both orders.
     """
-    judged = [each for each in said if each.verdict.consistent is not None]
+    return _share([(each.pair, each.verdict.consistent) for each in said], seed, "consistency")
+
+
+def agreement_of_people(said: Sequence[Said], seed: int) -> Interval | None:
+    """The share of pairs on which all people said the same, with bounds over prompts.
+
+    None when no pair has the votes of several people.
+    """
+    return _share([(each.pair, each.verdict.agreed) for each in said], seed, "agreement")
+
+
+def _share(told: Sequence[tuple[Pair, bool | None]], seed: int, what: str) -> Interval | None:
+    judged = [(pair, fact) for pair, fact in told if fact is not None]
     if not judged:
         return None
     number: dict[str, int] = {}
-    clusters = [number.setdefault(prompt_key(s.pair.prompt), len(number)) for s in judged]
+    clusters = [number.setdefault(prompt_key(pair.prompt), len(number)) for pair, _ in judged]
     return clustered_share(
-        torch.tensor([float(bool(each.verdict.consistent)) for each in judged]),
+        torch.tensor([float(fact) for _, fact in judged]),
         torch.tensor(clusters),
-        generator=generator(seed, "judge/consistency"),
+        generator=generator(seed, f"judge/{what}"),
     )
 
 
@@ -193,6 +210,8 @@ def judge_numbers(facts: JudgeFacts) -> dict[str, float]:
     }
     if facts.consistency is not None:
         numbers |= _bounds("judge/consistency", facts.consistency)
+    if facts.agreement is not None:
+        numbers |= _bounds("judge/agreement", facts.agreement)
     if facts.requests or facts.remembered:
         names = ("requests", "remembered", "tokens", "seconds")
         numbers |= {f"judge/{name}": float(getattr(facts, name)) for name in names}
@@ -210,6 +229,12 @@ def in_words(facts: JudgeFacts) -> str:
         parts.append(
             f"the same verdict in both orders on {value:.2f} [{low:.2f}, {high:.2f}] of those that "
             "were shown in both"
+        )
+    if facts.agreement is not None:
+        value, low, high = facts.agreement
+        parts.append(
+            f"all people said the same on {value:.2f} [{low:.2f}, {high:.2f}] of those that "
+            "several were asked about"
         )
     if facts.requests or facts.remembered:
         parts.append(

@@ -92,6 +92,7 @@ class JudgeFacts(BaseModel):
     unanswered: int  # after all retries
     consistency: Interval | None  # share of pairs with the same verdict in both orders
     canaries: tuple[CanaryResult, ...]
+    agreement: Interval | None = None  # share of pairs on which several people all said the same
     requests: int = 0  # to an endpoint, this time: what was remembered asks nothing
     remembered: int = 0  # verdicts
     tokens: int = 0  # of these requests, prompts and replies

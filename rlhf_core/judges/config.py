@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_core.config import Section
 
 ENDPOINT, REWARD_MODEL = "endpoint", "reward_model"  # that of the pipeline
+PEOPLE = "people"
 _REGISTERED = re.compile(r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9]\d*|@[A-Za-z0-9_-]+)")
 _FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*")
 
@@ -58,6 +59,49 @@ class EndpointConfig(Section):
         return template
 
 
+class PeopleConfig(Section):
+    """Annotators, who are asked through the preference store; the run waits for them."""
+
+    project: str = Field(
+        "",
+        pattern=r"^([a-z0-9]([a-z0-9-]*[a-z0-9])?)?$",
+        max_length=100,
+        description="Project of the preference store whose annotators are asked; empty = that of "
+        "the run",
+    )
+    votes_per_pair: int = Field(
+        1, ge=1, le=1000, description="People asked about each pair; the majority decides"
+    )
+    enough: float = Field(
+        1.0, gt=0, le=1, description="Share of the pairs that have to be answered to go on"
+    )
+    enough_pairs: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="Or so many of them, if that is less (pairs; 0 = the share alone)",
+    )
+    days: float = Field(
+        7.0,
+        gt=0,
+        le=3650,
+        description="After this time the run goes on with what is answered (days)",
+    )
+    priority: int = Field(
+        -10, ge=-1000, le=1000, description="Place in the queue: lower is sooner, others are at 0"
+    )
+    count_paused: bool = Field(
+        False, description="Whether votes of annotators who are paused count"
+    )
+    min_gold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the control questions that an annotator has to answer rightly for "
+        "the votes to count; 0 = all count",
+    )
+
+
 class JudgeConfig(Section):
     """Who compares the answers of the policies."""
 
@@ -67,10 +111,14 @@ class JudgeConfig(Section):
         "model of the pipeline; reward_model = that; models:/NAME/VERSION or models:/NAME@ALIAS = "
         "another in the registry; package.module:function = a Python function, called with prompts "
         "and the two answers to each (lists of str), returns a, b or tie for each, or a pair of "
-        "that and a reason; endpoint = a model behind an OpenAI-compatible endpoint",
+        "that and a reason; endpoint = a model behind an OpenAI-compatible endpoint; people = "
+        "annotators, for whom the run waits",
     )
     endpoint: EndpointConfig = Field(
         default_factory=EndpointConfig, description="Used when `source` is endpoint"
+    )
+    people: PeopleConfig = Field(
+        default_factory=PeopleConfig, description="Used when `source` is people"
     )
     canary_prompts: int = Field(
         10,
@@ -93,13 +141,13 @@ class JudgeConfig(Section):
     @field_validator("source")
     @classmethod
     def _source_is_known(cls, source: str) -> str:
-        if source in ("", REWARD_MODEL, ENDPOINT):
+        if source in ("", REWARD_MODEL, ENDPOINT, PEOPLE):
             return source
         if _REGISTERED.fullmatch(source) or _FUNCTION.fullmatch(source):
             return source
         raise ValueError(
             f"'{source}' is not a judge; write reward_model, models:/NAME/VERSION, "
-            "models:/NAME@ALIAS, package.module:function or endpoint"
+            "models:/NAME@ALIAS, package.module:function, endpoint or people"
         )
 
     @model_validator(mode="after")

@@ -3,16 +3,17 @@
 Pair      two answers to one prompt
 Verdict   which of them won, and why, if the judge says so
 Judge     gives a verdict on each pair
+Panel     a judge who is people, and takes days
 Cost      what verdicts from outside have cost so far
 Judging   what a stage needs from outside to build a judge: an endpoint, and a memory of verdicts
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from rlhf_core.data.encoding import Prompt
-from rlhf_core.judges.config import EndpointConfig
+from rlhf_core.judges.config import EndpointConfig, PeopleConfig
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
 
@@ -33,6 +34,7 @@ class Verdict:
     reason: str = ""  # in the words of the judge, if it gives one
     # whether it said the same with the answers exchanged; None for a judge without an order
     consistent: bool | None = None
+    agreed: bool | None = None  # whether all people said the same; None for fewer than two
 
 
 class Judge(Protocol):
@@ -46,6 +48,17 @@ class Judge(Protocol):
         """One verdict for each pair.
 
         Raises: ConfigError when the judge cannot work at all, as with a wrong key.
+        """
+
+
+@runtime_checkable
+class Panel(Judge, Protocol):
+    """A judge who needs days: it is told of all pairs at once, and does not meet canaries."""
+
+    def ahead(self, pairs: Sequence[Pair]) -> None:
+        """Ask about pairs, the first ones first.
+
+        Raises: VerdictsPendingError until enough of them are answered.
         """
 
 
@@ -70,6 +83,9 @@ class Judging(Protocol):
 
         Raises: ConfigError when the environment names no endpoint.
         """
+
+    def people(self, config: PeopleConfig) -> Panel:
+        """The judge who is the annotators of a project."""
 
     def remembered(self, judge: Judge, identity: str) -> Judge:
         """The same judge, which is asked about a pair only once, by whatever stage.

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_core.backbone.networks import Precision
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.errors import ConfigError
-from rlhf_core.judges.config import REWARD_MODEL, JudgeConfig
+from rlhf_core.judges.config import PEOPLE, REWARD_MODEL, JudgeConfig
 from rlhf_core.judges.function import FunctionJudge, JudgeFunction
 from rlhf_core.judges.judge import Judge, Judging, Pair, Verdict, Winner
 from rlhf_core.judges.orders import BothOrders
@@ -71,9 +71,11 @@ def load_judge(
         return BothOrders(judging.remembered(function, f"{config.source} {code}"))
     if judging is None:
         raise ConfigError(
-            "judge.source is endpoint, which only a task reaches; run the stage as one, or choose "
-            "another judge"
+            f"judge.source is {config.source}, which only a task reaches; run the stage as one, or "
+            "choose another judge"
         )
+    if config.source == PEOPLE:
+        return judging.people(config.people)
     endpoint = config.endpoint
     identity = endpoint.model_dump_json(include={"model", "template", "temperature", "max_tokens"})
     return BothOrders(judging.remembered(judging.endpoint(endpoint), identity))

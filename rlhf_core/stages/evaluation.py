@@ -12,7 +12,8 @@ best under the reward model, at the known cost of log n - (n - 1)/n nats.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, zip_longest
 
 import pandas as pd
 from pydantic import Field
@@ -23,7 +24,7 @@ from rlhf_core import figures
 from rlhf_core.backbone.base_model import base_of
 from rlhf_core.backbone.networks import Policy, Precision
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.data.encoding import render_prompt
+from rlhf_core.data.encoding import Prompt, render_prompt
 from rlhf_core.data.prepared import TABLE_KINDS, read_table
 from rlhf_core.errors import DataError, ModelError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
@@ -33,12 +34,15 @@ from rlhf_core.evaluation.comparison import (
     best_of_each,
     differ,
     first_of_each,
+    matched,
     measure_arm,
+    pairs_on,
     play,
     sum_up,
 )
 from rlhf_core.evaluation.diagnosis import diagnose
 from rlhf_core.evaluation.judged import Examined, examine, judge_numbers, reward_score
+from rlhf_core.evaluation.kept import kept
 from rlhf_core.evaluation.leaks import find_prompt_leaks
 from rlhf_core.evaluation.overoptimisation import Measure, Path, Point, best_of_n_path
 from rlhf_core.evaluation.scorecard import (
@@ -53,6 +57,7 @@ from rlhf_core.evaluation.signs import SIGNS, more_than
 from rlhf_core.evaluation.slices import prompt_slices, slice_rate
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.judges.config import JudgeConfig
+from rlhf_core.judges.judge import Judge, Panel
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
@@ -191,7 +196,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     k, n = config.samples_per_prompt, config.best_of
     others: tuple[ArmName, ...] = ("policy", "champion")
     answers: dict[ArmName, Answers] = {}
-    pool = answer(bench, "sft", sft_policy, tokenizer, max(k, n))
+    pool = kept(work.answers, "sft", lambda: answer(bench, "sft", sft_policy, tokenizer, max(k, n)))
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
     price = config.best_of_penalty.excess(pool.tokens)
     answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
@@ -201,13 +206,11 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     for done, name in enumerate(others, start=2):
         logger.progress(done, 5, name)
         if name in work.inputs:
-            logger.phase(f"loading the {name}")
-            actor = Policy.load(work.inputs[name], device, config.precision)
-            answers[name] = answer(bench, name, *actor, k)
+            answers[name] = kept(work.answers, name, partial(_arm, bench, name, config, work))
     logger.progress(4, 5, "base model")
     base, no_base = _base(config, work)
     if base is not None:
-        answers["base"] = answer(bench, "base", *base, k)
+        answers["base"] = kept(work.answers, "base", partial(answer, bench, "base", *base, k))
     logger.progress(5, 5, "comparisons")
     arms = {name: answers[name] for name in ARMS if name in answers}
     most = work.section(JudgeConfig).canary_prompts
@@ -222,6 +225,26 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
         no_base=no_base,
     )
     return _report(config, bench, found, examined)
+
+
+def _arm(bench: Bench, name: ArmName, config: EvaluationConfig, work: Work) -> Answers:
+    """The answers of a policy among the inputs."""
+    bench.logger.phase(f"loading the {name}")
+    actor = Policy.load(work.inputs[name], work.device, config.precision)
+    return answer(bench, name, *actor, config.samples_per_prompt)
+
+
+def _ask_ahead(
+    judge: Judge | None,
+    pairs: Sequence[tuple[ArmName, ArmName]],
+    answers: dict[ArmName, Answers],
+    prompts: Sequence[Prompt],
+) -> None:
+    """Tell people of all pairs at once, those of each comparison in turn: whatever is answered
+    when there is enough, each has its share."""
+    if isinstance(judge, Panel):
+        columns = [pairs_on(*matched(pair, answers), prompts) for pair in pairs]
+        judge.ahead([pair for row in zip_longest(*columns) for pair in row if pair is not None])
 
 
 @dataclass(frozen=True)
@@ -281,11 +304,9 @@ def _report(
     arms = tuple(
         measure_arm(name, said, prompts, config.best_of, seed) for name, said in answers.items()
     )
-    matches = [
-        play(pair, answers, prompts, judge.on(*pair))
-        for pair in PAIRS
-        if all(name in answers for name in pair)
-    ]
+    pairs = [pair for pair in PAIRS if all(name in answers for name in pair)]
+    _ask_ahead(judge.judge, pairs, answers, prompts)
+    matches = [play(pair, answers, prompts, judge.on(*pair)) for pair in pairs]
     level = at_equal_length(matches, seed)
     comparisons = tuple(
         sum_up(match, seed, rate) for match, rate in zip(matches, level, strict=True)

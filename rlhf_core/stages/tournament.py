@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
 from rlhf_core.evaluation.comparison import verdicts_on
 from rlhf_core.evaluation.judged import Examined, examine, reward_score
+from rlhf_core.evaluation.kept import kept
 from rlhf_core.evaluation.tournament import page as pages
 from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import (
@@ -125,9 +127,9 @@ def hold_tournament(config: TournamentConfig, work: Work) -> TournamentReport:
     answers = []
     for done, role in enumerate(roles):
         logger.progress(done, len(roles) + 1, role)
-        logger.phase(f"loading {role}")
-        actor = Policy.load(work.inputs[role], work.device, config.precision)
-        answers.append(answer(bench, f"tournament/{role}", *actor, config.samples_per_prompt))
+        answers.append(
+            kept(work.answers, role, partial(_entrants_answers, bench, role, config, work))
+        )
     logger.progress(len(roles), len(roles) + 1, "verdicts")
     most = work.section(JudgeConfig).canary_prompts
     examined = examine(
@@ -158,6 +160,12 @@ def hold_tournament(config: TournamentConfig, work: Work) -> TournamentReport:
         },
         figures={"tournament_strengths": pages.draw(found)},
     )
+
+
+def _entrants_answers(bench: Bench, role: str, config: TournamentConfig, work: Work) -> Answers:
+    bench.logger.phase(f"loading {role}")
+    actor = Policy.load(work.inputs[role], work.device, config.precision)
+    return answer(bench, f"tournament/{role}", *actor, config.samples_per_prompt)
 
 
 def entrants_of(config: TournamentConfig, inputs: Mapping[str, Path]) -> list[str]:

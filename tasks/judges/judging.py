@@ -4,8 +4,8 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from rlhf_core import redaction
-from rlhf_core.judges.config import EndpointConfig
-from rlhf_core.judges.judge import Cost, Judge
+from rlhf_core.judges.config import EndpointConfig, PeopleConfig
+from rlhf_core.judges.judge import Cost, Judge, Panel
 from rlhf_core.metrics import SilentLogger, StageLogger
 from tasks.judges.memory import Memory, RememberedJudge, Streaming
 from tasks.judges.meter import Meter
@@ -24,10 +24,23 @@ class MlflowJudging:
     Args:
         experiment: of the project, whose verdicts are remembered.
         logger: shows how many questions are answered.
+        project: whose people are asked, unless the config names another.
+        stage: name and key of the stage, under which people are asked.
+        source: the run of the stage, for people who look into the preference store.
     """
 
-    def __init__(self, record: Record, experiment: str, logger: StageLogger) -> None:
+    def __init__(
+        self,
+        record: Record,
+        experiment: str,
+        logger: StageLogger,
+        *,
+        project: str = "",
+        stage: str = "",
+        source: str = "",
+    ) -> None:
         self._record = record
+        self._asked_as = {"project": project, "stage": stage, "source": source}
         self._experiment = experiment
         self._logger = logger
         self._meter = Meter()
@@ -43,6 +56,12 @@ class MlflowJudging:
         Raises: ConfigError when the environment names no address.
         """
         return _endpoint(config, self._record.settings, self._logger, self._meter)
+
+    def people(self, config: PeopleConfig) -> Panel:
+        """The annotators of a project of the preference store."""
+        from tasks.feedback.asking.judge import PeopleJudge  # its database takes a second
+
+        return PeopleJudge(config, self._record.settings, **self._asked_as)
 
     def remembered(self, judge: Judge, identity: str) -> Judge:
         """The same judge, which is asked about a pair only once in this project."""

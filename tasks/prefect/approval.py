@@ -79,7 +79,7 @@ def ask_person(
     """
     if config.approval == "automatic":
         return None
-    if not _can_be_resumed():
+    if not can_be_resumed():
         return None
     record = Record.open()
     facts = gather(record, config, scorecard, candidate, champion, run, report_card)
@@ -155,7 +155,7 @@ def _cell(rule: Rule) -> str:
     return "<br>".join(part for part in (rule.measured, rule.required, test) if part)
 
 
-def _can_be_resumed() -> bool:
+def can_be_resumed() -> bool:
     """Whether a worker can resume this flow run: otherwise Prefect cannot suspend it."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import pandas as pd
@@ -33,6 +33,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
+from rlhf_core.errors import VerdictsPendingError
 from rlhf_core.redaction import mask_error
 from tasks.record import tags
 from tasks.record.runs import NAME_LENGTH
@@ -113,7 +114,10 @@ def stage_task(name: str, run_name: str) -> Callable[[Callable[P, T]], Callable[
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             returned: object = prefect_task(*args, **kwargs)
-            return cast(T, returned.result() if isinstance(returned, State) else returned)
+            value = returned.result() if isinstance(returned, State) else returned
+            if isinstance(value, _Waiting):
+                raise value.pending
+            return cast(T, value)
 
         return call
 
@@ -125,6 +129,24 @@ def as_cached(value: T, message: str) -> T:
     if TaskRunContext.get() is None:
         return value
     return cast(T, Completed(name="Cached", message=message, data=value))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What a task returns that waits for people."""
+
+    pending: VerdictsPendingError
+
+
+def as_waiting(pending: VerdictsPendingError) -> Any:
+    """The return value of a `stage_task` that waits for people, shown as Waiting: its caller is
+    raised the error, which is no failure of the task.
+
+    Outside a task the error is raised at once.
+    """
+    if TaskRunContext.get() is None:
+        raise pending
+    return Completed(name="Waiting", message=pending.short, data=_Waiting(pending))
 
 
 def artifact_key(*parts: str) -> str:

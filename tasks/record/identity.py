@@ -30,6 +30,9 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 # The first module of a stage, unless it is the one in `rlhf_core.stages` with its name.
 STARTS = {"promotion": "rlhf_core.promotion.rules"}
 FUNCTION = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")  # package.module:function
+# `reuse` replaces a training, so it is not a setting of one; how long people are waited for, and
+# when they are asked, changes no verdict.
+NO_SETTINGS: Any = {"reuse": True, "people": {"days": True, "priority": True}}
 ROOT = Path(rlhf_core.__file__).parent
 
 
@@ -54,9 +57,8 @@ class Definition:
 
     def key(self, store: MlflowModelStore) -> str:
         """The key of the stage, 16 hex digits: stages with equal keys give equal bits."""
-        # `reuse` replaces a training, so it is not a setting of one.
         settings = {
-            name: section.model_dump(mode="json", exclude={"reuse"})
+            name: section.model_dump(mode="json", exclude=NO_SETTINGS)
             for name, section in self.sections.items()
         }
         facts = {

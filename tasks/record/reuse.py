@@ -84,8 +84,10 @@ def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str
         if run is not None:
             return run
     left = _remembered(record, folder)
-    # A suspended run belongs to the Prefect run that will be resumed.
-    return left if left is not None and left.info.status != SUSPENDED else None
+    if left is None or left.info.status != SUSPENDED:
+        return left
+    # A run that Prefect suspended belongs to the flow run that will be resumed.
+    return left if tags.BY_COMMAND in left.data.tags else None
 
 
 def _remembered(record: Record, folder: Path) -> Run | None:
@@ -104,14 +106,27 @@ def new_run(record: Record, what: Definition, work: Path) -> str:
     return run_id
 
 
+def find_waiting(record: Record, what: Definition, key: str) -> Run | None:
+    """The run of this stage that waits for people, on whatever machine it began."""
+    return next(
+        (
+            run
+            for run in record.runs.of_key(what.run.experiment_id, key)
+            if is_stage_of(run, what) and run.info.status == SUSPENDED
+        ),
+        None,
+    )
+
+
 def reopen(record: Record, run: Run) -> None:
     """Set a stopped run to RUNNING, and remove its error."""
     run_id, run_tags = run.info.run_id, run.data.tags
     log.info("resuming the run %s, which was stopped", run_id)
     record.client.update_run(run_id, status="RUNNING")
     record.client.set_tag(run_id, tags.RESUMED, str(int(run_tags.get(tags.RESUMED, "0")) + 1))
-    if tags.ERROR in run_tags:
-        record.client.delete_tag(run_id, tags.ERROR)
+    for passed in (tags.ERROR, tags.WAITS_FOR, tags.BY_COMMAND):
+        if passed in run_tags:
+            record.client.delete_tag(run_id, passed)
 
 
 def unpublish(record: Record, run_id: str) -> None:

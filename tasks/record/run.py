@@ -7,6 +7,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from pydantic import BaseModel
 
+from rlhf_core.errors import VerdictsPendingError
 from rlhf_core.redaction import masked
 from tasks.prefect import ui
 from tasks.record import tags
@@ -103,6 +104,11 @@ def close_run_on_exit(
         yield
         client.set_terminated(run_id, "FINISHED")
     except ui.SUSPENSION:  # it is resumed once a person answers
+        client.update_run(run_id, status=SUSPENDED)
+        raise
+    except VerdictsPendingError as waiting:
+        client.set_tag(run_id, tags.WAITS_FOR, waiting.short)
+        client.set_tag(run_id, tags.BY_COMMAND, tags.flag(True))
         client.update_run(run_id, status=SUSPENDED)
         raise
     except BaseException as error:

@@ -93,6 +93,10 @@ class Runs:
         """The finished stages with this key, newest first."""
         return list(self._search([experiment], f"{_tagged(tags.KEY, key)} and {FINISHED}"))
 
+    def of_key(self, experiment: str, key: str) -> list[Run]:
+        """The stages with this key, whatever came of them, newest first."""
+        return list(self._search([experiment], _tagged(tags.KEY, key)))
+
     # ---- judges ----
 
     def verdicts(self, experiment: str) -> list[Run]:
@@ -102,7 +106,7 @@ class Runs:
     # ---- people ----
 
     def feedback_report(self, experiment: str, snapshot: str) -> Run | None:
-        """The finished run with the report on a snapshot of the preference store, by its address."""
+        """The finished run with the report on a snapshot of votes, by its address."""
         condition = f"{_tagged(tags.STAGE, tags.FEEDBACK_REPORT)} and {FINISHED}"
         condition += f" and {_tagged(tags.SNAPSHOT, snapshot)}"
         return next(self._search([experiment], condition), None)

@@ -17,6 +17,7 @@ done. MLflow's active run is never used, because it is local to a thread.
 """
 
 import logging
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from pydantic import BaseModel
 
 from rlhf_core import launch
 from rlhf_core.config import Section
+from rlhf_core.errors import VerdictsPendingError
 from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
@@ -49,6 +51,7 @@ from tasks.record.reuse import (
     copy_summary,
     find_finished,
     find_unfinished,
+    find_waiting,
     is_stage_of,
     new_run,
     reopen,
@@ -58,8 +61,16 @@ from tasks.record.reuse import (
 )
 from tasks.record.run import close_run_on_exit
 from tasks.record.terminal import Display, TerminalDisplay
-from tasks.record.work_folder import CHECKPOINTS, INPUTS, sweep, work_folder
+from tasks.record.work_folder import (
+    ANSWERS,
+    CHECKPOINTS,
+    INPUTS,
+    remember_run,
+    sweep,
+    work_folder,
+)
 from tasks.registry.datasets import fetch_dataset, store_dataset
+from tasks.registry.files import staged
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref, SnapshotRef
 from tasks.reward_places import reward_places
 from tasks.settings import Settings
@@ -80,6 +91,7 @@ class Stage:
     logger: MlflowLogger
     cached: bool  # it finished before, in this run or another; there is nothing to do
     recovery: Recovery = NO_RECOVERY  # of a training; other stages save no checkpoints
+    waits: bool = False  # for people, who judge its answers
     _what: Definition
     _record: Record
 
@@ -160,8 +172,24 @@ class Stage:
             logger=self.logger,
             recovery=self.recovery,
             rewards_from=reward_places(settings),
-            judging=MlflowJudging(self._record, self.run.experiment_id, self.logger),
+            judging=MlflowJudging(
+                self._record,
+                self.run.experiment_id,
+                self.logger,
+                project=self.run.project,
+                stage=f"{self.name}-{self._key}",
+                source=f"{self.run.project} {self.name} {self.run_id}",
+            ),
+            answers=self._kept_answers() if self.waits else None,
         )
+        if self.waits:
+            try:
+                return run_stage(self.name, config, work)
+            except VerdictsPendingError:
+                self.logger.phase("keeping the answers")
+                answers = self.work / ANSWERS
+                self._record.client.log_artifacts(self.run_id, str(answers), ANSWERS)
+                raise
         if not trains:
             return run_stage(self.name, config, work)
         self.logger.phase("waiting for an accelerator slot")
@@ -177,6 +205,26 @@ class Stage:
                 strategy=settings.strategy,
             )
             return launch.launch(job, self.logger)
+
+    @property
+    def _key(self) -> str:
+        return self._what.key(self._record.store)
+
+    def _kept_answers(self) -> Path:
+        """The folder of the answers that people judge, with those of an earlier call of this stage
+        on any machine."""
+        folder = self.work / ANSWERS
+        if folder.exists():
+            return folder
+        client = self._record.client
+        for run in self._record.runs.of_key(self.run.experiment_id, self._key):
+            if client.list_artifacts(run.info.run_id, ANSWERS):
+                self.logger.phase("fetching the answers")
+                with staged(folder) as part, tempfile.TemporaryDirectory(dir=self.work) as scratch:
+                    found = client.download_artifacts(run.info.run_id, ANSWERS, scratch)
+                    shutil.move(found, part)
+                break
+        return folder
 
     def record(self, report: Report) -> None:
         """Store a report with the run: `summary/` metrics, `tables/` and `figures/`."""
@@ -249,6 +297,7 @@ def open_stage(
     extra_sections: Mapping[str, BaseModel] = {},
     context: Literal["training", "evaluation"] = "training",
     reuse: Literal["no", "own", "any"] = "no",
+    waits: bool = False,
 ) -> Iterator[Stage]:
     """Open a child run of `run`, with a temporary working folder.
 
@@ -258,12 +307,15 @@ def open_stage(
     Args:
         extra_sections: other settings that the result depends on.
         reuse: whether the stage may be `cached`: from this pipeline run only ("own"), or from any.
+        waits: whether it may end before people have judged its answers, and is then called again:
+            its folder and its run stay, as those of a training do.
     """
     what = Definition(name, {name: config, **extra_sections}, run, inputs, context)
-    path = record.settings.home / "work" / f"{name}-{uuid.uuid4().hex[:16]}"
-    folder = work_folder(path, kept=False)
-    with _open(record, what, what.key(record.store), folder, reuse) as stage:
-        yield stage
+    key = what.key(record.store)
+    path = record.settings.home / "work" / f"{name}-{key if waits else uuid.uuid4().hex[:16]}"
+    folder = work_folder(path, kept=waits)
+    with _open(record, what, key, folder, reuse, waits=waits) as stage:
+        yield replace(stage, waits=waits)
 
 
 @contextmanager
@@ -298,6 +350,8 @@ def _open(
     key: str,
     folder: AbstractContextManager[Path],
     reuse: str,
+    *,
+    waits: bool = False,
 ) -> Iterator[Stage]:
     """Open the stage: cached if a finished run can be reused, else to run it."""
     sweep(record.settings.home / "work", record.settings.keep_work_days)
@@ -310,7 +364,7 @@ def _open(
             own = reuse == "own" or what.name in what.run.force
             done = find_finished(record, what, key, own=own)
         if done is None:
-            opened = _in_progress(record, what, stage_tags, work)
+            opened = _in_progress(record, what, stage_tags, work, waits=waits)
         else:
             opened = _reused(record, what, stage_tags, work, done)
         with opened as stage:
@@ -337,10 +391,14 @@ def _reused(
 
 @contextmanager
 def _in_progress(
-    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path
+    record: Record, what: Definition, stage_tags: Mapping[str, str], work: Path, *, waits: bool
 ) -> Iterator[Stage]:
-    """The stage in a new run, or in the run that was stopped in this folder."""
+    """The stage in a new run, or in the run that was stopped here, or waits for people."""
     left = find_unfinished(record, work)
+    if left is None and waits:
+        left = find_waiting(record, what, stage_tags[tags.KEY])
+        if left is not None:
+            remember_run(work, left.info.run_id)
     run_id = new_run(record, what, work) if left is None else left.info.run_id
     with (
         events.announced(record.client, what.run, what.name, run_id),

@@ -27,6 +27,8 @@ FLOW_URL: Final = "prefect.flow_run_url"
 # ---- outcome of a run ----
 ERROR: Final = "error"
 RESUMED: Final = "resumed"  # how often it was resumed
+WAITS_FOR: Final = "waits_for_people"  # a sentence, as long as it does
+BY_COMMAND: Final = "continued_by_command"  # true: no worker continues it
 CACHED_FROM: Final = "cached_from"  # the run that it was reused from
 
 # ---- promotion: on the runs of pipeline and stage ----

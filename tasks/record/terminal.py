@@ -4,7 +4,7 @@ It knows the terminal and nothing of MLflow or Prefect.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -95,8 +95,8 @@ class TerminalDisplay:
 class _DisplayLogger:
     """A logger without a run: it only shows progress on a display."""
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    def __init__(self, displays: Sequence[Display]) -> None:
+        self._displays = displays
         self._done = (0, 0)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -104,20 +104,25 @@ class _DisplayLogger:
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         self._done = (done, total)
-        self._display.show(done, total, note)
+        self._show(note)
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        self._display.show(*self._done, phase_text(what, done, total))
+        self._show(phase_text(what, done, total))
+
+    def _show(self, note: str) -> None:
+        for display in self._displays:
+            display.show(*self._done, note)
 
     def alarm(self, alarm: Alarm) -> None:
         """Do nothing: whoever raises an alarm logs it too."""
 
 
 @contextmanager
-def on_terminal(title: str) -> Iterator[StageLogger]:
-    """Show the progress of work that has no run on the terminal."""
-    display = TerminalDisplay(title, passing=True)
+def on_terminal(title: str, *more: Display) -> Iterator[StageLogger]:
+    """Show the progress of work that has no run on the terminal, and on other displays."""
+    displays = (TerminalDisplay(title, passing=True), *more)
     try:
-        yield _DisplayLogger(display)
+        yield _DisplayLogger(displays)
     finally:
-        display.close()
+        for display in displays:
+            display.close()

@@ -5,6 +5,7 @@
     ├── run.json       the MLflow run that a later process may resume
     ├── inputs/        fetched inputs, which can be fetched again
     ├── checkpoints/   checkpoints that a training resumes from
+    ├── answers/       what was sampled for people to judge
     └── ...            outputs of the stage
 
 The name identifies the work, so a process with the same work finds the same folder. A folder is
@@ -24,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-INPUTS, CHECKPOINTS = "inputs", "checkpoints"
+INPUTS, CHECKPOINTS, ANSWERS = "inputs", "checkpoints", "answers"
 _LOCK, _RUN = "lock", "run.json"
 _BOOT, _UPTIME = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/uptime")
 DAY = 86_400.0

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,11 +48,8 @@ def generate(
     """
     logger = logger or SilentLogger()
     logger.phase("loading the model")
-    with tempfile.TemporaryDirectory() as scratch:
-        policy, tokenizer, trained_on_chat = _load(model, Path(scratch) / "model", settings)
-    if chat or trained_on_chat:
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
+    writer = load_writer(model, settings, chat=chat)
+    lengths = writer.lengths(prompts)
     if 0 in lengths:
         raise UserError(
             f"prompt {lengths.index(0) + 1} is empty, and this model has no begin-of-sequence "
@@ -59,23 +57,70 @@ def generate(
         )
     longest = max(lengths, default=0)
     require_context(
-        policy.model, longest + max_new_tokens, "the longest prompt with --max-new-tokens"
+        writer.policy.model, longest + max_new_tokens, "the longest prompt with --max-new-tokens"
     )
-    generator = torch.Generator().manual_seed(seed)
-    rows = [prompt for prompt in prompts for _ in range(samples)]
-    texts: list[str] = []
-    for start in range(0, len(rows), BATCH_ROWS):
-        logger.progress(start, len(rows))
-        texts += _respond(
-            policy,
-            tokenizer,
-            rows[start : start + BATCH_ROWS],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=generator,
-            between=counted(logger, "writing", max_new_tokens),
-        )
-    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    return writer.write(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        samples=samples,
+        generator=torch.Generator().manual_seed(seed),
+        logger=logger,
+    )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A policy in memory that answers prompts."""
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool  # a text is sent as a user message
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The length of each prompt, in tokens."""
+        return [len(encode_prompt(prompt, self.tokenizer)) for prompt in self._sent(prompts)]
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        samples: int,
+        generator: torch.Generator,
+        logger: StageLogger,
+    ) -> list[list[str]]:
+        """`samples` responses to each prompt, in the order of the prompts."""
+        rows = [prompt for prompt in self._sent(prompts) for _ in range(samples)]
+        texts: list[str] = []
+        for start in range(0, len(rows), BATCH_ROWS):
+            logger.progress(start, len(rows))
+            texts += _respond(
+                self.policy,
+                self.tokenizer,
+                rows[start : start + BATCH_ROWS],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                generator=generator,
+                between=counted(logger, "writing", max_new_tokens),
+            )
+        return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+    def _sent(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        if not self.chat:
+            return list(prompts)
+        return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+
+
+def load_writer(model: str, settings: Settings, *, chat: bool = False) -> Writer:
+    """The policy of a reference, a folder or a hub id, in memory.
+
+    Raises: ModelError when there is no such model, or it is not a policy.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        policy, tokenizer, trained_on_chat = _load(model, Path(scratch) / "model", settings)
+    return Writer(policy, tokenizer, chat or trained_on_chat)
 
 
 def _load(

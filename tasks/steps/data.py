@@ -6,7 +6,8 @@ from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.errors import UserError
 from rlhf_core.stages.prepare import SNAPSHOT, DataConfig, LengthLimits
 from tasks.feedback.asking.pinning import pin, unpin
-from tasks.feedback.asking.votes import StoreAwayError
+from tasks.feedback.asking.report import publish_report
+from tasks.feedback.store.database import StoreError
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, PipelineRun, Ref
@@ -27,7 +28,7 @@ def prepare_data(
     config, snapshot = pin(config, run, record)
     inputs: dict[str, Ref] = {} if snapshot is None else {SNAPSHOT: snapshot}
     try:
-        return do_stage(
+        data = do_stage(
             "prepare",
             config,
             run,
@@ -36,11 +37,14 @@ def prepare_data(
             returns=lambda made: cast(DatasetRef, made.data),
             reuse="any" if snapshot is not None and not config.reads_files else "own",
         )
-    except StoreAwayError:
+    except StoreError:
         raise
     except UserError:
         unpin(run, record)  # other votes may do
         raise
+    if snapshot is not None:
+        publish_report(snapshot, record)
+    return data
 
 
 @stage_task("pin-preferences", "pin the preferences")

@@ -8,8 +8,10 @@ from typing import Any, Literal, TypeVar, cast
 from pydantic import BaseModel
 
 from rlhf_core.config import Section
+from rlhf_core.errors import VerdictsPendingError
+from rlhf_core.judges.config import PEOPLE, JudgeConfig
 from rlhf_core.stages.table import STAGES, StageSpec
-from tasks.prefect.ui import stage_task
+from tasks.prefect.ui import as_waiting, stage_task
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import Stage, open_stage, open_training
@@ -58,14 +60,23 @@ def do_stage(
         opened = open_training(name, **common)
     else:
         # Files and hubs may change, so a stage without inputs reuses no other pipeline run.
+        common["waits"] = _asks_people(sections)
         common["reuse"] = reuse or ("any" if inputs else "own")
         common["context"] = "training" if spec.outputs else "evaluation"
         opened = open_stage(name, **common)
-    with opened as stage:
-        if not stage.cached:
-            _do(stage, spec, inputs)
-        result = None if spec.result is None else stage.kept(spec.result)
-        return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
+    try:
+        with opened as stage:
+            if not stage.cached:
+                _do(stage, spec, inputs)
+            result = None if spec.result is None else stage.kept(spec.result)
+            return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
+    except VerdictsPendingError as pending:
+        return cast(T, as_waiting(pending))
+
+
+def _asks_people(sections: Mapping[str, Section]) -> bool:
+    judges = [section for section in sections.values() if isinstance(section, JudgeConfig)]
+    return any(judge.source == PEOPLE for judge in judges)
 
 
 def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:

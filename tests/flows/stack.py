@@ -26,7 +26,14 @@ from servers import free_port, wait_until
 from flows.local import reaper
 
 ROOT = Path(__file__).parents[2]
-PORTS = {"postgres": "5432", "s3": "8333", "mlflow": "5000", "prefect": "4200", "worker": "8090"}
+PORTS = {
+    "postgres": "5432",
+    "s3": "8333",
+    "mlflow": "5000",
+    "prefect": "4200",
+    "label": "4300",
+    "worker": "8090",
+}
 
 
 def compose() -> dict:
@@ -152,7 +159,7 @@ class Stack:
 
     def up(self, *services: str) -> None:
         """Start services, and those that they depend on before them; each is healthy, or done."""
-        for service in services or ("worker",):
+        for service in services or ("worker", "label"):
             if service not in self._processes:
                 self.up_before(service)
                 self.start(service)

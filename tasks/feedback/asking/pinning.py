@@ -25,7 +25,7 @@ def pin(
 
     Returns: the settings, and the snapshot; None when the votes are not those of the store.
 
-    Raises: DataError when there is no such project or snapshot, or no vote; StoreAwayError.
+    Raises: DataError when there is no such project or snapshot, or no vote; StoreError.
     """
     wanted = config.preferences
     if config.source == "simulated" or not wanted.store:

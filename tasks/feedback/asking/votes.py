@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-
-from rlhf_core.errors import DataError, UserError
+from rlhf_core.errors import DataError
 from rlhf_core.stages.prepare import LATEST, DataConfig
 from tasks.registry.refs import SnapshotRef
 from tasks.settings import Settings
@@ -24,10 +22,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class StoreAwayError(UserError):
-    """The database of the preference store does not answer."""
-
-
 @contextmanager
 def opened(settings: Settings, *, make: bool = False) -> Iterator["Store"]:
     """The preference store, closed afterwards.
@@ -35,7 +29,7 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator["Store"]:
     Args:
         make: whether a SQLite file that is not there may be made.
 
-    Raises: DataError when there is no such file; StoreAwayError when the database does not answer.
+    Raises: DataError when there is no such file; StoreError when the database cannot be used.
     """
     path = settings.feedback_uri.removeprefix("sqlite:///")
     if not make and path != settings.feedback_uri and not Path(path).is_file():
@@ -45,39 +39,25 @@ def opened(settings: Settings, *, make: bool = False) -> Iterator["Store"]:
         )
     from tasks.feedback.store.store import Store  # its libraries take a second
 
-    store: Store | None = None
+    store = Store.open(settings)
     try:
-        store = Store.open(settings)
         yield store
-    except SQLAlchemyError as error:
-        raise _away(error) from error
-    except UserError as error:
-        if isinstance(error.__cause__, SQLAlchemyError) and store is None:
-            raise StoreAwayError(str(error)) from error
-        raise
     finally:
-        if store is not None:
-            store.close()
-
-
-def _away(error: SQLAlchemyError) -> StoreAwayError:
-    reason = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-    return StoreAwayError(
-        f"the preference store cannot be used ({first}); check RLHF_FEEDBACK_DATABASE"
-    )
+        store.close()
 
 
 def patiently(call: Callable[[], T], settings: Settings) -> T:
     """What `call` returns; a store that does not answer is waited for, as MLflow is.
 
-    Raises: StoreAwayError when it does not answer for RLHF_OUTAGE_SECONDS.
+    Raises: StoreError when it does not answer for RLHF_OUTAGE_SECONDS.
     """
+    from tasks.feedback.store.database import StoreError
+
     deadline = time.monotonic() + settings.outage_seconds
     while True:
         try:
             return call()
-        except StoreAwayError as error:
+        except StoreError as error:
             if time.monotonic() + PAUSE_SECONDS >= deadline:
                 raise
             log.warning("%s; trying again", error)
@@ -87,7 +67,7 @@ def patiently(call: Callable[[], T], settings: Settings) -> T:
 def fetch_snapshot(ref: SnapshotRef, folder: Path, settings: Settings) -> Path:
     """Write the votes of a snapshot as JSON lines, and return the file.
 
-    Raises: DataError when the store has no such snapshot; StoreAwayError.
+    Raises: DataError when the store has no such snapshot; StoreError.
     """
     to = folder / f"{ref.project}-{ref.digest[:16]}.jsonl"
     if to.exists():
@@ -114,7 +94,7 @@ def votes_now(
 
     Returns: the file and what is in it; None and None when the votes are not those of the store.
 
-    Raises: DataError when there is no such project or snapshot, or no vote; StoreAwayError.
+    Raises: DataError when there is no such project or snapshot, or no vote; StoreError.
     """
     wanted = config.preferences
     if config.source == "simulated" or not wanted.store:

@@ -19,7 +19,7 @@ _MAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 
 
 def _length(column: Any) -> int:
-    return int(column.type.length)
+    return int(column.type.length or 0)  # 0 = any length
 
 
 # Postgres refuses what is longer; SQLite would keep it.
@@ -102,19 +102,22 @@ class Pseudonyms:
     name is the same annotator in each file, and nobody can tell who it is without the database.
     """
 
-    def __init__(self, project: FeedbackProject, hashed: bool) -> None:
+    def __init__(self, hashed: bool) -> None:
+        self._hashed = hashed
         self._secret = b""
-        if hashed:
-            with project.database.reading() as session:
-                row = session.get_one(Project, project.id)
-                self._secret = f"{row.id} {row.created_at.isoformat()}".encode()
+
+    def use(self, project: FeedbackProject) -> None:
+        """Take the secret of a project, without which no name is replaced."""
+        with project.database.reading() as session:
+            row = session.get_one(Project, project.id)
+            self._secret = f"{row.id} {row.created_at.isoformat()}".encode()
 
     def name(self, value: str, field: str) -> str:
         """The pseudonym of a name. Raises: BadRowError."""
         found = text(value, field, MOST["annotator"]).strip()
         if not found:
             return ""
-        if self._secret:
+        if self._hashed:
             digest = hmac.new(self._secret, found.encode(), hashlib.sha256).hexdigest()
             return f"h-{digest[:12]}"
         if _MAIL.search(found):

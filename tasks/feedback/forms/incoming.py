@@ -6,13 +6,14 @@ print("\\n".join(imported.lines()))
 An import that was killed is repeated: votes are known by what they say, so none is doubled.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from getpass import getuser
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from rlhf_core.data.columnar import DamagedError
+from rlhf_core.data.prepared import canonical_prompt
 from rlhf_core.data.sources import SourceRows, reread_rows
 from rlhf_core.errors import DataError
 from rlhf_core.reading import UnreadableError
@@ -22,6 +23,7 @@ from tasks.feedback.forms.known import Form, form_of_file
 from tasks.feedback.forms.options import Entry, Imported, ImportOptions, Progress, unseen
 from tasks.feedback.forms.rows import PreferenceRows, in_options
 from tasks.feedback.forms.tools import argilla, labelstudio
+from tasks.feedback.forms.tools.naming import compared_lists
 from tasks.feedback.forms.votes import VoteRows
 from tasks.feedback.store import audit
 from tasks.feedback.store.records import NewPair
@@ -50,6 +52,19 @@ def import_file(
     Raises: DataError when the file cannot be read, is in no known form, or has a bad row while
         `on_bad_row` is `error`; ConfigError for options that contradict each other.
     """
+    return import_checked(lambda: project, path, options, progress=progress, by=by)
+
+
+def import_checked(
+    find: Callable[[], FeedbackProject],
+    path: str,
+    options: ImportOptions | None = None,
+    *,
+    progress: Progress = unseen,
+    by: str = "",
+) -> Imported:
+    """As `import_file`, into a project that is asked for, and so perhaps made, once the file is
+    known to be good."""
     options = options or ImportOptions()
     try:
         source = reread_rows(path, split=options.split, subset=options.subset, limit=options.limit)
@@ -58,17 +73,19 @@ def import_file(
         if options.prompt:
             source = _with_prompt(source, options.prompt)
         form = form_of_file(source, options.form, options.fields)
-        rows = _reader(project, source, form, options)
+        people = Pseudonyms(options.who == "hashed")
+        rows = _reader(source, form, options, people)
         found = _checked(rows, source, form, options, progress)
+        project = find()
+        people.use(project)
         return _put_in(project, rows, found, options, progress, by or getuser())
     except (UnreadableError, DamagedError) as error:  # of a file that is read again
         raise DataError(f"{path}: {error}; check the file, or write it again") from error
 
 
 def _reader(
-    project: FeedbackProject, source: SourceRows, form: Form, options: ImportOptions
+    source: SourceRows, form: Form, options: ImportOptions, people: Pseudonyms
 ) -> VoteRows | PreferenceRows:
-    people = Pseudonyms(project, options.who == "hashed")
     if form.name == "votes":
         unused = [
             name
@@ -82,8 +99,7 @@ def _reader(
             )
         return VoteRows(source, options, people)
     votes = {**form.votes, **options.values()}
-    if form.name in ("label-studio", "argilla"):
-        adapt = labelstudio.adapted if form.name == "label-studio" else argilla.adapted
+    if adapt := _ADAPTED.get(form.name):
         own = adapt(source, options)
         return PreferenceRows(
             own.source, own.names, votes, options, people, sides=own.sides, lost=own.left_out
@@ -92,6 +108,13 @@ def _reader(
     also = {ours: name for ours, name in form.also.items() if name.partition(".")[0] in there}
     names = {**also, **form.fields, **options.fields}
     return PreferenceRows(source, names, votes, options, people)
+
+
+_ADAPTED = {
+    "compared-lists": compared_lists,
+    "label-studio": labelstudio.adapted,
+    "argilla": argilla.adapted,
+}
 
 
 def _with_prompt(source: SourceRows, prompt: str) -> SourceRows:
@@ -112,12 +135,16 @@ def _checked(
     total = len(source.rows)
     found = Imported(source.source, form.title, total + len(source.unreadable))
     gold = 0
+    pairs: set[int] = set()  # by hash: a million of them take 60 MB
     for entry in _shown(rows, total, progress):
-        found.pairs += 1
+        pair = entry.pair
+        texts = frozenset((pair.a.text, pair.b.text))
+        models = frozenset((pair.a.model, pair.b.model))
+        pairs.add(hash((canonical_prompt(pair.prompt), texts, models)))
         found.votes += len(entry.ballots)
         found.skips += sum(ballot.vote == "skip" for ballot in entry.ballots)
-        gold += entry.pair.gold is not None
-    found.gold = gold
+        gold += pair.gold is not None
+    found.gold, found.pairs = gold, len(pairs)
     found.left_out.update(rows.left_out)
     found.unread, found.notes = rows.unread, list(rows.notes)
     if rows.faults and options.on_bad_row == "error":
@@ -187,8 +214,9 @@ def _with_origin(entry: Entry, own: stored.StoredPair | None) -> Entry:
 
 
 def _shown(rows: Iterable[Entry], total: int, progress: Progress) -> Iterator[Entry]:
-    for entry in rows:
-        progress(min(entry.row, total), total)
+    for place, entry in enumerate(rows):
+        if place % CHUNK == 0:
+            progress(min(entry.row, total), total)
         yield entry
     progress(total, total)
 

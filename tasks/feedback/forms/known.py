@@ -79,6 +79,11 @@ FORMS: Mapping[str, Form] = {
         "pairs", "prompt, chosen, rejected", frozenset({"chosen", "rejected"}), writes=True
     ),
     "hh-rlhf": Form("hh-rlhf", "HH-RLHF", frozenset({"chosen", "rejected"}), writes=True),
+    "compared-lists": Form(
+        "compared-lists",
+        "lists of answers with a vote for each pair",
+        frozenset({"responses", "pair_order", "preferences"}),
+    ),
     "nectar": Form("nectar", "Nectar", frozenset({"prompt", "answers"}), writes=True),
     **_published(),
     "label-studio": Form("label-studio", "Label Studio", writes=True),
@@ -123,10 +128,16 @@ def form_of_file(source: SourceRows, wanted: str, mapped: Mapping[str, str]) -> 
     ):
         if rows and all(map(test, rows)):
             return FORMS[name]
+    if FORMS["compared-lists"].columns <= columns:
+        return FORMS["compared-lists"]
     if mapped:
         return FORMS["rows"]
     known = [form for form in _published().values() if form.columns <= columns]
-    return max(known, key=lambda form: len(form.columns), default=FORMS["rows"])
+    if known:
+        return max(known, key=lambda form: len(form.columns))
+    if {"chosen", "rejected"} <= columns:
+        return FORMS["pairs" if "prompt" in columns else "hh-rlhf"]
+    return FORMS["nectar" if {"prompt", "answers"} <= columns else "rows"]
 
 
 def is_ours(row: Row) -> bool:

@@ -80,7 +80,7 @@ class Imported:
     votes: int = 0  # of the file, skips included
     new_votes: int = 0
     skips: int = 0  # among the votes
-    gold: int = 0  # pairs with a right answer
+    gold: int = 0  # rows with a right answer
     asked: int = 0  # pairs put into the queue
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> how many
     bad_rows: list[str] = field(default_factory=list)  # the first of them
@@ -108,7 +108,7 @@ class Imported:
                 f"{self.new_pairs:,} pairs are new."
             )
         if self.gold:
-            found.append(f"{self.gold:,} pairs have a right answer.")
+            found.append(f"{self.gold:,} rows have the right answer of their pair.")
         found += [f"Left out: {count:,} {reason}." for reason, count in self.left_out.items()]
         found += [f"  {row}" for row in self.bad_rows]
         if self.unread:

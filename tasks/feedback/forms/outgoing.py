@@ -60,9 +60,9 @@ class Out(NamedTuple):
         done = 0
         while chunk := list(islice(found, CHUNK)):
             pairs = stored.by_id(self.project, (vote.pair for vote in chunk))
+            done += len(chunk)
+            self.progress(min(done, total), total)
             for vote in chunk:
-                done += 1
-                self.progress(min(done, total), total)
                 if vote.vote == "skip" and not skips:
                     self.lost["skip"] += 1
                     self.lost["note"] += bool(vote.note)

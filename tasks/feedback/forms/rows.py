@@ -126,7 +126,10 @@ class PreferenceRows:
                 entry = self._entry(number, values, votes)
             except BadRowError as bad:
                 where = (self.source.source, self.source.unit, number, bad.field)
-                self.faults.append(Fault(*where, bad.category, in_options(bad.reason)))
+                reason = in_options(bad.reason)
+                if bad.field in EXTRA and bad.field not in self._own.values():
+                    reason += f" (--ignore {bad.field} leaves the column out)"
+                self.faults.append(Fault(*where, bad.category, reason))
                 continue
             if entry is None:
                 self.left_out["pairs of identical answers"] += 1
@@ -170,7 +173,7 @@ class PreferenceRows:
         )
         if not pair.gold:
             self._golden += sum(bool(vote["gold"]) for vote in votes)
-        known = str(self._extra(values, "pair") or "")
+        known = str(find(values, self._own["pair"]) or "") if "pair" in self._own else ""
         ballots = [] if self._options.ask else [self._ballot(values, vote) for vote in votes]
         return Entry(number, pair, ballots, int(known) if known.isdecimal() else None)
 
@@ -195,8 +198,8 @@ class PreferenceRows:
         )
 
     def _right_answer(self, values: Row) -> Any:
-        field = self._options.gold or self._own.get("gold_answer", "gold_answer")
-        value = find(values, field)
+        field = self._options.gold or self._own.get("gold_answer", "")
+        value = find(values, field) if field else None
         if not is_filled(value):
             return None
         sides = self._parsing.columns.sides
@@ -222,7 +225,7 @@ class PreferenceRows:
         own = self._extra(values, field)
         if not is_filled(own) and isinstance(entry, dict):
             own = find(entry, self._own.get("model", "model"))
-        return checks.text(own, self._own.get(field, "model"), MOST["model"])
+        return checks.text(own, self._own.get(field, field), MOST["model"])
 
     def _source(self, found: str) -> str:
         if found == self._file and self._options.source:
@@ -252,7 +255,7 @@ class PreferenceRows:
         fields -= set() if parsing.columns.system else {"system"}
         places = {self._name(field) for field in fields}
         places |= {name for place in places for name in names_in(place)}
-        for field in EXTRA:
+        for field in {*OF_A_BALLOT, "model_a", "model_b", "licence", *self._own}:
             places |= {self._own[field]} if field in self._own else {field, *_ALSO.get(field, ())}
         return places | {*self._options.keep, *self._options.ignore, self._options.gold}
 
@@ -277,7 +280,11 @@ def _unread(values: Row, read: set[str], start: str = "") -> Iterator[str]:
 
 def _with_votes(source: SourceRows, names: Mapping[str, str]) -> SourceRows:
     """Pairs that nobody has voted on yet, with a vote that is not read."""
-    here = {name for _, row in source.rows for name in row}
+    here = set(source.columns())
+    if "votes" in here:
+        return source.mapped(
+            lambda n, row: [(n, row if row.get("votes") else {**row, "votes": ["tie"]})]
+        )
     if any(names.get(field, field) in here for field in _ASKS_FOR):
         return source
     return source.mapped(lambda n, row: [(n, {**row, "vote": "tie"})])

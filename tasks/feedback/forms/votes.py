@@ -20,7 +20,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -93,7 +92,6 @@ class VoteRows:
         self.notes: list[str] = []
         self.unread: dict[str, int] = {}
         self._known = {*SCHEMA.names, *options.ignore}
-        self._file = Path(source.source).name
 
     def __iter__(self) -> Iterator[Entry]:
         self.faults = list(self.source.unreadable)
@@ -151,7 +149,7 @@ class VoteRows:
             said("time", MOST["time"]),
             said("note"),
             said("reason"),
-            said("source", MOST["source"]) or self._options.source or self._file,
+            said("source", MOST["source"]) or self._options.source,
             one_of("kind", KINDS),
             _whole(values.get("ballot")),
         )

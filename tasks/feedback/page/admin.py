@@ -1,12 +1,13 @@
 """The pages of whoever runs a project, and what their buttons do. Everything is for admins only."""
 
-import json
-from collections.abc import Iterator
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.background import BackgroundTask
 
 from rlhf_core.errors import UserError
 from tasks.feedback.admin import numbers, people, writings
@@ -16,7 +17,6 @@ from tasks.feedback.page.pages import page
 from tasks.feedback.page.shield import Address
 from tasks.feedback.store.people import INVITATION_DAYS, SignedIn
 from tasks.feedback.store.records import ProjectRules
-from tasks.feedback.store.snapshots import training_row
 from tasks.feedback.store.store import FeedbackProject
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(admin)])
@@ -25,6 +25,7 @@ Number = Annotated[int, Query(ge=0, le=100_000)]
 Before = Annotated[int | None, Query(ge=1, le=HIGHEST)]
 Search = Annotated[str, Query(max_length=200)]
 Id = Annotated[int, Path(ge=1, le=HIGHEST)]
+Written = Literal["votes", "pairs"]
 Said = dict[str, str | bool]
 
 
@@ -159,17 +160,25 @@ def show_log(who: Admin, project: OwnProject, before: Before = None) -> Response
 
 
 @router.get("/votes.jsonl")
-def download(project: OwnProject) -> Response:
-    """The votes that count, in the form that `data.preferences` reads, as a stream."""
+def download(who: Admin, project: OwnProject, form: Written = "votes") -> Response:
+    """The votes that count now, as a file in a form of `rlhf feedback export`."""
+    from tasks.feedback.forms.options import ExportOptions  # slow, and seldom asked for
+    from tasks.feedback.forms.outgoing import export_file
 
-    def lines() -> Iterator[str]:
-        for vote in project.judgments.stream():
-            if vote.kind != "repeat":
-                yield json.dumps(training_row(vote), ensure_ascii=False) + "\n"
-
+    folder = TemporaryDirectory(prefix="rlhf-votes-")
+    path = FilePath(folder.name) / "votes.jsonl"
+    try:
+        export_file(project, str(path), ExportOptions(form=form), by=who.pseudonym)
+    except BaseException:
+        folder.cleanup()
+        raise
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in project.name)
-    headers = {"Content-Disposition": f'attachment; filename="{name}-votes.jsonl"'}
-    return StreamingResponse(lines(), media_type="application/jsonl", headers=headers)
+    return FileResponse(
+        path,
+        media_type="application/jsonl",
+        filename=f"{name}-{form}.jsonl",
+        background=BackgroundTask(folder.cleanup),
+    )
 
 
 # ---- buttons ----

@@ -110,7 +110,7 @@ class OwnSession(BaseModel):
 
 
 @contextmanager
-def _on_the_clock() -> Iterator[None]:
+def on_the_clock() -> Iterator[None]:
     """Leave at a multiple of `TICK` after entering."""
     start = time.monotonic()
     try:
@@ -167,7 +167,7 @@ def session(who: Here) -> OwnSession:
 @router.get("/api/tasks")
 def tasks(who: Here, project: OwnProject) -> Desk:
     """The two tasks on top of the desk: the one that is shown, and the next."""
-    with _on_the_clock():
+    with on_the_clock():
         found = _tasks(who, project)
         return Desk(tasks=found, paused=not found and project.rules.paused)
 
@@ -176,7 +176,7 @@ def tasks(who: Here, project: OwnProject) -> Desk:
 def vote(posted: PostedVote, who: Here, project: OwnProject) -> None:
     """Keep a vote; the same key twice is one vote."""
     said = Vote(posted.choice, posted.key, posted.seconds, posted.note, posted.reason)
-    with _on_the_clock():
+    with on_the_clock():
         try:
             project.queue.vote(who.annotator, posted.task, said)
         except StaleTaskError as error:
@@ -186,7 +186,7 @@ def vote(posted: PostedVote, who: Here, project: OwnProject) -> None:
 @router.post("/api/undo")
 def undo(posted: PostedUndo, who: Here, project: OwnProject) -> DeskAgain:
     """Take the last vote or skip back; its task is on top of the desk again."""
-    with _on_the_clock():
+    with on_the_clock():
         undone = project.queue.undo(who.annotator, posted.key) is not None
         found = _tasks(who, project)
         return DeskAgain(tasks=found, paused=not found and project.rules.paused, undone=undone)

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp
 
 from rlhf_core.errors import UserError, brief
 from rlhf_core.redaction import masked
-from tasks.feedback.page import admin, annotate, consent, entry, problems
+from tasks.feedback.asking.watching import watching
+from tasks.feedback.page import admin, agreement, annotate, consent, entry, problems
 from tasks.feedback.page.access import may_label
 from tasks.feedback.page.shield import Address, Rates, Shield
 from tasks.feedback.store.store import Store
@@ -44,10 +45,12 @@ def create_app(
     app.state.store = store
     app.state.address = address or Address()
     app.state.rates = rates or Rates()
+    app.state.examiner = agreement.Examiner()
     problems.install(app)
     app.include_router(entry.router)
     app.include_router(consent.router)
     app.include_router(admin.router)
+    app.include_router(agreement.router)
     app.include_router(annotate.router, dependencies=[Depends(may_label)])
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 
@@ -94,7 +97,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"rlhf: {brief(masked(str(error)))}")
     address = Address(settings.label_public_url, options.port, tuple(options.name))
-    Served(create_app(store, address=address), host=options.host, port=options.port).run()
+    with watching(store, settings):
+        Served(create_app(store, address=address), host=options.host, port=options.port).run()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def invitation(token: str, request: Request, store: TheStore) -> Response:
         project=found.project,
         role=found.role,
         expires=found.expires,
+        before=visitor(request),
     )
 
 

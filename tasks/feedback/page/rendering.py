@@ -21,7 +21,7 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.prompts import Prompt
 
 LONGEST_MARKDOWN = 30_000  # characters; a longer text is shown as it was written
 _LONGEST_FORMULA = 4_000  # characters

@@ -19,6 +19,7 @@ from tasks.record.run import close_run_on_exit
 from tasks.record.work_folder import remember_run, work_folder
 from tasks.registry.refs import SnapshotRef
 
+CONTEXT = "agreement"  # of the data set of a report, as MLflow shows it
 SHORT = 16  # digits of a digest, as MLflow shows those of other data
 
 
@@ -52,7 +53,7 @@ def publish(project: FeedbackProject, snapshot: SnapshotInfo | str, record: Reco
             record.add_tags(run_id, own | origin(0, record.settings))
             source = json.dumps({"feedback_project": project.name, "snapshot": info.digest})
             data = Dataset(f"feedback-{project.name}", info.digest[:SHORT], "feedback", source)
-            context = InputTag(tags.DATA_CONTEXT, "agreement")
+            context = InputTag(tags.DATA_CONTEXT, CONTEXT)
             record.client.log_inputs(run_id, datasets=[DatasetInput(data, [context])])
             _write(Path(scratch), quality)
             record.client.log_artifacts(run_id, scratch)

@@ -33,7 +33,7 @@ def as_votes(stream: Iterable[CastVote]) -> Votes:
     """Read votes and skips into arrays, in the order of the stream."""
     pairs: dict[int, int] = {}
     people, reasons, prompts = _Codes(), _Codes(), _Codes()
-    columns: dict[str, tuple[_Codes, dict[int, int]]] = {}
+    columns: dict[str, tuple[_Codes, array[int]]] = {}
     pair, who, why = array("q"), array("q"), array("q")
     choice, first, kind, gold = array("b"), array("b"), array("b"), array("b")
     seconds, at = array("d"), array("d")
@@ -45,10 +45,10 @@ def as_votes(stream: Iterable[CastVote]) -> Votes:
             prompt.append(prompts[digest(canonical_prompt(vote.prompt))])
             lengths.extend((len(vote.response_a), len(vote.response_b)))
             gold.append(_SIDES.get(vote.gold, UNKNOWN))
-            for column, value in vote.kept.items():
-                codes, values = columns.setdefault(column, (_Codes(), {}))
-                if (code := codes[str(value)]) != UNKNOWN:
-                    values[place] = code
+        for column, value in vote.kept.items():
+            codes, values = columns.setdefault(column, (_Codes(), array("q")))
+            values.extend([UNKNOWN] * (len(pair) - len(values)))  # votes that do not have it
+            values.append(codes[str(value)])
         pair.append(place)
         who.append(people[vote.annotator or ""])
         why.append(reasons[vote.reason.strip()])
@@ -58,7 +58,7 @@ def as_votes(stream: Iterable[CastVote]) -> Votes:
         seconds.append(np.nan if vote.seconds is None else vote.seconds)
         at.append(_moment(vote.time))
     groups = {
-        column: Grouping(_filled(values, len(pairs)), codes.names())
+        column: Grouping(_filled(values, len(pair)), codes.names())
         for column, (codes, values) in columns.items()
     }
     return Votes(
@@ -83,9 +83,9 @@ def _array(values: array, kind: type) -> np.ndarray:  # type: ignore[type-arg]
     return np.array(values, dtype=kind)
 
 
-def _filled(values: dict[int, int], count: int) -> Ints:
+def _filled(values: "array[int]", count: int) -> Ints:
     found = np.full(count, UNKNOWN, dtype=np.int64)
-    found[list(values)] = list(values.values())
+    found[: len(values)] = values
     return found
 
 

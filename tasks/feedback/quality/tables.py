@@ -23,6 +23,7 @@ def numbers(quality: Quality) -> dict[str, float]:
         "left_when_balanced": quality.left_when_balanced,
         **vars(quality.habits),
     }
+    measures["skip_rate"] = measures.pop("skips")  # beside their number
     for name, measure in measures.items():
         found |= _bounds(name, measure)
     found |= {"seconds": quality.seconds} if quality.seconds is not None else {}

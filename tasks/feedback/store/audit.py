@@ -32,10 +32,12 @@ def note(
     )
 
 
-def entries(database: Database, project_id: int | None = None) -> Iterator[AuditEntry]:
+def entries(
+    database: Database, project_id: int | None = None, limit: int | None = None
+) -> Iterator[AuditEntry]:
     """The log, newest first."""
     with database.reading() as session:
         query = select(AuditEntry).order_by(AuditEntry.id.desc())
         if project_id is not None:
             query = query.filter_by(project_id=project_id)
-        yield from session.scalars(query)
+        yield from session.scalars(query.limit(limit).execution_options(yield_per=500))

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from sqlalchemy import exists, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
-from rlhf_core.data.prepared import COLUMNS, canonical_prompt, writable
+from rlhf_core.data.prepared import COLUMNS
+from rlhf_core.data.prompts import canonical_prompt, writable
 from rlhf_core.errors import DataError
 from tasks.feedback.store.clock import now
 from tasks.feedback.store.database import Database

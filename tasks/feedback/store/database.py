@@ -93,10 +93,15 @@ class Database:
         with self.explained(), Session(self.engine) as session, session.begin():
             if self.is_sqlite:
                 session.connection(execution_options={"sqlite_begin": "IMMEDIATE"})
-            elif project is not None:
-                turn = select(Project.id).where(Project.id == project)
-                session.execute(turn.with_for_update(key_share=True))
+            if project is not None:
+                self.take_turn(session, project)
             yield session
+
+    def take_turn(self, session: Session, project: int) -> None:
+        """Wait until no other transaction writes to a project; none will until this one ends."""
+        if not self.is_sqlite:  # where its turn has come as soon as it begins
+            turn = select(Project.id).where(Project.id == project)
+            session.execute(turn.with_for_update(key_share=True))
 
     def migrate(self) -> None:
         """Bring the tables to the present version; safe while others do the same.

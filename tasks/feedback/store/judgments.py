@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
-from rlhf_core.data.encoding import Prompt as PromptText
+from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
 from tasks.feedback.store.content import (

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session as Transaction
 
-from rlhf_core.errors import UserError
+from rlhf_core.errors import DataError, UserError
 from tasks.feedback.store import audit, clock
+from tasks.feedback.store.content import check_text
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import Role
 from tasks.feedback.store.tables import (
@@ -23,6 +24,8 @@ from tasks.feedback.store.tables import (
 )
 
 INVITATION_DAYS = 14.0
+MOST_DAYS = 3660.0
+LONGEST_NAME, LONGEST_ADDRESS = 200, 320  # characters
 SESSION_HOURS = 12.0
 SEEN_EVERY = timedelta(minutes=1)  # how exactly the last use of a session is known
 
@@ -71,9 +74,22 @@ class People:
 
         Args:
             annotator: somebody who comes back; None = a new one.
+
+        Raises: DataError for a name, an address or a time that cannot be.
         """
+        check_text("the name of a person", name)
+        check_text("an address", email)
+        if len(name) > LONGEST_NAME or len(email) > LONGEST_ADDRESS:
+            raise DataError(
+                f"the name or the address of a person is longer than {LONGEST_NAME} or "
+                f"{LONGEST_ADDRESS} characters"
+            )
+        if not 0 < days <= MOST_DAYS:
+            raise DataError(f"a link lasts between 0 and {MOST_DAYS:,.0f} days; not {days:g}")
         token = secrets.token_urlsafe(32)
-        with self._database.writing() as session:
+        with self._database.writing(self._project) as session:
+            if annotator is not None:
+                self._get(session, annotator)
             session.add(
                 Invitation(
                     project_id=self._project,
@@ -115,14 +131,34 @@ class People:
             )
 
     def forget(self, annotator_id: int, by: str) -> None:
-        """Delete who is behind a pseudonym; the votes stay."""
-        with self._database.writing() as session:
+        """Delete who is behind a pseudonym, wherever it is written; the votes stay.
+
+        That is the name and the address, also in links that wait for the same person. What the
+        person wrote in notes stays, and so does the pseudonym.
+        """
+        with self._database.writing(self._project) as session:
+            self._get(session, annotator_id)
+            identity = session.get(Identity, annotator_id)
+            same = [Invitation.annotator_id == annotator_id]
+            if identity is not None and identity.email:
+                same.append(func.lower(Invitation.email) == identity.email.lower())
+            elif identity is not None and identity.name:
+                same.append((Invitation.name == identity.name) & (Invitation.email == ""))
+            session.execute(
+                update(Invitation)
+                .where(Invitation.project_id == self._project, or_(*same))
+                .values(name="", email="")
+                .execution_options(synchronize_session=False)
+            )
             session.execute(delete(Identity).where(Identity.annotator_id == annotator_id))
-            for invitation in session.scalars(
-                select(Invitation).filter_by(annotator_id=annotator_id)
-            ):
-                invitation.name = invitation.email = ""
             audit.note(session, self._project, by, "forget", str(annotator_id))
+        self._database.erase("identities", "invitations")
+
+    def _get(self, session: Transaction, annotator_id: int) -> Annotator:
+        person = session.get(Annotator, annotator_id)
+        if person is None or person.project_id != self._project:
+            raise DataError("there is no such person in this project")
+        return person
 
 
 class Door:
@@ -138,10 +174,12 @@ class Door:
 
         Raises: InvitationError when the link is unknown, used, revoked or too old.
         """
+        link = select(Invitation).filter_by(token_digest=token_digest(token))
         with self._database.writing() as session:
-            found = session.scalar(
-                select(Invitation).filter_by(token_digest=token_digest(token)).with_for_update()
-            )
+            project = session.scalar(link.with_only_columns(Invitation.project_id))
+            if project is not None:
+                self._database.take_turn(session, project)
+            found = session.scalar(link)
             if found is None or found.used_at or found.revoked_at:
                 raise InvitationError("This link was used before, or there is no such link.")
             if found.expires_at < clock.now():
@@ -149,6 +187,7 @@ class Door:
             found.used_at = clock.now()
             if found.annotator_id is None:
                 found.annotator_id = self._newcomer(session, found)
+            session.execute(delete(Session).where(Session.expires_at < clock.now()))
             browser = secrets.token_urlsafe(32)
             session.add(
                 Session(

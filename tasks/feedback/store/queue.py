@@ -200,12 +200,15 @@ class Queue:
         return made
 
     def _expire(self, session: Session) -> None:
-        """Free the pairs whose lease is over; their tasks leave the desk."""
+        """Free the pairs whose lease is over, or whose annotator was paused or has left."""
+        absent = exists().where(
+            Annotator.id == Assignment.annotator_id, Annotator.state != "active"
+        )
         over = session.scalars(
             select(Assignment).where(
                 Assignment.project_id == self._project,
                 Assignment.state == "open",
-                Assignment.leased_until < clock.now(),
+                (Assignment.leased_until < clock.now()) | absent,
             )
         ).all()
         self._give_back(session, over)

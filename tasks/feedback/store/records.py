@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.prompts import Prompt
 
 Side: TypeAlias = Literal["a", "b"]
 Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]

@@ -66,8 +66,8 @@ def quality(simulated):
     skips = np.flatnonzero(votes.annotator > 1)[::9]
     choice[skips], reason[skips] = SKIP, np.arange(len(skips)) % 2
     reason[skips[0]] = 2
-    codes = np.where(np.arange(votes.pairs) < 4, 1, 0)
-    codes[:2] = UNKNOWN
+    codes = np.where(votes.pair < 4, 1, 0)
+    codes[votes.pair < 2] = UNKNOWN
     topics = Grouping(codes, ("law", "art"))
     reasons = ("too long", "I know the author", "my name is Eve")
     return assess(

@@ -71,7 +71,7 @@ BY_HAND = votes_of(
     ],
 )
 def test_a_habit_by_hand(habit, value, of):
-    found = share_of_all(BY_HAND, habits(BY_HAND)[habit])
+    found = share_of_all(BY_HAND, habits(BY_HAND, others(BY_HAND))[habit])
     assert (found.value, found.of) == (pytest.approx(value), of)
 
 
@@ -120,7 +120,7 @@ def test_intervals_hold_for_each_kind_of_person(simulated):
     missed = dict.fromkeys(("left", "longer", "gold"), 0)
     for seed in range(40):
         votes = simulated(PEOPLE, pairs=100, each=3, gold=60, repeats=0, prompts=60, seed=seed)
-        cases = habits(votes)
+        cases = habits(votes, others(votes))
         for name in missed:
             found = shares_of(votes, cases[name], votes.annotator, len(PEOPLE))
             for who, habit in enumerate(PEOPLE.values()):
@@ -142,8 +142,8 @@ def test_sides_that_follow_the_quality_are_told_from_a_habit(simulated):
     presses = (votes.annotator == 6) & (np.random.default_rng(1).random(len(votes)) < 0.5)
     choice = np.where(presses, left, votes.choice).astype(np.int8)
     moved = Votes(**{**vars(votes), "first": left.astype(np.int8), "choice": choice})
-    plain = shares_of(moved, habits(moved)["left"], moved.annotator, 7)
-    balanced = left_when_balanced(moved, moved.annotator, 7)
+    plain = shares_of(moved, habits(moved, others(moved))["left"], moved.annotator, 7)
+    balanced = left_when_balanced(moved, others(moved), moved.annotator, 7)
     assert min(plain.share) > 0.7  # everybody seems to press left
     assert all(m.low < 0.55 for m in balanced[:6])
     assert balanced[6].low > 0.6

@@ -59,7 +59,7 @@ LINES: list[tuple[str, ...]] = [
     *(("deploy", folder) for folder in ("", " ")),
     *(("exec", program) for program in ("", " ", "no-such-program", LONG, "/dev/null")),
     *(("up", "--configs", folder) for folder in ("", " ")),
-    *(("up", option, port) for option in ("--prefect-port", "--mlflow-port")
+    *(("up", option, port) for option in ("--prefect-port", "--mlflow-port", "--label-port")
       for port in ("", "0", "-1", "70000", "x", "1e3", "nan")),
     *(("generate", option, value, "A text") for option in ("--samples", "--max-new-tokens")
       for value in ("", "0", "-1", "x", "1.5", "nan")),

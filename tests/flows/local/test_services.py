@@ -15,6 +15,7 @@ import threading
 import time
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import chain, combinations
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -26,9 +27,11 @@ from flows.config import PipelineConfig
 from flows.local import find, reaper, serve
 from flows.local.supervisor import Service, ServiceError, Supervisor
 from rlhf_core.errors import UserError
+from tasks.feedback.store.store import Store
 from tasks.servers.client import ask
 from tasks.settings import Settings
 
+PORT_OPTIONS = ("--prefect-port", "--mlflow-port", "--label-port")
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 PIPELINES = {"flows": {"name": {"any_": ["rlhf"]}}}
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -382,13 +385,14 @@ class Up:
         self.configs.mkdir(parents=True)
         make_hostile(self.folder)
         shutil.copy(TINY, self.configs)
-        self.prefect, self.mlflow = free_port(), free_port()
+        self.prefect, self.mlflow, self.label = free_port(), free_port(), free_port()
         self.output = folder / "output"
         self._proof: dict[str, str] = {}
         with self.output.open("w") as output:
             self.process = rlhf(
                 *("up", "--configs", "my-configs"),
                 *("--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow)),
+                *("--label-port", str(self.label)),
                 home=self.home,
                 cwd=self.folder,
                 stdout=output,
@@ -464,6 +468,7 @@ def test_up_shows_where_everything_is(up):
     assert {log.name for log in (up.home / "logs").iterdir()} == {
         "prefect.log",
         "mlflow.log",
+        "label.log",
         "worker.log",
         "deploy.log",
     }
@@ -471,13 +476,31 @@ def test_up_shows_where_everything_is(up):
 
 @pytest.mark.integration
 def test_up_serves_on_the_loopback_address_alone(up):
-    for port in (up.prefect, up.mlflow):
+    for port in (up.prefect, up.mlflow, up.label):
         listening = [
             line.split()
             for line in Path("/proc/net/tcp").read_text().splitlines()
             if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"
         ]
         assert [fields[1].split(":")[0] for fields in listening] == ["0100007F"]
+
+
+@pytest.mark.integration
+def test_up_serves_the_page_for_annotators(up):
+    """A link of `rlhf feedback invite` leads to it; secrets are in no log and no command line."""
+    Store.open(up.settings).project("people", make=True)
+    code, link, errors = captured("feedback", "invite", "people", home=up.home)
+    assert (code, errors) == (0, "")
+    assert link.startswith(f"http://127.0.0.1:{up.label}/enter/")
+    assert b"Come in" in ask(link.strip())
+    assert f"People label at http://127.0.0.1:{up.label}" in up.output.read_text()
+    logs = "".join(log.read_text() for log in (up.home / "logs").iterdir())
+    assert link.strip().rpartition("/")[2] not in logs
+    code, _, errors = captured("label", "people", "--port", str(up.label), home=up.home)
+    assert code == 2
+    assert "`rlhf up` serves the page at" in errors
+    code, _, errors = captured("label", "nobody", "--port", str(free_port()), home=up.home)
+    assert (code, "there is no feedback project 'nobody'" in errors) == (2, True)
 
 
 @pytest.mark.integration
@@ -688,12 +711,10 @@ def test_a_second_up_in_the_same_home_says_so(up):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("option", ["--prefect-port", "--mlflow-port"])
+@pytest.mark.parametrize("option", PORT_OPTIONS)
 def test_a_port_in_use_is_named_with_its_option(up, tmp_path, option):
-    other = {"--prefect-port": "--mlflow-port", "--mlflow-port": "--prefect-port"}[option]
-    code, output, errors = captured(
-        "up", option, str(up.prefect), other, str(free_port()), home=tmp_path
-    )
+    ports = {name: str(free_port()) for name in PORT_OPTIONS} | {option: str(up.prefect)}
+    code, output, errors = captured("up", *chain(*ports.items()), home=tmp_path)
     assert (code, output) == (2, "")
     sentence = (
         f"Port {up.prefect} is already in use: free it, or choose another port with {option}."
@@ -703,10 +724,12 @@ def test_a_port_in_use_is_named_with_its_option(up, tmp_path, option):
 
 
 @pytest.mark.integration
-def test_both_ports_the_same(tmp_path):
+@pytest.mark.parametrize("options", list(combinations(PORT_OPTIONS, 2)))
+def test_two_ports_the_same(tmp_path, options):
     port = str(free_port())
-    code, _, errors = captured("up", "--prefect-port", port, "--mlflow-port", port, home=tmp_path)
+    code, _, errors = captured("up", *chain(*((name, port) for name in options)), home=tmp_path)
     assert code == 2
+    assert f"{options[0]} and {options[1]} are both {port}" in errors
     assert "choose different ports" in errors
 
 

@@ -14,6 +14,7 @@ from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
@@ -49,7 +50,7 @@ each_service = pytest.mark.parametrize("service", SERVICES)
 def test_all_that_was_asked_for_is_there():
     assert set(SERVICES) == {
         *("check", "postgres", "databases", "s3", "bucket", "mlflow", "prefect"),
-        *("deploy", "worker", "tools"),
+        *("label", "deploy", "worker", "tools"),
     }
 
 
@@ -99,16 +100,31 @@ def test_ports_are_on_loopback_unless_said_otherwise(service):
         assert re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port)
 
 
-def test_only_the_two_pages_can_be_reached():
+def test_only_the_three_pages_can_be_reached():
     assert {name for name, declared in SERVICES.items() if "ports" in declared} == {
         "mlflow",
         "prefect",
+        "label",
     }
 
 
-def test_a_worker_reaches_the_servers_and_no_store():
-    assert compose()["networks"]["back"] == {"internal": True}
-    assert SERVICES["worker"]["networks"] == ["front"]
+def test_a_worker_reaches_the_servers_and_the_votes_and_no_other_store():
+    """Of Postgres, whose roles open one database each, it has the role of the votes alone."""
+    networks = compose()["networks"]
+    assert networks["back"] == networks["feedback"] == {"internal": True}
+    assert SERVICES["worker"]["networks"] == ["front", "feedback"]
+    on_feedback = {name for name, it in SERVICES.items() if "feedback" in it["networks"]}
+    assert on_feedback == {"postgres", "label", "worker"}
+    for name in ("worker", "label"):
+        databases = re.findall(r"@postgres:5432/(\w+)", str(SERVICES[name]["environment"]))
+        assert databases == ["feedback"]
+        assert "S3_" not in str(SERVICES[name]["environment"])
+    for name, declared in SERVICES.items():
+        if name not in ("check", "databases", "tools", "worker", "label"):
+            assert "POSTGRES_FEEDBACK_PASSWORD" not in str(declared.get("environment"))
+
+
+def test_the_back_is_for_the_servers_alone():
     assert {name for name, declared in SERVICES.items() if "back" in declared["networks"]} == {
         *("postgres", "databases", "s3", "bucket", "mlflow", "prefect", "tools"),
     }
@@ -207,7 +223,7 @@ def test_a_pod_can_do_no_more_than_it_needs(pod):
         "capabilities": {"drop": ["ALL"]},
     }
     for variable in container["env"]:
-        secret = re.search("PASSWORD|AUTH_STRING$", variable["name"])
+        secret = re.search("PASSWORD|AUTH_STRING$|DATABASE$", variable["name"])
         assert ("valueFrom" in variable) == bool(secret), variable
 
 
@@ -237,6 +253,7 @@ WAYS_IN = [
     {"RLHF_BIND": "192.168.1.5"},
     {"RLHF_PREFECT_URL": "https://prefect.example.org"},
     {"RLHF_MLFLOW_URL": "http://ml:5000", "RLHF_MLFLOW_HOST": "ml:5000"},
+    {"RLHF_LABEL_URL": "https://label.example.org"},
 ]
 
 
@@ -506,6 +523,40 @@ class TestStack:
             with pytest.raises(OperationalError, match="permission denied"):
                 create_engine(url.set(database=other)).connect()
 
+    def test_a_person_labels_and_the_vote_is_in_postgres(self, running):
+        """The link comes from `tools`, the page from `label`, and a worker finds the vote."""
+        from sqlalchemy import create_engine, text
+
+        running.python(
+            "from tasks.feedback.store.records import Answer, NewPair\n"
+            "from tasks.feedback.store.store import Store\n"
+            "pair = NewPair('Which?', Answer('this', 'm1'), Answer('that', 'm2'), wanted=1)\n"
+            "Store.open().project('people', make=True).content.add([pair])"
+        )
+        printed = running.run("tools", "feedback", "invite", "people", "--name", "Ann")
+        (link,) = re.findall(r"^http://\S+/enter/\S+$", printed, re.M)
+        address = running.environment("label")["RLHF_LABEL_URL"]
+        assert link.startswith(f"{address}/enter/")
+        with httpx.Client(base_url=address) as page:
+            assert page.get(link).status_code == 200
+            assert page.post(link, json={}).json() == {"to": "/"}
+            consent = page.get("/consent").text
+            page.headers["X-CSRF-Token"] = re.search(r'name="csrf" content="([^"]+)"', consent)[1]
+            assert page.get("/api/tasks").status_code == 403
+            assert page.post("/consent", json={"version": "1", "agreed": True}).is_success
+            (task,) = re.findall(r'"task":\s*"([0-9a-f]{32})"', page.get("/api/tasks").text)
+            said = {"task": task, "choice": "left", "key": "0123456789abcdef", "note": "so be it"}
+            assert page.post("/api/votes", json=said).is_success
+            foreign = page.get("/consent", headers={"Host": "evil.example"})
+            assert foreign.status_code == 403
+        engine = create_engine(running.environment("worker")["RLHF_FEEDBACK_DATABASE"])
+        with engine.connect() as connection:
+            rows = connection.execute(text("select vote, note, source from judgments")).all()
+        engine.dispose()
+        assert [(row.vote in ("a", "b"), row.note) for row in rows] == [(True, "so be it")]
+        token = link.rpartition("/")[2]
+        assert token not in running.log("label")
+
     def test_the_artifacts_ask_for_a_key(self, running):
         address = running.environment("bucket")["AWS_ENDPOINT_URL"]
         assert status(f"{address}/mlflow?list-type=2") == 403
@@ -665,6 +716,7 @@ class TestUp:
         prefect, mlflow = free_port(), free_port()
         command = [sys.executable, "-m", "flows", "up", "--configs", tmp_path / "configs"]
         ports = ["--prefect-port", str(prefect), "--mlflow-port", str(mlflow)]
+        ports += ["--label-port", str(free_port())]
         output, home, secret = tmp_path / "output", tmp_path / "home", "p%w: d-and-more"
         with output.open("w") as log:
             up = subprocess.Popen(

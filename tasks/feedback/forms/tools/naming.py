@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.forms.fields import listed
-from rlhf_core.data.sources import SourceRows
+from rlhf_core.data.sources import Row, SourceRows
 from rlhf_core.errors import DataError
 from tasks.feedback.forms.options import ImportOptions
 
@@ -43,6 +43,34 @@ def answers_in(keys: Iterable[str]) -> list[str]:
             groups.setdefault(found[1].lower(), []).append((number, place, key))
     best = max(groups.values(), key=len, default=[])
     return [key for _, _, key in sorted(best)] if len(best) > 1 else []
+
+
+def compared_lists(source: SourceRows, options: ImportOptions) -> Adapted:
+    """Rows with `responses`, `pair_order` (which two of them, from 1) and `preferences`, as rows of
+    pairs. The prompt is a column that is called so, or `question`."""
+    names = {"prompt": prompt_in(source.columns()) or "prompt", **options.fields}
+    answers = {"response_a": "response_a", "response_b": "response_b"}
+
+    def change(number: int, row: Row) -> Iterator[tuple[int, Row]]:
+        lists = [row.get(name) for name in ("responses", "pair_order", "preferences")]
+        texts, order, said = (found if isinstance(found, list) else [] for found in lists)
+        beside = {
+            name: value
+            for name, value in row.items()
+            if name not in ("responses", "pair_order", "preferences")
+        }
+        for place in range(max(len(order), len(said), 1)):
+            both = order[place] if place < len(order) else None
+            both = both if isinstance(both, list) and len(both) == 2 else [0, 0]
+            pair = {
+                name: texts[n - 1] if isinstance(n, int) and 1 <= n <= len(texts) else None
+                for name, n in zip(answers, both, strict=True)
+            }
+            vote = said[place] if place < len(said) else None
+            name = f"{row.get('id', number)}-{both[0]}-{both[1]}"
+            yield number, {**beside, **pair, "id": name, "vote": vote}
+
+    return Adapted(source.mapped(change), {**names, **answers}, Counter())
 
 
 def places(
