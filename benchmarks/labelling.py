@@ -189,9 +189,7 @@ def curves(pool: str, seeds: int) -> Curves:
         g = torch.Generator().manual_seed(seed + 10_000)
         random = torch.randperm(PAIRS, generator=g)[:RANDOM_LABELS].tolist()
         queue.run(int(RANDOM_LABELS / (1 - SHARES.random - SHARES.hold_out)) + 2 * STEP)
-        whole = [
-            [i for i in queue.labelled[:n] if queue.arms[i] != "hold_out"] for n in sizes
-        ]
+        whole = [[i for i in queue.labelled[:n] if queue.arms[i] != "hold_out"] for n in sizes]
         orders = [random, queue.of("design"), queue.trained()]
         for rows, order in zip(found, orders, strict=False):
             rows.append([learned(world, order[:n]) for n in sizes])

@@ -18,6 +18,7 @@ from rlhf_core.labelling.design import d_optimal
 from rlhf_core.labelling.probe import Probe
 
 HORIZON = 1000  # pairs of the design that are put in order; those behind come by hash
+POOL = 5000  # pairs of the design that are looked at for that, the first by the hash
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def order_queue(
     shares: Shares,
     by_design: bool = True,
     horizon: int = HORIZON,
+    pool: int = POOL,
 ) -> list[Placed]:
     """All pairs of a queue in their order, each with the arm that its label will belong to.
 
@@ -60,6 +62,7 @@ def order_queue(
             random arm.
         horizon: how many pairs of the design are put in order; those behind them come by hash and
             belong to the random arm, until the next time.
+        pool: how many pairs of the design are looked at, so that a long queue costs no more.
     """
     arms = [_arm(waiting, group, salt, shares) for group in range(len(waiting.names))]
     of: dict[Arm, list[int]] = defaultdict(list)
@@ -69,7 +72,7 @@ def order_queue(
     of["hold_out"] = _one_of_each(of["hold_out"], waiting.groups, waiting.asked)
     chosen: list[int] = []
     if by_design and of["design"]:
-        chosen = _designed(waiting, of["design"], features, probe, horizon)
+        chosen = _designed(waiting, of["design"][:pool], features, probe, horizon)
     first = set(chosen)
     of["design"] = chosen + [pair for pair in of["design"] if pair not in first]
 

@@ -110,7 +110,9 @@ def test_a_group_waits_until_each_other_had_its_turn():
     assert one_each.chosen.tolist()[0] == 0
     assert set(one_each.chosen.tolist()[1:3]) == {2, 3}
     assert one_each.chosen.tolist()[3] == 1
-    asked = d_optimal(x, torch.ones(4), torch.eye(2), 4, groups=groups, asked=torch.tensor([1, 0, 0]))
+    asked = d_optimal(
+        x, torch.ones(4), torch.eye(2), 4, groups=groups, asked=torch.tensor([1, 0, 0])
+    )
     assert set(asked.chosen.tolist()[:2]) == {2, 3}
 
 

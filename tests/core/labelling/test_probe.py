@@ -89,7 +89,10 @@ def test_chances_average_over_what_the_layer_may_be():
 
 def test_a_space_keeps_what_varies_and_scales_it_to_one():
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 2, generator=g).double() @ torch.tensor([[3.0, 0, 0], [0, 5.0, 0]]).double()
+    x = (
+        torch.randn(200, 2, generator=g).double()
+        @ torch.tensor([[3.0, 0, 0], [0, 5.0, 0]]).double()
+    )
     space = space_of(x)
     assert space.directions.shape == (3, 2)  # the third never varies
     assert space(x).square().sum(1).mean().item() == pytest.approx(1)

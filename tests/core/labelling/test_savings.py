@@ -86,9 +86,7 @@ def test_losses_are_of_prompts_and_not_of_votes():
     )
     often = torch.cat([torch.arange(50), torch.zeros(99, dtype=torch.int64)])
     estimates = [
-        estimate_savings(
-            design, control, held, generator=torch.Generator().manual_seed(0), parts=1
-        )
+        estimate_savings(design, control, held, generator=torch.Generator().manual_seed(0), parts=1)
         for held in (hold_out, hold_out.at(often))
     ]
     assert estimates[0].design_loss == pytest.approx(estimates[1].design_loss, abs=1e-9)
