@@ -34,7 +34,7 @@ from torch import Tensor
 from rlhf_core.data.near import near_groups
 from rlhf_core.labelling.arms import Arm, Shares
 from rlhf_core.labelling.order import Waiting, order_queue
-from rlhf_core.labelling.probe import Probe, fit_probe, no_votes
+from rlhf_core.labelling.probe import Probe, fit_probe
 from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
 
 PAGE = Path(__file__).parents[1] / "docs/feedback/fewer_labels.md"
@@ -230,7 +230,7 @@ def with_interval(ours: Tensor, theirs: Tensor, measure: int) -> tuple[float, fl
 
 def labels_table(seeds: int) -> Iterator[str]:
     """The rows of the first table; draws the picture."""
-    yield "| pool | measure | design arm alone | the queue: design and control | with the hold-out |"
+    yield "| pool | measure | design arm alone | design and control arm | with the hold-out |"
     yield "|---|---|---|---|---|"
     figure, axes = plt.subplots(1, len(POOLS), figsize=(3.2 * len(POOLS), 3), sharex=True)
     for pool, axis in zip(POOLS, axes, strict=True):
@@ -257,8 +257,8 @@ def labels_table(seeds: int) -> Iterator[str]:
 def estimate_table(seeds: int) -> Iterator[str]:
     """The rows of the second table: the live estimate after 500 and 1,500 labels."""
     yield (
-        "| pool | labels | truly saved | estimate: median (quartiles) | interval contains the truth "
-        "| estimate above 0 |"
+        "| pool | labels | truly saved | estimate: median (quartiles) "
+        "| interval contains the truth | estimate above 0 |"
     )
     yield "|---|---|---|---|---|---|"
     for pool in POOLS:

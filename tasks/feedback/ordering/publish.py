@@ -1,4 +1,4 @@
-"""What the order of a queue saves, as curves in MLflow: a run a project, a step a count of votes."""
+"""What the order of a queue saves, as curves in MLflow: one run a project."""
 
 import time
 

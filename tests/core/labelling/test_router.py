@@ -92,5 +92,5 @@ def test_the_interval_of_an_audit_covers():
 def test_lists_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="for each pair"):
         audit_error([1], [1, 0], [1], 7, generator=torch.Generator())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         route(["x"], [], RouterConfig(), "demo")

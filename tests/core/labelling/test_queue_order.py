@@ -115,7 +115,7 @@ def test_what_is_held_out_stays_so_and_what_was_trained_on_is_not():
 
 def test_another_process_finds_the_same_order():
     code = (
-        "import sys; sys.path.insert(0, 'tests/core/labelling'); from test_order import *; "
+        "import sys; sys.path.insert(0, 'tests/core/labelling'); from test_queue_order import *; "
         "print([(p.pair, p.arm) for p in order(waiting())])"
     )
     found = subprocess.run(
