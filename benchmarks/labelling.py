@@ -22,7 +22,7 @@ the functions that the project uses. Five pools of 4,000 pairs:
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,6 @@ from rlhf_core.labelling.probe import Probe, fit_probe
 from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
 
 PAGE = Path(__file__).parents[1] / "docs/feedback/fewer_labels.md"
-PICTURE = Path(__file__).parents[1] / "docs/images/fewer_labels.png"
 PAIRS, TESTED, SIZE, STEP = 4000, 4000, 32, 50
 RANDOM_LABELS = 1000
 HOT = {"redundant": 10, "copied": 40}  # prompts that are copied
@@ -179,8 +178,11 @@ class Curves(NamedTuple):
     whole: Tensor  # the same by all labels, those of the hold-out included
 
 
-def curves(pool: str, seeds: int) -> Curves:
-    """Learning curves of the random order and of the queue."""
+def curves(pool: str, seeds: int, work: Path) -> Curves:
+    """Learning curves of the random order and of the queue, computed once for a folder."""
+    kept = work / f"curves-{pool}-{seeds}.pt"
+    if kept.exists():
+        return Curves(*torch.load(kept))
     sizes = range(STEP, RANDOM_LABELS + 1, STEP)
     found: list[list[list[tuple[float, float]]]] = [[], [], [], []]
     for seed in range(seeds):
@@ -194,7 +196,10 @@ def curves(pool: str, seeds: int) -> Curves:
         for rows, order in zip(found, orders, strict=False):
             rows.append([learned(world, order[:n]) for n in sizes])
         found[3].append([learned(world, some) for some in whole])
-    return Curves(*(torch.tensor(rows, dtype=torch.float64) for rows in found))
+    made = Curves(*(torch.tensor(rows, dtype=torch.float64) for rows in found))
+    work.mkdir(parents=True, exist_ok=True)
+    torch.save(tuple(made), kept)
+    return made
 
 
 def saved(ours: Tensor, theirs: Tensor, measure: int) -> float:
@@ -228,13 +233,13 @@ def with_interval(ours: Tensor, theirs: Tensor, measure: int) -> tuple[float, fl
     return saved(ours, theirs, measure), low.item(), high.item()
 
 
-def labels_table(seeds: int) -> Iterator[str]:
+def labels_table(pools: Sequence[str], seeds: int, work: Path) -> Iterator[str]:
     """The rows of the first table; draws the picture."""
     yield "| pool | measure | design arm alone | design and control arm | with the hold-out |"
     yield "|---|---|---|---|---|"
-    figure, axes = plt.subplots(1, len(POOLS), figsize=(3.2 * len(POOLS), 3), sharex=True)
-    for pool, axis in zip(POOLS, axes, strict=True):
-        found = curves(pool, seeds)
+    figure, axes = plt.subplots(1, len(pools), figsize=(3 * len(pools), 3), squeeze=False)
+    for pool, axis in zip(pools, axes[0], strict=True):
+        found = curves(pool, seeds, work)
         for measure, name in enumerate(("accuracy", "loss")):
             cells = [
                 "{:.0%} ({:.0%} to {:.0%})".format(*with_interval(ours, found.random, measure))
@@ -244,24 +249,23 @@ def labels_table(seeds: int) -> Iterator[str]:
         sizes = torch.arange(1, found.random.shape[1] + 1) * STEP
         for curve, label in ((found.random, "random"), (found.queue, "queue")):
             axis.plot(sizes, curve[:, :, 0].mean(0), label=label)
-        axis.set(title=pool, xlabel="labels", ylabel="accuracy" if pool == POOLS[0] else None)
+        axis.set(title=pool, xlabel="labels", ylabel="accuracy" if pool == pools[0] else None)
         axis.legend(frameon=False)
     figure.tight_layout()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(work / "fewer_labels.png", dpi=110)
 
 
 # ---- the estimate ----
 
 
-def estimate_table(seeds: int) -> Iterator[str]:
+def estimate_table(pools: Sequence[str], seeds: int, _: Path) -> Iterator[str]:
     """The rows of the second table: the live estimate after 500 and 1,500 labels."""
     yield (
         "| pool | labels | truly saved | estimate: median (quartiles) "
         "| interval contains the truth | estimate above 0 |"
     )
     yield "|---|---|---|---|---|---|"
-    for pool in POOLS:
+    for pool in pools:
         for labels in (500, 1500):
             found: list[Savings] = []
             ours: list[Tensor] = []
@@ -300,13 +304,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--tables", nargs="+", choices=("labels", "estimate"),
                         default=("labels", "estimate"))  # fmt: skip
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=POOLS)
+    parser.add_argument("--work", type=Path, default=Path(".rlhf/bench/labelling"),
+                        help="keeps the curves and the picture")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="into the page of the docs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tables = {"labels": labels_table, "estimate": estimate_table}
     for name in arguments.tables:
         rows = []
-        for row in tables[name](arguments.seeds):
+        for row in tables[name](arguments.pools, arguments.seeds, arguments.work):
             print(row, flush=True)
             rows.append(row)
         if arguments.write:

@@ -64,7 +64,8 @@ def near_groups(texts: Sequence[str]) -> list[int]:
             continue
         hashed = min_hash(shingles)
         for other in sorted(index.query(hashed)):
-            if jaccard(shingles, sets[other]) >= NEAR:
+            # Of a group that it is in already, nothing more is to be known.
+            if root(text) != root(other) and jaccard(shingles, sets[other]) >= NEAR:
                 first[root(text)] = root(other)
         index.insert(text, hashed, check_duplication=False)
     numbers: dict[str, int] = {}

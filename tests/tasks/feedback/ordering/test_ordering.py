@@ -21,7 +21,8 @@ from tasks.feedback.store.store import Store
 from tasks.feedback.store.tables import Pair
 from tasks.record.record import Record
 
-WORDS = "a fine room with a quiet view the film was long and dull it works it is cheap".split()
+TEXT = "a fine room with a quiet view the film was long and dull it works it is cheap"
+WORDS = TEXT.split(" ")
 
 
 def text(i, length=6):
