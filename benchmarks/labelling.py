@@ -5,7 +5,7 @@
     python benchmarks/labelling.py --write docs           # and into docs/feedback/fewer_labels.md
 
 A pair has features x = h(a) - h(b) in 32 directions of falling size, people prefer a with chance
-σ(wᵀx), and log-odds have a standard deviation of 3. The queue is ordered again every 50 labels by
+σ(wᵀx), and log-odds have a standard deviation of 3. The queue is ordered again every 100 labels by
 the functions that the project uses. Five pools of 4,000 pairs:
 
     iid         all prompts are different
@@ -38,7 +38,7 @@ from rlhf_core.labelling.probe import Probe, fit_probe
 from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
 
 PAGE = Path(__file__).parents[1] / "docs/feedback/fewer_labels.md"
-PAIRS, TESTED, SIZE, STEP = 4000, 4000, 32, 50
+PAIRS, TESTED, SIZE, STEP = 4000, 4000, 32, 100
 RANDOM_LABELS = 1000
 HOT = {"redundant": 10, "copied": 40}  # prompts that are copied
 COPIES, EDIT = 0.9, 0.1  # share of the copies, and how far they are edited
@@ -301,7 +301,7 @@ def _true_losses(world: World, labels: list[int], sizes: tuple[int, ...]) -> Ten
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--tables", nargs="+", choices=("labels", "estimate"),
                         default=("labels", "estimate"))  # fmt: skip
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=POOLS)

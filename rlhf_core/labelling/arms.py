@@ -84,7 +84,7 @@ def interleaved(arms: Mapping[Arm, Sequence[int]], shares: Shares) -> list[int]:
         total = sum(shares.of(arm) for arm in left)
         for arm in left:
             behind[arm] += shares.of(arm) / total if total else 1 / len(left)
-        turn = max(left, key=lambda arm: behind[arm])
+        turn = max(left, key=lambda arm: round(behind[arm], 9))  # no rounding decides a draw
         behind[turn] -= 1
         sequence.append(arms[turn][taken[turn]])
         taken[turn] += 1

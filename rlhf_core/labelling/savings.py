@@ -49,6 +49,7 @@ SIZES, SPAN, FOLDS = 4, 4.0, 4
 KEPT, PARTS = 0.8, 60  # share of the prompts in a part, and parts
 FEWEST = 30  # votes of the design and of the random arm, and tested prompts
 SETTLED = 500  # votes after which an estimate that is not above zero stops the design
+FLAT = 1e-6  # nats a vote for e times as many labels: nothing is learned
 FURTHEST = math.log(10)  # |δ|: beyond it the curves do not meet, and the shift is a guess
 
 
@@ -197,7 +198,7 @@ def _shift(design: Tensor, control: Tensor, sizes: Sequence[int]) -> float:
     x = torch.tensor(sizes, dtype=torch.float64).log()
     x = x - x.mean()
     slope = float((x * (design + control)).sum() / (2 * x.square().sum()))
-    if slope >= 0:
+    if slope > -FLAT:
         return 0.0
     shift = float(design.mean() - control.mean()) / slope
     return min(max(shift, -FURTHEST), FURTHEST)

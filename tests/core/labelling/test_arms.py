@@ -40,10 +40,11 @@ def test_what_was_trained_on_is_not_held_out_and_else_stays_as_it_would_be():
 
 
 def test_a_sequence_by_hand():
-    # Behind after each step (design .5, random .3, hold-out .2): d .5 -> d; r .6 -> r; ...
+    # How far design, random and hold-out are behind: .5 .3 .2 (1), 0 .6 .4 (11), .5 -.1 .6 (21),
+    # 1 .2 -.2 (2), .5 .5 0 (3), 0 .8 .2 (12), .5 .1 .4 (4), 0 .4 .6 (22), .5 .7 -.2 (13), (5).
     shares = Shares(random=0.3, hold_out=0.2)
     arms = {"design": [1, 2, 3, 4, 5], "random": [11, 12, 13], "hold_out": [21, 22]}
-    assert interleaved(arms, shares) == [1, 11, 2, 21, 3, 12, 4, 13, 22, 5]
+    assert interleaved(arms, shares) == [1, 11, 21, 2, 3, 12, 4, 22, 13, 5]
 
 
 @settings(max_examples=60, deadline=None)

