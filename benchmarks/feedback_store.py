@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,15 +145,21 @@ def operations(project: FeedbackProject, person: int, repeats: int) -> dict[str,
     times: dict[str, list[Took]] = {"next pair": [], "vote": [], "undo": [], "progress": []}
     for n in range(repeats):
         tasks: list[Task] = []
-        times["next pair"].append(timed(lambda: tasks.extend(project.queue.lease(person, 1))))
+        get = partial(_lease, project, person, tasks)
+        times["next pair"].append(timed(get))
         if not tasks:
             continue
         said = Vote("left", f"{person}-{n}-{time.monotonic_ns()}", 2.0)
-        times["vote"].append(timed(lambda: project.queue.vote(person, tasks[0].token, said)))
+        cast = partial(project.queue.vote, person, tasks[0].token, said)
+        times["vote"].append(timed(cast))
         if n % 4 == 0:
             times["undo"].append(timed(lambda: project.queue.undo(person)))
         times["progress"].append(timed(lambda: project.queue.progress(person)))
     return times
+
+
+def _lease(project: FeedbackProject, person: int, tasks: list[Task]) -> None:
+    tasks += project.queue.lease(person, 1)
 
 
 def percentile(times: list[float], share: float) -> float:

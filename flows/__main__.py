@@ -533,11 +533,7 @@ def ask_people(
     The same command again goes on where it was stopped, and asks for nothing twice; another seed
     asks about other prompts. Equal answers are not asked about.
     """
-    settings = find.join(read_settings())
-    load("tasks.record.terminal", "tasks.feedback.asking.ask")
     from flows.cli.asking import ask_config
-    from tasks.feedback.asking.ask import ask
-    from tasks.record.terminal import on_terminal
 
     config = ask_config(
         project=project,
@@ -555,6 +551,11 @@ def ask_people(
         seed=seed,
         licence=licence,
     )
+    settings = find.join(read_settings())
+    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    from tasks.feedback.asking.ask import ask
+    from tasks.record.terminal import on_terminal
+
     with on_terminal("ask") as logger:
         asked = ask(config, settings, logger)
     line(asked.sentence)

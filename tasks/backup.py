@@ -154,6 +154,7 @@ class Home(Store):
             place = self._place(path, to)
             with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(place)) as copy:
                 source.backup(copy)
+            shutil.copymode(path, place)  # that of the votes holds names
         # Listed only now, so that the files in the copied databases exist.
         for path in self._files():
             if path.suffix != ".db":

@@ -290,3 +290,81 @@ def order(
     from flows.cli.ordering import put_in_order
 
     put_in_order(project, model)
+
+
+@command(epilog="Example: rlhf feedback projects")
+def projects() -> None:
+    """List the feedback projects, and what is in them."""
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.show_projects()
+
+
+@command(epilog="Example: rlhf feedback snapshots demo")
+def snapshots(project: Project) -> None:
+    """List the snapshots of a project, newest first."""
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.show_snapshots(project)
+
+
+@command(epilog="Example: rlhf feedback rules demo --set votes_per_pair=3 --guidelines help.md")
+def rules(
+    project: Project,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="RULE=VALUE", help="Change a rule; may be repeated."),
+    ] = None,
+    guidelines: Annotated[
+        Path | None, typer.Option(help="File with help for annotators, in Markdown.")
+    ] = None,
+    consent: Annotated[
+        Path | None, typer.Option(help="File with what annotators agree to, in Markdown.")
+    ] = None,
+    make: Annotated[bool, typer.Option(help="Make the project if there is none.")] = False,
+) -> None:
+    """Show or change how a project asks its annotators."""
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    texts = {"guidelines": guidelines, "consent": consent}
+    feedback_store.rules(project, settings or [], texts, make=make)
+
+
+@command(epilog="Example: rlhf feedback gold demo --file known.jsonl")
+def gold(
+    project: Project,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with prompt, response_a, response_b, right (a, b or tie), and perhaps "
+            "a reason."
+        ),
+    ] = None,
+    agreed: Annotated[
+        int | None,
+        typer.Option(help="Instead of a file: take for right what so many votes or more agree on."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="With --agreed: how much of the votes must say the same.")
+    ] = 1.0,
+) -> None:
+    """Say of some pairs what is right: they become control questions."""
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.gold(project, file, agreed, share)
+
+
+@command(epilog="Example: rlhf feedback audit demo --limit 20")
+def audit(
+    project: Project,
+    limit: Annotated[int, typer.Option(min=1, help="Entries that are shown, newest first.")] = 50,
+) -> None:
+    """Show who changed what in a project."""
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.show_audit(project, limit)

@@ -307,6 +307,11 @@ def responses_as_json(prompts: Sequence[str], responses: Sequence[Sequence[str]]
     )
 
 
+def show_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table without a title; nothing if it has no rows."""
+    _table("", columns, rows)
+
+
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table with numbers right-aligned and short; print nothing if it has no rows."""
     filled = [tuple(row) for row in rows]

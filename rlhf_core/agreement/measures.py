@@ -53,7 +53,9 @@ class Shares:
         centre = p + z2 / (2 * n)
         half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
         low, high = ((centre + side * half) / (1 + z2 / n) for side in (-1, 1))
-        return Measure(p, max(low, 0.0), min(high, 1.0), int(self.of[owner]))
+        # rounding may put a bound of 0 or 1 on the wrong side of the share
+        low, high = min(max(low, 0.0), p), max(min(high, 1.0), p)
+        return Measure(p, low, high, int(self.of[owner]))
 
 
 def shares(values: Floats, owners: Ints, clusters: Ints, count: int) -> Shares:

@@ -7,6 +7,7 @@ call again goes on where it was stopped, and asks for nothing twice.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, product
@@ -44,6 +45,7 @@ from tasks.serving.generation import Writer, load_writer
 from tasks.settings import Settings, read_settings
 
 ASK = "ask"  # the kind of the batch
+LEFT_OUT = ("identical", "empty", "too_long")
 AT_ONCE = 16  # prompts answered before their pairs are queued
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class Asked(BaseModel):
     wanted: int
     pairs: int  # of the batch, in the queue or answered already
     identical: int  # pairs of equal answers, which nobody is asked about
+    empty: int  # pairs with an empty answer, from which nothing could be trained
     too_long: int  # prompts that leave no room for an answer
     held_out: int  # prompts of the file that are held out for evaluation
     where: str  # people label there
@@ -69,6 +72,8 @@ class Asked(BaseModel):
         parts = [f"{self.pairs:,} pairs on {self.prompts:,} prompts wait in the batch {self.batch}"]
         if self.identical:
             parts.append(f"{self.identical:,} pairs of equal answers are not asked about")
+        if self.empty:
+            parts.append(f"{self.empty:,} pairs with an empty answer are not asked about")
         if self.prompts + self.too_long < self.wanted:
             parts.append(f"there are only {self.prompts + self.too_long:,} prompts")
         if self.too_long:
@@ -121,7 +126,7 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         )
         before = batches.details(project.database, batch)
         done = int(before.get("done", 0))
-        counts = {what: int(before.get(what, 0)) for what in ("identical", "too_long")}
+        counts = Counter({what: int(before.get(what, 0)) for what in LEFT_OUT})
         if done < len(source.prompts):
             logger.phase("loading the models")
             speakers = [
@@ -131,11 +136,10 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
             for start in range(done, len(source.prompts), AT_ONCE):
                 logger.progress(start, len(source.prompts), "prompts")
                 some = source.prompts[start : start + AT_ONCE]
-                new, identical, too_long = _pairs(config, speakers, some, start, source, logger)
+                new, left_out = _pairs(config, speakers, some, start, source, logger)
                 pairs = [replace(pair, wanted=votes) for pair in new]
                 project.content.add(pairs, batch=batch)
-                counts["identical"] += identical
-                counts["too_long"] += too_long
+                counts.update(left_out)
                 batches.keep(project, batch, {"done": start + len(some), **counts})
         logger.progress(len(source.prompts), len(source.prompts), "prompts")
         found = len(batches.pairs_of(project.database, batch))
@@ -147,7 +151,7 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         pairs=found,
         held_out=source.held_out,
         where=settings.label_public_url,
-        **counts,
+        **{what: counts[what] for what in LEFT_OUT},
     )
     log.info("%s", asked.sentence)
     return asked
@@ -234,8 +238,8 @@ def _pairs(
     start: int,
     source: _Source,
     logger: StageLogger,
-) -> tuple[list[NewPair], int, int]:
-    """The pairs on some prompts; how many had equal answers, and how many prompts were too long."""
+) -> tuple[list[NewPair], Counter[str]]:
+    """The pairs on some prompts, and how many there are of each kind that is left out."""
     fits = [
         prompt
         for n, prompt in enumerate(prompts)
@@ -243,11 +247,14 @@ def _pairs(
     ]
     said = [_answers(config, speaker, fits, start, source, logger) for speaker in speakers]
     pairs: list[NewPair] = []
-    identical = 0
+    left_out = Counter({"too_long": len(prompts) - len(fits)})
     for n, prompt in enumerate(fits):
         for a, b in _meet(config.pairs, [answers[n] for answers in said]):
             if a.text == b.text:
-                identical += 1
+                left_out["identical"] += 1
+                continue
+            if not (a.text.strip() and b.text.strip()) and not config.evaluation:
+                left_out["empty"] += 1
                 continue
             pairs.append(
                 NewPair(
@@ -259,7 +266,7 @@ def _pairs(
                     priority=config.priority,
                 )
             )
-    return pairs, identical, len(prompts) - len(fits)
+    return pairs, left_out
 
 
 def _fits(speaker: _Speaker, length: int) -> bool:

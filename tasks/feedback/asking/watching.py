@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tasks.feedback.asking import batches
 from tasks.feedback.store.store import Store
 from tasks.settings import Settings
 
@@ -32,6 +31,8 @@ def watching(store: Store, settings: Settings, every: float = EVERY_SECONDS) -> 
 
 
 def _watch(store: Store, settings: Settings, stop: threading.Event, every: float) -> None:
+    from tasks.feedback.asking import batches  # torch takes seconds, and nobody waits for it here
+
     while not stop.is_set():
         try:
             if batches.waiting(store.database):

@@ -82,15 +82,21 @@ def mapping(value: Any, field: str) -> dict[str, Any]:
     found = parsed(value) if isinstance(value, str) else value
     if not isinstance(found, dict):
         raise BadRowError(field, "wrong type", f"is {quote(value)}, not an object")
+    try:
+        text(json.dumps(found, allow_nan=False, ensure_ascii=False), field)
+        null = "\\u0000" in json.dumps(found)
+    except (TypeError, ValueError) as error:
+        raise BadRowError(field, "wrong type", f"cannot be written as JSON ({error})") from error
+    if null:
+        raise BadRowError(field, "broken text", "has a null character, which cannot be kept")
     return {str(key): part for key, part in found.items()}
 
 
-def kept(value: Mapping[str, Any], field: str) -> dict[str, str]:
-    """Columns to keep, as text."""
+def kept(value: Any, field: str) -> dict[str, str]:
+    """Columns to keep, as text. Raises: BadRowError."""
     return {
         name: part if isinstance(part, str) else "" if part is None else json.dumps(part)
-        for name, part in value.items()
-        if text(name, field) and "\0" not in str(part)
+        for name, part in mapping(value, field).items()
     }
 
 

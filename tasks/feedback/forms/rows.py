@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.data.formats import Parsing
-from rlhf_core.data.forms.fields import FIELDS, find, is_filled, names_in
+from rlhf_core.data.forms.fields import FIELDS, find, is_filled, listed, names_in
 from rlhf_core.data.forms.rows import BadRowError, Reading
+from rlhf_core.data.forms.table import in_source
 from rlhf_core.data.prepared import KEPT
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.data.vote_details import BOTH_BAD, DETAILS, quote, word
@@ -33,6 +34,7 @@ _ALSO: Mapping[str, tuple[str, ...]] = {
     "model_b": ("rejected_model", "rejected-model", "model_rejected"),
     "licence": ("license",),
 }
+_NUMBER = re.compile(r"[0-9]{1,18}")  # of a pair
 _ASKS_FOR = ("votes", "vote", "preference", "score_a", "score_b", "chosen", "answers", "score")
 
 
@@ -71,6 +73,11 @@ class PreferenceRows:
             raise DataError(
                 f"fields maps '{odd[0]}', which is no field of ours; they are: "
                 f"{', '.join((*FIELDS['preferences'], *EXTRA))}"
+            )
+        if options.gold and not in_source(source, options.gold):
+            raise DataError(
+                f"{source.source} has no field '{options.gold}', which --gold names; its fields "
+                f"are: {listed(source.columns())}"
             )
         if options.ask:
             source = _with_votes(source, known)
@@ -175,7 +182,7 @@ class PreferenceRows:
             self._golden += sum(bool(vote["gold"]) for vote in votes)
         known = str(find(values, self._own["pair"]) or "") if "pair" in self._own else ""
         ballots = [] if self._options.ask else [self._ballot(values, vote) for vote in votes]
-        return Entry(number, pair, ballots, int(known) if known.isdecimal() else None)
+        return Entry(number, pair, ballots, int(known) if _NUMBER.fullmatch(known) else None)
 
     def _ballot(self, values: Row, vote: Row) -> Ballot:
         entry = vote.get("entry")

@@ -137,7 +137,7 @@ class VoteRows:
             answer("b"),
             said("prompt_source", MOST["source"]),
             said("prompt_licence", MOST["licence"]) or self._options.licence,
-            checks.kept(checks.mapping(values.get("kept"), "kept"), "kept"),
+            checks.kept(values.get("kept"), "kept"),
             one_of("gold_answer", ("", "a", "b", "tie")) or None,
         )
         ballot = Ballot(

@@ -100,6 +100,7 @@ class ShownProgress(BaseModel):
     done: int
     today: int
     left: int
+    more: bool
 
 
 class OwnSession(BaseModel):
@@ -187,7 +188,10 @@ def vote(posted: PostedVote, who: Here, project: OwnProject) -> None:
 def undo(posted: PostedUndo, who: Here, project: OwnProject) -> DeskAgain:
     """Take the last vote or skip back; its task is on top of the desk again."""
     with on_the_clock():
-        undone = project.queue.undo(who.annotator, posted.key) is not None
+        try:
+            undone = project.queue.undo(who.annotator, posted.key) is not None
+        except StaleTaskError as error:
+            raise HTTPException(409, str(error)) from error
         found = _tasks(who, project)
         return DeskAgain(tasks=found, paused=not found and project.rules.paused, undone=undone)
 
@@ -211,5 +215,5 @@ def progress(
     earliest = clock.now() - LONGEST_DAY
     moment = max(since.astimezone(UTC), earliest) if since else earliest
     found = project.queue.progress(who.annotator, moment)
-    left = remaining.tell((project.id, who.annotator), found)
-    return ShownProgress(done=found.done, today=found.recent, left=left)
+    left, more = remaining.tell((project.id, who.annotator), found)
+    return ShownProgress(done=found.done, today=found.recent, left=left, more=more)

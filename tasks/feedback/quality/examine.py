@@ -38,8 +38,4 @@ def _stream(project: FeedbackProject, digest: str) -> Iterator[CastVote]:
     for vote in project.snapshots.votes(digest):
         last = max(last, vote.judgment)
         yield vote
-    for vote in project.judgments.stream(skips=True, training=True):
-        if vote.judgment > last:
-            return
-        if vote.vote == "skip":
-            yield vote
+    yield from project.judgments.skips(until=last)

@@ -249,7 +249,7 @@ def _engine(url: URL) -> Engine:
 def _sqlite(url: URL) -> Engine:
     where = url.render_as_string(hide_password=True)
     in_memory = not url.database or url.database == ":memory:"
-    if not in_memory:
+    if not in_memory and not str(url.database).startswith("file:"):
         assert url.database is not None
         path = Path(url.database)
         try:

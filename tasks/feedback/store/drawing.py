@@ -116,13 +116,17 @@ def _had(person: Annotator) -> ColumnElement[bool]:
 
 def _gold(session: Session, person: Annotator) -> int | None:
     """A pair with a known answer that somebody has not had."""
-    return session.scalar(
-        select(Pair.id)
-        .join(GoldAnswer, GoldAnswer.pair_id == Pair.id)
-        .where(Pair.project_id == person.project_id, Pair.state != "withdrawn", ~_had(person))
-        .order_by(Pair.id)
-        .limit(1)
+    # There are few known answers and many pairs, so the search goes through the former.
+    asked = exists().where(
+        Pair.id == GoldAnswer.pair_id,
+        Pair.project_id == person.project_id,
+        Pair.state != "withdrawn",
     )
+    had = exists().where(
+        Assignment.pair_id == GoldAnswer.pair_id, Assignment.annotator_id == person.id
+    )
+    query = select(GoldAnswer.pair_id).where(asked, ~had).order_by(GoldAnswer.pair_id)
+    return session.scalar(query.limit(1))
 
 
 def _repeat(session: Session, person: Annotator) -> tuple[int, str] | None:

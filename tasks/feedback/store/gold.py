@@ -1,6 +1,8 @@
 """Pairs whose right answer is known: they are asked now and then as control questions."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import delete, exists, func, insert, select
@@ -8,9 +10,9 @@ from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.errors import ConfigError, DataError
 from tasks.feedback.store import audit, clock
-from tasks.feedback.store.content import EXCHANGED, Content, check_text, chunks
+from tasks.feedback.store.content import EXCHANGED, Content, check, check_text, chunks
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.records import CHOICES, NewPair
+from tasks.feedback.store.records import CHOICES, Answer, NewPair
 from tasks.feedback.store.tables import GoldAnswer, Judgment, Pair
 
 GoldVote: TypeAlias = Literal["a", "b", "tie"]
@@ -64,9 +66,7 @@ class Gold:
         total = Marked(0, 0, 0)
         for some in chunks(answers, CHUNK):
             for answer in some:
-                if answer.vote not in ("a", "b", "tie"):
-                    raise DataError(f"{answer.vote!r} is no right answer; it can be a, b or tie")
-                check_text("the reason of a known answer", answer.reason)
+                check_answer(answer)
             with self._database.writing(self._project) as session:
                 placed = content.put(session, [answer.pair for answer in some])
                 rows = {
@@ -162,3 +162,49 @@ class Gold:
         with self._database.writing() as session:
             details = {"new": total.new, "changed": total.changed}
             audit.note(session, self._project, by, "gold", "", details)
+
+
+def read_answers(path: Path) -> Iterator[KnownAnswer]:
+    """Known answers from JSON lines: prompt, response_a, response_b, right, and perhaps reason.
+
+    Raises: DataError that names the line.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, start=1):
+                if text.strip():
+                    yield _answer(text, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error}); save it as such") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _answer(text: str, place: str) -> KnownAnswer:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: it is no JSON ({error})") from error
+    needed = {"prompt", "response_a", "response_b", "right"}
+    if not isinstance(row, dict) or not needed <= row.keys() <= needed | {"reason"}:
+        raise DataError(
+            f"{place}: a line has prompt, response_a, response_b, right, and perhaps a reason"
+        )
+    pair = NewPair(row["prompt"], Answer(row["response_a"]), Answer(row["response_b"]))
+    answer = KnownAnswer(pair, row["right"], row.get("reason", ""))
+    try:
+        check_answer(answer)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    return answer
+
+
+def check_answer(answer: KnownAnswer) -> None:
+    """Refuse what is no known answer.
+
+    Raises: DataError.
+    """
+    if answer.vote not in ("a", "b", "tie"):
+        raise DataError(f"{answer.vote!r} is no right answer; it can be a, b or tie")
+    check_text("the reason of a known answer", answer.reason)
+    check(answer.pair)

@@ -281,6 +281,16 @@ class Judgments:
             for row in rows:
                 yield CastVote(*row)
 
+    def skips(self, until: int) -> Iterator[CastVote]:
+        """The skips that count, as `stream` gives them, up to the number of a judgment."""
+        with self._database.reading() as session:
+            query = self._query(None, True).where(
+                Judgment.vote == "skip", Judgment.id <= until, ~judged()
+            )
+            rows = session.execute(query.order_by(Judgment.id).execution_options(yield_per=ROWS))
+            for row in rows:
+                yield CastVote(*row)
+
     def _query(self, snapshot: int | None, skips: bool) -> Select[tuple[object, ...]]:
         a, b = aliased(Response), aliased(Response)
         later = aliased(Judgment)

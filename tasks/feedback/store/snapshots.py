@@ -58,8 +58,9 @@ class _Reading:
         self.hash.update("".join(digests).encode())
         for vote in votes:
             self.members.append(vote.judgment)
-            if vote.gold:
-                self.gold[vote.judgment] = vote.gold
+            if vote.gold:  # as the pair has its answers
+                turned_back = EXCHANGED.get(vote.gold, vote.gold)
+                self.gold[vote.judgment] = turned_back if vote.exchanged else vote.gold
             if vote.annotator:
                 self.people.add(vote.annotator)
         self.training += len(written)
@@ -243,7 +244,6 @@ def _turned(vote: CastVote) -> CastVote:
         vote=EXCHANGED.get(vote.vote, vote.vote),
         first=EXCHANGED.get(vote.first, vote.first),
         gold=EXCHANGED.get(vote.gold, vote.gold),
-        exchanged=False,
     )
 
 

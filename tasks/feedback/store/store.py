@@ -175,26 +175,32 @@ class Store:
         """All projects, with what is in them."""
         with self.database.reading() as session:
             pairs = dict(
-                session.execute(
-                    select(Pair.project_id, func.count()).group_by(Pair.project_id)
-                ).tuples()
+                session.execute(select(Pair.project_id, func.count()).group_by(Pair.project_id))
+                .tuples()
+                .all()
             )
             votes = dict(
                 session.execute(
                     select(Pair.project_id, func.sum(Pair.votes)).group_by(Pair.project_id)
-                ).tuples()
+                )
+                .tuples()
+                .all()
             )
             taken = dict(
                 session.execute(
                     select(Snapshot.project_id, func.count()).group_by(Snapshot.project_id)
-                ).tuples()
+                )
+                .tuples()
+                .all()
             )
             missing = dict(
                 session.execute(
                     select(Pair.project_id, func.sum(Pair.wanted - Pair.votes))
                     .where(Pair.state == "open")
                     .group_by(Pair.project_id)
-                ).tuples()
+                )
+                .tuples()
+                .all()
             )
             return [
                 ProjectSummary(

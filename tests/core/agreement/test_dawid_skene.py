@@ -24,9 +24,9 @@ def test_nothing_is_refused():
 
 
 def test_the_solution_of_1979(anaesthetists):
-    """Prevalence, and the errors of the observer who saw each form three times, as printed in
-    table 2 of the paper; the classes of all patients are those of another implementation too
-    (github.com/heolin/expectation_maximization)."""
+    """Prevalence, the errors of the observer who saw each form three times, and the classes, to two
+    digits. They are as the paper is remembered, whose table 2 was not at hand, except for that
+    observer's last row; the equations in plain loops, below, are the independent check."""
     assert anaesthetists.prevalence == pytest.approx([0.40, 0.42, 0.11, 0.07], abs=5e-3)
     first = [[0.89, 0.11, 0, 0], [0.07, 0.88, 0.05, 0], [0, 0.34, 0.66, 0], [0, 0, 0.56, 0.44]]
     assert anaesthetists.errors[0] == pytest.approx(np.array(first), abs=5e-3)

@@ -91,6 +91,13 @@ def test_a_share_of_independent_cases_has_wilsons_interval():
     assert found.high == pytest.approx(wilson.high, abs=4e-3)
 
 
+def test_the_bounds_of_none_and_all_are_on_their_side():
+    for n in range(1, 60):
+        for value in (0.0, 1.0):
+            found = shares(np.full(n, value), np.zeros(n, int), np.arange(n), 1).measure(0)
+            assert 0 <= found.low <= found.value <= found.high <= 1
+
+
 def test_cases_that_go_together_count_as_few():
     values = np.repeat([1.0, 0.0] * 10, 50)
     alone = shares(values, np.zeros(1000, int), np.arange(1000), 1)

@@ -5,11 +5,12 @@ import sys
 import pytest
 
 from rlhf_core.data.prepared import read_table
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, VerdictsPendingError
 from rlhf_core.evaluation.judged import Said, position_consistency
 from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.rewards.canaries import BY_SCORE, KINDS
+from rlhf_core.stages import evaluation
 from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
 from rlhf_core.work import Work
 
@@ -199,3 +200,71 @@ def test_position_consistency_counts_whole_prompts():
     # Forty verdicts on one prompt are one prompt: as little as one verdict says.
     single = position_consistency([said("p", True)], 0)
     assert position_consistency([said("p", True)] * 40, 0) == single
+
+
+class People:
+    """A panel that answers when it is called for the second time; the longer answer is better."""
+
+    name = "people"
+
+    def __init__(self, given):
+        self.given, self.known = given, given.setdefault("known", {})
+
+    def ahead(self, pairs):
+        new = [pair for pair in pairs if pair not in self.known and pair.a != pair.b]
+        if new:
+            self.given.setdefault("asked", []).append(list(pairs))
+            self.known |= {pair: _longer(pair) for pair in new}
+            raise VerdictsPendingError(len(new), len(pairs), "b", "p", "http://x")
+
+    def __call__(self, pairs):
+        return [_longer(pair) for pair in pairs]
+
+
+def _longer(pair):
+    gap = len(pair.a) - len(pair.b)
+    winner = "tie" if gap == 0 else "a" if gap > 0 else "b"
+    return Verdict(winner, agreed=gap != 0)
+
+
+class AsksPeople:
+    cost = Cost()
+
+    def __init__(self, given):
+        self.given = given
+
+    def people(self, config):
+        return People(self.given)
+
+
+def test_people_are_told_of_all_pairs_at_once_and_answers_are_not_sampled_again(
+    run, tmp_path, monkeypatch
+):
+    given = {}
+    judge, folder = JudgeConfig(source="people"), tmp_path / "answers"
+    with pytest.raises(VerdictsPendingError):
+        run(judge, judging=AsksPeople(given), answers=folder)
+    (asked,) = given["asked"]
+    assert len(asked) == 8 * 2 + 8 + 8
+    # One of each comparison in turn: policy over SFT, best of n over SFT, policy over best of n.
+    assert [asked[0].prompt] * 3 == [pair.prompt for pair in asked[:3]]
+    assert sorted(path.name for path in folder.iterdir()) == ["policy.json", "sft.json"]
+
+    monkeypatch.setattr(evaluation, "answer", None)  # or it would be called
+    report = run(judge, judging=AsksPeople(given), answers=folder)
+    facts = report.scorecard.judge
+    assert (facts.name, facts.canaries, facts.consistency) == ("people", (), None)
+    assert 0 <= facts.agreement.low <= facts.agreement.value <= facts.agreement.high <= 1
+    assert report.summary()["judge/agreement"] == facts.agreement.value
+    assert {c.judge for c in report.scorecard.comparisons} == {"people"}
+
+
+def test_people_judge_as_anybody_else_would_with_the_same_verdicts(run, tmp_path):
+    given = {}
+    judge = JudgeConfig(source="people")
+    with pytest.raises(VerdictsPendingError):
+        run(judge, judging=AsksPeople(given), answers=tmp_path / "kept")
+    waited = run(judge, judging=AsksPeople(given), answers=tmp_path / "kept")
+    at_once = run(judge, judging=AsksPeople(given))  # sampled again, on the same machine
+    assert results(waited) == results(at_once)
+    assert waited.scorecard.arms == at_once.scorecard.arms

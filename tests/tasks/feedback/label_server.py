@@ -75,7 +75,7 @@ class LabelServer:
             env={**self._env, "PYTHONPATH": str(ROOT)},
             cwd=ROOT,
         )
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
                 return self

@@ -166,7 +166,7 @@ def test_progress_counts_today_where_the_annotator_is(store, project, ada, monke
         cast(ada, task, number=number)
     since = (moment - timedelta(hours=2)).isoformat()
     assert ada.get("/api/progress", params={"since": since}).json() == {
-        "done": 3, "today": 1, "left": 6}  # fmt: skip
+        "done": 3, "today": 1, "left": 6, "more": False}  # fmt: skip
     long_ago = (moment - timedelta(days=99)).isoformat()
     assert ada.get("/api/progress", params={"since": long_ago}).json()["today"] == 2
     assert ada.get("/api/progress", params={"since": "2024-01-01"}).status_code == 422
@@ -210,7 +210,7 @@ def test_nothing_that_is_sent_tells_models_runs_pairs_kinds_or_people(store, pro
     assert [secret for secret in secrets if secret.lower() in whole.lower()] == []
     fields = set(re.findall(r'"(\w+)":', whole))
     known = {"tasks", "task", "prompt", "left", "right", "markdown", "plain", "paused", "undone",
-             "done", "today", "csrf", "owner", "detail"}  # fmt: skip
+             "done", "today", "more", "csrf", "owner", "detail"}  # fmt: skip
     assert fields == known
 
 
@@ -243,13 +243,19 @@ def test_what_is_left_does_not_tell_a_control_question(store, project, ada):
     assert true > told[-1]
 
 
+def test_more_than_is_counted_stays_more():
+    remaining = Remaining()
+    assert remaining.tell((1, 1), Progress(0, 5000, more=True)) == (5000, True)
+    assert remaining.tell((1, 1), Progress(9, 5000, more=True)) == (5000, True)
+
+
 def test_what_is_left_is_counted_anew_after_a_while(monkeypatch):
     moment = clock.now()
     remaining = Remaining()
 
     def tell(minutes, done, left):
         monkeypatch.setattr(clock, "now", lambda: moment + timedelta(minutes=minutes))
-        return remaining.tell((1, 1), Progress(done, left))
+        return remaining.tell((1, 1), Progress(done, left)).left
 
     assert tell(0, 0, 100) == 100
     assert tell(1, 5, 97) == 95
@@ -307,8 +313,8 @@ def test_owner_of_unsent_votes_stays_and_differs(store, project):
 
 
 def test_texts_of_any_kind_are_served(project, ada):
-    chat = [{"role": "user", "content": "a\x00b \ud800"}, {"role": "assistant", "content": "c"}]
+    chat = [{"role": "user", "content": "a\x1bb"}, {"role": "assistant", "content": "c"}]
     project.content.add([NewPair(chat, Answer(""), Answer("x" * 200_000), wanted=1)])
     (task,) = ada.get("/api/tasks").json()["tasks"]
     assert "(empty)" in task["left"]["plain"] + task["right"]["plain"]
-    assert "U+D800" in task["prompt"]["markdown"]
+    assert "U+001B" in task["prompt"]["markdown"]

@@ -48,9 +48,11 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelling")
     running = LabelServer(f"sqlite:///{folder}/feedback.db", folder)
     running.store = Store(open_database(running.database))
-    yield running.start()
-    running.stop()
-    running.store.close()
+    try:
+        yield running.start()
+    finally:
+        running.stop()
+        running.store.close()
 
 
 class World:
@@ -471,7 +473,7 @@ def test_pause_and_new_pairs_are_noticed(world):
     world.project.change("me", {"paused": True})
     vote(page, "1")
     page.get_by_role("heading", name="Labelling is paused").wait_for()
-    assert "You have compared 1 pair." in page.inner_text("#nothing")
+    page.get_by_text("You have compared 1 pair.").wait_for()
 
 
 def test_only_time_in_sight_counts(world):
@@ -711,9 +713,11 @@ def test_vote_to_next_pair_among_ten_thousand(world):
       }).filter((ms) => ms !== null);
     }""")
     print()
+    slowest = []
     for name, times in (("key to next pair", on_screen), ("vote and next desk", trips)):
-        p95 = statistics.quantiles(times, n=20)[18]
-        print(f"{name}: {len(times)}, median {statistics.median(times):.0f} ms, p95 {p95:.0f} ms")
         assert len(times) >= 100
-        assert p95 < 150
+        slowest.append(statistics.quantiles(times, n=20)[18])
+        middle = statistics.median(times)
+        print(f"{name}: {len(times)}, median {middle:.0f} ms, p95 {slowest[-1]:.0f} ms")
+    assert max(slowest) < 150
     assert len(world.votes()) == 120

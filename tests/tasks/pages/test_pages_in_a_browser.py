@@ -6,12 +6,18 @@ RLHF_SHOTS=FOLDER each page leaves pictures there.
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from recorded_runs import scorecard
+from simulated_votes import Habit, simulate
 from test_run_page import ANSWERS, CURVES
 
+from rlhf_core.agreement.assess import assess
+from rlhf_core.agreement.votes import Grouping
+from tasks.feedback.quality.page import quality_page
 from tasks.pages.comparison_page import write_comparison
 from tasks.pages.run_page import run_page
 from tasks.settings import read_settings
@@ -44,7 +50,26 @@ def pages(recorded, tmp_path):
     made["run"].write_text(run_page(first, run), encoding="utf-8")
     made["failed"].write_text(run_page(nothing, empty), encoding="utf-8")
     write_comparison(first.run_id, other.run_id, made["compared"], settings=read_settings())
+    for name, quality in agreement().items():
+        made[name] = tmp_path / f"{name}.html"
+        made[name].write_text(quality_page(quality), encoding="utf-8")
     return made
+
+
+def agreement():
+    """What eight people agree on of whom some have odd habits; and what a single vote says."""
+    habit = {"presser": Habit(press=0.6), "quick": Habit(right=0.5, seconds=0.6)}
+    people = {f"p{i:03d}-ab12": Habit(ties=0.1) for i in range(6)} | habit
+    votes = simulate(people, pairs=300, gold=30, repeats=20, prompts=200)
+    votes = replace(votes, at=1.75e9 + np.arange(len(votes)) * 4000.0)
+    topics = Grouping(votes.pair % 3, ("law", "art", "a topic with a long name " * 5))
+    whole = assess(replace(votes, groups={"topic": topics}), project="demo", snapshot="0f" * 32)
+    few = assess(simulate({"a": Habit()}, pairs=1, each=1, gold=0, repeats=0), project="few")
+    return {
+        "agreement": whole.redacted(),
+        "agreement-admin": whole,
+        "agreement-few": few.redacted(),
+    }
 
 
 def test_each_page_offline_in_light_and_dark_wide_and_narrow(browser, pages):

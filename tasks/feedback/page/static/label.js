@@ -11,7 +11,7 @@ import * as view from "./view.js";
 const of = (id) => document.getElementById(id);
 const settings = of("page").dataset;
 const SHORTEST = 500; // ms that a pair is shown before a vote counts
-const SHOWN = 70; // ms that the chosen answer is marked before the next pair comes
+const SHOWN = 40; // ms that the chosen answer is marked before the next pair comes
 const POLLS = [15, 30, 60, 120]; // seconds between looks for new pairs
 const HEARTBEAT = Math.min(300, Math.max(10, settings.lease / 3)); // seconds
 const ACTIVE = 15 * 60; // seconds after which nobody seems to be here
@@ -29,6 +29,8 @@ let busy = false; // a vote or an undo is being shown
 let progress = null;
 let active = Date.now();
 let polls = 0;
+let isStranger = false; // somebody else is signed in in this browser by now
+let isOver = false; // nothing is left, as far as the server knows
 
 // ---- settings that this browser remembers ----
 
@@ -64,8 +66,13 @@ function unsay(key) {
   for (const note of [...of("messages").children]) if (note.dataset.key === key) note.remove();
 }
 
-const say = (text) => { of("last").textContent = text; };
+function say(text) {
+  of("last").textContent = text;
+  if (of("votes").hidden && text) message(text, "wait", "last"); // its place is out of sight
+}
+
 const votes = (count) => `${count} ${count === 1 ? "vote" : "votes"}`;
+const wait = (count) => `${votes(count)} ${count === 1 ? "waits" : "wait"} in this browser`;
 
 function showState(state, waiting) {
   const says = {
@@ -104,10 +111,10 @@ const outbox = new Outbox(settings.owner, {
 // The server lets nobody in, or not us.
 async function shut(error) {
   const waiting = outbox.waiting().length;
-  const kept = waiting ? ` ${votes(waiting)} wait in this browser, and are sent when you are signed in again.` : "";
+  const kept = waiting ? ` ${wait(waiting)} until you are signed in again.` : "";
   if (error.status === 401) {
     message(`Your session has ended. Open your invitation link again in this browser, or ask for a new one.${kept}`, "bad", "session");
-    setTimeout(signedInAgain, 5000);
+    watch();
     return;
   }
   if (error.said?.reason === "consent") {
@@ -119,37 +126,55 @@ async function shut(error) {
   setTimeout(() => outbox.send(), 30_000);
 }
 
+let watching = 0;
+function watch() {
+  clearTimeout(watching);
+  watching = setTimeout(signedInAgain, 5000);
+}
+
 // Whether there is a session of the same person with another proof, as after signing in again in
 // another tab: then votes go on.
-async function signedInAgain(again = true) {
+async function signedInAgain(isWatching = true) {
   try {
     const session = await ask("/api/session");
-    if (session.owner !== settings.owner) {
+    isStranger = session.owner !== settings.owner;
+    if (isStranger) {
+      desk = [];
+      nothing("stopped");
       message("Somebody else is signed in in this browser now. Reload the page to go on as that person; votes of yours that wait here are kept for you.", "bad", "session");
       return true;
     }
-    if (!useProof(session.csrf) && !again) return false;
+    if (!useProof(session.csrf) && !isWatching) return false;
     outbox.send();
     unsay("session");
     fill();
     return true;
   } catch (error) {
-    if (again && !(error instanceof Refused && error.status === 403)) setTimeout(signedInAgain, 5000);
+    if (isWatching && !(error instanceof Refused && error.status === 403)) watch();
     return false;
   }
 }
 
 // ---- the desk ----
 
-let filling = null;
+let filling = null, again = false;
 
 // Ask for what is on the desk. Several wishes while one is under way are one more.
 function fill() {
-  filling ??= fillOnce().finally(() => { filling = null; });
+  if (filling) again = true;
+  else filling = fillAll().finally(() => { filling = null; });
   return filling;
 }
 
+async function fillAll() {
+  do {
+    again = false;
+    await fillOnce();
+  } while (again);
+}
+
 async function fillOnce() {
+  if (isStranger) return;
   const settled = outbox.waiting().length === 0;
   let found;
   try {
@@ -201,17 +226,19 @@ function nothing(why) {
   const thanks = count ? `You have compared ${count.toLocaleString("en")} ${count === 1 ? "pair" : "pairs"}. Thank you!` : "";
   const looks = "This page looks for new pairs by itself.";
   const drawn = {
-    offline: () => paragraphs("No connection", waiting && `${votes(waiting)} wait in this browser and are sent when the connection is back.`, "New pairs come then too. You may leave the page open."),
+    offline: () => paragraphs("No connection", waiting && `${wait(waiting)} until the connection is back.`, "New pairs come then too. You may leave the page open."),
     paused: () => paragraphs("Labelling is paused", thanks, `It goes on when the people who run it say so. ${looks}`),
     stopped: () => paragraphs("No pairs for now", looks),
     finished: () => (count
       ? paragraphs("Nothing left for now", thanks, `Come back later, or leave the page open. ${looks}`)
       : paragraphs("No pairs yet", `There is nothing to compare at the moment. ${looks}`)),
   }[why]();
-  if (waiting && why !== "offline") drawn.push(...paragraphs("", `${votes(waiting)} are on their way.`).slice(1));
+  if (waiting && why !== "offline") drawn.push(...paragraphs("", `Still to be saved: ${votes(waiting)}.`).slice(1));
   if (count && why !== "stopped") drawn.push(undoButton());
   view.drawNothing(drawn);
   of("nothing").dataset.why = why;
+  isOver = why === "finished";
+  showProgress();
 }
 
 function undoButton() {
@@ -223,6 +250,11 @@ function undoButton() {
 }
 
 function show(task) {
+  unsay("last");
+  if (isOver) {
+    isOver = false;
+    readProgress();
+  }
   view.chosen(null);
   draw(task);
   closeNote();
@@ -263,15 +295,18 @@ function count(change) {
   if (!progress) return;
   progress.done += change;
   progress.today = Math.max(0, progress.today + change);
-  progress.left = Math.max(0, progress.left - change);
+  if (!progress.more) progress.left = Math.max(0, progress.left - change);
   showProgress();
+  if (!desk.length && !of("nothing").hidden && of("nothing").dataset.why) nothing(of("nothing").dataset.why);
 }
 
 function showProgress() {
-  const { done, today, left } = progress;
+  if (!progress) return;
+  const { done, today, left, more } = progress;
   const number = (value) => value.toLocaleString("en");
-  const rest = left ? `${left > 20 ? "about " : ""}${number(left)} left` : "the last ones";
-  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${desk.length || left ? rest : "none left"}`;
+  const about = more ? "more than " : left > 20 ? "about " : "";
+  const rest = left ? `${about}${number(left)} left` : "the last ones";
+  of("progress").textContent = `${number(today)} today · ${number(done)} in all · ${isOver ? "none left" : rest}`;
   of("bar").max = Math.max(1, done + left);
   of("bar").value = done;
 }
@@ -309,8 +344,11 @@ function next() {
   busy = false;
   desk = desk.filter((task) => !gone.has(task.task));
   if (desk.length) show(desk[0]);
-  else if (of("saved").dataset.state === "saving") view.drawNothing(paragraphs("", "Loading…").slice(1));
-  else nothing("offline");
+  else if (["offline", "busy", "stopped"].includes(of("saved").dataset.state)) nothing("offline");
+  else {
+    view.drawNothing(paragraphs("", "Loading…").slice(1));
+    of("nothing").dataset.why = "";
+  }
   if (desk.length < 2) fill();
 }
 
@@ -492,7 +530,7 @@ of("undo").addEventListener("click", undo);
 of("help-button").addEventListener("click", () => open("help"));
 of("leave").addEventListener("click", async () => {
   const waiting = outbox.waiting().length;
-  if (waiting && !window.confirm(`${votes(waiting)} are not saved yet. They stay in this browser until you sign in again here. Sign out?`)) return;
+  if (waiting && !window.confirm(`Not saved yet: ${votes(waiting)}. What is not saved stays in this browser until you sign in again here. Sign out?`)) return;
   try {
     window.location.assign((await ask("/leave", {})).to);
   } catch (error) { message(error instanceof Unreachable ? "No connection: you are still signed in." : error.message, "bad"); }

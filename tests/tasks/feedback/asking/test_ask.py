@@ -79,7 +79,7 @@ def rows(settings, kind=Pair):
 def test_answers_to_training_prompts_are_queued_with_how_they_were_made(settings, prompts):
     asked = ask(config(prompts=10), settings)
     assert asked.prompts == 10
-    assert asked.pairs + asked.identical == 10
+    assert asked.pairs + asked.identical + asked.empty == 10
     assert {row.content for row in rows(settings, Prompt)} <= prompts["train"]
     for response in rows(settings, Response):
         assert response.model == "models:/shop-sft/1"
@@ -147,7 +147,7 @@ def test_another_seed_asks_about_other_prompts(settings):
 )
 def test_which_answers_meet(settings, changes, pairs):
     asked = ask(config(prompts=2, **changes), settings)
-    assert asked.pairs + asked.identical == 2 * pairs
+    assert asked.pairs + asked.identical + asked.empty == 2 * pairs
     if changes.get("against"):
         models = {row.model for row in rows(settings, Response)}
         assert models == {"models:/shop-sft/1", "models:/shop-sft/2"}
@@ -158,6 +158,17 @@ def test_equal_answers_are_counted_and_nobody_is_asked(settings):
     assert (asked.pairs, asked.identical) == (0, 3)
     assert "3 pairs of equal answers are not asked about" in asked.sentence
     assert rows(settings) == []
+
+
+def test_a_pair_with_an_empty_answer_is_left_out_for_no_training_could_read_it(
+    settings, monkeypatch
+):
+    monkeypatch.setattr(
+        asking.Writer, "write", lambda self, prompts, **more: [["", f"yes {p}"] for p in prompts]
+    )
+    asked = ask(config(prompts=3), settings)
+    assert (asked.pairs, asked.empty) == (0, 3)
+    assert "3 pairs with an empty answer are not asked about" in asked.sentence
 
 
 def test_held_out_prompts_are_for_comparing_versions_and_train_nothing(settings, prompts):

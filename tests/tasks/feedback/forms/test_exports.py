@@ -311,6 +311,8 @@ BAD = {
     "seconds": ("x", "'seconds': is 'x', not a number of seconds"),
     "margin": (True, "'margin': is True, not a finite number"),
     "kept": ([1], "'kept': is [1], not an object"),
+    "sampling_a": ({"t": float("nan")}, "'sampling_a': cannot be written as JSON"),
+    "sampling_b": ({"t": ["a\0"]}, "'sampling_b': has a null character"),
     "ballot": (-1, "'ballot': is -1, not a whole number"),
     "gold_answer": ("yes", "'gold_answer': is 'yes', not nothing, a, b, tie"),
 }

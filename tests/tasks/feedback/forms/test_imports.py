@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_core.errors import ConfigError, DataError
+from tasks.feedback.forms.checks import MOST
 from tasks.feedback.forms.incoming import import_file
 from tasks.feedback.forms.known import FORMS
 from tasks.feedback.forms.options import ImportOptions
@@ -263,6 +264,13 @@ def test_values_of_votes_are_mapped_also_to_both_bad_and_skip(plain, tmp_path):
         got(plain, tmp_path / "v.jsonl", votes={"a": ["1"], "b": ["1"]})
 
 
+def test_a_number_of_a_pair_that_is_none_is_no_matter(plain, tmp_path):
+    row = {"prompt": "P", "chosen": "x", "rejected": "y"}
+    for n, number in enumerate(("9" * 40, "x", 7, {"a": 1}, "٣")):
+        path = lines(tmp_path / f"{n}.jsonl", [{**row, "prompt": f"P{n}", "number": number}])
+        assert got(plain, path, fields={"pair": "number"}).new_votes == 1
+
+
 def test_three_anonymous_votes_that_say_the_same_are_three(project, tmp_path):
     row = {"prompt": "P", "response_a": "x", "response_b": "y", "votes": ["a", "a", "b", "a"]}
     path = lines(tmp_path / "v.jsonl", [row])
@@ -293,7 +301,10 @@ BAD = {
     "seconds": ({"seconds": -1}, "'seconds': is -1, not a number of seconds"),
     "seconds as text": ({"seconds": "soon"}, "--ignore seconds leaves the column out"),
     "null": ({"prompt": "a\0b"}, "'prompt': has a null character"),
-    "model": ({"model_a": "m" * 301}, "'model_a': has 301 characters; at most 300 are kept"),
+    "name": (
+        {"annotator": "w" * (MOST["annotator"] + 1)},
+        f"'annotator': has {MOST['annotator'] + 1} characters; at most {MOST['annotator']} are",
+    ),
     "mail": ({"annotator": "ann@example.org"}, "'annotator': is an e-mail address"),
     "note": ({"note": ["x"]}, "'note': is ['x'], not text"),
 }
@@ -344,6 +355,8 @@ def test_an_unknown_form_says_what_was_found_and_what_is_known(plain, tmp_path):
         got(plain, path, form="nectars")
     with pytest.raises(DataError, match=r"is no Nectar file: it has no field answers, prompt; its"):
         got(plain, path, form="nectar")
+    with pytest.raises(DataError, match="has no field 'right', which --gold names"):
+        got(plain, path, gold="right")
     with pytest.raises(DataError, match="fields maps 'colour', which is no field of ours"):
         got(plain, path, fields={"colour": "label"})
 

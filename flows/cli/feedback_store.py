@@ -1,0 +1,117 @@
+"""What the commands of `rlhf feedback` that look at the store, or set it up, do and print."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from getpass import getuser
+from pathlib import Path
+
+from flows.cli.printing import line, show_table
+from rlhf_core.errors import ConfigError, DataError, UserError
+from tasks.feedback.store.gold import read_answers
+from tasks.feedback.store.store import Store
+from tasks.settings import read_settings
+
+LONGEST_TEXT = 1_000_000  # bytes of a file with guidelines or a consent
+
+
+@contextmanager
+def _opened() -> Iterator[Store]:
+    store = Store.open(read_settings())
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def show_projects() -> None:
+    """A row for each project."""
+    with _opened() as store:
+        found = store.summaries()
+    if not found:
+        line("There is no feedback project yet: `rlhf feedback import NAME FILE` makes one.")
+    columns = ("project", "pairs", "votes", "votes to come", "snapshots", "")
+    rows = [
+        (one.name, one.pairs, one.votes, one.missing, one.snapshots, "paused" * one.paused)
+        for one in found
+    ]
+    show_table(columns, rows)
+
+
+def show_snapshots(project: str) -> None:
+    """A row for each snapshot."""
+    with _opened() as store:
+        found = store.project(project).snapshots.all()
+    if not found:
+        line(f"There is no snapshot yet: `rlhf feedback snapshot {project}` takes one.")
+    columns = ("snapshot", "taken (UTC)", "votes", "in training", "pairs", "annotators")
+    rows = [
+        (
+            one.digest[:16], f"{one.created_at:%Y-%m-%d %H:%M}", one.votes, one.training,
+            one.pairs, one.annotators,
+        )
+        for one in found
+    ]  # fmt: skip
+    show_table(columns, rows)
+
+
+def rules(
+    project: str, settings: Sequence[str], texts: Mapping[str, Path | None], *, make: bool
+) -> None:
+    """Change what is given, then show all."""
+    changes: dict[str, object] = dict(map(_setting, settings))
+    for name, path in texts.items():
+        if path is not None:
+            changes[name] = _text(path)
+    with _opened() as store:
+        found = store.project(project, make=make)
+        now = found.change(getuser(), changes) if changes else found.rules
+    for name, value in now.model_dump().items():
+        line(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+
+
+def _setting(given: str) -> tuple[str, object]:
+    name, equals, value = given.partition("=")
+    if not equals or not name:
+        raise UserError(f"'{given}' is no RULE=VALUE; write for example --set votes_per_pair=3")
+    return name, value
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LONGEST_TEXT:
+            raise DataError(f"{path} is longer than {LONGEST_TEXT:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error}); save it as such") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def gold(project: str, file: Path | None, agreed: int | None, share: float) -> None:
+    """Mark known answers, from a file or by agreement."""
+    if (file is None) == (agreed is None):
+        raise ConfigError("say where the right answers come from: either --file or --agreed")
+    with _opened() as store:
+        found = store.project(project).gold
+        if file is not None:
+            marked = found.mark(read_answers(file), getuser())
+        else:
+            marked = found.mark_agreed(getuser(), votes=agreed or 0, share=share)
+        line(
+            f"{marked.new:,} new control questions, {marked.changed:,} with another answer than "
+            f"before, {marked.same:,} as they were; {found.count():,} in all"
+        )
+
+
+def show_audit(project: str, limit: int) -> None:
+    """A row for each entry."""
+    with _opened() as store:
+        rows = [
+            (
+                f"{one.at:%Y-%m-%d %H:%M:%S}", one.actor, one.action, one.subject,
+                json.dumps(one.details, ensure_ascii=False) if one.details else "",
+            )
+            for one in store.project(project).log(limit)
+        ]  # fmt: skip
+    show_table(("time (UTC)", "by", "what", "of", "details"), rows)
