@@ -286,10 +286,10 @@ def order(
 
     A fifth of the labels stays random, and a tenth is held out, to measure what the order saves.
     """
-    load("tasks.feedback.ordering.ordering", "tasks.feedback.ordering.publish")
-    from flows.cli.ordering import put_in_order
+    load("flows.cli.feedback_store", "tasks.feedback.ordering.ordering")
+    from flows.cli import feedback_store
 
-    put_in_order(project, model)
+    feedback_store.put_in_order(project, model)
 
 
 @command(epilog="Example: rlhf feedback projects")
