@@ -3,88 +3,33 @@
     queue ─ pairs, votes ─▶ features of the reward model ─▶ estimate ─▶ design or random ─▶ places
 
 The votes so far fit a last layer on the features; what it knows decides the order. The same votes
-say what the order has saved so far. The last estimate is in the log of the project, from which
-`last_order` reads it.
+say what the order has saved so far.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_core.backbone.context import context_of
-from rlhf_core.functional.ranking import Interval
 from rlhf_core.labelling.arms import Shares, hashed
 from rlhf_core.labelling.features import pair_features
 from rlhf_core.labelling.order import order_queue
 from rlhf_core.labelling.probe import Probe, Space, fit_probe, no_votes, space_of
-from rlhf_core.labelling.savings import SETTLED, Savings, Votes, estimate_savings, keeps_design
+from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
 from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator
+from tasks.feedback.ordering.outcome import QueueOrder, remember
 from tasks.feedback.ordering.reading import CountedVote, Queued, read_queue
-from tasks.feedback.store import audit
 from tasks.feedback.store.judgments import HOLD_OUT
 from tasks.feedback.store.store import FeedbackProject
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
-ACTION = "order"  # in the log
 LONGEST = 2048  # tokens of prompt and answer that are read, where the model reads more
 DRAWN = 2000  # pairs that say in which directions pairs differ
-
-
-@dataclass(frozen=True)
-class QueueOrder:
-    """What was put in order, and what the order has saved so far."""
-
-    at: datetime
-    model: str  # whose features were used; "" = there was none, so all is random
-    placed: int  # pairs with a new place
-    votes: int  # cast on ordered pairs
-    by_design: bool  # False: in random order, for lack of a model or since nothing is saved
-    savings: Savings | None  # None: too few votes to say
-
-    @property
-    def sentence(self) -> str:
-        """What an admin should know."""
-        if not self.model:
-            return "In random order: the project has no reward model yet."
-        if self.savings is None:
-            return f"Most informative first, by {self.model}; too few votes to say what that saves."
-        value, low, high = (f"{100 * share:.0f} %" for share in self.savings.saved)
-        found = f"labels saved: {value} ({low} to {high}), by {self.votes:,} votes"
-        if self.by_design:
-            settled = "" if self.votes >= SETTLED else f"; decided at {SETTLED} votes"
-            return f"Most informative first, by {self.model}; {found}{settled}."
-        return f"In random order, since the other order saves nothing; {found}."
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The metrics, by name."""
-        found = {
-            "labelling/votes": float(self.votes),
-            "labelling/placed": float(self.placed),
-            "labelling/by_design": float(self.by_design),
-        }
-        if self.savings is not None:
-            saved, labels = self.savings.saved, self.savings.labels
-            found |= {
-                "labelling/saved": saved.value,
-                "labelling/saved_low": saved.low,
-                "labelling/saved_high": saved.high,
-                "labelling/labels_saved": labels.value,
-                "labelling/labels_saved_low": labels.low,
-                "labelling/labels_saved_high": labels.high,
-                "labelling/design_votes": float(self.savings.design_votes),
-                "labelling/random_votes": float(self.savings.random_votes),
-                "labelling/tested_prompts": float(self.savings.tested),
-            }
-        return found
 
 
 def order_project(
@@ -132,7 +77,7 @@ def order_project(
     placed = project.content.prioritise(
         (queue.pairs[waiting[place.pair]].id, place.arm) for place in places
     )
-    return _remember(project, by, "" if found is None else found.uri, placed, ordered, by_design,
+    return remember(project, by, "" if found is None else found.uri, placed, ordered, by_design,
                      savings)  # fmt: skip
 
 
@@ -140,16 +85,6 @@ def newest_reward_model(record: Record, project: str) -> ModelRef | None:
     """The newest reward model of the pipeline of this project; None if there is none."""
     versions = record.store.versions(f"{project}-reward")
     return ModelRef(name=f"{project}-reward", version=max(versions)) if versions else None
-
-
-def last_order(project: FeedbackProject) -> QueueOrder | None:
-    """How the queue was put in order last, with the estimate; None if it never was."""
-    for entry in audit.entries(project.database, project.id):
-        if entry.action == ACTION:
-            details = dict(entry.details)
-            savings = details.pop("savings")
-            return QueueOrder(at=entry.at, savings=_savings_of(savings), **details)
-    return None
 
 
 # ---- the model's view ----
@@ -214,36 +149,3 @@ def _savings(queue: Queued, view: _View, salt: str) -> Savings | None:
         votes(queue.of_arm("")),
         generator=generator(0, f"labelling/{salt}"),
     )
-
-
-# ---- the log ----
-
-
-def _remember(
-    project: FeedbackProject,
-    by: str,
-    model: str,
-    placed: int,
-    votes: int,
-    by_design: bool,
-    savings: Savings | None,
-) -> QueueOrder:
-    details: dict[str, Any] = {
-        "model": model,
-        "placed": placed,
-        "votes": votes,
-        "by_design": by_design,
-        "savings": None if savings is None else asdict(savings),
-    }
-    with project.database.writing(project.id) as session:
-        audit.note(session, project.id, by, ACTION, project.name, details)
-    found = last_order(project)
-    assert found is not None
-    return found
-
-
-def _savings_of(details: Mapping[str, Any] | None) -> Savings | None:
-    if details is None:
-        return None
-    lists = {name: tuple(details[name]) for name in ("sizes", "random_loss", "design_loss")}
-    return Savings(**{**details, **lists, "saved": Interval(*details["saved"])})

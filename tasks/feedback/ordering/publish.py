@@ -4,7 +4,7 @@ import time
 
 from mlflow.entities import Metric
 
-from tasks.feedback.ordering.ordering import QueueOrder
+from tasks.feedback.ordering.outcome import QueueOrder
 from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin
 from tasks.record.record import Record

@@ -4,7 +4,8 @@ from getpass import getuser
 
 from prefect import task
 
-from tasks.feedback.ordering.ordering import QueueOrder, order_project
+from tasks.feedback.ordering.ordering import order_project
+from tasks.feedback.ordering.outcome import QueueOrder
 from tasks.feedback.ordering.publish import publish_order
 from tasks.feedback.store.store import Store
 from tasks.record.record import Record

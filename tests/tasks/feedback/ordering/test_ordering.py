@@ -12,8 +12,8 @@ from rlhf_core.data.encoding import encode_answers
 from rlhf_core.errors import DataError, ModelError
 from rlhf_core.labelling.features import pair_features
 from rlhf_core.rewards.models import load_reward_model, score_texts
-from tasks.feedback.ordering import ordering
-from tasks.feedback.ordering.ordering import last_order, order_project
+from tasks.feedback.ordering.ordering import order_project
+from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.ordering.publish import publish_order
 from tasks.feedback.ordering.reading import read_queue
 from tasks.feedback.store.records import Answer, Ballot, NewPair, Vote
@@ -193,7 +193,6 @@ def test_an_estimate_is_kept_shown_and_logged_and_the_design_stops_without_savin
     project, record, with_model, monkeypatch
 ):
     fill(project, 200)
-    monkeypatch.setattr(ordering, "SETTLED", 50)
     monkeypatch.setattr("rlhf_core.labelling.savings.SETTLED", 50)
     order_project(project, record)
     g = torch.Generator().manual_seed(0)
