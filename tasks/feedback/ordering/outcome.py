@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import select
+
 from rlhf_core.functional.ranking import Interval
 from rlhf_core.labelling.savings import SETTLED, Savings
 from tasks.feedback.store import audit
 from tasks.feedback.store.store import FeedbackProject
+from tasks.feedback.store.tables import AuditEntry
 
 ACTION = "order"  # in the log
 
@@ -64,12 +67,14 @@ class QueueOrder:
 
 def last_order(project: FeedbackProject) -> QueueOrder | None:
     """How the queue was put in order last, with the estimate; None if it never was."""
-    for entry in audit.entries(project.database, project.id):
-        if entry.action == ACTION:
-            details = dict(entry.details)
-            savings = details.pop("savings")
-            return QueueOrder(at=entry.at, savings=_savings_of(savings), **details)
-    return None
+    query = select(AuditEntry).filter_by(project_id=project.id, action=ACTION)
+    with project.database.reading() as session:
+        entry = session.scalar(query.order_by(AuditEntry.id.desc()).limit(1))
+    if entry is None:
+        return None
+    details = dict(entry.details)
+    savings = details.pop("savings")
+    return QueueOrder(at=entry.at, savings=_savings_of(savings), **details)
 
 
 def remember(
