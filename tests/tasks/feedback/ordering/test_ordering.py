@@ -198,9 +198,11 @@ def test_an_estimate_is_kept_shown_and_logged_and_the_design_stops_without_savin
     g = torch.Generator().manual_seed(0)
     by_place = sorted(rows(project), key=lambda row: row.priority)
     first = rows(project)[0].id
-    for row in by_place[:170]:
-        vote = "a" if torch.rand(1, generator=g).item() < 0.5 else "b"
-        project.judgments.add([(pair(row.id - first), [Ballot(vote, "bob")])])
+    votes = ["a" if torch.rand(1, generator=g).item() < 0.5 else "b" for _ in range(170)]
+    project.judgments.add(
+        (pair(row.id - first), [Ballot(vote, "bob")])
+        for row, vote in zip(by_place, votes, strict=False)
+    )
     order = order_project(project, record, by="me")
     assert order.votes == 170
     assert order.savings is not None
