@@ -10,6 +10,7 @@ from datasketch import MinHash, MinHashLSH
 
 NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
 _WORDS, _PERMUTATIONS = 3, 64
+_SEARCHED = 0.5  # so that a group misses hardly any text of the similarity `NEAR`
 _EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
 
@@ -27,9 +28,10 @@ def min_hash(shingles: Iterable[bytes]) -> MinHash:
     return hashed
 
 
-def near_index() -> MinHashLSH:
-    """An index that finds most texts with a similarity of `NEAR`, and some others."""
-    return MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS)
+def near_index(similarity: float = NEAR) -> MinHashLSH:
+    """An index that finds about half of the texts of a similarity, nearly all that are clearly more
+    similar, and some others."""
+    return MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
 
 
 def jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
@@ -55,7 +57,7 @@ def near_groups(texts: Sequence[str]) -> list[int]:
         return text
 
     same: dict[frozenset[bytes], str] = {}
-    index = near_index()
+    index = near_index(_SEARCHED)
     for text, shingles in sets.items():
         if (twin := same.setdefault(shingles, text)) != text:
             first[text] = root(twin)
