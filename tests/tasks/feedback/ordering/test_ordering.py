@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from flows.__main__ import app
@@ -16,6 +17,7 @@ from tasks.feedback.ordering.ordering import order_project
 from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.ordering.publish import publish_order
 from tasks.feedback.ordering.reading import read_queue
+from tasks.feedback.page.app import create_app
 from tasks.feedback.store.records import Answer, Ballot, NewPair, Vote
 from tasks.feedback.store.store import Store
 from tasks.feedback.store.tables import Pair
@@ -240,6 +242,22 @@ def test_the_command(settings, with_model):
     )
     missing = CliRunner().invoke(app, ["feedback", "order", "nowhere"])
     assert isinstance(missing.exception, DataError) or "nowhere" in missing.output
+
+
+def test_admins_see_the_last_order_and_annotators_nothing_of_it(store, project, record):
+    def signed_in(role):
+        client = TestClient(create_app(store), base_url="http://127.0.0.1:4300")
+        client.post(f"/enter/{project.people.invite(role=role)}", json={})
+        return client
+
+    boss, ann = signed_in("admin"), signed_in("annotator")
+    assert "Order of the queue" not in boss.get("/admin").text
+    fill(project, 10)
+    order_project(project, record)
+    assert "In random order: the project has no reward model yet." in boss.get("/admin").text
+    for address in ("/", "/api/tasks", "/api/progress"):
+        shown = ann.get(address).text
+        assert not any(arm in shown for arm in ("hold_out", '"random"', '"design"'))
 
 
 # ---- features ----
