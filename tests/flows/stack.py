@@ -32,6 +32,7 @@ PORTS = {
     "mlflow": "5000",
     "prefect": "4200",
     "label": "4300",
+    "resume": "4301",
     "worker": "8090",
 }
 
@@ -159,7 +160,7 @@ class Stack:
 
     def up(self, *services: str) -> None:
         """Start services, and those that they depend on before them; each is healthy, or done."""
-        for service in services or ("worker", "label"):
+        for service in services or ("worker", "label", "resume"):
             if service not in self._processes:
                 self.up_before(service)
                 self.start(service)

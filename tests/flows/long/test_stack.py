@@ -50,7 +50,7 @@ each_service = pytest.mark.parametrize("service", SERVICES)
 def test_all_that_was_asked_for_is_there():
     assert set(SERVICES) == {
         *("check", "postgres", "databases", "s3", "bucket", "mlflow", "prefect"),
-        *("label", "deploy", "worker", "tools"),
+        *("label", "resume", "deploy", "worker", "tools"),
     }
 
 
@@ -114,14 +114,20 @@ def test_a_worker_reaches_the_servers_and_the_votes_and_no_other_store():
     assert networks["back"] == networks["feedback"] == {"internal": True}
     assert SERVICES["worker"]["networks"] == ["front", "feedback"]
     on_feedback = {name for name, it in SERVICES.items() if "feedback" in it["networks"]}
-    assert on_feedback == {"postgres", "label", "worker"}
-    for name in ("worker", "label"):
+    assert on_feedback == {"postgres", "label", "resume", "worker"}
+    for name in ("worker", "label", "resume"):
         databases = re.findall(r"@postgres:5432/(\w+)", str(SERVICES[name]["environment"]))
         assert databases == ["feedback"]
         assert "S3_" not in str(SERVICES[name]["environment"])
     for name, declared in SERVICES.items():
-        if name not in ("check", "databases", "tools", "worker", "label"):
+        if name not in ("check", "databases", "tools", "worker", "label", "resume"):
             assert "POSTGRES_FEEDBACK_PASSWORD" not in str(declared.get("environment"))
+
+
+def test_the_page_that_strangers_reach_has_no_password_of_prefect():
+    assert not {"RLHF_PASSWORD", "PREFECT_API_URL"} & SERVICES["label"]["environment"].keys()
+    assert {"RLHF_PASSWORD", "PREFECT_API_URL"} <= SERVICES["resume"]["environment"].keys()
+    assert SERVICES["resume"]["command"][4:6] == ["--host", "127.0.0.1"]
 
 
 def test_the_back_is_for_the_servers_alone():
