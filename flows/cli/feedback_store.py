@@ -10,7 +10,7 @@ from flows.cli.printing import line, show_table
 from rlhf_core.errors import ConfigError, DataError, UserError
 from tasks.feedback.store.gold import read_answers
 from tasks.feedback.store.store import Store
-from tasks.settings import read_settings
+from tasks.settings import Settings, read_settings
 
 LONGEST_TEXT = 1_000_000  # bytes of a file with guidelines or a consent
 
@@ -115,3 +115,23 @@ def show_audit(project: str, limit: int) -> None:
             for one in store.project(project).log(limit)
         ]  # fmt: skip
     show_table(("time (UTC)", "by", "what", "of", "details"), rows)
+
+
+def put_in_order(name: str, model: str, settings: Settings) -> None:
+    """Put a queue in order, log what the order saves, and say it.
+
+    Args:
+        model: models:/NAME/VERSION or models:/NAME@ALIAS; "" = the newest of the project.
+        settings: with the address of MLflow.
+    """
+    from tasks.feedback.ordering.ordering import order_project  # torch and MLflow take seconds
+    from tasks.feedback.ordering.publish import publish_order
+    from tasks.record.record import Record
+
+    with _opened() as store:
+        project = store.project(name)
+        record = Record.open(settings)
+        ref = record.store.resolve(model) if model else None
+        found = order_project(project, record, by=getuser(), model=ref)
+        publish_order(name, found, record)
+    line(f"{found.placed:,} pairs in order. {found.sentence}")

@@ -6,24 +6,20 @@ that was edited a little, or two answers that are compared with each other under
 The accuracy on such votes is partly memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, product
-from zlib import crc32
 
 import pandas as pd
 import torch
-from datasketch import MinHash, MinHashLSH
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.near import NEAR, jaccard, min_hash, near_index, shingles_of
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.evaluation.scorecard import PromptLeaks
 
-NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
 SEARCHED = 10_000  # training prompts that are searched for nearly equal ones
-_WORDS, _PERMUTATIONS = 3, 64
-_EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
 
 class Leaks(BaseModel):
@@ -107,18 +103,18 @@ def _repeated(
     """The texts of training that each distinct held-out text equals, or else nearly equals."""
     known = set(chain(*train))
     searched = dict.fromkeys(chain(*(texts.head(most) for texts in train)))
-    index = MinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS)
-    sets = {text: _shingles(text) for text in searched}
+    index = near_index()
+    sets = {text: shingles_of(text) for text in searched}
     for text, shingles in sets.items():
         if len(shingles) > 1:
-            index.insert(text, _hashed(shingles), check_duplication=False)
+            index.insert(text, min_hash(shingles), check_duplication=False)
     found = {}
     for text in dict.fromkeys(chain(*held_out)):
         found[text] = [text] if text in known else []
-        shingles = _shingles(text)
+        shingles = shingles_of(text)
         if not found[text] and len(shingles) > 1:
-            close = index.query(_hashed(shingles))
-            found[text] = [t for t in close if _jaccard(shingles, sets[t]) >= NEAR]
+            close = index.query(min_hash(shingles))
+            found[text] = [t for t in close if jaccard(shingles, sets[t]) >= NEAR]
     return found
 
 
@@ -132,20 +128,3 @@ def _near(found: dict[str, list[str]]) -> int:
 
 def _plain(text: str) -> str:
     return " ".join(text.split())
-
-
-def _shingles(text: str) -> frozenset[bytes]:
-    """Every three words in a row, in small letters."""
-    words = text.lower().split()
-    starts = range(max(len(words) - _WORDS, 0) + 1)
-    return frozenset(" ".join(words[i : i + _WORDS]).encode() for i in starts)
-
-
-def _hashed(shingles: Iterable[bytes]) -> MinHash:
-    hashed = _EMPTY.copy()  # the permutations are slow to draw
-    hashed.update_batch(shingles)
-    return hashed
-
-
-def _jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
-    return len(one & other) / len(one | other)

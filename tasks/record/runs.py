@@ -111,6 +111,10 @@ class Runs:
         condition += f" and {_tagged(tags.SNAPSHOT, snapshot)}"
         return next(self._search([experiment], condition), None)
 
+    def queue_order(self, experiment: str) -> Run | None:
+        """The run with what the order of a project's queue saves."""
+        return next(self._search([experiment], _tagged(tags.STAGE, tags.QUEUE_ORDER)), None)
+
     def _search(
         self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
     ) -> Iterator[Run]:

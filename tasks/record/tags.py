@@ -75,6 +75,7 @@ SUMMARY: Final = "summary/"  # prefix of the final metrics of a stage
 PIPELINE: Final = "pipeline"  # of STAGE
 VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges said
 FEEDBACK_REPORT: Final = "feedback_report"  # of STAGE: what annotators agree on
+QUEUE_ORDER: Final = "queue_order"  # of STAGE: what the order of a queue of pairs saves
 WAITING: Final = "waiting"  # of APPROVED
 NOBODY: Final = "none"  # in place of a version
 

@@ -12,6 +12,7 @@ from starlette.background import BackgroundTask
 from rlhf_core.errors import UserError
 from tasks.feedback.admin import numbers, people, writings
 from tasks.feedback.admin.people import Roster
+from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.page.access import Admin, OwnProject, admin
 from tasks.feedback.page.pages import page
 from tasks.feedback.page.shield import Address
@@ -87,6 +88,7 @@ def overview(who: Admin, project: OwnProject, number: Number = 0) -> Response:
         "overview",
         throughput=numbers.throughput(project),
         queue=numbers.queue_state(project),
+        order=last_order(project),
         batches=found,
         number=number,
         is_full=len(found) == numbers.BATCHES,

@@ -249,6 +249,39 @@ class Content:
         asked_again = update(Batch).where(Batch.id == batch, Batch.withdrawn_at.is_not(None))
         session.execute(asked_again.values(withdrawn_at=None))
 
+    # ---- the order of the queue ----
+
+    def prioritise(self, order: Iterable[tuple[int, str]]) -> int:
+        """Give pairs that wait for a vote their places in the queue, the first one first.
+
+        A pair that was labelled or put on a desk meanwhile keeps its arm and its place, and so does
+        one that is not open.
+
+        Args:
+            order: the number and the arm of each pair.
+
+        Returns: how many have a new place.
+        """
+        placed = 0
+        with self._database.writing(self._project) as session:
+            for some in chunks(enumerate(order, start=1), CHUNK):
+                untouched = select(Pair.id).where(
+                    Pair.project_id == self._project,
+                    Pair.id.in_([pair for _, (pair, _) in some]),
+                    *(Pair.state == "open", Pair.votes == 0, Pair.taken == 0),
+                )
+                free = set(session.scalars(untouched))
+                rows = [
+                    {"id": pair, "priority": place, "arm": arm}
+                    for place, (pair, arm) in some
+                    if pair in free
+                ]
+                if rows:
+                    session.execute(update(Pair), rows)
+                placed += len(rows)
+            set_marks_back(session, self._project, -PRIORITIES, 0)
+        return placed
+
     # ---- batches ----
 
     def batch(self, name: str, kind: str, details: dict[str, object] | None = None) -> int:

@@ -36,6 +36,7 @@ from tasks.feedback.store.tables import (
 
 ROWS = 2000  # fetched at a time
 JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
+HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
 KINDS = ("fresh", "gold", "repeat", "import")
 
@@ -265,13 +266,14 @@ class Judgments:
             skips: also what was skipped, with its reason.
             after: only judgments with a higher number.
             training: without those on pairs that people were asked about as judges: their prompts
-                are those of an evaluation, which no training may see.
+                are those of an evaluation, which no training may see; nor may it see the hold-out
+                of an ordered queue.
             by_pair: in the order of `pair_digest`, which is the same in every store.
         """
         with self._database.reading() as session:
             query = self._query(snapshot, skips).where(Judgment.id > after)
             if training:
-                query = query.where(~judged())
+                query = query.where(~judged(), Pair.arm != HOLD_OUT)
             order = (Pair.digest,) if by_pair else ()
             rows = session.execute(
                 query.order_by(*order, Judgment.id).execution_options(yield_per=ROWS)

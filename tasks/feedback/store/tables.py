@@ -173,6 +173,8 @@ class Pair(Base):
     wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
+    # how it got its place in the queue: design, random, hold_out (never trained on); "" = it came
+    arm: Mapped[str] = mapped_column(String(16), default="")
     kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
     exchanged: Mapped[bool]
     created_at: Mapped[datetime]

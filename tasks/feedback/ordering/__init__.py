@@ -1,0 +1,1 @@
+"""Which pairs of the queue come first, and what that saves."""

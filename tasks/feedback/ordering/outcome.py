@@ -1,0 +1,108 @@
+"""What came of putting a queue in order; the last time is in the log of the project."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+
+from rlhf_core.functional.ranking import Interval
+from rlhf_core.labelling.savings import SETTLED, Savings
+from tasks.feedback.store import audit
+from tasks.feedback.store.store import FeedbackProject
+from tasks.feedback.store.tables import AuditEntry
+
+ACTION = "order"  # in the log
+
+
+@dataclass(frozen=True)
+class QueueOrder:
+    """What was put in order, and what the order has saved so far."""
+
+    at: datetime
+    model: str  # whose features were used; "" = there was none, so all is random
+    placed: int  # pairs with a new place
+    votes: int  # cast on ordered pairs
+    by_design: bool  # False: in random order, for lack of a model or since nothing is saved
+    savings: Savings | None  # None: too few votes to say
+
+    @property
+    def sentence(self) -> str:
+        """What an admin should know."""
+        if not self.model:
+            return "In random order: the project has no reward model yet."
+        if self.savings is None:
+            return f"Most informative first, by {self.model}; too few votes to say what that saves."
+        value, low, high = (f"{100 * share:.0f} %" for share in self.savings.saved)
+        found = f"labels saved: {value} ({low} to {high}), by {self.votes:,} votes"
+        if self.by_design:
+            settled = "" if self.votes >= SETTLED else f"; decided at {SETTLED} votes"
+            return f"Most informative first, by {self.model}; {found}{settled}."
+        return f"In random order, since the other order saves nothing; {found}."
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The metrics, by name."""
+        found = {
+            "labelling/votes": float(self.votes),
+            "labelling/placed": float(self.placed),
+            "labelling/by_design": float(self.by_design),
+        }
+        if self.savings is not None:
+            saved, labels = self.savings.saved, self.savings.labels
+            found |= {
+                "labelling/saved": saved.value,
+                "labelling/saved_low": saved.low,
+                "labelling/saved_high": saved.high,
+                "labelling/labels_saved": labels.value,
+                "labelling/labels_saved_low": labels.low,
+                "labelling/labels_saved_high": labels.high,
+                "labelling/design_votes": float(self.savings.design_votes),
+                "labelling/random_votes": float(self.savings.random_votes),
+                "labelling/tested_prompts": float(self.savings.tested),
+            }
+        return found
+
+
+def last_order(project: FeedbackProject) -> QueueOrder | None:
+    """How the queue was put in order last, with the estimate; None if it never was."""
+    query = select(AuditEntry).filter_by(project_id=project.id, action=ACTION)
+    with project.database.reading() as session:
+        entry = session.scalar(query.order_by(AuditEntry.id.desc()).limit(1))
+    if entry is None:
+        return None
+    details = dict(entry.details)
+    savings = details.pop("savings")
+    return QueueOrder(at=entry.at, savings=_savings_of(savings), **details)
+
+
+def remember(
+    project: FeedbackProject,
+    by: str,
+    model: str,
+    placed: int,
+    votes: int,
+    by_design: bool,
+    savings: Savings | None,
+) -> QueueOrder:
+    """Keep what was done in the log of the project."""
+    details: dict[str, Any] = {
+        "model": model,
+        "placed": placed,
+        "votes": votes,
+        "by_design": by_design,
+        "savings": None if savings is None else asdict(savings),
+    }
+    with project.database.writing(project.id) as session:
+        audit.note(session, project.id, by, ACTION, project.name, details)
+    found = last_order(project)
+    assert found is not None
+    return found
+
+
+def _savings_of(details: Mapping[str, Any] | None) -> Savings | None:
+    if details is None:
+        return None
+    lists = {name: tuple(details[name]) for name in ("sizes", "random_loss", "design_loss")}
+    return Savings(**{**details, **lists, "saved": Interval(*details["saved"])})
