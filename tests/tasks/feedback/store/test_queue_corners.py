@@ -66,6 +66,9 @@ def test_a_vote_after_the_lease_counts_though_somebody_else_has_the_pair(
     vote(queue, people[1], taken, "two")
     assert len(counted(project)) == 2
     assert queue.lease(people[2]) == []
+    with project.database.reading() as session:
+        [pair] = session.scalars(select(Pair))
+        assert (pair.taken, pair.votes, pair.state) == (2, 2, "done")
 
 
 def test_a_task_comes_back_as_it_was_if_nobody_took_it(project, queue, people, time):
