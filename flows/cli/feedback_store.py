@@ -12,6 +12,8 @@ from tasks.feedback.store.gold import read_answers
 from tasks.feedback.store.store import Store
 from tasks.settings import Settings, read_settings
 
+SHOWN = 12  # digits of a digest, so that the table fits into 80 columns
+
 LONGEST_TEXT = 1_000_000  # bytes of a file with guidelines or a consent
 
 
@@ -47,7 +49,7 @@ def show_snapshots(project: str) -> None:
     columns = ("snapshot", "taken (UTC)", "votes", "in training", "pairs", "annotators")
     rows = [
         (
-            one.digest[:16], f"{one.created_at:%Y-%m-%d %H:%M}", one.votes, one.training,
+            one.digest[:SHOWN], f"{one.created_at:%Y-%m-%d %H:%M}", one.votes, one.training,
             one.pairs, one.annotators,
         )
         for one in found

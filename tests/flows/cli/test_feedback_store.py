@@ -53,7 +53,7 @@ def test_projects_and_snapshots_are_listed(feedback, project):
     taken = project.snapshots.take()
     row = feedback("projects").stdout.splitlines()[3]
     assert [cell.strip() for cell in row.strip("│").split("│")][:5] == ["demo", "1", "3", "2", "1"]
-    assert taken.digest[:16] in feedback("snapshots", "demo").stdout
+    assert f" {taken.digest[:12]} " in feedback("snapshots", "demo").stdout
 
 
 def test_rules_are_shown_and_changed(feedback, project, tmp_path):

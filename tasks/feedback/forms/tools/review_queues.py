@@ -25,7 +25,7 @@ from tasks.feedback.store.records import Task, Vote
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Assignment, Judgment
 from tasks.record.describe import ensure_experiment
-from tasks.record.tracking import connect
+from tasks.record.record import Record
 from tasks.settings import Settings
 
 OLDEST = "3.14"  # MLflow with review queues
@@ -92,7 +92,7 @@ class ReviewQueues:
         """
         self._project = project
         self._mlflow, self._queues, self._schemas = _modules()
-        self._client = connect(settings)
+        self._client = Record.open(settings).client
         self._settings = settings
         self.experiment = f"feedback-{project.name}"
 
