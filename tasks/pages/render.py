@@ -1,6 +1,7 @@
 """Fills the templates of the pages. Every text is escaped unless this package made the HTML."""
 
 import base64
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,23 +12,22 @@ from rlhf_core.redaction import masked
 from tasks.pages.texts import duration, number, percent, shown
 
 
-@cache
-def _environment() -> Environment:
+def environment(package: str, **filters: Callable[..., Any]) -> Environment:
+    """The templates of a package, with the filters that all pages have and some more."""
     made = Environment(
-        loader=PackageLoader("tasks.pages"),
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
-        "duration": duration,
-        "number": number,
-        "percent": percent,
-        "picture": _picture,
-        "shown": shown,
-    }
+    made.filters |= {"duration": duration, "number": number, "percent": percent, **filters}
     return made
+
+
+@cache
+def _environment() -> Environment:
+    return environment("tasks.pages", picture=_picture, shown=shown)
 
 
 def render(template: str, **content: Any) -> str:

@@ -4,28 +4,15 @@ from functools import cache
 from typing import Any
 
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from tasks.feedback.page.rendering import markdown
-from tasks.pages.texts import duration, number, percent
+from tasks.pages.render import environment
 
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("tasks.feedback.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {
-        "duration": duration,
-        "markdown": markdown,
-        "number": number,
-        "percent": percent,
-    }
-    return made
+    return environment("tasks.feedback.page", markdown=markdown)
 
 
 def page(template: str, *, status: int = 200, **content: Any) -> HTMLResponse:

@@ -1,30 +1,10 @@
 """`rlhf feedback import` and `export` as typed: what is printed, and what a mistake says."""
 
 import json
-import os
 
 import pytest
-from typer.testing import CliRunner
-
-from flows.__main__ import app
 
 ROW = {"prompt": "P", "response_a": "x", "response_b": "y", "vote": 1, "judge": "w1", "took": 3}
-
-
-@pytest.fixture
-def feedback(tmp_path, monkeypatch):
-    """Calls `rlhf feedback` with a home of its own."""
-    before = dict(os.environ)
-    monkeypatch.chdir(tmp_path)
-    os.environ.update({"RLHF_HOME": str(tmp_path / "home"), "COLUMNS": "200"})
-    os.environ.pop("RLHF_FEEDBACK_DATABASE", None)
-
-    def call(*arguments):
-        return CliRunner().invoke(app, ["feedback", *map(str, arguments)])
-
-    yield call
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def write(path, *rows):
