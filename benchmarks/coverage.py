@@ -25,7 +25,8 @@ from scipy.stats import norm
 
 from rlhf_core.evaluation.comparison import Match, at_equal_length, sum_up
 from rlhf_core.evaluation.intervals import mean_difference
-from rlhf_core.functional.ranking import Interval, clustered_bootstrap
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_bootstrap
 
 PAGE = Path(__file__).parent / "README.md"
 RESAMPLES = 500  # of the bootstrap that is shown for comparison

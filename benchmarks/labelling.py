@@ -35,7 +35,8 @@ from rlhf_core.data.near import near_groups
 from rlhf_core.labelling.arms import Arm, Shares
 from rlhf_core.labelling.order import Waiting, order_queue
 from rlhf_core.labelling.probe import Probe, fit_probe
-from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
+from rlhf_core.labelling.saved import Savings
+from rlhf_core.labelling.savings import Votes, estimate_savings, keeps_design
 
 PAGE = Path(__file__).parents[1] / "docs/feedback/fewer_labels.md"
 PAIRS, TESTED, SIZE, STEP = 4000, 4000, 32, 100

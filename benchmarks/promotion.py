@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import Match, at_equal_length, play, sum_up
 from rlhf_core.evaluation.scorecard import Arm, ArmName, PromptLeaks, PromptSlice, Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.promotion.evidence import prompts_needed

@@ -42,7 +42,8 @@ from table import machine
 
 from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.functional.ranking import Interval, clustered_bootstrap, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_bootstrap, clustered_share
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.seeding import generator
 from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data

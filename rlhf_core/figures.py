@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 
 if TYPE_CHECKING:  # imported when something is drawn, so that training does not pay for it
     from matplotlib.axes import Axes

@@ -5,6 +5,7 @@ import logging
 from rlhf_core.errors import UserError
 
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+DELIVERERS = ("EventsWorker", "APILogWorker")  # they say when they wait
 DELIVERY_SECONDS = 10.0
 
 
@@ -42,6 +43,8 @@ def quiet_terminal() -> None:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry is a warning there
+    for name in DELIVERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
         handler.addFilter(WithoutRuns())

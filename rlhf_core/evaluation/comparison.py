@@ -17,9 +17,9 @@ from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.intervals import FEW_PROMPTS, mean_difference
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison, PairedDifference
 from rlhf_core.evaluation.signs import measure_signs
+from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.length_control import Verdicts, length_controlled_win_rates
 from rlhf_core.functional.ranking import (
-    Interval,
     at_least_wilson,
     best_of_n_kl,
     clustered_bootstrap,

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 from torch import Tensor
 
+from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import (
-    Interval,
     clustered_bootstrap,
     expected_calibration_error,
     win_rate,

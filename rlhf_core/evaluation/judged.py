@@ -20,7 +20,8 @@ from rlhf_core.data.prepared import prompt_key, read_table
 from rlhf_core.evaluation.answers import Answers, Bench
 from rlhf_core.evaluation.comparison import TRUTH, first_of_each
 from rlhf_core.evaluation.scorecard import ArmName, Comparison, JudgeFacts
-from rlhf_core.functional.ranking import Interval, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_share
 from rlhf_core.judges.config import REWARD_MODEL
 from rlhf_core.judges.exam import meet_canaries
 from rlhf_core.judges.judge import Cost, Judge, Judging, Pair, Panel, Verdict, shown

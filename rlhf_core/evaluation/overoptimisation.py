@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from scipy import linalg, stats
 from torch import Tensor
 
+from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import (
-    Interval,
     best_of_n_kl,
     best_of_n_mean,
     clustered_bootstrap,

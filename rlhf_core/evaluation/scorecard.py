@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import CanaryResult
 
 ArmName = Literal["base", "sft", "policy", "best_of_n", "champion"]

@@ -22,7 +22,8 @@ import torch
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.scorecard import Arm, ArmName
-from rlhf_core.functional.ranking import Interval, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_share
 from rlhf_core.rewards.canaries import LIST_LINE, pieces_of, question, script_of
 from rlhf_core.seeding import generator
 

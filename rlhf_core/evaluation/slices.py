@@ -8,7 +8,8 @@ import torch
 
 from rlhf_core.data.prepared import KEPT, UNKNOWN
 from rlhf_core.evaluation.scorecard import Comparison, PromptSlice
-from rlhf_core.functional.ranking import Interval, at_least_wilson, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import at_least_wilson, clustered_share
 from rlhf_core.seeding import generator
 
 

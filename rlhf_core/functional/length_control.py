@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rlhf_core.functional._contracts import check_shapes
-from rlhf_core.functional.ranking import Interval, at_least_wilson
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import at_least_wilson
 
 PRIOR = (0.01, 1.0, 1.0)  # 1 / variance of the normal priors of θ, φ and ψ; γ has that of ψ
 FOLDS = 5  # of the candidates

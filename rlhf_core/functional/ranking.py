@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf_core.functional._contracts import check_shapes
+from rlhf_core.functional.interval import Interval
 
 FEW_CLUSTERS, FEW_EITHER_WAY = 50, 5  # below these a bootstrap is too narrow
-
-
-class Interval(NamedTuple):
-    """An estimate with its confidence bounds, in the unit of the estimate."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Calibration(NamedTuple):

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 
 from rlhf_core.config import Section
-from rlhf_core.functional.ranking import Interval, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_share
 from rlhf_core.labelling.arms import hashed
 
 Way: TypeAlias = Literal["judge", "unsure", "audit"]

@@ -42,13 +42,13 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.labelling.probe import Probe, fit_probe, no_votes
+from rlhf_core.labelling.saved import SETTLED, Savings
 
 SIZES, SPAN, FOLDS = 4, 4.0, 4
 KEPT, PARTS = 0.8, 60  # share of the prompts in a part, and parts
 FEWEST = 30  # votes of the design and of the random arm, and tested prompts
-SETTLED = 500  # votes after which an estimate that is not above zero stops the design
 FLAT = 1e-6  # nats a vote for e times as many labels: nothing is learned
 FURTHEST = math.log(10)  # |δ|: beyond it the curves do not meet, and the shift is a guess
 
@@ -67,25 +67,6 @@ class Votes:
     def at(self, which: Tensor) -> "Votes":
         """Some of them, by mask or index."""
         return Votes(self.features[which], self.outcomes[which], self.groups[which])
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What the design saved so far."""
-
-    saved: Interval  # share of the random arm's labels; below 0 the design costs labels
-    random_votes: int  # votes of the random arm that the design is compared with
-    design_votes: int
-    tested: int  # prompts of the hold-out and of the random arm on which losses were taken
-    sizes: tuple[int, ...]  # votes
-    random_loss: tuple[float, ...]  # nats a vote, at these sizes
-    design_loss: tuple[float, ...]
-
-    @property
-    def labels(self) -> Interval:
-        """Labels that the random order would have needed beyond those of the design, for what the
-        design has reached: n·s / (1 - s)."""
-        return Interval(*(self.design_votes * s / (1 - s) for s in self.saved))
 
 
 def estimate_savings(

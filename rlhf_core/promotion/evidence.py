@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from scipy import optimize, special, stats
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 
 # of one row; a win rate has two of them, raw and at equal length, which then pass together in 0.8
 POWER = 0.85

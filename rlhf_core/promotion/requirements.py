@@ -5,7 +5,7 @@ from statistics import NormalDist
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.intervals import in_words
 from rlhf_core.evaluation.scorecard import Arm, JudgeFacts, Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.claims import absent
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Rule

@@ -33,7 +33,8 @@ from rlhf_core.data.chat_tokens import end_of_turn
 from rlhf_core.data.encoding import Prompt, encode_response
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.errors import DataError, NumericsError
-from rlhf_core.functional.ranking import Interval, clustered_share
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import clustered_share
 from rlhf_core.seeding import generator, stream_seed
 
 Score: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Tensor]

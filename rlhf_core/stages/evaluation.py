@@ -55,7 +55,7 @@ from rlhf_core.evaluation.scorecard import (
 )
 from rlhf_core.evaluation.signs import SIGNS, more_than
 from rlhf_core.evaluation.slices import prompt_slices, slice_rate
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.judge import Judge, Panel
 from rlhf_core.judges.load import JUDGE, load_judge

@@ -47,7 +47,7 @@ from rlhf_core.evaluation.tournament.strengths import (
     strengths,
     strongest,
 )
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.judge import Judge, Winner
 from rlhf_core.judges.load import JUDGE, load_judge

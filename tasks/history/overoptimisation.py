@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from rlhf_core.errors import UserError
 from rlhf_core.evaluation.chart import Chart, draw
 from rlhf_core.evaluation.overoptimisation import Measure, Path, Point
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from tasks.history.comparison import EVALUATION
 from tasks.record import tags
 from tasks.record.record import Record

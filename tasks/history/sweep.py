@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rlhf_core import figures
 from rlhf_core.evaluation.scorecard import Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.types import Report
 from tasks.prefect.ui import prefect_link_lines
 from tasks.record.describe import run_url

@@ -10,7 +10,7 @@ from rlhf_core.evaluation.scorecard import Comparison, Scorecard
 from rlhf_core.evaluation.tournament.page import draw as draw_tournament
 from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.figures import BLUE, ORANGE, blank, dress
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from tasks.pages.drawing import Drawing, drawing
 from tasks.pages.texts import percent
 

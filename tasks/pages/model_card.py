@@ -9,7 +9,7 @@ from rlhf_core.errors import printable
 from rlhf_core.evaluation.card.findings import findings
 from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.redaction import masked
 from tasks.pages import charts
 from tasks.pages.facts import Facts

@@ -13,7 +13,7 @@ from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.evaluation.tournament.result import TournamentResult
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.stages.evaluation import EvaluationReport
 from tasks.pages.publish import publish_report

@@ -8,7 +8,7 @@ from rlhf_core.backbone.base_model import ModelConfig, outline
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.card.gate import RewardQuality
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.stages.reward_model import RewardModelConfig
 from tasks.prefect.ui import stage_task
 from tasks.record import tags

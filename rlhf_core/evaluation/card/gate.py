@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rlhf_core.config import Section
 from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.intervals import can_show
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import CanaryResult
 
 LONGER = '"prefer the longer"'

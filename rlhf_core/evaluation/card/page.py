@@ -6,7 +6,7 @@ import pandas as pd
 
 from rlhf_core.evaluation.card.findings import Finding, findings, verdict
 from rlhf_core.evaluation.card.report_card import ReportCard, Share
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import not_measured
 
 _SHOWN = 20  # slices on the page; the table has them all

@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict
 from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.evaluation.intervals import Estimate
 from rlhf_core.evaluation.leaks import Leaks
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import CanaryResult
 
 

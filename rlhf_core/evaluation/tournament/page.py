@@ -9,7 +9,7 @@ from rlhf_core.evaluation.tournament.result import Entrant, TournamentResult
 from rlhf_core.evaluation.tournament.schedule import pairs_of
 from rlhf_core.evaluation.tournament.strengths import Result
 from rlhf_core.figures import BLUE, GREEN, GREY, blank, dress
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 
 if TYPE_CHECKING:  # imported when something is drawn
     from matplotlib.figure import Figure

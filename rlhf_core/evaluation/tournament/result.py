@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 
 SFT, LAST = "sft", "policy"  # the names of two entrants; the others are called milestone.N
 

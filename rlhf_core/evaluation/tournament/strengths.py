@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.judges.judge import Winner
 
 Numbers: TypeAlias = npt.NDArray[np.float64]

@@ -18,7 +18,8 @@ from rlhf_core.labelling.arms import Shares, hashed
 from rlhf_core.labelling.features import pair_features
 from rlhf_core.labelling.order import order_queue
 from rlhf_core.labelling.probe import Probe, Space, fit_probe, no_votes, space_of
-from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
+from rlhf_core.labelling.saved import Savings
+from rlhf_core.labelling.savings import Votes, estimate_savings, keeps_design
 from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator
 from tasks.feedback.ordering.outcome import QueueOrder, remember

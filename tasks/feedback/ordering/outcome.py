@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import select
 
-from rlhf_core.functional.ranking import Interval
-from rlhf_core.labelling.savings import SETTLED, Savings
+from rlhf_core.functional.interval import Interval
+from rlhf_core.labelling.saved import SETTLED, Savings
 from tasks.feedback.store import audit
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import AuditEntry

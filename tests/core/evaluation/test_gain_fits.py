@@ -20,7 +20,8 @@ from rlhf_core.evaluation.overoptimisation import (
     gain_at,
     gain_over,
 )
-from rlhf_core.functional.ranking import Interval, best_of_n_mean
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import best_of_n_mean
 
 DISTANCES = np.linspace(0, 4, 17)
 

@@ -10,7 +10,7 @@ import torch
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.scorecard import Arm
 from rlhf_core.evaluation.signs import SIGNS, measure_signs, more_than, signs_of
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import KINDS, make_canaries
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"

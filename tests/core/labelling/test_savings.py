@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.labelling import savings
-from rlhf_core.labelling.savings import Savings, Votes, estimate_savings, keeps_design
+from rlhf_core.labelling.saved import Savings
+from rlhf_core.labelling.savings import Votes, estimate_savings, keeps_design
 
 TRUTH = torch.tensor([2.0, -1.0, 1.0, 0.5, -2.0, 1.0, 0.0, 1.5]).double()
 

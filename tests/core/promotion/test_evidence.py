@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from rlhf_core.functional.ranking import Interval, win_rate
+from rlhf_core.functional.interval import Interval
+from rlhf_core.functional.ranking import win_rate
 from rlhf_core.promotion.evidence import (
     can_show,
     least_excess,

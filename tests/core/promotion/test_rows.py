@@ -11,7 +11,7 @@ from rlhf_core.evaluation.scorecard import (
     PromptSlice,
     Scorecard,
 )
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision, Look
 from rlhf_core.promotion.facts import Facts, Files

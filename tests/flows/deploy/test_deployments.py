@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
 from urllib.error import HTTPError
@@ -169,11 +171,15 @@ class Api:
         body = None if content is None else json.dumps(content).encode()
         headers = {"Content-Type": "application/json"}
         request = Request(self._address + path, data=body, headers=headers, method=method)
-        try:
-            with urlopen(request, timeout=30) as answer:
-                return answer.status, answer.read().decode()
-        except HTTPError as error:
-            return error.code, error.read().decode()
+        for _ in range(20):  # the server answers 503 while its database is locked
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return answer.status, answer.read().decode()
+            except HTTPError as error:
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                    return error.code, error.read().decode()
+            time.sleep(0.5)
+        raise AssertionError(f"{method} {path}: 503 for ten seconds")
 
     def deployment(self, name: str) -> dict:
         return json.loads(self.send("GET", f"/deployments/name/{name}")[1])

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rlhf_core.config import Section
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Diagnosis, JudgeFacts, Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.decision import Decision, Look, Rule
 from rlhf_core.rewards.canaries import CanaryResult
 from rlhf_core.types import Report

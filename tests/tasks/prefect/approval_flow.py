@@ -3,7 +3,7 @@
 from prefect import flow
 
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
-from rlhf_core.functional.ranking import Interval
+from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
 from tasks.prefect.approval import ask_person
