@@ -235,7 +235,6 @@ def test_votes_that_tell_nobody_from_anybody_are_told(train, with_votes, caplog,
     [
         ({"loss": "pointwise_mse"}, "set loss to bradley_terry or annotators to pooled"),
         ({"label_smoothing": 0.1}, "label_smoothing has to be 0"),
-        ({"members": 3, "lora_rank": 2}, "set members to 1 or annotators to pooled"),
         ({"gold_annotator": ""}, "gold_annotator"),
         ({"annotators": "some"}, "annotators"),
     ],
