@@ -1,15 +1,16 @@
 """Runs the pipeline again when enough preferences are new since its last run."""
 
-from typing import Any
+from typing import Any, Self
 
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.config import PipelineConfig
 from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import PipelineResult, rlhf
 from rlhf_core.config import Section
+from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.waiting import suspended_for_people
 from tasks.steps.new_data import PreferenceCount, count_preferences
 
@@ -23,6 +24,35 @@ class RetrainConfig(Section):
     pipeline: PipelineConfig = Field(
         default_factory=PipelineConfig, description="The pipeline to run then"
     )
+    ask: AskConfig | None = Field(
+        None,
+        description="What people are asked after the run, about the answers of whoever is the "
+        "champion then; with `then` it closes the loop. Empty = nothing",
+    )
+    rounds: int = Field(
+        10,
+        ge=1,
+        le=1_000_000,
+        description="The loop ends after so many rounds since a person asked for a batch",
+    )
+
+    @model_validator(mode="after")
+    def _asks_about_the_champion(self) -> Self:
+        if self.ask is None:
+            return self
+        if self.ask.policy or self.ask.against or self.ask.evaluation:
+            raise ValueError(
+                "after a training people are asked about the champion: leave policy, against and "
+                "evaluation of `ask` empty"
+            )
+        store = self.pipeline.data.preferences.store
+        if self.ask.then and store != self.ask.project:
+            read = f"reads the votes of '{store}'" if store else "reads no votes of the store"
+            raise ValueError(
+                f"the loop asks people of the project '{self.ask.project}', but the pipeline "
+                f"{read}: set pipeline.data.preferences.store to {self.ask.project}"
+            )
+        return self
 
 
 @pipeline_flow("retrain")
