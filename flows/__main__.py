@@ -527,6 +527,19 @@ def ask_people(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws prompts and answers.")] = 0,
     licence: Annotated[str, typer.Option(help="Licence of prompts and answers.")] = "",
+    enough: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, callback=_number, help="Share of answered pairs that completes it."
+        ),
+    ] = 1.0,
+    days: Annotated[
+        float, typer.Option(min=0.0, callback=_number, help="It is complete then, however it is.")
+    ] = 7.0,
+    then: Annotated[
+        str,
+        typer.Option(metavar="FLOW/NAME", help="Deployment that is run once it is complete."),
+    ] = "",
 ) -> None:
     """Have people compare answers: sample them, and queue the pairs.
 
@@ -550,6 +563,9 @@ def ask_people(
         votes_per_pair=votes,
         seed=seed,
         licence=licence,
+        enough=enough,
+        days=days,
+        then=then,
     )
     settings = find.join(read_settings())
     load("tasks.record.terminal", "tasks.feedback.asking.ask")

@@ -12,6 +12,7 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.feedback.asking.votes import votes_now
 from tasks.record import tags
 from tasks.record.record import Record
+from tasks.registry.refs import SnapshotRef
 
 
 class PreferenceCount(BaseModel):
@@ -57,7 +58,7 @@ class Called(NamedTuple):
     """The run of the pipeline that a flow run has called."""
 
     run_id: str
-    votes: str  # the snapshot that it reads; empty = it reads none
+    votes: str  # the digest of the snapshot that it reads; empty = it reads none
 
 
 def called_by(flow_run: str, project: str) -> Called | None:
@@ -67,7 +68,10 @@ def called_by(flow_run: str, project: str) -> Called | None:
     if experiment is None or not flow_run:
         return None
     found = record.runs.called_by(experiment.experiment_id, flow_run)
-    return found and Called(found.info.run_id, found.data.tags.get(tags.SNAPSHOT, ""))
+    if found is None:
+        return None
+    pinned = found.data.tags.get(tags.SNAPSHOT, "")
+    return Called(found.info.run_id, SnapshotRef.parse(pinned).digest if pinned else "")
 
 
 def _preferences_of(record: Record, pipeline: Run) -> int:

@@ -114,7 +114,7 @@ def next_batch(
         return Continued(number=number, why=why)
     if config.then and number >= rounds:
         why = (
-            f"{_rounds(number)} have followed one another, and `rounds` is {rounds}; "
+            f"round {number} was the last of {rounds} (`rounds`); "
             f"`rlhf ask {config.project} --then {config.then}` begins anew"
         )
         return Continued(number=number, why=why)
@@ -208,7 +208,3 @@ def _number(config: AskConfig, known: list[_Known], caller: Caller) -> int:
 
 def _starts(batch: _Known, deployment: str) -> bool:
     return bool(batch.details["then"] == deployment)
-
-
-def _rounds(number: int) -> str:
-    return f"{number:,} round{'' if number == 1 else 's'}"
