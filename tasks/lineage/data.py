@@ -67,14 +67,13 @@ class DataSets:
                 return self.at(other)
             why = "the run that prepared them was deleted for good"
             return DataSet(uri or f"data {digest or 'without address'}", digest, unknown=why)
-        known = DataSet(uri, run.data_digest, run.snapshot, run)
         self._progress(uri)
         try:
             origins = self._origins(run)
         except (MlflowException, DataError, OSError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return DataSet(uri, run.data_digest, run.snapshot, run, None, lines[0])
-        return DataSet(known.uri, known.digest, known.snapshot, run, origins)
+        return DataSet(uri, run.data_digest, run.snapshot, run, origins)
 
     def _origins(self, run: StageRun) -> Origins:
         client = self._graph.record.client
@@ -93,7 +92,9 @@ class DataSets:
                 return Origins.read(fetch(FILE))
             if missing := [name for name in NEEDED if name not in there]:
                 raise DataError(f"the file {missing[0]} of the data is gone from MLflow")
-            found = count_tables([fetch(name) for name in NEEDED][0].parent)
+            for name in NEEDED:
+                path = fetch(name)
+            found = count_tables(path.parent)
         self._old[run.data_digest] = found
         return found
 

@@ -34,6 +34,7 @@ class StageRun:
     inputs: Mapping[str, str]  # addresses by role
     outputs: Mapping[str, str]  # addresses by kind
     params: Mapping[str, str]
+    pipeline: str = ""  # the run that it is a part of
     data_digest: str = ""
     snapshot: str = ""
     trashed: bool = False
@@ -90,8 +91,8 @@ class Graph:
         self.record = record
         found = {run.run_id: run for run in self._runs()}
         self.trashed_experiments = self._trashed
-        # A run that stands for another one has its outputs; the one that did the work has made them.
         self.runs = found
+        # A run that stands for another one has its outputs; the first one made them.
         self._makers: dict[str, StageRun] = {}
         for run in sorted(found.values(), key=lambda run: run.at, reverse=True):
             for uri in run.outputs.values():
@@ -240,6 +241,7 @@ def _stage_run(run: Run, experiments: Mapping[str, str]) -> StageRun:
         inputs=tags.inputs(own),
         outputs={k: uri for k, uri in tags.outputs(own).items() if k != tags.RESULT},
         params=dict(run.data.params),
+        pipeline=own.get(tags.PARENT_RUN, ""),
         data_digest=own.get(tags.DATA_DIGEST, ""),
         snapshot=own.get(tags.SNAPSHOT, ""),
         trashed=run.info.lifecycle_stage != "active",

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from rlhf_core.data.origins.counts import Count, Origins
@@ -164,6 +164,21 @@ class Lineage:
             self._names(wanted) if not any(matching.values()) else (),
         )
 
+    def only(self, answer: Answer, refs: Sequence[ModelRef]) -> Answer:
+        """An answer about some versions alone."""
+        kept = tuple(seen for seen in answer.seen if seen.ref in refs)
+        return replace(answer, seen=kept)
+
+    def made_by(self, run_id: str) -> list[ModelRef]:
+        """The versions that a pipeline run, or a stage, made; the last stage's first."""
+        runs = [run for run in self._graph.runs.values() if run_id in (run.run_id, run.pipeline)]
+        made = [
+            uri
+            for run in sorted(runs, key=lambda run: run.at, reverse=True)
+            for uri in run.versions.values()
+        ]
+        return [ModelRef.parse(uri) for uri in dict.fromkeys(made)]
+
     def _descend(self, found: dict[tuple[str, Relation], Seen]) -> None:
         """Add the versions that were made from those that were trained on it."""
         children = self._graph.children()
@@ -230,7 +245,7 @@ class Lineage:
             **vars(_known(version)),
             trained=self._material(trained),
             evaluated=self._material(evaluated),
-            readings=tuple((*trained, *evaluated)),
+            readings=(*trained, *evaluated),
             ancestors=tuple(
                 Ancestor(_known(self._graph.versions[uri]), path) for uri, path in line[1:]
             ),

@@ -48,8 +48,13 @@ class Origin(NamedTuple):
         """That of the prompt."""
         return Origin.of(self.prompt_sources, self.prompt_licences)
 
+    def beside(self, other: "Origin") -> "Origin":
+        """That of a row that is made of two."""
+        return Origin(*(tuple(dict.fromkeys((*a, *b))) for a, b in zip(self, other, strict=True)))
+
 
 NOWHERE = Origin()
+ORIGIN = "origin"  # a column of the tables while they are prepared
 
 
 class VoteRow(NamedTuple):
