@@ -590,9 +590,7 @@ def compare(
         line(f"Written: {output}")
 
 
-@command(
-    epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model models:/demo-policy@champion"
-)
+@command(epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model happy-otter")
 def lineage(
     annotator: Annotated[str, typer.Option(help="A pseudonym: which models saw their votes?")] = "",
     source: Annotated[

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from tasks.settings import Settings
 
 SHOWN = 20  # annotators in the terminal
+TITLES = {
+    "trained": "Trained on it",
+    "answers": "Trained on answers of a version that was",
+    "evaluated": "Evaluated on it",
+}
 COMPLETE, GAPS = 0, 4  # exit status
 
 
@@ -52,7 +57,7 @@ def _show_seen(found: "Answer", wanted: Wanted, settings: "Settings", *, in_json
 
         in_store = judgments_of(wanted.annotator, settings)
     line(words.verdict(found, wanted, in_store))
-    for relation, title in (("trained", "Trained on it"), ("evaluated", "Evaluated on it")):
+    for relation, title in TITLES.items():
         rows = words.seen_rows([seen for seen in found.seen if seen.relation == relation])
         if rows:
             line(f"\n{title}:")

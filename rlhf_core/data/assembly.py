@@ -69,8 +69,8 @@ def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
 
 
 def _with_origins(table: ParsedSource) -> pd.DataFrame:
-    origins = table.origins or [NOWHERE] * len(table.frame)
-    return table.frame.assign(**{ORIGIN: pd.Series(origins, index=table.frame.index, dtype=object)})
+    origins: list[object] = [*table.origins] or [NOWHERE] * len(table.frame)
+    return table.frame.assign(**{ORIGIN: pd.Series(origins, table.frame.index, dtype=object)})
 
 
 def split_by_prompt(tables: CleanTables, fraction: float, seed: int) -> CleanTables:

@@ -10,7 +10,6 @@ from mlflow.exceptions import MlflowException
 from rlhf_core.data.origins.counts import FILE, Count, Origins, count_tables
 from rlhf_core.errors import DataError
 from tasks.lineage.graph import Graph, StageRun
-from tasks.record import tags
 from tasks.registry.refs import DATA_FOLDER, SnapshotRef
 
 NEEDED = ("validation.json", "preferences.train.jsonl", "preferences.eval.jsonl")
@@ -104,6 +103,3 @@ def data_of(run: StageRun | None, digest: str) -> tuple[str, str]:
     if run is not None and run.data:
         return run.data, run.data_digest
     return "", digest
-
-
-DATA = tags.DATA

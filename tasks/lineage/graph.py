@@ -35,6 +35,7 @@ class StageRun:
     outputs: Mapping[str, str]  # addresses by kind
     params: Mapping[str, str]
     pipeline: str = ""  # the run that it is a part of
+    key: str = ""
     data_digest: str = ""
     snapshot: str = ""
     trashed: bool = False
@@ -90,7 +91,6 @@ class Graph:
     def __init__(self, record: Record) -> None:
         self.record = record
         found = {run.run_id: run for run in self._runs()}
-        self.trashed_experiments = self._trashed
         self.runs = found
         # A run that stands for another one has its outputs; the first one made them.
         self._makers: dict[str, StageRun] = {}
@@ -133,9 +133,6 @@ class Graph:
     def _runs(self) -> Iterator[StageRun]:
         experiments = list(self._experiments())
         names = {found.experiment_id: found.name for found in experiments}
-        self._trashed = sorted(
-            found.name for found in experiments if found.lifecycle_stage != "active"
-        )
         if not names:
             return
         # Only stages have a key, and only those of a pipeline's kinds have what is looked for.
@@ -242,6 +239,7 @@ def _stage_run(run: Run, experiments: Mapping[str, str]) -> StageRun:
         outputs={k: uri for k, uri in tags.outputs(own).items() if k != tags.RESULT},
         params=dict(run.data.params),
         pipeline=own.get(tags.PARENT_RUN, ""),
+        key=own.get(tags.KEY, ""),
         data_digest=own.get(tags.DATA_DIGEST, ""),
         snapshot=own.get(tags.SNAPSHOT, ""),
         trashed=run.info.lifecycle_stage != "active",

@@ -12,14 +12,15 @@ import difflib
 import json
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from typing import TypeAlias
 
 from rlhf_core.data.origins.counts import Count, Origins
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import DataError, ModelError
 from tasks.lineage.data import DataSet, DataSets, data_of
-from tasks.lineage.graph import COPY, EXAMINATIONS, Graph, StageRun, Version
+from tasks.lineage.graph import Graph, StageRun, Version
 from tasks.lineage.records import (
     Ancestor,
     Answer,
@@ -52,7 +53,11 @@ EXAMINES: Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
     "tournament": ((("prompts", "train"),), ("policy", "milestone.", "sft")),
 }
 WORDS = {"preferences": "votes", "demonstrations": "demonstrations", "prompts": "prompts"}
+PEOPLE = "people"  # as a judge
 NEAR = 5  # names that are shown in place of one that nothing has
+
+
+_Direct: TypeAlias = tuple[Version, Relation, Step, int]
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Lineage:
     def search(self, wanted: Wanted) -> Answer:
         """Which versions saw what is wanted."""
         found: dict[tuple[str, Relation], Seen] = {}
-        direct: list[tuple[Version, Relation, Step, int]] = []
+        direct: list[_Direct] = []
         matching: dict[str, int] = {}
         for reading in self._readings():
             data = self._data.at(reading.data)
@@ -150,14 +155,16 @@ class Lineage:
             if data.origins is not None and wanted.fits(data):
                 hits = [c for c in data.counts() if wanted.matches(c, data.origins)]
                 matching[data.digest] = sum(c.rows for c in hits)
-        for version, relation, step, rows in sorted(direct, key=lambda hit: -hit[3]):
+        verdicts, gaps = self._verdicts(wanted)
+        for version, relation, step, rows in sorted((*direct, *verdicts), key=_most_first):
             key = (version.uri, relation)
             if key not in found:
                 found[key] = self._seen(version, relation, (step,), rows)
         self._descend(found)
+        self._descend_by_answers(found)
         return Answer(
             tuple(sorted(found.values(), key=_by_time)),
-            tuple(self._unknown(wanted)),
+            (*self._unknown(wanted), *gaps),
             len(matching),
             sum(rows > 0 for rows in matching.values()),
             sum(matching.values()),
@@ -191,6 +198,56 @@ class Lineage:
                     path = (*parent.path, Step(role, parent.ref.uri))
                     found[key] = self._seen(child, "trained", path, parent.rows)
                     waiting.append(found[key])
+
+    def _descend_by_answers(self, found: dict[tuple[str, Relation], Seen]) -> None:
+        """Add the versions that learned from answers of those that were trained on it, and what was
+        made from these."""
+        children, readers = self._graph.children(), self._readers_of_answers()
+        waiting = deque(seen for seen in found.values() if seen.relation == "trained")
+        while waiting:
+            parent = waiting.popleft()
+            uri = parent.ref.uri
+            made = children.get(uri, []) if parent.relation == "answers" else []
+            read = [("answers", self._graph.versions[reader]) for reader in readers.get(uri, ())]
+            for role, child in (*made, *read):
+                key: tuple[str, Relation] = (child.uri, "answers")
+                if key not in found and (child.uri, "trained") not in found:
+                    path = (*parent.path, Step(role, uri))
+                    found[key] = self._seen(child, "answers", path, parent.rows)
+                    waiting.append(found[key])
+
+    def _readers_of_answers(self) -> dict[str, dict[str, None]]:
+        """Of each version that wrote answers, the versions that learned from them."""
+        found: dict[str, dict[str, None]] = {}
+        for reading in self._readings():
+            if reading.relation == "trained":
+                for count in self._rows(reading, self._data.at(reading.data)):
+                    for writer in count.models:
+                        found.setdefault(writer, {})[reading.version] = None
+        return found
+
+    def _verdicts(self, wanted: Wanted) -> tuple[list[_Direct], list[str]]:
+        """The versions that an annotator judged in an evaluation or a tournament, and what could
+        not be looked into."""
+        asked = [r for r in self._graph.runs.values() if r.params.get("judge.source") == PEOPLE]
+        if not wanted.annotator or wanted.source or wanted.licence or not asked:
+            return [], []
+        from tasks.feedback.store.database import StoreError  # the database takes a second
+        from tasks.lineage.votes import verdicts_of
+
+        try:
+            given = verdicts_of(wanted.annotator, self._record.settings)
+        except (StoreError, DataError) as error:
+            return [], [f"verdicts of people: {error}"]
+        found: list[_Direct] = []
+        for run in asked:
+            for project, batch, number in given:
+                of_run = batch.startswith(f"{run.stage}-{run.key}-")
+                if of_run and wanted.project in ("", project):
+                    step = Step("verdicts", f"feedback:/{project}")
+                    for uri in sorted(self._examined(run)):
+                        found.append((self._graph.versions[uri], "evaluated", step, number))
+        return found, []
 
     def _seen(
         self, version: Version, relation: Relation, path: tuple[Step, ...], rows: int
@@ -355,14 +412,17 @@ class Lineage:
         for run in self._graph.runs.values():
             if run.stage not in EXAMINES or not run.data:
                 continue
-            tables, roles = EXAMINES[run.stage]
+            tables, _ = EXAMINES[run.stage]
             data = self._data.at(run.data, run.data_digest).uri
-            examined = {
-                uri for role, uri in run.models.items() if any(_is(role, r) for r in roles)
-            } | set(run.versions.values())
-            for uri in sorted(examined & self._graph.versions.keys()):
+            for uri in sorted(self._examined(run)):
                 for table, split in tables:
                     yield Reading(uri, "evaluated", run.stage, data, table, split, "")
+
+    def _examined(self, run: StageRun) -> set[str]:
+        """The versions that a stage examined, or made a copy of."""
+        _, roles = EXAMINES[run.stage]
+        examined = {uri for role, uri in run.models.items() if any(_is(role, r) for r in roles)}
+        return (examined | set(run.versions.values())) & self._graph.versions.keys()
 
     def _rows(self, reading: Reading, data: DataSet) -> Iterator[Count]:
         """The counts of the rows that a reading read."""
@@ -424,13 +484,9 @@ def _rewards(run: StageRun) -> Iterator[str]:
             yield source
 
 
+def _most_first(hit: _Direct) -> int:
+    return -hit[3]
+
+
 def _by_time(seen: Seen) -> tuple[float, str, str]:
     return (seen.at.timestamp() if seen.at else 0.0, seen.ref.uri, seen.relation)
-
-
-def named(versions: Iterable[Known]) -> list[str]:
-    """The addresses of versions."""
-    return [known.ref.uri for known in versions]
-
-
-__all__ = ["COPY", "EXAMINATIONS", "Lineage", "Wanted", "named", "saw", "seen_by"]

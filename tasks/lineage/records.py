@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from tasks.registry.refs import ModelRef
 
-Relation: TypeAlias = Literal["trained", "evaluated"]
+Relation: TypeAlias = Literal["trained", "answers", "evaluated"]
 
 
 class Step(NamedTuple):
     """A thing on the way to a version, and what it was used as there."""
 
-    role: str  # votes, demonstrations, prompts; or sft, reward, policy, copy, …
-    uri: str  # runs:/RUN/data or models:/NAME/VERSION
+    role: str  # votes, demonstrations, prompts, verdicts; or sft, reward, policy, copy, answers, …
+    uri: str  # runs:/RUN/data, feedback:/PROJECT or models:/NAME/VERSION
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,11 @@ class Known:
 class Seen(Known):
     """A version that saw what was looked for.
 
-    `trained` means that it learned from it, or was made from a version that did. `evaluated` means
+    `trained` means that it learned from it, or was made from a version that did. `answers` means
+    that it learned from answers that such a version wrote, and people compared. `evaluated` means
     that it was measured with it, and no more: held-out rows of its own training (by which a stage
-    may have chosen its best weights), a report card, an evaluation, a tournament.
+    may have chosen its best weights), a report card, an evaluation or a tournament, also one in
+    which the annotator was the judge.
     """
 
     relation: Relation = "trained"

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import aliased
 
 from rlhf_core.data.origins.counts import Origin
-from tasks.feedback.store.judgments import Judgment
+from rlhf_core.errors import DataError
+from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import FeedbackProject, Store
 from tasks.feedback.store.tables import (
     Annotator,
+    Batch,
+    BatchPair,
     Consent,
+    Judgment,
     Pair,
     Project,
     Prompt,
@@ -72,7 +77,7 @@ def licences_of(project: FeedbackProject) -> dict[str, str]:
         .order_by(Annotator.pseudonym)
     )
     with project.database.reading() as session:
-        return {name: licence for name, licence in session.execute(query)}
+        return {row.pseudonym: row.licence for row in session.execute(query)}
 
 
 def _names(*names: str) -> tuple[str, ...]:
@@ -81,20 +86,51 @@ def _names(*names: str) -> tuple[str, ...]:
 
 def judgments_of(annotator: str, settings: Settings) -> dict[str, int]:
     """How many judgments an annotator has in the preference store, by project; nothing if there
-    is no store here."""
+    is no store here.
+
+    Raises: StoreError when it cannot be used.
+    """
+    query = (
+        select(Project.name, func.count().label("judgments"))
+        .join(Annotator, Annotator.project_id == Project.id)
+        .join(Judgment, Judgment.annotator_id == Annotator.id)
+        .where(Annotator.pseudonym == annotator)
+        .group_by(Project.name)
+    )
+    return {row.name: row.judgments for row in _asked(query, settings)}
+
+
+def verdicts_of(annotator: str, settings: Settings) -> list[tuple[str, str, int]]:
+    """The batches in which an annotator was asked as a judge: project, name, and how often the
+    annotator judged.
+
+    Raises: DataError when there is no store here; StoreError when it cannot be used.
+    """
+    query = (
+        select(Project.name.label("project"), Batch.name, func.count().label("judgments"))
+        .join(Annotator, Annotator.project_id == Project.id)
+        .join(Judgment, Judgment.annotator_id == Annotator.id)
+        .join(BatchPair, BatchPair.pair_id == Judgment.pair_id)
+        .join(Batch, Batch.id == BatchPair.batch_id)
+        .where(Annotator.pseudonym == annotator, Batch.kind == JUDGE)
+        .group_by(Project.name, Batch.name)
+    )
+    if not _is_here(settings):
+        raise DataError(f"there is no preference store in {settings.home}, where they were kept")
+    return [(row.project, row.name, row.judgments) for row in _asked(query, settings)]
+
+
+def _is_here(settings: Settings) -> bool:
     path = settings.feedback_uri.removeprefix("sqlite:///")
-    if path != settings.feedback_uri and not Path(path).is_file():
-        return {}
+    return path == settings.feedback_uri or Path(path).is_file()
+
+
+def _asked(query: Select[Any], settings: Settings) -> list[Row[Any]]:
+    if not _is_here(settings):
+        return []
     store = Store.open(settings)
     try:
-        query = (
-            select(Project.name, func.count())
-            .join(Annotator, Annotator.project_id == Project.id)
-            .join(Judgment, Judgment.annotator_id == Annotator.id)
-            .where(Annotator.pseudonym == annotator)
-            .group_by(Project.name)
-        )
         with store.database.reading() as session:
-            return {name: number for name, number in session.execute(query)}
+            return list(session.execute(query))
     finally:
         store.close()

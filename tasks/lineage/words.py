@@ -39,11 +39,9 @@ def way(path: Sequence[Step]) -> str:
 
 def state(version: Known) -> str:
     """What a reader has to know of where a version is; empty if all is there."""
-    words = [version.state] if version.state != "registered" else []
-    words += {"trash": ["its run is in MLflow's trash"], "gone": ["its run is gone"]}.get(
-        version.run, []
-    )
-    return ", ".join(words)
+    where = "" if version.state == "registered" else version.state
+    run = {"trash": "its run is in MLflow's trash", "gone": "its run is gone"}
+    return ", ".join(word for word in (where, run.get(version.run, "")) if word)
 
 
 def asked(wanted: Wanted) -> str:
@@ -65,11 +63,12 @@ def verdict(answer: Answer, wanted: Wanted, in_store: Mapping[str, int] = {}) ->
     """
     what = asked(wanted)
     trained = sum(seen.relation == "trained" for seen in answer.seen)
-    only = len(
-        {s.ref for s in answer.seen} - {s.ref for s in answer.seen if s.relation == "trained"}
-    )
+    by_answers = sum(seen.relation == "answers" for seen in answer.seen)
+    learned = {seen.ref for seen in answer.seen if seen.relation != "evaluated"}
+    only = len({seen.ref for seen in answer.seen} - learned)
     if answer.seen:
         found = f"{plural(trained, 'version was', 'versions were')} trained on {what}"
+        found += f", {by_answers:,} more on answers of these" if by_answers else ""
         found += f", {only:,} more only evaluated" if only else ""
         rows = plural(answer.rows, "row")
         return f"{found}: {rows} in {plural(answer.matching, 'data set')} of {answer.data_sets:,}."
@@ -78,9 +77,13 @@ def verdict(answer: Answer, wanted: Wanted, in_store: Mapping[str, int] = {}) ->
             f"{plural(answer.rows, 'row')} in {plural(answer.matching, 'data set')} have {what}, "
             "but no version was trained or evaluated on them."
         )
-    start = f"No version saw {what}: none of {plural(answer.data_sets, 'data set')} has such rows."
-    if not answer.data_sets:
-        start = f"Nothing is known about {what}: there are no prepared data to look into."
+    sets = plural(answer.data_sets, "data set")
+    start = f"No version saw {what}: none of {sets} has such rows."
+    if answer.unknown:
+        gaps = plural(len(answer.unknown), "thing")
+        start = f"No version is known to have seen {what}, but {gaps} could not be looked into."
+    elif not answer.data_sets:
+        start = f"No version saw {what}: there are no prepared data."
     if in_store:
         votes = ", ".join(f"{number:,} in {name}" for name, number in in_store.items())
         start += f" The preference store has judgments by them ({votes}), in no data so far."
@@ -110,9 +113,9 @@ def name_rows(material: Material, kind: str, most: int = 0) -> list[tuple[str, i
     named: Mapping[str, Mapping[str, int]] = getattr(material, kind)
     ordered = sorted(named.items(), key=lambda item: (-sum(item[1].values()), item[0]))
     return [
-        (name, *(tables.get(word, 0) for word in ("votes", "demonstrations", "prompts")))
-        for name, tables in (ordered[:most] if most else ordered)
-    ]  # type: ignore[misc]
+        (name, found.get("votes", 0), found.get("demonstrations", 0), found.get("prompts", 0))
+        for name, found in (ordered[:most] if most else ordered)
+    ]
 
 
 def lines_of(saw: Saw) -> Iterator[tuple[str, str]]:

@@ -156,25 +156,25 @@ def count_chosen(votes: Iterable[VoteRow]) -> Iterator[Count]:
     """The demonstrations that were made of votes: of each annotator the different texts that won,
     though others may have chosen the same."""
     chosen = {
-        (hash((vote.split, vote.key, vote.won)), vote.split, vote.annotator, vote.origin)
+        (hash((vote.split, vote.key, vote.won)), (vote.split, vote.annotator, vote.origin))
         for vote in votes
         if vote.won is not None
     }
-    return _by_annotator("demonstrations", (rest for _, *rest in chosen))
+    return _by_annotator("demonstrations", (group for _, group in chosen))
 
 
 def count_asked(votes: Iterable[VoteRow]) -> Iterator[Count]:
     """The prompts that were taken from votes: of each annotator the different ones."""
     asked = {
-        (hash((vote.split, vote.key)), vote.split, vote.annotator, vote.origin.of_prompt)
+        (hash((vote.split, vote.key)), (vote.split, vote.annotator, vote.origin.of_prompt))
         for vote in votes
     }
-    return _by_annotator("prompts", (rest for _, *rest in asked))
+    return _by_annotator("prompts", (group for _, group in asked))
 
 
-def _by_annotator(table: TableKind, rows: Iterable[list[object]]) -> Iterator[Count]:
-    for (split, annotator, origin), number in Counter(map(tuple, rows)).items():
-        yield _count(table, split, annotator, origin, number)  # type: ignore[arg-type]
+def _by_annotator(table: TableKind, rows: Iterable[tuple[Split, str, Origin]]) -> Iterator[Count]:
+    for (split, annotator, origin), number in Counter(rows).items():
+        yield _count(table, split, annotator, origin, number)
 
 
 def _count(
