@@ -606,6 +606,45 @@ def compare(
         line(f"Written: {output}")
 
 
+@command(epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model happy-otter")
+def lineage(
+    annotator: Annotated[str, typer.Option(help="A pseudonym: which models saw their votes?")] = "",
+    source: Annotated[
+        str,
+        typer.Option(help="A source of rows, as a file, a data set or a name in a column."),
+    ] = "",
+    licence: Annotated[str, typer.Option(help="A licence of rows or votes.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What did this model see? models:/NAME/3, models:/NAME@champion, or the run that "
+            "made it. With another option: did this model see that?"
+        ),
+    ] = "",
+    project: Annotated[
+        str,
+        typer.Option(help="Votes of this project of the preference store only, and of files."),
+    ] = "",
+    in_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the models that saw an annotator, a source or a licence, or show what a model saw.
+
+    A model saw what it was trained on, and what the models saw that it was made from. What it was
+    only evaluated on is listed apart. Options together ask for rows that have all of it.
+
+    Exit status: 0 the answer is complete, also if nothing was found; 4 something could not be
+    looked into, which is listed, so that there may be more.
+    """
+    settings = find.join(read_settings())
+    load("flows.cli.lineage")
+    from flows.cli.lineage import show
+    from tasks.lineage.lineage import Wanted
+
+    wanted = Wanted(annotator, source, licence, project)
+    if status := show(wanted, model, settings, in_json=in_json):
+        raise typer.Exit(status)
+
+
 @command(epilog="Example: rlhf report happy-otter --output reports/otter.html")
 def report(
     run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
