@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
@@ -375,10 +376,16 @@ def _check(ballot: Ballot) -> None:
 
 
 def check_pseudonym(name: str) -> None:
-    """Refuse a name that is too long, or that a terminal or a page could not show.
+    """Refuse a name that is too long, that a terminal or a page could not show, or that is the
+    one of known answers.
 
     Raises: DataError.
     """
+    if name.strip() == GOLD:
+        raise DataError(
+            f"an annotator is called '{GOLD}', and votes of this name are known answers; give the "
+            "person another name"
+        )
     if len(name) > LONGEST_PSEUDONYM or any(unicodedata.category(c) == "Cc" for c in name):
         raise DataError(
             f"an annotator is called {name[:50]!r}: a name has up to {LONGEST_PSEUDONYM} "

@@ -149,6 +149,7 @@ class SnapshotInfo:
     created_at: datetime
     new: bool = False
     training: int = 0  # the votes in a training file: without repeats
+    known: int = 0  # pairs with a known answer, which a training file has beside the votes
 
 
 class AddedVotes(NamedTuple):
