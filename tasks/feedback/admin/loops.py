@@ -3,7 +3,7 @@
 from sqlalchemy import select
 
 from tasks.feedback.store import audit, clock
-from tasks.feedback.store.judgments import ASK
+from tasks.feedback.store.tables import ASK
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Batch
 

@@ -26,7 +26,7 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import ASK, JUDGE
+from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
 from tasks.settings import Settings

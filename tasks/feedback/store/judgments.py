@@ -24,6 +24,8 @@ from tasks.feedback.store.content import (
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
+    HOLD_OUT,
+    JUDGE,
     Annotator,
     Batch,
     BatchPair,
@@ -36,9 +38,6 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
-ASK = "ask"  # of a batch: its votes are to be trained on
-HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
 KINDS = ("fresh", "gold", "repeat", "import")
 
