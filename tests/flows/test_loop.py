@@ -14,10 +14,9 @@ from pydantic import ValidationError
 from flows.feedback import feedback
 from flows.retrain import RetrainConfig, retrain
 from tasks.feedback.asking.starting import start_ready
-from tasks.feedback.store.tables import ASK
 from tasks.feedback.store.records import Answer, Ballot, NewPair
 from tasks.feedback.store.store import Store
-from tasks.feedback.store.tables import Batch
+from tasks.feedback.store.tables import ASK, Batch
 from tasks.record import tags
 from tests.flows.people import invited, label
 

@@ -33,8 +33,8 @@ from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.feedback.store.records import Answer, NewPair
+from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.prefect.ui import ArtifactDisplay, artifact_key, show_link, stage_task
 from tasks.record import tags
 from tasks.record.record import Record

@@ -26,9 +26,17 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
+from tasks.feedback.store.tables import (
+    ASK,
+    JUDGE,
+    Annotator,
+    Batch,
+    BatchPair,
+    GoldAnswer,
+    Judgment,
+    Pair,
+)
 from tasks.settings import Settings
 
 SKIPS = 2  # by so many people, and a pair is given up
