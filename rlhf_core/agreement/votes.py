@@ -14,8 +14,8 @@ Flags = NDArray[np.bool_]
 
 A, B, TIE, BOTH_BAD, SKIP = range(5)  # codes of a choice
 CHOICES: Final = ("a", "b", "tie", "both_bad", "skip")
-FRESH, GOLD, REPEAT, IMPORT = range(4)  # codes of a kind
-KINDS: Final = ("fresh", "gold", "repeat", "import")
+FRESH, GOLD, REPEAT, IMPORT, MACHINE = range(5)  # codes of a kind
+KINDS: Final = ("fresh", "gold", "repeat", "import", "machine")
 UNKNOWN = -1  # a side, a right answer, an annotator, a reason or a group that is not known
 CLASSES: Final = ("a", "b", "tie")  # both_bad counts as a tie
 

@@ -23,7 +23,7 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import JUDGE
+from tasks.feedback.store.judgments import JUDGE, MACHINE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
 from tasks.settings import Settings
@@ -117,7 +117,7 @@ def _counting(project: int, pairs: Sequence[int]) -> Any:
         .where(
             Judgment.project_id == project,
             Judgment.pair_id.in_(pairs),
-            Judgment.kind != "repeat",
+            Judgment.kind.not_in(("repeat", MACHINE)),
             Judgment.vote != "withdrawn",
             ~exists().where(later.replaces_id == Judgment.id),
         )

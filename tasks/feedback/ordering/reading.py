@@ -11,7 +11,7 @@ from rlhf_core.data.encoding import Prompt as PromptText
 from rlhf_core.data.near import near_groups
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.labelling.order import Waiting
-from tasks.feedback.store.judgments import HOLD_OUT, JUDGE
+from tasks.feedback.store.judgments import HOLD_OUT, JUDGE, MACHINE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Batch, BatchPair, Pair, Prompt, Response
 
@@ -116,7 +116,7 @@ def read_queue(project: FeedbackProject) -> Queued:
     seen: set[tuple[int, str]] = set()
     for vote in project.judgments.stream():
         who = (vote.pair, vote.annotator)
-        if vote.pair not in place or vote.kind in ("gold", "repeat"):
+        if vote.pair not in place or vote.kind in ("gold", "repeat", MACHINE):
             continue
         if vote.annotator and who in seen:
             continue

@@ -35,10 +35,11 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
 HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
-KINDS = ("fresh", "gold", "repeat", "import")
+MACHINE = "machine"  # of a vote: a judge that is a model or a rule cast it, and nobody was asked
+KINDS = ("fresh", "gold", "repeat", "import", MACHINE)
 
 
 def judged() -> ColumnElement[bool]:
@@ -63,7 +64,7 @@ class CastVote(NamedTuple):
     vote: str  # a, b, tie, both_bad; skip only where asked for
     first: str  # a, b or "" (unknown)
     annotator: str  # pseudonym; "" = anonymous
-    kind: str  # fresh, gold, repeat, import
+    kind: str  # fresh, gold, repeat, import, machine
     gold: str  # the right answer, if it is known; else ""
     margin: float
     seconds: float | None
@@ -74,6 +75,7 @@ class CastVote(NamedTuple):
     kept: dict[str, str]
     pair_digest: str = ""  # of what the pair says, the same in every store
     exchanged: bool = False  # the answers stand the other way round in a training file
+    arm: str = ""  # of the pair, as it is now
 
 
 class _Placed(NamedTuple):
@@ -143,7 +145,7 @@ class Judgments:
                 known += 1
                 continue
             there.add(item.key)
-            if ballot.annotator and ballot.kind != "repeat" and item.vote != "skip":
+            if ballot.annotator and ballot.kind not in ("repeat", MACHINE) and item.vote != "skip":
                 again += (pair, ballot.annotator) in voted
                 voted.add((pair, ballot.annotator))
             rows.append(
@@ -199,13 +201,14 @@ class Judgments:
             if row.annotator:
                 said = row.vote, row.first, row.annotator, row.time
                 keys.add(_named_key(digests[row.pair_id], *said))
-                if row.vote in CHOICES and row.kind != "repeat" and not row.replaced:
+                if row.vote in CHOICES and row.kind not in ("repeat", MACHINE) and not row.replaced:
                     voted.add((row.pair_id, row.annotator))
         return keys, voted
 
     def _annotators(self, session: Session, placed: Sequence[_Placed]) -> dict[str, int]:
         """The ids of annotators, by pseudonym."""
         names = {item.ballot.annotator for item in placed} - {""}
+        machines = {item.ballot.annotator for item in placed if item.ballot.kind == MACHINE}
         query = select(Annotator.pseudonym, Annotator.id).where(
             Annotator.project_id == self._project, Annotator.pseudonym.in_(sorted(names))
         )
@@ -215,7 +218,7 @@ class Judgments:
                 "project_id": self._project,
                 "pseudonym": name,
                 "role": "annotator",
-                "via": "import",
+                "via": JUDGE if name in machines else "import",
                 "state": "left",
                 "created_at": clock.now(),
             }
@@ -318,6 +321,7 @@ class Judgments:
                 func.coalesce(Judgment.kept, Pair.kept),
                 Pair.digest,
                 Pair.exchanged,
+                Pair.arm,
             )
             .join(Pair, Pair.id == Judgment.pair_id)
             .join(Prompt, Prompt.id == Pair.prompt_id)

@@ -173,7 +173,8 @@ class Pair(Base):
     wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
-    # how it got its place in the queue: design, random, hold_out (never trained on); "" = it came
+    # how it got its place in the queue: design, random, hold_out (never trained on), audit (a judge
+    # is sure, and people are asked all the same), judge (it answers alone); "" = it came
     arm: Mapped[str] = mapped_column(String(16), default="")
     kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
     exchanged: Mapped[bool]
@@ -229,7 +230,7 @@ class Annotator(Base):
     pseudonym: Mapped[str] = mapped_column(String(200))
     role: Mapped[str] = mapped_column(String(16), default="annotator")  # or admin
     state: Mapped[str] = mapped_column(String(16), default="active")  # active, paused, left
-    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow
+    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow, judge
     mark_priority: Mapped[int | None]
     mark_id: Mapped[int | None]
     created_at: Mapped[datetime]
@@ -333,7 +334,7 @@ class Judgment(Base):
     assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignments.id"), index=True)
     replaces_id: Mapped[int | None] = mapped_column(ForeignKey("judgments.id"), unique=True)
     key: Mapped[str] = mapped_column(String(64))  # a post that comes twice is one judgment
-    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import
+    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import, machine
     vote: Mapped[str] = mapped_column(String(16))
     first: Mapped[str] = mapped_column(String(1), default="")  # the answer on the left; "" unknown
     margin: Mapped[float] = mapped_column(default=0.0)  # raw reward
