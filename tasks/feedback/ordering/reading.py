@@ -11,7 +11,7 @@ from rlhf_core.data.encoding import Prompt as PromptText
 from rlhf_core.data.near import near_groups
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.labelling.order import Waiting
-from tasks.feedback.store.judgments import HOLD_OUT, JUDGE, MACHINE
+from tasks.feedback.store.judgments import AUDITED, HOLD_OUT, JUDGE, JUDGED, MACHINE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Batch, BatchPair, Pair, Prompt, Response
 
@@ -40,7 +40,8 @@ class QueuedPair(NamedTuple):
     @property
     def waits(self) -> bool:
         """Whether it is open and nobody has begun with it."""
-        return self.state == "open" and not self.votes and not self.taken
+        untouched = self.state == "open" and not self.votes and not self.taken
+        return untouched and self.arm != AUDITED  # which has its place
 
 
 class CountedVote(NamedTuple):
@@ -100,7 +101,7 @@ class Queued:
         return {
             group
             for pair, group in zip(self.pairs, self.groups, strict=True)
-            if pair.arm != HOLD_OUT and (pair.votes or pair.taken)
+            if pair.arm != HOLD_OUT and (pair.votes or pair.taken or pair.arm == JUDGED)
         }
 
 

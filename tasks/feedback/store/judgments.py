@@ -36,6 +36,7 @@ from tasks.feedback.store.tables import (
 
 ROWS = 2000  # fetched at a time
 JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
+JUDGED, AUDITED = "judge", "audit"  # of an arm: a judge answers alone; people answer beside it
 HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
 MACHINE = "machine"  # of a vote: a judge that is a model or a rule cast it, and nobody was asked
