@@ -30,6 +30,7 @@ from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
     ASK,
     JUDGE,
+    MACHINE,
     Annotator,
     Batch,
     BatchPair,
@@ -129,7 +130,7 @@ def _counting(project: int, pairs: Sequence[int]) -> Any:
         .where(
             Judgment.project_id == project,
             Judgment.pair_id.in_(pairs),
-            Judgment.kind != "repeat",
+            Judgment.kind.not_in(("repeat", MACHINE)),
             Judgment.vote != "withdrawn",
             ~exists().where(later.replaces_id == Judgment.id),
         )

@@ -24,6 +24,7 @@ from tasks.feedback.store.records import ProjectRules
 from tasks.feedback.store.tables import (
     HOLD_OUT,
     JUDGE,
+    JUDGED,
     AuditEntry,
     Batch,
     BatchPair,
@@ -125,7 +126,7 @@ class Arrivals:
             for id_, key in self._keys.items()
             if (group := self._groups.first(key)) in groups
         }
-        touched = case((or_(Pair.votes > 0, Pair.taken > 0), 1), else_=0)
+        touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [
             Pair.project_id == self._project,
             or_(Pair.state == "open", Pair.votes > 0),
@@ -145,8 +146,12 @@ class Arrivals:
                 continue
             asked[group] += count
             if labelled:
-                what = "held_out" if arm == HOLD_OUT else "trained_on"
-                found[group] = found[group]._replace(**{what: True})
+                held_out = arm == HOLD_OUT
+                before = found[group]
+                found[group] = before._replace(
+                    held_out=before.held_out or held_out,
+                    trained_on=before.trained_on or not held_out,
+                )
         return found, asked
 
     def _waiting(self, session: Session) -> tuple[dict[tuple[int, str], float], dict[int, float]]:

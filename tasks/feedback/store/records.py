@@ -14,7 +14,7 @@ Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 AssignmentKind: TypeAlias = Literal["fresh", "gold", "repeat"]
 Role: TypeAlias = Literal["annotator", "admin"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
-JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import"]
+JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import", "machine"]
 
 
 class ProjectRules(BaseModel):

@@ -12,7 +12,8 @@ called so.
 
 Repeats are members, as the report on agreement needs them, but are not written for training; nor is
 somebody's second vote on a pair, as by an import of what they did elsewhere: of a person's votes on
-a pair the first by its time is written.
+a pair the first by its time is written. A judge that is a machine has seen both orders, and
+its vote in each is written.
 
 The digest, and every byte of the file, depends on what the votes say and on nothing else: not on
 the database, nor on the order in which they came. So pairs are in the order of their digests, the
@@ -41,7 +42,7 @@ from tasks.feedback.store.content import EXCHANGED, chunks, digest
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.judgments import CastVote, Judgments
 from tasks.feedback.store.records import SnapshotInfo
-from tasks.feedback.store.tables import Judgment, Snapshot, SnapshotMember
+from tasks.feedback.store.tables import MACHINE, Judgment, Snapshot, SnapshotMember
 
 LATEST = "latest"
 SHORTEST = 4  # digits of a digest that name a snapshot
@@ -68,7 +69,7 @@ class _Reading:
             if vote.gold:  # as the pair has its answers
                 turned_back = EXCHANGED.get(vote.gold, vote.gold)
                 self.gold[vote.judgment] = turned_back if vote.exchanged else vote.gold
-            if vote.annotator:
+            if vote.annotator and vote.kind != MACHINE:
                 self.people.add(vote.annotator)
         self.training += len(written)
         self.pairs += 1
@@ -272,15 +273,18 @@ def _turned(vote: CastVote) -> CastVote:
 
 
 def _once_each(votes: Iterable[CastVote]) -> list[CastVote]:
-    """The votes on a pair that are for training: no repeats, and one of each annotator."""
-    first: dict[str, CastVote] = {}
+    """The votes on a pair that are for training: no repeats, and one of each annotator; of a
+    machine one for each order in which it was asked."""
+    first: dict[tuple[str, str], CastVote] = {}
     kept = [vote for vote in votes if vote.kind != "repeat"]
     for vote in kept:
-        if vote.annotator and (
-            vote.annotator not in first or vote.time < first[vote.annotator].time
-        ):
-            first[vote.annotator] = vote
-    return [vote for vote in kept if not vote.annotator or first[vote.annotator] is vote]
+        if vote.annotator and (_who(vote) not in first or vote.time < first[_who(vote)].time):
+            first[_who(vote)] = vote
+    return [vote for vote in kept if not vote.annotator or first[_who(vote)] is vote]
+
+
+def _who(vote: CastVote) -> tuple[str, str]:
+    return vote.annotator, vote.first if vote.kind == MACHINE else ""
 
 
 def _content(vote: CastVote) -> str:

@@ -88,7 +88,9 @@ Moment = UTCDateTime()
 
 FREE = "state = 'open' AND taken < wanted"  # of a pair
 ASK = "ask"  # of a batch: its votes are to be trained on
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
+MACHINE = "machine"  # of a vote: a judge that is a model or a rule cast it, and nobody was asked
+JUDGED, AUDITED = "judge", "audit"  # of an arm: a judge answers alone; people answer beside it
 HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 
 
@@ -177,7 +179,8 @@ class Pair(Base):
     wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
-    # how it got its place in the queue: design, random, hold_out (never trained on); "" = it came
+    # how it got its place in the queue: design, random, hold_out (never trained on), audit (a judge
+    # is sure, and people are asked all the same), judge (it answers alone); "" = it came
     arm: Mapped[str] = mapped_column(String(16), default="")
     kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
     exchanged: Mapped[bool]
@@ -233,7 +236,7 @@ class Annotator(Base):
     pseudonym: Mapped[str] = mapped_column(String(200))
     role: Mapped[str] = mapped_column(String(16), default="annotator")  # or admin
     state: Mapped[str] = mapped_column(String(16), default="active")  # active, paused, left
-    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow
+    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow, judge
     mark_priority: Mapped[int | None]
     mark_id: Mapped[int | None]
     created_at: Mapped[datetime]
@@ -337,7 +340,7 @@ class Judgment(Base):
     assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignments.id"), index=True)
     replaces_id: Mapped[int | None] = mapped_column(ForeignKey("judgments.id"), unique=True)
     key: Mapped[str] = mapped_column(String(64))  # a post that comes twice is one judgment
-    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import
+    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import, machine
     vote: Mapped[str] = mapped_column(String(16))
     first: Mapped[str] = mapped_column(String(1), default="")  # the answer on the left; "" unknown
     margin: Mapped[float] = mapped_column(default=0.0)  # raw reward
