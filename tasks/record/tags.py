@@ -86,12 +86,18 @@ NOBODY: Final = "none"  # in place of a version
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
 _PARENT: Final = "parent."
+_INPUT: Final = "input."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
 def input_of(role: str) -> str:
     """The tag of an input, by its role."""
-    return f"input.{role}"
+    return f"{_INPUT}{role}"
+
+
+def inputs(tags: Mapping[str, str]) -> dict[str, str]:
+    """The addresses of all inputs of a run, by role."""
+    return {name.removeprefix(_INPUT): uri for name, uri in tags.items() if name.startswith(_INPUT)}
 
 
 def input_digest_of(role: str) -> str:
@@ -134,6 +140,13 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
     return f"{_PARENT}{role}"
+
+
+def parents(tags: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a version was trained from, by role."""
+    return {
+        name.removeprefix(_PARENT): uri for name, uri in tags.items() if name.startswith(_PARENT)
+    }
 
 
 def as_copy(
