@@ -159,12 +159,6 @@ def as_copy(
     return {**rest, **parents, **iteration, COPY_OF: original.uri}
 
 
-def parents(tags: Mapping[str, str]) -> set[str]:
-    """The addresses of the versions that a version was made from, or is a copy of."""
-    found = {uri for name, uri in tags.items() if name.startswith(_PARENT)}
-    return found | ({tags[COPY_OF]} if COPY_OF in tags else set())
-
-
 def outputs(tags: Mapping[str, str]) -> dict[str, str]:
     """The addresses of all outputs of a run, by kind."""
     return {

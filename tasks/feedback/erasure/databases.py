@@ -177,8 +177,8 @@ def _write_anew(engine: Engine, tables: list[str]) -> None:
         return
     raw = engine.raw_connection()
     try:
-        raw.execute("VACUUM")  # type: ignore[attr-defined]
-        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[attr-defined]
+        raw.execute("VACUUM")
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         raw.close()
 

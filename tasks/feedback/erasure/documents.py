@@ -88,13 +88,13 @@ def _contents(path: Path, name: Name) -> Iterator[bytes]:
                     yield member.encode()
                     yield from _blocks(archive.open(member), name)
         elif suffix == ".gz" and not path.name.endswith(".tar.gz"):
-            yield from _blocks(gzip.open(path), name)
+            yield from _blocks(gzip.open(path), name)  # noqa: SIM115 (it is closed there)
         elif suffix in (".tar", ".tgz") or path.name.endswith(".tar.gz"):
             with tarfile.open(path) as archive:
                 for found in archive:
                     yield found.name.encode()
-                    if (file := archive.extractfile(found)) is not None:
-                        yield from _blocks(file, name)
+                    if (member_file := archive.extractfile(found)) is not None:
+                        yield from _blocks(member_file, name)
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, RuntimeError):
         return  # it has just been removed, or is not what its name says: the bytes were looked at
 

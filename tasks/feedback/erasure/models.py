@@ -16,7 +16,7 @@ from rlhf_core.errors import UserError
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.reuse import close_abandoned
-from tasks.registry.refs import DATA_FOLDER, ModelRef
+from tasks.registry.refs import DATA_FOLDER, ModelRef, SnapshotRef
 
 SFT = "sft"  # learns from demonstrations only, though its data hold the votes too
 KEPT_WITH_DATA = ("demonstrations.", "prompts.", "validation.")  # the person is not in them
@@ -37,9 +37,13 @@ class Affected(NamedTuple):
         return ModelRef.parse(self.version)
 
 
-def read_by(record: Record, snapshots: Iterable[str]) -> list[Run]:
-    """The runs that read these snapshots, by their addresses."""
-    found = {run.info.run_id: run for uri in snapshots for run in record.runs.of_snapshot(uri)}
+def of_snapshots(record: Record, project: str, digests: Iterable[str]) -> list[Run]:
+    """The runs that read these snapshots of a feedback project."""
+    try:
+        uris = [SnapshotRef(project=project, digest=digest).uri for digest in digests]
+    except ValueError:  # a name of a project that no run can have read
+        return []
+    found = {run.info.run_id: run for uri in uris for run in record.runs.of_snapshot(uri)}
     return list(found.values())
 
 
@@ -50,9 +54,7 @@ def affected(record: Record, runs: Iterable[Run], seen: Iterable[str] = ()) -> l
         runs: that read votes of the person.
         seen: versions that are known to be affected.
     """
-    digests = {
-        run.data.tags[tags.DATA_DIGEST] for run in runs if tags.DATA_DIGEST in run.data.tags
-    }
+    digests = {run.data.tags[tags.DATA_DIGEST] for run in runs if tags.DATA_DIGEST in run.data.tags}
     known: dict[str, Mapping[str, str]] = {}
     for name in record.store.names():
         for version in record.store.versions(name):
@@ -63,7 +65,7 @@ def affected(record: Record, runs: Iterable[Run], seen: Iterable[str] = ()) -> l
         data = set(own.get(tags.DATA_DIGEST, "").split(", "))
         if data & digests and own.get(tags.KIND) != SFT:
             found.add(uri)
-    while more := {u for u, own in known.items() if tags.parents(own) & found} - found:
+    while more := {u for u, own in known.items() if _made_from(own) & found} - found:
         found |= more
     order = [uri for uri in known if uri in found]
     return [
@@ -76,6 +78,12 @@ def affected(record: Record, runs: Iterable[Run], seen: Iterable[str] = ()) -> l
         )
         for uri in order
     ]
+
+
+def _made_from(own: Mapping[str, str]) -> set[str]:
+    """The versions that a version was trained from, or is a copy of."""
+    copied = {own[tags.COPY_OF]} if tags.COPY_OF in own else set()
+    return {str(uri) for uri in tags.parents(own).values()} | copied
 
 
 def check_idle(record: Record, runs: Iterable[Run]) -> None:

@@ -1,9 +1,10 @@
 """A pseudonym as it may be written anywhere, told from longer names and from common words.
 
-A name is not meant by a longer one that begins or ends with it: more letters, digits and underscores
-make it another, and so do a dash, a dot and an @ with more behind them. Whether a bare word means
-the person depends on the word. One that this program writes itself, that stands in the texts which
-people compare, or that is a number tells nothing, so it counts only where annotators are named.
+A name is not meant by a longer one that begins or ends with it: more letters, digits and
+underscores make it another, and so do a dash, a dot and an @ with more behind them. Whether a bare
+word means the person depends on the word. One that this program writes itself, that stands in the
+texts which people compare, or that is a number tells nothing, so it counts only where annotators
+are named.
 """
 
 import ast

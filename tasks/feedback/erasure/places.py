@@ -87,10 +87,9 @@ class Places:
         return found
 
     def search(self, name: Name) -> list[str]:
-        """The files that have the pseudonym, packed or not, and the databases of servers."""
+        """The files that have the pseudonym, packed or not."""
         paths = [path for path in self._files(sides=True) if documents.has(path, name)]
-        found = [path.relative_to(self._home).as_posix() for path in paths]
-        return found
+        return [path.relative_to(self._home).as_posix() for path in paths]
 
     def _clean_file(self, path: Path, shown: str, name: Name, found: Found) -> None:
         if path.suffix == DATABASE and _is_sqlite(path):

@@ -60,20 +60,9 @@ def begin(store: Store, pseudonym: str, project: str, by: str) -> Request:
 
     Raises: DataError when nobody is called so, or somebody in several projects is.
     """
-    if project:
-        store.project(project)
-    with store.database.writing() as session:
-        found = _known(session, pseudonym, project)
-        if not found:
-            raise DataError(_nobody(session, pseudonym, project))
-        if len(found) > 1:
-            names = ", ".join(sorted(name for _, name, _ in found))
-            raise DataError(
-                f"'{pseudonym}' is somebody in each of the projects {names}, and these need not be "
-                "the same person: say with --project whom you mean"
-            )
-        [(id_, _, annotator)] = found
-        store.database.take_turn(session, id_)
+    where, annotator = known(store, pseudonym, project)
+    id_ = where.id
+    with store.database.writing(id_) as session:
         row = session.scalar(
             select(Erasure).filter_by(project_id=id_, pseudonym=pseudonym, finished_at=None)
         )
@@ -94,6 +83,27 @@ def begin(store: Store, pseudonym: str, project: str, by: str) -> Request:
             audit.note(session, id_, row.by, "erase", f"erasure {row.id}")
         number = row.id
     return read(store, number)
+
+
+def known(store: Store, pseudonym: str, project: str) -> tuple[FeedbackProject, int | None]:
+    """The project and the number of somebody, who may be half erased.
+
+    Raises: DataError when nobody is called so, or somebody in several projects is.
+    """
+    if project:
+        store.project(project)
+    with store.database.reading() as session:
+        found = _known(session, pseudonym, project)
+        if not found:
+            raise DataError(_nobody(session, pseudonym, project))
+        if len(found) > 1:
+            names = ", ".join(sorted(name for _, name, _ in found))
+            raise DataError(
+                f"'{pseudonym}' is somebody in each of the projects {names}, and these need not be "
+                "the same person: say with --project whom you mean"
+            )
+    [(id_, _, annotator)] = found
+    return store.by_id(id_), annotator
 
 
 def read(store: Store, number: int) -> Request:

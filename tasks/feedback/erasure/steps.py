@@ -23,7 +23,6 @@ from tasks.feedback.store.tables import Annotator, ErasedSnapshot, Prompt, Respo
 from tasks.feedback.store.tables import Project as ProjectRow
 from tasks.lineage.lineage import seen_by
 from tasks.record.record import Record
-from tasks.registry.refs import SnapshotRef
 from tasks.settings import Settings, StoreSettings
 
 ROWS = 2000
@@ -35,7 +34,7 @@ def plan(store: Store, request: Request, settings: Settings) -> Mapping[str, Any
     """What there is of the person in the store, and how the pseudonym can be searched for."""
     name = name_of(store, request, settings)
     rows = votes.rows_of(request, name)._asdict()
-    return {"telling": name.telling, "shared": _is_shared(store, request), "rows": rows}
+    return {"telling": name.telling, "shared": is_shared(store, request), "rows": rows}
 
 
 def sign_out(store: Store, request: Request, settings: Settings) -> Mapping[str, Any]:
@@ -92,7 +91,7 @@ def purge_models(store: Store, request: Request, settings: Settings) -> Mapping[
 def clean_places(store: Store, request: Request, settings: Settings) -> Mapping[str, Any]:
     """Take the pseudonym out of files, logs, caches and databases."""
     name = name_in(request)
-    found = places(request, settings).clean(name)
+    found = places(request, settings, _digests(request)).clean(name)
     return _facts(found, name)
 
 
@@ -103,7 +102,7 @@ def search_again(store: Store, request: Request, settings: Settings) -> Mapping[
     store_files = {own, f"{own}-wal", f"{own}-shm"}  # in which the request itself still is
     found = [
         path
-        for path in places(request, settings).search(name)
+        for path in places(request, settings, _digests(request)).search(name)
         if str(settings.home / path) not in store_files
     ]
     return {"found": [name.replaced(path, requests.NOBODY) for path in found]}
@@ -172,7 +171,7 @@ def _texts(store: Store, request: Request) -> Iterator[str]:
         yield from session.scalars(answers.execution_options(yield_per=ROWS))
 
 
-def _is_shared(store: Store, request: Request) -> bool:
+def is_shared(store: Store, request: Request) -> bool:
     """Whether somebody in another project is called so."""
     with store.database.reading() as session:
         query = select(func.count()).select_from(Annotator)
@@ -207,12 +206,11 @@ def snapshots(request: Request) -> list[dict[str, str]]:
 
 def _runs(record: Record, request: Request) -> list[Run]:
     """The runs of MLflow that read votes of the person out of the store."""
-    project = request.project.name
-    uris = []
-    for snapshot in request.steps["votes"]["snapshots"]:
-        with suppress(ValueError):  # a name that no run of MLflow can have
-            uris.append(SnapshotRef(project=project, digest=snapshot["before"]).uri)
-    return models.read_by(record, uris)
+    return models.of_snapshots(record, request.project.name, _digests(request))
+
+
+def _digests(request: Request) -> list[str]:
+    return [snapshot["before"] for snapshot in request.steps["votes"]["snapshots"]]
 
 
 def seen_of(record: Record, request: Request) -> list[str]:
@@ -230,19 +228,23 @@ def _noted_models(request: Request) -> list[dict[str, Any]]:
     return []
 
 
-def places(request: Request, settings: Settings) -> Places:
-    """Where the pseudonym is looked for: of the own project only, if another has it too."""
+def places(request: Request, settings: Settings, snapshots: list[str]) -> Places:
+    """Where the pseudonym is looked for: of the own project only, if another has it too.
+
+    Args:
+        snapshots: that had votes of the person, by their digests.
+    """
     if not request.steps["plan"]["shared"]:
         return Places(settings, StoreSettings())
     record = Record.open(settings)
-    experiments = {run.info.experiment_id for run in _runs(record, request)}
+    project = request.project.name
+    runs = models.of_snapshots(record, project, snapshots)
+    experiments = {run.info.experiment_id for run in runs}
     names = {record.client.get_experiment(found).name for found in experiments}
-    digests = [snapshot["before"][:16] for snapshot in request.steps["votes"]["snapshots"]]
     work = [
-        path.relative_to(settings.home).as_posix()
+        folder.relative_to(settings.home).as_posix()
         for folder in (settings.home / "work").glob("*/")
-        for path in [folder]
-        if any(digest in file.name for file in folder.rglob("*") for digest in digests)
+        if any(digest[:16] in file.name for file in folder.rglob("*") for digest in snapshots)
     ]
     own = [f"mlflow/artifacts/{name}/" for name in sorted({*names, request.project.name})]
     return Places(settings, StoreSettings(), own=[*own, *work])

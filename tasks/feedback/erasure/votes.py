@@ -147,6 +147,8 @@ def _pairs(session: Transaction, person: int) -> list[int]:
 
 
 def _snapshots(session: Transaction, request: Request) -> list[int]:
+    if request.annotator is None:  # nobody; those without a name are others
+        return []
     member = (
         exists()
         .where(SnapshotMember.snapshot_id == Snapshot.id)
@@ -223,7 +225,7 @@ def _counted(
     session: Transaction, pairs: Sequence[int], table: Any, conditions: Sequence[Any]
 ) -> dict[int, int]:
     query = select(table.pair_id, func.count()).where(table.pair_id.in_(pairs), *conditions)
-    return {pair: number for pair, number in session.execute(query.group_by(table.pair_id))}
+    return dict(session.execute(query.group_by(table.pair_id)).tuples())
 
 
 # ---- the pseudonym in rows of others ----

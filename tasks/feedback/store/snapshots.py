@@ -191,7 +191,9 @@ class Snapshots:
         Raises: DataError when there is no such snapshot.
         """
         with self._database.reading() as session:
-            row = session.scalar(select(Snapshot).filter_by(project_id=self._project, digest=digest))
+            row = session.scalar(
+                select(Snapshot).filter_by(project_id=self._project, digest=digest)
+            )
             if row is None:
                 return self._row(digest).digest
             last = _successor(session, row)
@@ -246,7 +248,7 @@ class Snapshots:
         with self._database.reading() as session:
             query = select(Snapshot).filter_by(project_id=self._project)
             if which == LATEST:
-                found = _latest(session, query)
+                found: Sequence[Snapshot] = _latest(session, query)
             else:
                 found = session.scalars(query.where(Snapshot.digest.startswith(which))).all()
                 _refuse_erased(session, found, self._name)

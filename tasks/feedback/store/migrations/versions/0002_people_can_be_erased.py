@@ -35,7 +35,7 @@ _ALLOWED = {
     " AND NEW.reason = '' AND NEW.source = '' AND NEW.time = '' AND NEW.kept IS NULL"
     " AND NEW.key LIKE 'erased-%' AND OLD.erasure IS NULL"
     f" AND EXISTS ({_OPEN} AND e.id = NEW.erasure AND e.annotator_id = OLD.annotator_id)",
-    "snapshots": f"NEW.\"by\" = '{NOBODY}' AND EXISTS ({_OPEN} AND e.pseudonym = OLD.\"by\")",
+    "snapshots": f'NEW."by" = \'{NOBODY}\' AND EXISTS ({_OPEN} AND e.pseudonym = OLD."by")',
     "audit_log": f"EXISTS ({_OPEN}"
     f" AND (NEW.actor = OLD.actor OR (NEW.actor = '{NOBODY}' AND OLD.actor = e.pseudonym))"
     f" AND (NEW.subject = OLD.subject OR (NEW.subject = '{NOBODY}'"
