@@ -750,6 +750,45 @@ def export(
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
 
 
+@command(epilog="Examples: rlhf erase p003-7f3a --dry-run · rlhf erase p003-7f3a --project demo")
+def erase(
+    pseudonym: Annotated[str, typer.Argument(help="Who, as the votes name the person.")],
+    project: Annotated[
+        str, typer.Option(help="The feedback project, if several have this pseudonym.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    retrain: Annotated[
+        Literal["used", "all", "none"],
+        typer.Option(
+            help="Pipelines to run again without these votes: those with a version in use and the "
+            "last one with a reward model, all, or none."
+        ),
+    ] = "used",
+    purge_models: Annotated[
+        bool,
+        typer.Option(
+            "--purge-models", help="Also delete the files of the models that learnt from them."
+        ),
+    ] = False,
+) -> None:
+    """Erase a person: identity, votes, and what was made of them; then train again.
+
+    Snapshots are rebuilt without the votes, models that learnt from them lose their aliases, and
+    files, logs and databases are searched for the pseudonym. A certificate says what was done, and
+    what back-ups still hold. The same command again goes on where it was stopped.
+    """
+    settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import erasing
+    from flows.erasure import ErasureConfig
+
+    config = ErasureConfig(retrain=retrain, purge_models=purge_models)
+    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
+
+
 @command(epilog="Example: rlhf backup backups/monday")
 def backup(
     folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],

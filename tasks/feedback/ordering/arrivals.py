@@ -122,9 +122,9 @@ class Arrivals:
     def _known(self, session: Session, groups: set[str]) -> tuple[dict[str, Known], Counter[str]]:
         """What became of some groups, and how many of their pairs are or were asked about."""
         members = {
-            id_: group
+            id_: first
             for id_, key in self._keys.items()
-            if (group := self._groups.first(key)) in groups
+            if (first := self._groups.first(key)) in groups
         }
         touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [

@@ -195,4 +195,4 @@ def _pairs(project: FeedbackProject) -> Iterator[tuple[int, QueuedPair]]:
             prompt, *facts, arm, priority = row
             # What came in is in random order, whoever would have ordered it.
             placed = "random" if arm == "design" and has_come(priority) else arm
-            yield prompt, QueuedPair(*facts, placed, wish_of(priority, arm))
+            yield prompt, QueuedPair._make((*facts, placed, wish_of(priority, arm)))

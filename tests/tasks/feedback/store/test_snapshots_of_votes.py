@@ -123,8 +123,8 @@ def test_votes_that_were_changed_by_hand_are_noticed(store, project, tmp_path):
 
 
 def test_a_training_file_has_each_vote_once(store, project, tmp_path):
-    """Control questions with gold true beside what is right, no repeats, and the first of a person's
-    two votes."""
+    """Control questions with gold true beside what is right, no repeats, and the first of two
+    votes of a person."""
     project.judgments.add(
         [
             (pair(1, gold="a"), [Ballot("b", "ann", "a", time="1")]),
