@@ -1,5 +1,6 @@
 """Simulated people (benchmarks/loop) on the real page, in a process of its own."""
 
+import re
 import signal
 import threading
 from collections import Counter
@@ -45,7 +46,7 @@ def store(page):
 @pytest.fixture
 def project(store, request):
     """A project of the test's own, without control questions and repeats."""
-    name = request.node.name.replace("_", "-").partition("[")[0][5:60].strip("-")
+    name = re.sub("[^a-z]+", "-", request.node.name.removeprefix("test_")).strip("-")
     made = store.project(name, make=True)
     made.change("test", {"gold_every": 0, "repeat_every": 0})
     return made
@@ -228,7 +229,7 @@ def test_a_crowd_outlives_the_server(page, store, project, invite):
             waiting.wait(0.02)
         page[1].stop(signal.SIGKILL)
         page[1].start()
-        while project.queue.progress(judged(store, project)[0][0].annotator_id).left:
+        while next(found.missing for found in store.summaries() if found.name == project.name):
             crowd.check()
             waiting.wait(0.1)
     crowd.check()
@@ -252,8 +253,9 @@ def test_a_crowd_goes_although_the_server_is_away(page, project, invite):
 
 def test_a_crowd_says_what_the_page_refuses(project, invite):
     ask(project, (GOOD, BAD), 1)
-    link = invite("ada")
-    Browser().come_in(link)  # somebody else was faster
+    link, faster = invite("ada"), Browser()
+    faster.come_in(link)
+    faster.close()
     with Crowd([Annotator("ada")], lambda name: link, seed=2) as crowd:
         for thread in crowd._threads:
             thread.join(20)
