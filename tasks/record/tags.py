@@ -22,6 +22,7 @@ MACHINE: Final = "machine_type"  # processor and device, as people say it
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
+CALLER: Final = "prefect.parent_flow_run_id"  # the flow run that called this one, as `retrain`
 FLOW_URL: Final = "prefect.flow_run_url"
 
 # ---- outcome of a run ----
@@ -40,6 +41,10 @@ APPROVED: Final = "approved"  # true, false or WAITING; these four also on the v
 APPROVED_BY: Final = "approved_by"
 APPROVED_AT: Final = "approved_at"
 APPROVAL_REASON: Final = "approval_reason"
+
+# ---- a loop: on the run of the pipeline ----
+ROUND: Final = "round"  # since a person asked
+NEXT: Final = "next"  # what people are asked next, or why they are not
 
 # ---- a version ----
 DIGEST: Final = "digest"  # of its files

@@ -36,6 +36,7 @@ from tasks.feedback.store.tables import (
 
 ROWS = 2000  # fetched at a time
 JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
+ASK = "ask"  # of a batch: its votes are to be trained on
 HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
 KINDS = ("fresh", "gold", "repeat", "import")
