@@ -168,7 +168,7 @@ class Show:
 
         store = Store.open(settings)
         try:
-            return next(found.missing for found in store.projects() if found.name == self.project)
+            return next(found.missing for found in store.summaries() if found.name == self.project)
         finally:
             store.close()
 

@@ -25,6 +25,9 @@ from rlhf_core.simulation import (
 )
 
 PRESET = Path(__file__).with_name("loop.yaml")
+# Of the logistic noise in a judgment, in units of sentiment; the demo has 0.15. So 500 votes tell
+# little, as those of real people do, and more of them tell more.
+NOISE = 0.4
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Sizes:
     people: int = 12
     spammers: int = 6  # of the round that ends in a refusal
     prompts: int = 480
-    demonstrations: int = 6000
+    demonstrations: int = 5000
     first: int = 500  # votes before the first champion, on pairs of the grammar
     each: int = 300  # prompts of a round: a pair each, but for answers that are equal
     rounds: int = 3
@@ -68,7 +71,7 @@ def make_world(folder: Path, seed: int, sizes: Sizes, overrides: Sequence[str] =
         prompts=sizes.prompts,
         demonstrations=sizes.demonstrations,
         preference_pairs=1,
-        annotators=AnnotatorsConfig(count=sizes.people),
+        annotators=AnnotatorsConfig(count=sizes.people, noise=NOISE),
     )
     tables = simulate(simulation, seed)
     for name in ("demonstrations", "prompts"):
