@@ -14,12 +14,16 @@ import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from benchmarks.loop import rounds as results
-from benchmarks.loop.world import Sizes, make_world
+from benchmarks.loop.sizes import Sizes
+from rlhf_command import leaving_when_interrupted
 from rlhf_core.errors import UserError, brief
+
+if TYPE_CHECKING:
+    from benchmarks.loop.rounds import Round
 
 INTERRUPTED, FAILED, USER_ERROR = 130, 1, 2
 
@@ -43,19 +47,21 @@ def show(options: argparse.Namespace, console: Console) -> int:
     began = time.monotonic()
     home, is_own = _home(options.home)
     _alone(home)
-    # Only now: they read their environment when they are imported.
-    from benchmarks.loop.show import Plan, Show
-    from flows.local import serve
-    from flows.local.supervisor import ServiceError
-    from tasks.settings import read_settings
+    # Only now: they read their environment when they are imported, and they take seconds.
+    with leaving_when_interrupted():
+        from benchmarks.loop.show import Plan, Show
+        from benchmarks.loop.world import make_world
+        from flows.local import serve
+        from flows.local.supervisor import ServiceError
+        from tasks.settings import read_settings
 
     sizes = Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})
-    world = make_world(home / "presets", options.seed, sizes, options.set)
     plan = Plan(sizes, options.seed, refusal=not options.no_refusal)
-    running = Show(world, plan, home, console)
-    status = 0
-    console.print("Starting the services of `rlhf up` …", highlight=False)
+    running, status = None, 0
     try:
+        world = make_world(home / "presets", options.seed, sizes, options.set)
+        running = Show(world, plan, home, console)
+        console.print("Starting the services of `rlhf up` …", highlight=False)
         serve.up(
             read_settings(),
             **_ports(),
@@ -67,13 +73,17 @@ def show(options: argparse.Namespace, console: Console) -> int:
             until=lambda: running.over.is_set() and not (options.stay and not running.error),
         )
     except KeyboardInterrupt:
-        if not running.over.is_set():
-            status = INTERRUPTED
+        status = 0 if running and running.over.is_set() else INTERRUPTED
     except ServiceError as error:
         console.print(f"loop: {error}", markup=False, highlight=False)
         status = FAILED
     finally:
-        running.stop()
+        if running is not None:
+            running.stop()
+        elif is_own:
+            shutil.rmtree(home, ignore_errors=True)
+    if running is None:
+        return status
     if running.error is not None and not status:
         if not isinstance(running.error, UserError):
             raise running.error
@@ -81,37 +91,43 @@ def show(options: argparse.Namespace, console: Console) -> int:
         status = FAILED
     if running.rounds:
         _end(running.rounds, options, home, console)
+    how = "Interrupted after" if status == INTERRUPTED else "Took"
     seconds = time.monotonic() - began
-    console.print(
-        f"{'Interrupted after' if status == INTERRUPTED else 'Took'} {seconds:.0f} s. "
-        "All services have been stopped.", highlight=False,
-    )  # fmt: skip
-    if status and is_own and not running.rounds:
+    console.print(f"{how} {seconds:.0f} s. All services have been stopped.", highlight=False)
+    if is_own and not running.rounds:
         shutil.rmtree(home, ignore_errors=True)
-    else:
-        console.print(f"Everything is in {home}: look at it with", markup=False, soft_wrap=True)
-        console.print(f"  RLHF_HOME={home} rlhf up --configs {home / 'presets'}", soft_wrap=True)
+        return status
+    for line in (
+        f"Everything is in {home}, and can be deleted. To look at it again:",
+        f"  RLHF_HOME={home} rlhf up --configs {home / 'presets'}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return status
 
 
-def _end(
-    rounds: list[results.Round], options: argparse.Namespace, home: Path, console: Console
-) -> None:
-    """The table, the picture, and where to read more."""
+def _end(rounds: "list[Round]", options: argparse.Namespace, home: Path, console: Console) -> None:
+    """The table, the picture, and why the gate refused."""
+    from benchmarks.loop import rounds as results
+
     console.print(results.table(rounds))
     for found in rounds:
         for rule in found.failed:
-            console.print(f"{found.title} is {found.outcome}: {rule}", highlight=False)
+            console.print(
+                f"{found.title} is {found.outcome}: {rule}",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
     picture = options.output or home / "loop.png"
     results.plot([("True reward by round", rounds)]).savefig(picture, dpi=150)
     results.write(rounds, picture.with_suffix(".json"), seed=options.seed)
-    console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
+    console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
 
 def draw(files: list[Path], output: Path | None) -> None:
     """The picture of several shows, from the files beside their pictures."""
     if output is None:
         raise UserError("--draw needs --output, the picture to write")
+    from benchmarks.loop import rounds as results
+
     shows = []
     for path in files:
         try:

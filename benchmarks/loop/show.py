@@ -25,7 +25,8 @@ from benchmarks.loop import rounds as results
 from benchmarks.loop.browser import Browser
 from benchmarks.loop.people import Crowd, Manner
 from benchmarks.loop.rounds import Round
-from benchmarks.loop.world import Sizes, World
+from benchmarks.loop.sizes import Sizes
+from benchmarks.loop.world import World
 from flows.local import find
 from rlhf_core.errors import UserError
 from tasks.settings import Settings, read_settings

@@ -13,6 +13,7 @@ from random import Random
 
 import yaml
 
+from benchmarks.loop.sizes import Sizes
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
 from rlhf_core.seeding import stream_seed
@@ -28,19 +29,6 @@ PRESET = Path(__file__).with_name("loop.yaml")
 # Of the logistic noise in a judgment, in units of sentiment; the demo has 0.15. So 500 votes tell
 # little, as those of real people do, and more of them tell more.
 NOISE = 0.4
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much there is of everything."""
-
-    people: int = 12
-    spammers: int = 6  # of the round that ends in a refusal
-    prompts: int = 480
-    demonstrations: int = 5000
-    first: int = 500  # votes before the first champion, on pairs of the grammar
-    each: int = 300  # prompts of a round: a pair each, but for answers that are equal
-    rounds: int = 3
 
 
 @dataclass(frozen=True)
