@@ -24,6 +24,9 @@ from tasks.feedback.store.content import (
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
+    HOLD_OUT,
+    JUDGE,
+    MACHINE,
     Annotator,
     Batch,
     BatchPair,
@@ -36,10 +39,8 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
-HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
-KINDS = ("fresh", "gold", "repeat", "import")
+KINDS = ("fresh", "gold", "repeat", "import", MACHINE)
 
 
 def judged() -> ColumnElement[bool]:
@@ -76,7 +77,7 @@ class CastVote(NamedTuple):
     vote: str  # a, b, tie, both_bad; skip only where asked for
     first: str  # a, b or "" (unknown)
     annotator: str  # pseudonym; "" = anonymous
-    kind: str  # fresh, gold, repeat, import
+    kind: str  # fresh, gold, repeat, import, machine
     gold: str  # the right answer, if it is known; else ""
     margin: float
     seconds: float | None
@@ -87,6 +88,7 @@ class CastVote(NamedTuple):
     kept: dict[str, str]
     pair_digest: str = ""  # of what the pair says, the same in every store
     exchanged: bool = False  # the answers stand the other way round in a training file
+    arm: str = ""  # of the pair, as it is now
 
 
 class _Placed(NamedTuple):
@@ -156,7 +158,7 @@ class Judgments:
                 known += 1
                 continue
             there.add(item.key)
-            if ballot.annotator and ballot.kind != "repeat" and item.vote != "skip":
+            if ballot.annotator and ballot.kind not in ("repeat", MACHINE) and item.vote != "skip":
                 again += (pair, ballot.annotator) in voted
                 voted.add((pair, ballot.annotator))
             rows.append(
@@ -212,13 +214,14 @@ class Judgments:
             if row.annotator:
                 said = row.vote, row.first, row.annotator, row.time
                 keys.add(_named_key(digests[row.pair_id], *said))
-                if row.vote in CHOICES and row.kind != "repeat" and not row.replaced:
+                if row.vote in CHOICES and row.kind not in ("repeat", MACHINE) and not row.replaced:
                     voted.add((row.pair_id, row.annotator))
         return keys, voted
 
     def _annotators(self, session: Session, placed: Sequence[_Placed]) -> dict[str, int]:
         """The ids of annotators, by pseudonym."""
         names = {item.ballot.annotator for item in placed} - {""}
+        machines = {item.ballot.annotator for item in placed if item.ballot.kind == MACHINE}
         query = select(Annotator.pseudonym, Annotator.id).where(
             Annotator.project_id == self._project, Annotator.pseudonym.in_(sorted(names))
         )
@@ -228,7 +231,7 @@ class Judgments:
                 "project_id": self._project,
                 "pseudonym": name,
                 "role": "annotator",
-                "via": "import",
+                "via": JUDGE if name in machines else "import",
                 "state": "left",
                 "created_at": clock.now(),
             }
@@ -358,6 +361,7 @@ class Judgments:
                 func.coalesce(Judgment.kept, Pair.kept),
                 Pair.digest,
                 Pair.exchanged,
+                Pair.arm,
             )
             .join(Pair, Pair.id == Judgment.pair_id)
             .join(Prompt, Prompt.id == Pair.prompt_id)
