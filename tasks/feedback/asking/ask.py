@@ -66,6 +66,7 @@ class Asked(BaseModel):
     too_long: int  # prompts that leave no room for an answer
     held_out: int  # prompts of the file that are held out for evaluation
     where: str  # people label there
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def sentence(self) -> str:
@@ -81,7 +82,8 @@ class Asked(BaseModel):
             parts.append(f"{self.too_long:,} prompts leave no room for an answer")
         if self.held_out:
             parts.append(f"{self.held_out:,} prompts of the file are held out, and left out here")
-        return f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        said = f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        return f"{said} Once it is complete, it starts {self.then}." if self.then else said
 
 
 class _Source(NamedTuple):
@@ -169,6 +171,7 @@ def ask(
         pairs=found,
         held_out=source.held_out,
         where=settings.label_public_url,
+        then=config.then,
         **{what: counts[what] for what in LEFT_OUT},
     )
     log.info("%s", asked.sentence)
