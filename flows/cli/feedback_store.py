@@ -84,8 +84,8 @@ def loop(project: str, *, stop: bool) -> None:
 
 
 def _whether(batch: numbers.BatchState) -> str:
-    if batch.stopped_by:
-        return f"stopped by {batch.stopped_by}"
+    if batch.stopped:
+        return "stopped"
     if batch.started is not None:
         return f"started {batch.started:%Y-%m-%d %H:%M} UTC"
     return batch.problem or ("answers are being sampled" if batch.sampling else "waits")

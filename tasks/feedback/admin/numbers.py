@@ -62,13 +62,13 @@ class BatchState(NamedTuple):
     number: int = 0  # of the round of the loop that it begins
     started: datetime | None = None
     problem: str = ""  # why it has not started what follows
-    stopped_by: str = ""
+    stopped: bool = False
     sampling: bool = False  # its answers are not all there yet, or that was interrupted
 
     @property
     def follows(self) -> bool:
         """Whether it is still to start something."""
-        return bool(self.then) and self.started is None and not self.stopped_by
+        return bool(self.then) and self.started is None and not self.stopped
 
 
 def throughput(project: FeedbackProject) -> Throughput:
@@ -185,9 +185,9 @@ def batches(project: FeedbackProject, page: int = 0) -> list[BatchState]:
         ]
 
 
-def _following(batch: Batch) -> tuple[str, int, datetime | None, str, str, bool]:
+def _following(batch: Batch) -> tuple[str, int, datetime | None, str, bool, bool]:
     kept = batch.details
-    stopped = str(kept.get("stopped_by", ""))
+    stopped = bool(kept.get("stopped"))
     return (
         str(kept.get("then", "")),
         int(kept.get("round", 0)),

@@ -71,6 +71,7 @@ class Asked(BaseModel):
     alone: int = 0  # pairs that it answers without people
     audited: int = 0  # pairs of which it is sure, and which people answer all the same
     unsure: int = 0  # pairs that it has left to people
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def sentence(self) -> str:
@@ -97,7 +98,8 @@ class Asked(BaseModel):
             parts.append(f"{self.too_long:,} prompts leave no room for an answer")
         if self.held_out:
             parts.append(f"{self.held_out:,} prompts of the file are held out, and left out here")
-        return f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        said = f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        return f"{said} Once it is complete, it starts {self.then}." if self.then else said
 
 
 class _Source(NamedTuple):
@@ -201,6 +203,7 @@ def ask(
         pairs=found,
         held_out=source.held_out,
         where=settings.label_public_url,
+        then=config.then,
         **{what: counts[what] for what in LEFT_OUT},
         **judged,
     )
