@@ -1,4 +1,4 @@
-"""Which versions saw something, and what a version saw, in runs that the pipeline's own code left."""
+"""Which versions saw something, and what a version saw, in runs that our own code left."""
 
 import random
 import time
