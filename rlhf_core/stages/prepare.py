@@ -56,6 +56,7 @@ from rlhf_core.data.prepared import (
     Split,
     TableKind,
     canonical_prompt,
+    known_answers,
     training_texts,
     write_table,
 )
@@ -364,6 +365,7 @@ class DataReport(Report):
     prompts_eval: int
     dropped: int
     ties: int
+    known_answers: int  # among the preferences
     contradictory_pairs: int
     shared_prompts: int
     truncated: int
@@ -636,6 +638,7 @@ def _validate(
     day = date.today()
     set_date(tokenizer, day)
     preferences = with_winners(tables["preferences"].frame)
+    known = known_answers(preferences)
     frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
     counts = count_tokens(frames, tokenizer, partial(counted, logger))
     logger.phase("measuring what is cut")
@@ -652,7 +655,8 @@ def _validate(
         ties=int(preferences["tie"].sum()),
         known_sides=int((preferences["shown_first"] != "").sum()),
         timed=int((preferences["time"] != "").sum()),
-        gold=int(preferences["gold"].sum()),
+        gold=int((preferences["gold"].astype(bool) & ~known).sum()),
+        known_answers=int(known.sum()),
         contradictory_pairs=contradictory_pairs(preferences),
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
@@ -690,6 +694,7 @@ def _report(validation: Validation, lengths: "Figure", origins: pd.DataFrame) ->
         prompts_eval=tables["prompts"].eval,
         dropped=sum(sum(table.dropped.values()) for table in tables.values()),
         ties=validation.ties,
+        known_answers=validation.known_answers,
         contradictory_pairs=validation.contradictory_pairs,
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),

@@ -9,9 +9,9 @@ from sqlalchemy.orm import aliased
 
 from rlhf_core.data.origins.counts import Origin
 from rlhf_core.errors import DataError
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import FeedbackProject, Store
 from tasks.feedback.store.tables import (
+    JUDGE,
     Annotator,
     Batch,
     BatchPair,
