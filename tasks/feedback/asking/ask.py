@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from getpass import getuser
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.ordering.outcome import begin
 from tasks.feedback.store.content import digest
 from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.records import Answer, NewPair
@@ -121,6 +123,8 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         kind = JUDGE if config.evaluation else ASK
         votes = config.votes_per_pair or project.rules.votes_per_pair
         people = {"votes_per_pair": votes}
+        if kind == ASK:
+            begin(project, getuser())
         batch = project.content.batch(
             name, kind, {"settings": config.model_dump(mode="json"), "people": people}
         )

@@ -141,12 +141,14 @@ class Arrivals:
         found = {group: Known(group) for group in groups}
         asked: Counter[str] = Counter()
         for prompt, arm, labelled, count in rows:
-            if (group := members.get(prompt)) is None:
+            if prompt not in members:
                 continue
+            group = members[prompt]
             asked[group] += count
-            if labelled:
-                what = "held_out" if arm == HOLD_OUT else "trained_on"
-                found[group] = found[group]._replace(**{what: True})
+            if labelled and arm == HOLD_OUT:
+                found[group] = found[group]._replace(held_out=True)
+            elif labelled:
+                found[group] = found[group]._replace(trained_on=True)
         return found, asked
 
     def _waiting(self, session: Session) -> tuple[dict[tuple[int, str], float], dict[int, float]]:

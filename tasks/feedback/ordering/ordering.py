@@ -25,8 +25,8 @@ from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator
 from tasks.feedback.ordering.outcome import QueueOrder, last_order, remember
 from tasks.feedback.ordering.reading import CountedVote, Queued, read_queue
-from tasks.feedback.store.tables import HOLD_OUT
 from tasks.feedback.store.store import FeedbackProject
+from tasks.feedback.store.tables import HOLD_OUT
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
@@ -89,6 +89,8 @@ def order_project(
         by_design,
         savings,
         seconds=round(time.monotonic() - began, 1),
+        held_out=sum(place.arm == HOLD_OUT for place in places),
+        design_votes=queue.since_design(),
     )
 
 

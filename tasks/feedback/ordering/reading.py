@@ -190,9 +190,20 @@ def _pairs(project: FeedbackProject) -> Iterator[tuple[int, QueuedPair]]:
         .order_by(Pair.id)
     )
     with project.database.reading() as session:
-        for prompt, *row, arm, priority in session.execute(
-            query.execution_options(yield_per=ROWS)
-        ):
+        for (
+            prompt,
+            id_,
+            key,
+            text,
+            one,
+            other,
+            state,
+            votes,
+            taken,
+            arm,
+            priority,
+        ) in session.execute(query.execution_options(yield_per=ROWS)):
             # What came in is in random order, whoever would have ordered it.
             placed = "random" if arm == "design" and has_come(priority) else arm
-            yield prompt, QueuedPair(*row, placed, wish_of(priority, arm))
+            wish = wish_of(priority, arm)
+            yield prompt, QueuedPair(id_, key, text, one, other, state, votes, taken, placed, wish)

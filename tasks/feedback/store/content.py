@@ -251,8 +251,13 @@ class Content:
             session.execute(
                 update(Pair),
                 [
-                    {"id": r.id, "wanted": r.wanted, "priority": r.priority, "arm": r.arm,
-                     "state": r.state}
+                    {
+                        "id": r.id,
+                        "wanted": r.wanted,
+                        "priority": r.priority,
+                        "arm": r.arm,
+                        "state": r.state,
+                    }
                     for r in changed
                 ],
             )
