@@ -568,13 +568,16 @@ def ask_people(
         then=then,
     )
     settings = find.join(read_settings())
-    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    load("tasks.record.terminal", "tasks.feedback.asking.ask", "tasks.feedback.ordering.task")
     from tasks.feedback.asking.ask import ask
+    from tasks.feedback.ordering.task import order_by_itself
     from tasks.record.terminal import on_terminal
 
     with on_terminal("ask") as logger:
         asked = ask(config, settings, logger)
     line(asked.sentence)
+    if not config.evaluation and (order := order_by_itself(config.project, settings)):
+        line(order.said)
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")

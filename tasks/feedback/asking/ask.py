@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from getpass import getuser
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.ordering.outcome import begin
 from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
 from tasks.feedback.store.records import Answer, NewPair
@@ -162,6 +164,7 @@ def ask(
             "people": _complete(config, votes),
         }
         if kind == ASK:
+            begin(project, getuser())
             about |= {"then": config.then, "by": by, "round": number}
         batch = project.content.batch(name, kind, about)
         before = batches.details(project.database, batch)
