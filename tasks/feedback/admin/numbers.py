@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, case, func, select
 from tasks.feedback.admin.people import counts
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.judgments import MACHINE
+from tasks.feedback.store.judgments import AUDITED, JUDGED, MACHINE
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Assignment, Batch, BatchPair, Judgment, Pair
@@ -38,6 +38,8 @@ class QueueState(NamedTuple):
     withdrawn: int
     leased: int  # on somebody's desk now
     missing: int  # votes until all open pairs are done
+    alone: int = 0  # pairs that a machine answers without people
+    audited: int = 0  # pairs that it is sure of, and people answer too
 
 
 class BatchState(NamedTuple):
@@ -112,6 +114,15 @@ def queue_state(project: FeedbackProject) -> QueueState:
             .where(Pair.project_id == project.id, Pair.wanted > 0)
             .group_by(Pair.state)
         ).all()
+        routed = dict(
+            session.execute(
+                select(Pair.arm, func.count())
+                .where(Pair.project_id == project.id, Pair.arm.in_((JUDGED, AUDITED)))
+                .group_by(Pair.arm)
+            )
+            .tuples()
+            .all()
+        )
         leased = session.scalar(
             select(func.count())
             .select_from(Assignment)
@@ -129,6 +140,8 @@ def queue_state(project: FeedbackProject) -> QueueState:
         states.get("withdrawn", (0, 0))[0],
         leased or 0,
         states.get("open", (0, 0))[1],
+        routed.get(JUDGED, 0),
+        routed.get(AUDITED, 0),
     )
 
 
