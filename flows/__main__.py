@@ -527,6 +527,19 @@ def ask_people(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws prompts and answers.")] = 0,
     licence: Annotated[str, typer.Option(help="Licence of prompts and answers.")] = "",
+    enough: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, callback=_number, help="Share of answered pairs that completes it."
+        ),
+    ] = 1.0,
+    days: Annotated[
+        float, typer.Option(min=0.0, callback=_number, help="It is complete then, however it is.")
+    ] = 7.0,
+    then: Annotated[
+        str,
+        typer.Option(metavar="FLOW/NAME", help="Deployment that is run once it is complete."),
+    ] = "",
 ) -> None:
     """Have people compare answers: sample them, and queue the pairs.
 
@@ -550,6 +563,9 @@ def ask_people(
         votes_per_pair=votes,
         seed=seed,
         licence=licence,
+        enough=enough,
+        days=days,
+        then=then,
     )
     settings = find.join(read_settings())
     load("tasks.record.terminal", "tasks.feedback.asking.ask")
@@ -588,6 +604,45 @@ def compare(
     else:
         show_comparison(comparison, everything=everything)
         line(f"Written: {output}")
+
+
+@command(epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model happy-otter")
+def lineage(
+    annotator: Annotated[str, typer.Option(help="A pseudonym: which models saw their votes?")] = "",
+    source: Annotated[
+        str,
+        typer.Option(help="A source of rows, as a file, a data set or a name in a column."),
+    ] = "",
+    licence: Annotated[str, typer.Option(help="A licence of rows or votes.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What did this model see? models:/NAME/3, models:/NAME@champion, or the run that "
+            "made it. With another option: did this model see that?"
+        ),
+    ] = "",
+    project: Annotated[
+        str,
+        typer.Option(help="Votes of this project of the preference store only, and of files."),
+    ] = "",
+    in_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the models that saw an annotator, a source or a licence, or show what a model saw.
+
+    A model saw what it was trained on, and what the models saw that it was made from. What it was
+    only evaluated on is listed apart. Options together ask for rows that have all of it.
+
+    Exit status: 0 the answer is complete, also if nothing was found; 4 something could not be
+    looked into, which is listed, so that there may be more.
+    """
+    settings = find.join(read_settings())
+    load("flows.cli.lineage")
+    from flows.cli.lineage import show
+    from tasks.lineage.lineage import Wanted
+
+    wanted = Wanted(annotator, source, licence, project)
+    if status := show(wanted, model, settings, in_json=in_json):
+        raise typer.Exit(status)
 
 
 @command(epilog="Example: rlhf report happy-otter --output reports/otter.html")

@@ -81,6 +81,11 @@ class Runs:
         condition = f"{_tagged(tags.FLOW_RUN, flow_run_id)} and {_tagged(tags.STAGE, kind)}"
         return next(self._search([experiment], condition), None)
 
+    def called_by(self, experiment: str, flow_run_id: str) -> Run | None:
+        """The pipeline run that a flow run has called as a part of itself."""
+        condition = f"{_tagged(tags.CALLER, flow_run_id)} and {_tagged(tags.STAGE, tags.PIPELINE)}"
+        return next(self._search([experiment], condition, OLDEST_FIRST), None)
+
     # ---- stages ----
 
     def stages(self, experiment: str, pipeline: str, name: str = "") -> list[Run]:

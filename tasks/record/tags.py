@@ -22,6 +22,7 @@ MACHINE: Final = "machine_type"  # processor and device, as people say it
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
+CALLER: Final = "prefect.parent_flow_run_id"  # the flow run that called this one, as `retrain`
 FLOW_URL: Final = "prefect.flow_run_url"
 
 # ---- outcome of a run ----
@@ -40,6 +41,10 @@ APPROVED: Final = "approved"  # true, false or WAITING; these four also on the v
 APPROVED_BY: Final = "approved_by"
 APPROVED_AT: Final = "approved_at"
 APPROVAL_REASON: Final = "approval_reason"
+
+# ---- a loop: on the run of the pipeline ----
+ROUND: Final = "round"  # since a person asked
+NEXT: Final = "next"  # what people are asked next, or why they are not
 
 # ---- a version ----
 DIGEST: Final = "digest"  # of its files
@@ -83,12 +88,18 @@ NOBODY: Final = "none"  # in place of a version
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
 _PARENT: Final = "parent."
+_INPUT: Final = "input."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
 def input_of(role: str) -> str:
     """The tag of an input, by its role."""
-    return f"input.{role}"
+    return f"{_INPUT}{role}"
+
+
+def inputs(tags: Mapping[str, str]) -> dict[str, str]:
+    """The addresses of all inputs of a run, by role."""
+    return {name.removeprefix(_INPUT): uri for name, uri in tags.items() if name.startswith(_INPUT)}
 
 
 def input_digest_of(role: str) -> str:
@@ -131,6 +142,13 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
     return f"{_PARENT}{role}"
+
+
+def parents(tags: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a version was trained from, by role."""
+    return {
+        name.removeprefix(_PARENT): uri for name, uri in tags.items() if name.startswith(_PARENT)
+    }
 
 
 def as_copy(

@@ -11,11 +11,11 @@ from sqlalchemy.orm import aliased
 
 from rlhf_core.errors import UserError
 from tasks.feedback.store import audit, clock
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.people import INVITATION_DAYS
 from tasks.feedback.store.records import CHOICES, Role
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
+    JUDGE,
     Annotator,
     GoldAnswer,
     Identity,

@@ -8,7 +8,8 @@ call again goes on where it was stopped, and asks for nothing twice.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.prepared import Split, prompt_key, read_table
 from rlhf_core.data.sources import read_rows
 from rlhf_core.errors import DataError
+from rlhf_core.judges.config import PeopleConfig
 from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
@@ -32,8 +34,8 @@ from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
 from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.records import Answer, NewPair
+from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.prefect.ui import ArtifactDisplay, artifact_key, show_link, stage_task
 from tasks.record import tags
 from tasks.record.record import Record
@@ -45,7 +47,6 @@ from tasks.registry.registered import find_data
 from tasks.serving.generation import Writer, load_writer
 from tasks.settings import Settings, read_settings
 
-ASK = "ask"  # the kind of the batch
 LEFT_OUT = ("identical", "empty", "too_long")
 AT_ONCE = 16  # prompts answered before their pairs are queued
 log = logging.getLogger(__name__)
@@ -115,8 +116,19 @@ class _Speaker(NamedTuple):
     temperature: float
 
 
-def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None) -> Asked:
+def ask(
+    config: AskConfig,
+    settings: Settings,
+    logger: StageLogger | None = None,
+    *,
+    by: str = "",
+    number: int = 1,
+) -> Asked:
     """Queue pairs for people.
+
+    Args:
+        by: the flow run that asks; empty = a person.
+        number: of the round of the loop that the batch begins.
 
     Raises: ModelError, DataError, ConfigError for what a user can fix; StoreError.
     """
@@ -125,9 +137,6 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
     judge = config.judge if config.judge.source else None
-    if judge is not None:
-        logger.phase("looking at the judge")
-        look_at(judge, config.project, record)
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -142,10 +151,17 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         project = store.project(config.project, make=True)
         kind = JUDGE if config.evaluation else ASK
         votes = config.votes_per_pair or project.rules.votes_per_pair
-        people = {"votes_per_pair": votes}
-        batch = project.content.batch(
-            name, kind, {"settings": config.model_dump(mode="json"), "people": people}
-        )
+        about: dict[str, object] = {
+            "settings": config.model_dump(mode="json"),
+            "policy": policy.uri,
+            "people": _complete(config, votes),
+        }
+        if judge is not None and not batches.is_asked(project, name):
+            logger.phase("looking at the judge")
+            look_at(judge, project, record)
+        if kind == ASK:
+            about |= {"then": config.then, "by": by, "round": number}
+        batch = project.content.batch(name, kind, about)
         before = batches.details(project.database, batch)
         done = int(before.get("done", 0))
         counts = Counter({what: int(before.get(what, 0)) for what in LEFT_OUT})
@@ -175,6 +191,8 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
             )  # fmt: skip
             judged = {"judge": who.name, "alone": became.alone}
             judged |= {"audited": became.audited, "unsure": became.unsure}
+        if "asked" not in before:
+            batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,
         batch=name,
@@ -193,13 +211,37 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
 @stage_task("ask-people", "ask people")
 def ask_people(config: AskConfig) -> Asked:
     """Queue pairs for people, with the progress in Prefect."""
-    key = artifact_key(config.project, "ask")
-    progress = ArtifactDisplay(f"{key}-progress", f"{config.project} ask")
-    settings = read_settings()
-    with on_terminal("ask", progress) as logger:
-        asked = ask(config, settings, logger)
-    show_link(f"{key}-page", asked.where, f"People label {asked.pairs:,} pairs here")
+    with showing(config.project) as logger:
+        asked = ask(config, read_settings(), logger)
+    link_to(asked)
     return asked
+
+
+@contextmanager
+def showing(project: str) -> Iterator[StageLogger]:
+    """Show the progress on the terminal and in Prefect."""
+    key = artifact_key(project, "ask")
+    progress = ArtifactDisplay(f"{key}-progress", f"{project} ask")
+    with on_terminal("ask", progress) as logger:
+        yield logger
+
+
+def link_to(asked: Asked) -> None:
+    """Show in Prefect where people label."""
+    key = f"{artifact_key(asked.project, 'ask')}-page"
+    show_link(key, asked.where, f"People label {asked.pairs:,} pairs here")
+
+
+def _complete(config: AskConfig, votes: int) -> dict[str, object]:
+    """When the batch is complete, as a judge who is people is told it."""
+    people = PeopleConfig(
+        votes_per_pair=votes,
+        enough=config.enough,
+        enough_pairs=config.enough_pairs,
+        days=config.days,
+        priority=config.priority,
+    )
+    return people.model_dump(mode="json")
 
 
 # ---- prompts ----

@@ -8,6 +8,7 @@ from rlhf_core.config import FileOrHub, Section
 from rlhf_core.labelling.router import RouterConfig
 from tasks.feedback.routing.config import AskJudgeConfig
 
+DEPLOYMENT = r"^([^/\s][^/]*/[^/]*[^/\s])?$"
 _VERSION = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 
 
@@ -71,6 +72,28 @@ class AskConfig(Section):
         0, ge=0, le=1000, description="People asked about each pair; 0 = as the project's rules say"
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Place in the queue: lower is sooner")
+    enough: float = Field(
+        1.0, gt=0, le=1, description="Share of the pairs that completes the batch when answered"
+    )
+    enough_pairs: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="Or so many of them, if that is less (pairs; 0 = the share alone)",
+    )
+    days: float = Field(
+        7.0,
+        gt=0,
+        le=3650,
+        description="After this time the batch is complete with what is answered (days)",
+    )
+    then: str = Field(
+        "",
+        pattern=DEPLOYMENT,
+        max_length=200,
+        description="Deployment that is run once the batch is complete, as retrain/demo; empty = "
+        "none",
+    )
     source: str = Field(
         "",
         max_length=300,
@@ -110,5 +133,9 @@ class AskConfig(Section):
             raise ValueError(
                 "evaluation asks people alone, and judge is for pairs to train on: leave one of "
                 "them out; judge.source of a pipeline compares policies"
+            )
+        if self.evaluation and self.then:
+            raise ValueError(
+                "votes on held-out prompts are in no training: leave `then` out, or evaluation"
             )
         return self

@@ -10,7 +10,8 @@ from rlhf_core.agreement.machines import ALONE, AUDIT
 from rlhf_core.agreement.votes import CHOICES, KINDS, UNKNOWN, Grouping, Ints, Votes
 from rlhf_core.data.prepared import canonical_prompt
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import AUDITED, JUDGED, CastVote
+from tasks.feedback.store.judgments import CastVote
+from tasks.feedback.store.tables import AUDITED, JUDGED
 
 _SIDES = {"a": 0, "b": 1, "tie": 2}
 _CHOICES = {name: code for code, name in enumerate(CHOICES)}

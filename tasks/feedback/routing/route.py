@@ -41,13 +41,13 @@ class JudgeDownError(UserError):
     """The judge has answered a part of the pairs, and answers no more."""
 
 
-def look_at(config: AskJudgeConfig, project: str, record: Record) -> None:
+def look_at(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> None:
     """Find out whether a judge can work, before answers are sampled for it.
 
     Raises: ModelError, ConfigError, DataError when it cannot.
     """
     if config.source:
-        check_judge.fn(config.as_judge(pin(config, project, record).source), project)
+        check_judge.fn(config.as_judge(pin(config, project, record).source), project.name)
 
 
 def judge_batch(
@@ -156,7 +156,7 @@ def _pinned(project: FeedbackProject, batch: int, config: AskJudgeConfig, record
     """The judge of the batch, which is chosen once."""
     kept: Mapping[str, Any] | None = batches.details(project.database, batch).get("judge")
     if kept is None:
-        found = pin(config, project.name, record)
+        found = pin(config, project, record)
         batches.keep(project, batch, {"judge": asdict(found)})
         return found
     habits = kept["habits"]

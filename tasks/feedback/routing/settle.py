@@ -19,10 +19,21 @@ from tasks.feedback.routing.judging import Heard
 from tasks.feedback.store import clock
 from tasks.feedback.store.content import chunks, digest
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import AUDITED, HOLD_OUT, JUDGE, JUDGED, MACHINE
+from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.records import Answer, NewPair
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, BatchPair, Judgment, Pair, Prompt, Response
+from tasks.feedback.store.tables import (
+    AUDITED,
+    HOLD_OUT,
+    JUDGE,
+    JUDGED,
+    Annotator,
+    BatchPair,
+    Judgment,
+    Pair,
+    Prompt,
+    Response,
+)
 
 CHUNK = 500
 LONGEST_NOTE = 2000  # characters of a judge's reason

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
@@ -23,6 +24,8 @@ from tasks.feedback.store.content import (
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
+    HOLD_OUT,
+    JUDGE,
     Annotator,
     Batch,
     BatchPair,
@@ -35,9 +38,6 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
-JUDGED, AUDITED = "judge", "audit"  # of an arm: a judge answers alone; people answer beside it
-HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
 MACHINE = "machine"  # of a vote: a judge that is a model or a rule cast it, and nobody was asked
 KINDS = ("fresh", "gold", "repeat", "import", MACHINE)
@@ -379,10 +379,16 @@ def _check(ballot: Ballot) -> None:
 
 
 def check_pseudonym(name: str) -> None:
-    """Refuse a name that is too long, or that a terminal or a page could not show.
+    """Refuse a name that is too long, that a terminal or a page could not show, or that is the
+    one of known answers.
 
     Raises: DataError.
     """
+    if name.strip() == GOLD:
+        raise DataError(
+            f"an annotator is called '{GOLD}', and votes of this name are known answers; give the "
+            "person another name"
+        )
     if len(name) > LONGEST_PSEUDONYM or any(unicodedata.category(c) == "Cc" for c in name):
         raise DataError(
             f"an annotator is called {name[:50]!r}: a name has up to {LONGEST_PSEUDONYM} "

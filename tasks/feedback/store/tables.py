@@ -87,6 +87,10 @@ Moment = UTCDateTime()
 
 
 FREE = "state = 'open' AND taken < wanted"  # of a pair
+ASK = "ask"  # of a batch: its votes are to be trained on
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
+JUDGED, AUDITED = "judge", "audit"  # of an arm: a judge answers alone; people answer beside it
+HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 
 
 class Base(DeclarativeBase):
@@ -169,7 +173,8 @@ class Pair(Base):
     response_b_id: Mapped[int] = mapped_column(ForeignKey("responses.id"))
     digest: Mapped[str] = mapped_column(String(64))  # of both responses, in either order
     state: Mapped[str] = mapped_column(String(16), default="done")  # open, done, withdrawn
-    priority: Mapped[int] = mapped_column(default=0)  # lower is sooner
+    # lower is sooner: a place, or the wish of a user (tasks.feedback.ordering.places)
+    priority: Mapped[int] = mapped_column(default=0)
     wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included

@@ -216,18 +216,18 @@ def test_a_silent_endpoint_is_down(project, settings):
     assert became.alone + became.audited == len(pairs(18))
 
 
-def test_a_judge_is_looked_at_before_anything_is_sampled(record, monkeypatch):
-    look_at(AskJudgeConfig(), "demo", record)
-    look_at(config(), "demo", record)
+def test_a_judge_is_looked_at_before_anything_is_sampled(project, record, monkeypatch):
+    look_at(AskJudgeConfig(), project, record)
+    look_at(config(), project, record)
     with pytest.raises(ConfigError, match="nowhere"):
-        look_at(AskJudgeConfig(source="nowhere:judge"), "demo", record)
+        look_at(AskJudgeConfig(source="nowhere:judge"), project, record)
     with pytest.raises(ModelError, match="has none yet"):
-        look_at(AskJudgeConfig(source="reward_model"), "demo", record)
+        look_at(AskJudgeConfig(source="reward_model"), project, record)
     with pytest.raises(ModelError, match="no model is registered"):
-        look_at(AskJudgeConfig(source="models:/none/1"), "demo", record)
+        look_at(AskJudgeConfig(source="models:/none/1"), project, record)
     monkeypatch.setenv("RLHF_JUDGE_URL", "http://127.0.0.1:1/v1")
     with pytest.raises(ConfigError, match="does not answer"):
-        look_at(AskJudgeConfig(**ENDPOINT), "demo", record)
+        look_at(AskJudgeConfig(**ENDPOINT), project, record)
 
 
 @pytest.mark.parametrize(
