@@ -141,9 +141,6 @@ def ask(
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
     judge = config.judge if config.judge.source else None
-    if judge is not None:
-        logger.phase("looking at the judge")
-        look_at(judge, config.project, record)
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -163,6 +160,9 @@ def ask(
             "policy": policy.uri,
             "people": _complete(config, votes),
         }
+        if judge is not None and not batches.is_asked(project, name):
+            logger.phase("looking at the judge")
+            look_at(judge, project, record)
         if kind == ASK:
             begin(project, getuser())
             about |= {"then": config.then, "by": by, "round": number}
@@ -187,8 +187,6 @@ def ask(
                 batches.keep(project, batch, {"done": start + len(some), **counts})
             del speakers  # a judge may need the room
         logger.progress(len(source.prompts), len(source.prompts), "prompts")
-        if "asked" not in before:
-            batches.keep(project, batch, {"asked": True})
         found = len(batches.pairs_of(project.database, batch))
         judged: dict[str, Any] = {}
         if judge is not None:
@@ -198,6 +196,8 @@ def ask(
             )  # fmt: skip
             judged = {"judge": who.name, "alone": became.alone}
             judged |= {"audited": became.audited, "unsure": became.unsure}
+        if "asked" not in before:
+            batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,
         batch=name,

@@ -129,7 +129,7 @@ class Arrivals:
         touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [
             Pair.project_id == self._project,
-            or_(Pair.state == "open", Pair.votes > 0),
+            or_(Pair.state == "open", Pair.votes > 0, Pair.arm == JUDGED),
             ~of_a_judge(),
         ]
         if len(members) <= MANY:
