@@ -19,14 +19,11 @@ from tasks.registry.refs import ModelRef
 from tasks.steps.new_data import PreferenceCount, called_by, count_preferences
 
 
-class RetrainConfig(Section):
-    """When to run the pipeline again, and with what."""
+class RetrainPlan(Section):
+    """When to run a pipeline again, and what people are asked then."""
 
     min_new_preferences: int = Field(
         100, ge=0, description="New preferences needed since the last finished run (rows)"
-    )
-    pipeline: PipelineConfig = Field(
-        default_factory=PipelineConfig, description="The pipeline to run then"
     )
     ask: AskConfig | None = Field(
         None,
@@ -38,6 +35,14 @@ class RetrainConfig(Section):
         ge=1,
         le=1_000_000,
         description="The loop ends after so many rounds since a person asked for a batch",
+    )
+
+
+class RetrainConfig(RetrainPlan):
+    """When to run the pipeline again, and with what."""
+
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig, description="The pipeline to run then"
     )
 
     @model_validator(mode="after")

@@ -41,7 +41,8 @@ def snapshot(
     what = "new" if found.new else "there already"
     line(
         f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
-        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}"
+        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}, and "
+        f"{found.known:,} known answer{'' if found.known == 1 else 's'}"
     )
     if report:
         from tasks.feedback.quality.publish import publish
@@ -219,7 +220,8 @@ def resume(
         bool, typer.Option("--watch", help="Look every few seconds, until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Resume the runs that wait for people and have their answers; show how far the others are.
+    """Resume the runs that wait for people and have their answers, and start what follows complete
+    batches; show how far the others are.
 
     `rlhf label` and `rlhf up` do this by themselves every few seconds.
     """
@@ -235,6 +237,23 @@ def resume(
         resume_for_ever(settings)
     for said in resume_by_hand(settings):
         line(said)
+
+
+@command(epilog="Example: rlhf feedback loop demo --stop")
+def loop(
+    project: Project,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Let nothing follow the batches that wait.")
+    ] = False,
+) -> None:
+    """Show what follows the batches of a project, or stop it.
+
+    A stopped batch is labelled to its end, and starts nothing. A run that is under way goes on.
+    """
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.loop(project, stop=stop)
 
 
 @command(epilog="Example: rlhf feedback report demo --snapshot latest --output agreement.html")

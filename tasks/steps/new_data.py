@@ -12,6 +12,7 @@ from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.feedback.asking.votes import votes_now
 from tasks.record import tags
 from tasks.record.record import Record
+from tasks.registry.refs import SnapshotRef
 
 
 class PreferenceCount(BaseModel):
@@ -36,7 +37,8 @@ def count_preferences(
 ) -> PreferenceCount:
     """Read the data as the pipeline would, and compare the count with its last finished run.
 
-    Training and evaluation rows count; dropped rows do not.
+    Training and evaluation rows count; dropped rows, and known answers, which are nobody's votes,
+    do not.
 
     Raises: ConfigError or DataError, as the data stage does.
     """
@@ -46,7 +48,7 @@ def count_preferences(
     found = validation.tables["preferences"]
     last = record.runs.last_pipeline(project)
     return PreferenceCount(
-        now=found.train + found.eval,
+        now=found.train + found.eval - validation.known_answers,
         before=0 if last is None else _preferences_of(record, last),
         last_run="" if last is None else last.info.run_name,
         votes="" if there is None else there.digest,
@@ -57,7 +59,7 @@ class Called(NamedTuple):
     """The run of the pipeline that a flow run has called."""
 
     run_id: str
-    votes: str  # the snapshot that it reads; empty = it reads none
+    votes: str  # the digest of the snapshot that it reads; empty = it reads none
 
 
 def called_by(flow_run: str, project: str) -> Called | None:
@@ -67,7 +69,10 @@ def called_by(flow_run: str, project: str) -> Called | None:
     if experiment is None or not flow_run:
         return None
     found = record.runs.called_by(experiment.experiment_id, flow_run)
-    return found and Called(found.info.run_id, found.data.tags.get(tags.SNAPSHOT, ""))
+    if found is None:
+        return None
+    pinned = found.data.tags.get(tags.SNAPSHOT, "")
+    return Called(found.info.run_id, SnapshotRef.parse(pinned).digest if pinned else "")
 
 
 def _preferences_of(record: Record, pipeline: Run) -> int:
@@ -75,4 +80,5 @@ def _preferences_of(record: Record, pipeline: Run) -> int:
     if not stages:
         return 0
     rows = stages[-1].data.metrics
-    return sum(int(rows[f"{tags.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))
+    votes = sum(int(rows[f"{tags.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))
+    return votes - int(rows.get(f"{tags.SUMMARY}known_answers", 0))

@@ -12,7 +12,15 @@ from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Assignment, Batch, BatchPair, Judgment, Pair
+from tasks.feedback.store.tables import (
+    MACHINE,
+    Annotator,
+    Assignment,
+    Batch,
+    BatchPair,
+    Judgment,
+    Pair,
+)
 
 DAYS, HOURS = 14, 24
 BATCHES = 25  # on a page
@@ -50,6 +58,17 @@ class BatchState(NamedTuple):
     done: int
     withdrawn: int
     pairs: int
+    then: str = ""  # the deployment that it starts
+    number: int = 0  # of the round of the loop that it begins
+    started: datetime | None = None
+    problem: str = ""  # why it has not started what follows
+    stopped_by: str = ""
+    sampling: bool = False  # its answers are not all there yet, or that was interrupted
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is still to start something."""
+        return bool(self.then) and self.started is None and not self.stopped_by
 
 
 def throughput(project: FeedbackProject) -> Throughput:
@@ -58,7 +77,10 @@ def throughput(project: FeedbackProject) -> Throughput:
     hour = now.replace(minute=0, second=0, microsecond=0)
     first_day = now.date() - timedelta(days=DAYS - 1)
     since = datetime(first_day.year, first_day.month, first_day.day, tzinfo=UTC)
-    here = [Judgment.project_id == project.id, Judgment.vote.in_(CHOICES), counts()]
+    here = [
+        *(Judgment.project_id == project.id, Judgment.kind != MACHINE),
+        *(Judgment.vote.in_(CHOICES), counts()),
+    ]
     with project.database.reading() as session:
         label = _hour(project.database)
         rows = session.execute(
@@ -157,6 +179,20 @@ def batches(project: FeedbackProject, page: int = 0) -> list[BatchState]:
                 states.get(batch.id, Counter())["done"],
                 states.get(batch.id, Counter())["withdrawn"],
                 sum(states.get(batch.id, Counter()).values()),
+                *_following(batch),
             )
             for batch in found
         ]
+
+
+def _following(batch: Batch) -> tuple[str, int, datetime | None, str, str, bool]:
+    kept = batch.details
+    stopped = str(kept.get("stopped_by", ""))
+    return (
+        str(kept.get("then", "")),
+        int(kept.get("round", 0)),
+        None if stopped else batch.resumed_at,
+        str(kept.get("problem", "")),
+        stopped,
+        "then" in kept and "asked" not in kept and batch.resumed_at is None,
+    )

@@ -21,8 +21,7 @@ from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.starting import key_of
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import ASK
-from tasks.feedback.store.tables import Batch
+from tasks.feedback.store.tables import ASK, Batch
 from tasks.prefect.ui import artifact_key, show_page, stage_task
 from tasks.record import tags
 from tasks.record.record import Record
@@ -114,7 +113,7 @@ def next_batch(
         return Continued(number=number, why=why)
     if config.then and number >= rounds:
         why = (
-            f"{_rounds(number)} have followed one another, and `rounds` is {rounds}; "
+            f"round {number} was the last of {rounds} (`rounds`); "
             f"`rlhf ask {config.project} --then {config.then}` begins anew"
         )
         return Continued(number=number, why=why)
@@ -208,7 +207,3 @@ def _number(config: AskConfig, known: list[_Known], caller: Caller) -> int:
 
 def _starts(batch: _Known, deployment: str) -> bool:
     return bool(batch.details["then"] == deployment)
-
-
-def _rounds(number: int) -> str:
-    return f"{number:,} round{'' if number == 1 else 's'}"
