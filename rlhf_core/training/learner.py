@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_core.backbone.networks import Network, Precision, start_adapter
+from rlhf_core.backbone.networks import Network, start_adapter
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.config import Section
 from rlhf_core.errors import NumericsError
 from rlhf_core.seeding import stream_seed
@@ -158,6 +160,9 @@ class Learner:
             )
         nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
         self._adamw.step()
+        # A fused step does not count as a change of the weights, by which a working copy of them
+        # knows that it is old.
+        increment_version(list(self._named.values()))
         self._schedule.step()
         self.drop_gradient()
         return norm.item()

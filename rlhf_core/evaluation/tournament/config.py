@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.evaluation.tournament.schedule import pairs_of
 from rlhf_core.rewards.ensemble import MemberSection
 
