@@ -71,10 +71,13 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision {precision!r} is no type; see `resolve`")
+            raise ValueError(
+                f"a network computes in float32 or bfloat16, not in {precision!r}; call the stage "
+                "by `run_stage`, or make a type of the setting with `resolved`"
+            )
         self.model = settle(model)
         self.adapter = adapter
-        self.precision = precision
+        self.precision = precision  # float32 or bfloat16
 
     def hidden(self, packed: Packed) -> Tensor:
         """(N, d) last hidden states."""

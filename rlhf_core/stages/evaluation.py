@@ -106,7 +106,7 @@ class EvaluationConfig(MemberSection):
     precision: Precision = Field(
         "float32",
         description="Type of matrix products in every arm and in the reward model; "
-        "bfloat16 is faster on GPUs and on CPUs with instructions for it",
+        "bfloat16 is faster on GPUs and on CPUs with instructions for it, and auto takes it there",
     )
 
 

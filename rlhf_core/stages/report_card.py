@@ -78,7 +78,9 @@ class ReportCardConfig(Section):
     )
     batch_size: int = Field(32, ge=1, description="Texts that are scored at once")
     precision: Precision = Field(
-        "float32", description="Type of matrix products in the SFT policy and the reward model"
+        "float32",
+        description="Type of matrix products in the SFT policy and the reward model; auto takes "
+        "bfloat16 where the machine has it",
     )
 
 

@@ -39,8 +39,8 @@ class TrainingSection(Section):
     precision: Precision = Field(
         "float32",
         description="Type of matrix products. bfloat16 is faster on GPUs and on CPUs "
-        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
-        "their gradients and the optimizer stay in float32",
+        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs; auto takes it "
+        "where the machine has it. Weights, their gradients and the optimizer stay in float32",
     )
     lora_rank: int = Field(
         0,

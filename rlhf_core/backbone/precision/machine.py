@@ -12,8 +12,7 @@ import torch
 
 from rlhf_core.config import Section
 
-Precision = Literal["float32", "bfloat16"]
-PrecisionSetting = Literal["float32", "bfloat16", "auto"]
+Precision = Literal["float32", "bfloat16", "auto"]
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of CPUs, on x86 and ARM
 CAPABILITY = (8, 0)  # the first of NVIDIA's GPUs that multiplies bfloat16
 
@@ -36,7 +35,7 @@ def native_bfloat16(device: str) -> str:
     return ""
 
 
-def resolve(setting: PrecisionSetting, device: str) -> Precision:
+def resolve(setting: Precision, device: str) -> Precision:
     """The type for a setting: `auto` is bfloat16 where the device has it and computes it right.
 
     Right is that products have the rounding of bfloat16 and the same bits each time, on which the

@@ -122,6 +122,11 @@ class _StandIn(torch.autograd.Function):
         return upstream.to(ctx.dtype), None
 
 
+def linear_weights(model: PreTrainedModel) -> list[Tensor]:
+    """The weights and biases of which there is a copy, and so the products in bfloat16."""
+    return [master for _, _, master in _places(model)]
+
+
 def _places(model: PreTrainedModel) -> Iterator[_Place]:
     """The weights and biases of the linear layers, in the body and in the head of a policy."""
     body = list(model.base_model.modules())

@@ -44,7 +44,8 @@ class TournamentConfig(MemberSection):
     )
     precision: Precision = Field(
         "float32",
-        description="Type of matrix products in every policy and in the reward model",
+        description="Type of matrix products in every policy and in the reward model; auto takes "
+        "bfloat16 where the machine has it",
     )
 
     @property
