@@ -70,14 +70,23 @@ class Network(nn.Module):
         self, model: PreTrainedModel, adapter: str | None = None, precision: Precision = "float32"
     ) -> None:
         super().__init__()
+        self.model = settle(model)
+        self.adapter = adapter
+        self.precision = precision
+
+    @property
+    def precision(self) -> Precision:
+        """The type of matrix products: float32 or bfloat16."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
         if precision not in ("float32", "bfloat16"):
             raise ValueError(
                 f"a network computes in float32 or bfloat16, not in {precision!r}; call the stage "
                 "by `run_stage`, or make a type of the setting with `resolved`"
             )
-        self.model = settle(model)
-        self.adapter = adapter
-        self.precision = precision  # float32 or bfloat16
+        self._precision: Precision = precision
 
     def hidden(self, packed: Packed) -> Tensor:
         """(N, d) last hidden states."""
