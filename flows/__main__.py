@@ -354,6 +354,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.feedback.asking.votes",
         "tasks.record.terminal",
     )
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.backbone.precision.gain import describe
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
@@ -384,12 +386,15 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
             found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+        logger.phase("timing bfloat16")
+        network = outline(pipeline.model, found.vocabulary)
+        narrow = describe(network, pipeline.precisions, settings.device)
     show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    for sentence in filter(None, (nobody, unchecked)):
+    for sentence in filter(None, (narrow, nobody, unchecked)):
         line(sentence)
 
 
