@@ -318,7 +318,7 @@ def order(
     A fifth of the labels stays random, and a tenth is held out, to measure what the order saves.
     """
     settings = find.join(read_settings())
-    load("flows.cli.feedback_store", "tasks.feedback.ordering.ordering")
+    load("flows.cli.feedback_store", "tasks.feedback.ordering.task")
     from flows.cli import feedback_store
 
     feedback_store.put_in_order(project, model, settings)

@@ -724,7 +724,8 @@ def _aware_report(
     for member in annotators:
         member.fit()
     facts, habits = annotators[0].facts, average_habits(annotators)
-    table, values, voted = habits_table(annotators), habits.values, facts.annotator > 0
+    gap = math.sqrt(sum(member.gap**2 for member in annotators) / len(annotators))
+    table, values, voted = habits_table(facts, habits, gap), habits.values, facts.annotator > 0
     means = values[facts.annotator[voted]].mean(0).tolist() if voted.any() else [1.0, 0.0, 0.0]
     unknown = (facts.side[voted] == 0).double().mean().item() if voted.any() else 0.0
     held_out = VoteFacts.of(votes.held_out.table, config.gold_annotator, facts)

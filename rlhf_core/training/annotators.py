@@ -14,7 +14,6 @@ Each member of an ensemble has annotators of its own, who cast the votes of its 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, Self
 
 import pandas as pd
@@ -125,12 +124,6 @@ class Annotators:
         """Whether some votes are known answers."""
         return bool(self.votes()[0])
 
-    @property
-    def reward_gap(self) -> float:
-        """The root mean square of r(chosen) - r(rejected) of the votes seen, logits; 0 without."""
-        seen = self._gaps[self._seen]
-        return seen.square().mean().sqrt().item() if len(seen) else 0.0
-
     def votes(self) -> Tensor:
         """(K,) how many votes of each annotator there are to learn from."""
         who = self.facts.annotator.repeat_interleave(self._times)
@@ -181,6 +174,12 @@ class Annotators:
             )
         self.habits = Habits(*self._ranks.from_main(tuple(self.habits)))
 
+    @property
+    def gap(self) -> float:
+        """The root mean square of r(chosen) - r(rejected) over the votes seen; 0 without any."""
+        seen = self._gaps[self._seen]
+        return seen.square().mean().sqrt().item() if len(seen) else 0.0
+
     def predict(self, facts: VoteFacts, gap: Tensor) -> Tensor:
         """(N,) logit that the chosen answer of other votes wins; who is new has a = 1, b = c = 0.
 
@@ -230,14 +229,14 @@ def average_habits(members: Sequence[Annotators]) -> Habits:
     return Habits(mean, variance.sqrt(), nu.log())
 
 
-def habits_table(members: Sequence[Annotators]) -> pd.DataFrame:
+def habits_table(facts: VoteFacts, habits: Habits, gap: float) -> pd.DataFrame:
     """A row for each annotator with votes, the least reliable first; gold is not among them.
 
-    Habits are those of `average_habits`. `length_unit` (characters) and `reward_gap`, the root mean
-    square of r(chosen) - r(rejected) over the votes, mean over the members, are what `length` and
-    `reliability` have to be read with.
+    Args:
+        gap: the root mean square of r(chosen) - r(rejected) over the votes. It is the column
+            `reward_gap`, with which `reliability` has to be read, as `length` with `length_unit`
+            (characters).
     """
-    facts, habits = members[0].facts, average_habits(members)
     counts = torch.bincount(facts.annotator, minlength=len(facts.names))
     known = torch.bincount(facts.annotator, facts.side.abs(), minlength=len(facts.names))
     names = ("reliability", "left", "length")
@@ -246,7 +245,6 @@ def habits_table(members: Sequence[Annotators]) -> pd.DataFrame:
         columns[name] = habits.values[:, place]
         columns[f"{name}_sd"] = habits.deviations[:, place]
     columns["length_unit"] = torch.full((len(counts),), facts.unit)
-    gap = fmean(member.reward_gap for member in members)
     columns["reward_gap"] = torch.full((len(counts),), gap)
     frame = pd.DataFrame({name: list(map(_plain, x)) for name, x in columns.items()})
     frame = frame[1:][frame["votes"][1:] > 0]

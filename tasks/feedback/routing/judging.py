@@ -22,6 +22,7 @@ from rlhf_core.rewards.models import load_reward_model, score_texts
 from tasks.feedback.ordering.ordering import LONGEST, newest_reward_model
 from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.store.judgments import check_pseudonym
+from tasks.feedback.store.store import FeedbackProject
 from tasks.judges.judging import MlflowJudging
 from tasks.pages.reading import Reader
 from tasks.record import tags
@@ -53,7 +54,7 @@ class Heard:
     opinion: Opinion | None  # None: it gave no usable answer in one of the orders
 
 
-def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
+def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pinned:
     """The judge that a config names now.
 
     Raises: ModelError when there is no such reward model; DataError for a name that no annotator
@@ -64,8 +65,8 @@ def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
         newest = newest_reward_model(record, project)
         if newest is None:
             raise ModelError(
-                f"judge.source is {REWARD_MODEL}, and '{project}' has none yet: train one, or name "
-                "another judge"
+                f"judge.source is {REWARD_MODEL}, and '{project.name}' has none yet: train one, "
+                "or name another judge"
             )
         source = newest.uri
     elif judge.is_registered:
@@ -77,7 +78,7 @@ def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
     return Pinned(source, pseudonym, _habits(pseudonym, project, record))
 
 
-def _habits(pseudonym: str, project: str, record: Record) -> JudgeHabits | None:
+def _habits(pseudonym: str, project: FeedbackProject, record: Record) -> JudgeHabits | None:
     """What the newest reward model of the project has learnt of an annotator, if anything."""
     newest = newest_reward_model(record, project)
     run_id = record.store.tags(newest).get(tags.RUN) if newest is not None else None

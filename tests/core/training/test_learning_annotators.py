@@ -101,7 +101,7 @@ def test_the_habits_are_the_mode_given_the_newest_score_of_each_vote_that_was_se
         anchor_length=True,
     )
     torch.testing.assert_close(annotators.habits.values, expected.values, rtol=0, atol=1e-9)
-    found = habits_table([annotators])
+    found = habits_table(facts, annotators.habits, annotators.gap)
     assert found["annotator"].tolist() == ["eve", "bob", "ann"]
     assert found["votes"].tolist() == [30, 30, 30]
 
@@ -129,7 +129,7 @@ def test_a_liking_for_length_that_all_share_needs_known_answers():
         mean = annotators.habits.values[1:, 2].mean().item()
         assert annotators.gold is known
         assert mean == pytest.approx(1.0 if known else 0.0, abs=0.15)
-        table_of = habits_table([annotators])
+        table_of = habits_table(annotators.facts, annotators.habits, annotators.gap)
         assert "gold" not in table_of["annotator"].tolist()
 
 
