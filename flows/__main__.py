@@ -1,8 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 130
-interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its own slow dependencies, so that
-`--help` is fast.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 4
+an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its
+own slow dependencies, so that `--help` is fast.
 """
 
 import math
@@ -354,6 +354,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.feedback.asking.votes",
         "tasks.record.terminal",
     )
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.backbone.precision.gain import describe
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
@@ -384,12 +386,15 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
             found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+        logger.phase("timing bfloat16")
+        network = outline(pipeline.model, found.vocabulary)
+        narrow = describe(network, pipeline.precisions, settings.device)
     show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    for sentence in filter(None, (nobody, unchecked)):
+    for sentence in filter(None, (narrow, nobody, unchecked)):
         line(sentence)
 
 
@@ -593,13 +598,16 @@ def ask_people(
         router={"sure": sure, "audit": audit},
     )
     settings = find.join(read_settings())
-    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    load("tasks.record.terminal", "tasks.feedback.asking.ask", "tasks.feedback.ordering.task")
     from tasks.feedback.asking.ask import ask
+    from tasks.feedback.ordering.task import order_by_itself
     from tasks.record.terminal import on_terminal
 
     with on_terminal("ask") as logger:
         asked = ask(config, settings, logger)
     line(asked.sentence)
+    if not config.evaluation and (order := order_by_itself(config.project, settings)):
+        line(order.said)
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")
@@ -773,6 +781,45 @@ def export(
     store = Record.open(settings).store
     export_servable(store, store.resolve(model), directory)
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
+
+
+@command(epilog="Examples: rlhf erase p003-7f3a --dry-run · rlhf erase p003-7f3a --project demo")
+def erase(
+    pseudonym: Annotated[str, typer.Argument(help="Who, as the votes name the person.")],
+    project: Annotated[
+        str, typer.Option(help="The feedback project, if several have this pseudonym.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    retrain: Annotated[
+        Literal["used", "all", "none"],
+        typer.Option(
+            help="Pipelines to run again without these votes: those with a version in use and the "
+            "last one with a reward model, all, or none."
+        ),
+    ] = "used",
+    purge_models: Annotated[
+        bool,
+        typer.Option(
+            "--purge-models", help="Also delete the files of the models that learnt from them."
+        ),
+    ] = False,
+) -> None:
+    """Erase a person: identity, votes, and what was made of them; then train again.
+
+    Snapshots are rebuilt without the votes, models that learnt from them lose their aliases, and
+    files, logs and databases are searched for the pseudonym. A certificate says what was done, and
+    what back-ups still hold. The same command again goes on where it was stopped.
+    """
+    settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import erasing
+    from flows.erasure import ErasureConfig
+
+    config = ErasureConfig(retrain=retrain, purge_models=purge_models)
+    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
 
 
 @command(epilog="Example: rlhf backup backups/monday")

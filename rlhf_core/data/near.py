@@ -70,9 +70,9 @@ class NearGroups:
         hashed = min_hash(shingles)
         for other in sorted(self._index.query(hashed)):
             # Of a group that it is in already, nothing more is to be known.
-            if self.first(text) != self.first(other):
-                if jaccard(shingles, self._sets[other]) >= NEAR:
-                    self._join(text, other)
+            known = self.first(text) == self.first(other)
+            if not known and jaccard(shingles, self._sets[other]) >= NEAR:
+                self._join(text, other)
         self._index.insert(text, hashed, check_duplication=False)
 
     def first(self, text: str) -> str:

@@ -19,6 +19,7 @@ CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
 GIT_DIRTY: Final = "git_dirty"
 MACHINE: Final = "machine_type"  # processor and device, as people say it
+AUTO_PRECISION: Final = "auto_precision"  # the type that `precision: auto` is in all its stages
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"
@@ -56,6 +57,8 @@ ITERATION: Final = "iteration"  # of a milestone
 COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
+ERASED: Final = "erased"  # a sentence: it learnt from a person who was erased; also of a run
+RETIRED_ALIASES: Final = "retired_aliases"  # that it had until then
 ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"
 ROLLED_BACK_BY: Final = "rolled_back_by"
@@ -82,6 +85,7 @@ VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges sai
 FEEDBACK_REPORT: Final = "feedback_report"  # of STAGE: what annotators agree on
 QUEUE_ORDER: Final = "queue_order"  # of STAGE: what the order of a queue of pairs saves
 WAITING: Final = "waiting"  # of APPROVED
+ERASURE: Final = "erasure"  # of STAGE: a run with the certificate of an erasure
 NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----

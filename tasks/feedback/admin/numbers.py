@@ -10,12 +10,12 @@ from sqlalchemy import ColumnElement, case, func, select
 from tasks.feedback.admin.people import counts
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
     AUDITED,
     JUDGED,
+    MACHINE,
     Annotator,
     Assignment,
     Batch,
@@ -66,13 +66,13 @@ class BatchState(NamedTuple):
     number: int = 0  # of the round of the loop that it begins
     started: datetime | None = None
     problem: str = ""  # why it has not started what follows
-    stopped_by: str = ""
+    stopped: bool = False
     sampling: bool = False  # its answers are not all there yet, or that was interrupted
 
     @property
     def follows(self) -> bool:
         """Whether it is still to start something."""
-        return bool(self.then) and self.started is None and not self.stopped_by
+        return bool(self.then) and self.started is None and not self.stopped
 
 
 def throughput(project: FeedbackProject) -> Throughput:
@@ -200,9 +200,9 @@ def batches(project: FeedbackProject, page: int = 0) -> list[BatchState]:
         ]
 
 
-def _following(batch: Batch) -> tuple[str, int, datetime | None, str, str, bool]:
+def _following(batch: Batch) -> tuple[str, int, datetime | None, str, bool, bool]:
     kept = batch.details
-    stopped = str(kept.get("stopped_by", ""))
+    stopped = bool(kept.get("stopped"))
     return (
         str(kept.get("then", "")),
         int(kept.get("round", 0)),

@@ -26,12 +26,12 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
     ASK,
     JUDGE,
     JUDGED,
+    MACHINE,
     Annotator,
     Batch,
     BatchPair,

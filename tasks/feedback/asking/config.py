@@ -129,13 +129,13 @@ class AskConfig(Section):
                 "evaluation takes the held-out prompts of the data, and file others: set one of "
                 "them"
             )
+        if self.evaluation and self.then:
+            raise ValueError(
+                "votes on held-out prompts are in no training: leave `then` out, or evaluation"
+            )
         if self.evaluation and self.judge.source:
             raise ValueError(
                 "evaluation asks people alone, and judge is for pairs to train on: leave one of "
                 "them out; judge.source of a pipeline compares policies"
-            )
-        if self.evaluation and self.then:
-            raise ValueError(
-                "votes on held-out prompts are in no training: leave `then` out, or evaluation"
             )
         return self

@@ -122,9 +122,9 @@ class Arrivals:
     def _known(self, session: Session, groups: set[str]) -> tuple[dict[str, Known], Counter[str]]:
         """What became of some groups, and how many of their pairs are or were asked about."""
         members = {
-            id_: group
+            id_: first
             for id_, key in self._keys.items()
-            if (group := self._groups.first(key)) in groups
+            if (first := self._groups.first(key)) in groups
         }
         touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [
@@ -142,12 +142,14 @@ class Arrivals:
         found = {group: Known(group) for group in groups}
         asked: Counter[str] = Counter()
         for prompt, arm, labelled, count in rows:
-            if (group := members.get(prompt)) is None:
+            if prompt not in members:
                 continue
+            group = members[prompt]
             asked[group] += count
-            if labelled:
-                what = "held_out" if arm == HOLD_OUT else "trained_on"
-                found[group] = found[group]._replace(**{what: True})
+            if labelled and arm == HOLD_OUT:
+                found[group] = found[group]._replace(held_out=True)
+            elif labelled:
+                found[group] = found[group]._replace(trained_on=True)
         return found, asked
 
     def _waiting(self, session: Session) -> tuple[dict[tuple[int, str], float], dict[int, float]]:

@@ -14,9 +14,8 @@ from rlhf_core.labelling.arms import Arm, Shares
 from rlhf_core.labelling.order import Waiting
 from tasks.feedback.ordering.arrivals import of_a_judge
 from tasks.feedback.ordering.places import has_come, wish_of
-from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import AUDITED, HOLD_OUT, JUDGED, Pair, Prompt, Response
+from tasks.feedback.store.tables import AUDITED, HOLD_OUT, JUDGED, MACHINE, Pair, Prompt, Response
 
 _OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 ROWS = 2000  # fetched at a time
@@ -193,7 +192,8 @@ def _pairs(project: FeedbackProject) -> Iterator[tuple[int, QueuedPair]]:
         .order_by(Pair.id)
     )
     with project.database.reading() as session:
-        for prompt, *row, arm, priority in session.execute(query.execution_options(yield_per=ROWS)):
+        for row in session.execute(query.execution_options(yield_per=ROWS)):
+            prompt, *facts, arm, priority = row
             # What came in is in random order, whoever would have ordered it.
             placed = "random" if arm == "design" and has_come(priority) else arm
-            yield prompt, QueuedPair(*row, placed, wish_of(priority, arm))
+            yield prompt, QueuedPair._make((*facts, placed, wish_of(priority, arm)))

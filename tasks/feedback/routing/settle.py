@@ -19,7 +19,6 @@ from tasks.feedback.routing.judging import Heard
 from tasks.feedback.store import clock
 from tasks.feedback.store.content import chunks, digest
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.records import Answer, NewPair
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
@@ -27,6 +26,7 @@ from tasks.feedback.store.tables import (
     HOLD_OUT,
     JUDGE,
     JUDGED,
+    MACHINE,
     Annotator,
     BatchPair,
     Judgment,

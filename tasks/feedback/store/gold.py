@@ -12,9 +12,8 @@ from rlhf_core.errors import ConfigError, DataError
 from tasks.feedback.store import audit, clock
 from tasks.feedback.store.content import EXCHANGED, Content, check, check_text, chunks
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.judgments import MACHINE
 from tasks.feedback.store.records import CHOICES, Answer, NewPair
-from tasks.feedback.store.tables import GoldAnswer, Judgment, Pair
+from tasks.feedback.store.tables import MACHINE, GoldAnswer, Judgment, Pair
 
 GoldVote: TypeAlias = Literal["a", "b", "tie"]
 CHUNK = 500

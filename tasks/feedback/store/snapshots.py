@@ -12,8 +12,8 @@ called so.
 
 Repeats are members, as the report on agreement needs them, but are not written for training; nor is
 somebody's second vote on a pair, as by an import of what they did elsewhere: of a person's votes on
-a pair the first by its time is written. A judge that is a
-machine has seen both orders, and its vote in each is written.
+a pair the first by its time is written. A judge that is a machine has seen both orders, and
+its vote in each is written.
 
 The digest, and every byte of the file, depends on what the votes say and on nothing else: not on
 the database, nor on the order in which they came. So pairs are in the order of their digests, the
@@ -32,7 +32,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import ColumnElement, Select, exists, func, insert, select
 from sqlalchemy.orm import Session
 
 from rlhf_core.data.prepared import GOLD
@@ -40,9 +40,15 @@ from rlhf_core.errors import DataError
 from tasks.feedback.store import audit, clock
 from tasks.feedback.store.content import EXCHANGED, chunks, digest
 from tasks.feedback.store.database import Database
-from tasks.feedback.store.judgments import MACHINE, CastVote, Judgments
+from tasks.feedback.store.judgments import CastVote, Judgments
 from tasks.feedback.store.records import SnapshotInfo
-from tasks.feedback.store.tables import Judgment, Snapshot, SnapshotMember
+from tasks.feedback.store.tables import (
+    MACHINE,
+    ErasedSnapshot,
+    Judgment,
+    Snapshot,
+    SnapshotMember,
+)
 
 LATEST = "latest"
 SHORTEST = 4  # digits of a digest that name a snapshot
@@ -98,37 +104,72 @@ class Snapshots:
         """
         read = self._now()
         with self._database.writing(self._project) as session:
-            query = select(Snapshot).filter_by(project_id=self._project, digest=read.digest)
-            found = session.scalar(query)
-            if found is not None:
-                return self._info(found, read.known)
-            made = Snapshot(
-                project_id=self._project,
-                digest=read.digest,
-                votes=len(read.members),
-                training=read.training,
-                pairs=read.pairs,
-                annotators=len(read.people),
-                by=by,
-                created_at=clock.now(),
+            kept, new = self._keep(session, read, by)
+            return self._info(kept, read.known, new)
+
+    def _keep(self, session: Session, read: _Reading, by: str) -> tuple[Snapshot, bool]:
+        """The snapshot of what was read, and whether it is new."""
+        query = select(Snapshot).filter_by(project_id=self._project, digest=read.digest)
+        found = session.scalar(query)
+        if found is not None:
+            return found, False
+        made = Snapshot(
+            project_id=self._project,
+            digest=read.digest,
+            votes=len(read.members),
+            training=read.training,
+            pairs=read.pairs,
+            annotators=len(read.people),
+            by=by,
+            created_at=clock.now(),
+        )
+        session.add(made)
+        session.flush()
+        for some in chunks(read.members, MEMBERS):
+            session.execute(
+                insert(SnapshotMember.__table__),  # type: ignore[arg-type]
+                [
+                    {
+                        "snapshot_id": made.id,
+                        "judgment_id": judgment,
+                        "gold": read.gold.get(judgment, ""),
+                    }
+                    for judgment in some
+                ],
             )
-            session.add(made)
-            session.flush()
-            for some in chunks(read.members, MEMBERS):
-                session.execute(
-                    insert(SnapshotMember.__table__),  # type: ignore[arg-type]
-                    [
-                        {
-                            "snapshot_id": made.id,
-                            "judgment_id": judgment,
-                            "gold": read.gold.get(judgment, ""),
-                        }
-                        for judgment in some
-                    ],
+        audit.note(session, self._project, by, "snapshot", read.digest)
+        session.flush()
+        return made, True
+
+    def rebuild(self, snapshot: int, without: int, erasure: int) -> None:
+        """Put the same votes without those of one annotator in the place of a snapshot.
+
+        What comes in its place has the digest that it would have had if the annotator had never
+        voted. The old one stays as a row that nobody can read any more.
+
+        Args:
+            snapshot: its number.
+            without: the number of the annotator.
+            erasure: for which this is done.
+        """
+        with self._database.reading() as session:
+            of_them = select(Judgment.id).where(Judgment.annotator_id == without)
+            left_out = frozenset(session.scalars(of_them))
+        votes = self._judgments.stream(snapshot=snapshot, by_pair=True)
+        read = _read(vote for vote in votes if vote.judgment not in left_out)
+        with self._database.writing(self._project) as session:
+            if session.get(ErasedSnapshot, snapshot) is not None:
+                return
+            kept, new = self._keep(session, read, "erasure") if read.members else (None, False)
+            session.add(
+                ErasedSnapshot(
+                    snapshot_id=snapshot,
+                    erasure_id=erasure,
+                    successor_id=kept and kept.id,
+                    made=new,
+                    at=clock.now(),
                 )
-            audit.note(session, self._project, by, "snapshot", read.digest)
-            session.flush()
-            return self._info(made, read.known, new=True)
+            )
 
     def look(self, which: str = LATEST) -> SnapshotInfo:
         """What `take`, for `latest`, would give, without keeping it; else what `find` gives.
@@ -155,10 +196,25 @@ class Snapshots:
     def all(self) -> list[SnapshotInfo]:
         """All snapshots, newest first."""
         with self._database.reading() as session:
-            query = select(Snapshot).filter_by(project_id=self._project)
+            query = select(Snapshot).filter_by(project_id=self._project).where(~_erased())
             rows = session.scalars(query.order_by(Snapshot.id.desc())).all()
             known = _known(session, [row.id for row in rows])
             return [self._info(row, known.get(row.id, 0)) for row in rows]
+
+    def successor(self, digest: str) -> str:
+        """The digest of what came in the place of a snapshot; its own if nobody was erased from it,
+        and nothing if no vote is left.
+
+        Raises: DataError when there is no such snapshot.
+        """
+        with self._database.reading() as session:
+            row = session.scalar(
+                select(Snapshot).filter_by(project_id=self._project, digest=digest)
+            )
+            if row is None:
+                return self._row(digest).digest
+            last = _successor(session, row)
+            return "" if last is None else last.digest
 
     def votes(self, which: str) -> Iterator[CastVote]:
         """All votes of a snapshot, repeats included."""
@@ -209,9 +265,10 @@ class Snapshots:
         with self._database.reading() as session:
             query = select(Snapshot).filter_by(project_id=self._project)
             if which == LATEST:
-                found = session.scalars(query.order_by(Snapshot.id.desc()).limit(1)).all()
+                found: Sequence[Snapshot] = _latest(session, query)
             else:
                 found = session.scalars(query.where(Snapshot.digest.startswith(which))).all()
+                _refuse_erased(session, found, self._name)
         if len(found) != 1:
             problem = "is ambiguous" if found else "does not exist"
             raise DataError(
@@ -236,6 +293,49 @@ def _known(session: Session, snapshots: Sequence[int]) -> Mapping[int, int]:
         .group_by(SnapshotMember.snapshot_id)
     )
     return dict(session.execute(query).tuples().all())
+
+
+# ---- of whom somebody was erased ----
+
+
+def _erased() -> ColumnElement[bool]:
+    return exists().where(ErasedSnapshot.snapshot_id == Snapshot.id)
+
+
+def _successor(session: Session, row: Snapshot) -> Snapshot | None:
+    """What stands for a snapshot now; None if it has no votes left."""
+    now: Snapshot | None = row
+    while now is not None and (erased := session.get(ErasedSnapshot, now.id)) is not None:
+        now = erased.successor_id and session.get(Snapshot, erased.successor_id)  # type: ignore
+    return now
+
+
+def _latest(session: Session, query: Select[tuple[Snapshot]]) -> list[Snapshot]:
+    """The snapshot that was taken last, or what stands for it: a rebuilt one has its place."""
+    rebuilt = exists().where(ErasedSnapshot.successor_id == Snapshot.id, ErasedSnapshot.made)
+    for row in session.scalars(query.where(~rebuilt).order_by(Snapshot.id.desc())):
+        if (found := _successor(session, row)) is not None:
+            return [found]
+    return []
+
+
+def _refuse_erased(session: Session, found: Sequence[Snapshot], project: str) -> None:
+    """Say what became of a snapshot that had votes of an erased person.
+
+    Raises: DataError.
+    """
+    if len(found) != 1 or session.get(ErasedSnapshot, found[0].id) is None:
+        return
+    now = _successor(session, found[0])
+    instead = (
+        f"read the one with the others' votes instead: {now.digest}"
+        if now
+        else "no other vote was in it; take a new one with `rlhf feedback snapshot`"
+    )
+    raise DataError(
+        f"the snapshot {found[0].digest[:16]} of the feedback project '{project}' had votes of a "
+        f"person who was erased, and cannot be read any more; {instead}"
+    )
 
 
 # ---- what the votes say ----
