@@ -39,6 +39,7 @@ class StageRun:
     data_digest: str = ""
     snapshot: str = ""
     trashed: bool = False
+    erased: str = ""  # what was erased of its data, in a sentence
 
     @property
     def data(self) -> str:
@@ -135,8 +136,7 @@ class Graph:
         names = {found.experiment_id: found.name for found in experiments}
         if not names:
             return
-        # Only stages have a key, and only those of a pipeline's kinds have what is looked for.
-        condition = f"tags.`{tags.KEY}` LIKE '%'"
+        condition = f"tags.`{tags.STAGE}` LIKE '%' and tags.`{tags.STAGE}` != '{tags.PIPELINE}'"
         token = None
         while True:
             page = self.record.client.search_runs(
@@ -148,7 +148,8 @@ class Graph:
             )
             for run in page:
                 made = _stage_run(run, names)
-                if made.inputs or made.outputs:
+                # Only stages have a key, which an erasure takes from them.
+                if (made.key or made.erased) and (made.inputs or made.outputs):
                     yield made
             token = page.token
             if not token:
@@ -243,6 +244,7 @@ def _stage_run(run: Run, experiments: Mapping[str, str]) -> StageRun:
         data_digest=own.get(tags.DATA_DIGEST, ""),
         snapshot=own.get(tags.SNAPSHOT, ""),
         trashed=run.info.lifecycle_stage != "active",
+        erased=own.get(tags.ERASED, ""),
     )
 
 
