@@ -146,6 +146,23 @@ def _written(bounds: Bounds | None) -> str:
     return "–" if bounds is None else f"{bounds[0]:.2f} [{bounds[1]:.2f}, {bounds[2]:.2f}]"
 
 
+def markdown(shows: Sequence[tuple[str, Sequence[Round]]]) -> str:
+    """The rounds of several shows as a table of the docs."""
+    rows = [
+        "| show | | votes | who voted | true reward | win rate over the champion | gate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, rounds in shows:
+        if rounds and rounds[0].sft is not None:
+            rows.append(f"| {title} | SFT | 0 | | {_written(rounds[0].sft)} | | |")
+        rows += [
+            f"| {title} | {found.title} | {found.votes:,} | {found.who} | "
+            f"{_written(found.policy)} | {_written(found.win_rate)} | {found.outcome} |"
+            for found in rounds
+        ]
+    return "\n".join(rows)
+
+
 def plot(shows: Sequence[tuple[str, Sequence[Round]]]) -> "Figure":
     """True reward by round, one panel a show: candidates with intervals, and who reigns."""
     figure = blank(max(6.4, 3.4 * len(shows)), 3.8)
