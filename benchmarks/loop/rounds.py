@@ -57,16 +57,11 @@ def look(
 ) -> Round:
     """What came of a flow run that has ended."""
     from tasks.pages.facts import gather
-    from tasks.record import tags
     from tasks.record.record import Record
 
     record = Record.open(settings)
     experiment = record.client.get_experiment_by_name(project)
-    run = (
-        record.runs.of_flow_run(experiment.experiment_id, flow_run, tags.PIPELINE)
-        if experiment
-        else None
-    )
+    run = record.runs.called_by(experiment.experiment_id, flow_run) if experiment else None
     if run is None:
         return Round(number, who, 0, state, seconds, outcome=state)
     facts = gather(record, run, None)
