@@ -15,6 +15,7 @@ OPTIONS = {
     "file": "--from",
     "evaluation": "--eval",
     "votes_per_pair": "--votes",
+    "then": "--then",
 }
 
 
@@ -43,12 +44,15 @@ def resume_for_ever(settings: Settings) -> None:
 
 
 def resume_by_hand(settings: Settings) -> list[str]:
-    """Resume the runs whose pairs are answered, and say how far the others are."""
+    """Resume the runs whose pairs are answered, start what follows complete batches, and say how
+    far the others are."""
+    from tasks.feedback.asking.starting import start_ready
     from tasks.feedback.asking.votes import opened
     from tasks.feedback.asking.waiting import resume_ready, standings
 
     with opened(settings) as store:
-        lines = [f"{flow_run} goes on" for flow_run in resume_ready(store, settings)]
+        lines = start_ready(store)
+        lines += [f"{flow_run} goes on" for flow_run in resume_ready(store, settings)]
         lines += [
             f"{found.flow_run} waits for the project {found.project}: {found.answered:,} of "
             f"{found.pairs:,} pairs are answered, {found.needed:,} are enough "

@@ -81,6 +81,11 @@ class Runs:
         condition = f"{_tagged(tags.FLOW_RUN, flow_run_id)} and {_tagged(tags.STAGE, kind)}"
         return next(self._search([experiment], condition), None)
 
+    def called_by(self, experiment: str, flow_run_id: str) -> Run | None:
+        """The pipeline run that a flow run has called as a part of itself."""
+        condition = f"{_tagged(tags.CALLER, flow_run_id)} and {_tagged(tags.STAGE, tags.PIPELINE)}"
+        return next(self._search([experiment], condition, OLDEST_FIRST), None)
+
     # ---- stages ----
 
     def stages(self, experiment: str, pipeline: str, name: str = "") -> list[Run]:
@@ -96,6 +101,16 @@ class Runs:
     def of_key(self, experiment: str, key: str) -> list[Run]:
         """The stages with this key, whatever came of them, newest first."""
         return list(self._search([experiment], _tagged(tags.KEY, key)))
+
+    def of_snapshot(self, snapshot: str) -> list[Run]:
+        """The runs of all projects that read a snapshot of votes, by its address."""
+        experiments = [found.experiment_id for found in self._client.search_experiments()]
+        return list(self._search(experiments, _tagged(tags.SNAPSHOT, snapshot), OLDEST_FIRST))
+
+    def of_data(self, digest: str) -> list[Run]:
+        """The runs of all projects that made or read prepared data, by their digest."""
+        experiments = [found.experiment_id for found in self._client.search_experiments()]
+        return list(self._search(experiments, _tagged(tags.DATA_DIGEST, digest), OLDEST_FIRST))
 
     # ---- judges ----
 
