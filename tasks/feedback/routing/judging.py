@@ -20,6 +20,7 @@ from rlhf_core.labelling.verdicts import JudgeHabits
 from rlhf_core.metrics import StageLogger
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from tasks.feedback.ordering.ordering import LONGEST, newest_reward_model
+from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.store.judgments import check_pseudonym
 from tasks.feedback.store.store import FeedbackProject
@@ -62,7 +63,7 @@ def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pin
     """
     source, judge = config.source, config.as_judge()
     if source == REWARD_MODEL:
-        newest = newest_reward_model(record, project)
+        newest = newest_reward_model(record, project.name, last_order(project))
         if newest is None:
             raise ModelError(
                 f"judge.source is {REWARD_MODEL}, and '{project.name}' has none yet: train one, "
@@ -80,7 +81,7 @@ def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pin
 
 def _habits(pseudonym: str, project: FeedbackProject, record: Record) -> JudgeHabits | None:
     """What the newest reward model of the project has learnt of an annotator, if anything."""
-    newest = newest_reward_model(record, project)
+    newest = newest_reward_model(record, project.name, last_order(project))
     run_id = record.store.tags(newest).get(tags.RUN) if newest is not None else None
     run = record.runs.find(run_id) if run_id else None
     for row in Reader(record).table(run, TABLE) if run is not None else []:
@@ -129,10 +130,14 @@ class AskedJudge:
         turned = Verdict(None if other.winner is None else _OTHER[other.winner], other.reason)
         if one.winner is None or turned.winner is None:
             return Heard(one, turned, None)
-        opinion = Opinion(
-            self._chance(pair, one.winner, "a"), self._chance(pair, turned.winner, "b")
-        )
-        return Heard(one, turned, opinion)
+        chances = self._chance(pair, one.winner, "a"), self._chance(pair, turned.winner, "b")
+        # Of two verdicts that agree the one that says more counts; one that means the contrary,
+        # of a judge that votes against the rewards, is worth nothing here.
+        if one.winner == turned.winner == "a":
+            chances = (max(0.5, *chances),) * 2
+        elif one.winner == turned.winner == "b":
+            chances = (min(0.5, *chances),) * 2
+        return Heard(one, turned, Opinion(*chances))
 
     def _chance(self, pair: Pair, winner: Winner, first: Winner) -> float:
         """That a is better."""
