@@ -257,6 +257,7 @@ def test_runs_in_the_trash_and_deleted_experiments_are_read(world, settings):
     world.record.client.delete_experiment(world.run.experiment_id)
     assert found(world.record, annotator="p1") == before
     assert saw(world.record, made["policy"]).run == "trash"
+    world.record.client.restore_experiment(world.run.experiment_id)  # its run is closed then
 
 
 def gone_for_good(record, run_id):
