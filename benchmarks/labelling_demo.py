@@ -1,4 +1,4 @@
-"""The pool `demo` of labelling.py: new pairs of the demo's world, as its own reward model sees them.
+"""The pool `demo` of labelling.py: new pairs of the demo's world, as its reward model sees them.
 
 Data, SFT and reward model are those of `configs/demo.yaml` for the seed, and are made once for a
 folder. The pool and what is tested on are pairs of another draw of the same world; the truth is

@@ -1,6 +1,6 @@
 """What people who label notice while the places of a queue change.
 
-    python benchmarks/labelling_queue.py                  # 10,000 pairs, 8 people, about two minutes
+    python benchmarks/labelling_queue.py                  # 10,000 pairs, about a minute
 
 The queue lies in SQLite. Eight
 people, a thread each in another process than the order, take a pair and vote, as fast as they can.
@@ -105,8 +105,8 @@ def main() -> None:
         usual = [t for at, t in found["times"] if not any(at < b and at + t > a for a, b in spans)]
         print(f"places of all pairs: {statistics.median(b - a for a, b in spans):.2f} s, "
               f"{statistics.median(cpu):.2f} s of one core")  # fmt: skip
-        print(f"a pair and a vote: median {statistics.median(usual):.3f} s; longest {max(usual):.2f} s"
-              f", while places change {max(during):.2f} s")  # fmt: skip
+        longest = f"longest {max(usual):.2f} s, while places change {max(during):.2f} s"
+        print(f"a pair and a vote: median {statistics.median(usual):.3f} s; {longest}")
         print(f"votes that were answered: {found['votes']:,}; in the store: {kept:,}")
 
 
