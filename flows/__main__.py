@@ -1,8 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 130
-interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its own slow dependencies, so that
-`--help` is fast.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 4
+an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Each command imports
+its own slow dependencies, so that `--help` is fast.
 """
 
 import math
@@ -354,6 +354,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.feedback.asking.votes",
         "tasks.record.terminal",
     )
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.backbone.precision.gain import describe
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
@@ -384,12 +386,15 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
             found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+        logger.phase("timing bfloat16")
+        network = outline(pipeline.model, found.vocabulary)
+        narrow = describe(network, pipeline.precisions, settings.device)
     show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    for sentence in filter(None, (nobody, unchecked)):
+    for sentence in filter(None, (narrow, nobody, unchecked)):
         line(sentence)
 
 
@@ -527,6 +532,42 @@ def ask_people(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws prompts and answers.")] = 0,
     licence: Annotated[str, typer.Option(help="Licence of prompts and answers.")] = "",
+    enough: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, callback=_number, help="Share of answered pairs that completes it."
+        ),
+    ] = 1.0,
+    days: Annotated[
+        float, typer.Option(min=0.0, callback=_number, help="It is complete then, however it is.")
+    ] = 7.0,
+    then: Annotated[
+        str,
+        typer.Option(metavar="FLOW/NAME", help="Deployment that is run once it is complete."),
+    ] = "",
+    judge: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="A machine that answers new pairs first: reward_model, models:/NAME/VERSION, "
+            "package.module:function or endpoint.",
+        ),
+    ] = "",
+    judge_model: Annotated[
+        str, typer.Option(metavar="NAME", help="Of `--judge endpoint`: the model there.")
+    ] = "",
+    sure: Annotated[
+        float,
+        typer.Option(callback=_number, help="Chance from which the judge's answer is enough."),
+    ] = 0.8,
+    audit: Annotated[
+        float,
+        typer.Option(callback=_number, help="Share of those that people answer all the same."),
+    ] = 0.05,
+    if_down: Annotated[
+        Literal["wait", "people"],
+        typer.Option(help="What becomes of pairs when the judge fails midway."),
+    ] = "wait",
 ) -> None:
     """Have people compare answers: sample them, and queue the pairs.
 
@@ -550,6 +591,11 @@ def ask_people(
         votes_per_pair=votes,
         seed=seed,
         licence=licence,
+        enough=enough,
+        days=days,
+        then=then,
+        judge={"source": judge, "endpoint": {"model": judge_model}, "if_down": if_down},
+        router={"sure": sure, "audit": audit},
     )
     settings = find.join(read_settings())
     load("tasks.record.terminal", "tasks.feedback.asking.ask", "tasks.feedback.ordering.task")
@@ -591,6 +637,45 @@ def compare(
     else:
         show_comparison(comparison, everything=everything)
         line(f"Written: {output}")
+
+
+@command(epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model happy-otter")
+def lineage(
+    annotator: Annotated[str, typer.Option(help="A pseudonym: which models saw their votes?")] = "",
+    source: Annotated[
+        str,
+        typer.Option(help="A source of rows, as a file, a data set or a name in a column."),
+    ] = "",
+    licence: Annotated[str, typer.Option(help="A licence of rows or votes.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What did this model see? models:/NAME/3, models:/NAME@champion, or the run that "
+            "made it. With another option: did this model see that?"
+        ),
+    ] = "",
+    project: Annotated[
+        str,
+        typer.Option(help="Votes of this project of the preference store only, and of files."),
+    ] = "",
+    in_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the models that saw an annotator, a source or a licence, or show what a model saw.
+
+    A model saw what it was trained on, and what the models saw that it was made from. What it was
+    only evaluated on is listed apart. Options together ask for rows that have all of it.
+
+    Exit status: 0 the answer is complete, also if nothing was found; 4 something could not be
+    looked into, which is listed, so that there may be more.
+    """
+    settings = find.join(read_settings())
+    load("flows.cli.lineage")
+    from flows.cli.lineage import show
+    from tasks.lineage.lineage import Wanted
+
+    wanted = Wanted(annotator, source, licence, project)
+    if status := show(wanted, model, settings, in_json=in_json):
+        raise typer.Exit(status)
 
 
 @command(epilog="Example: rlhf report happy-otter --output reports/otter.html")
@@ -696,6 +781,45 @@ def export(
     store = Record.open(settings).store
     export_servable(store, store.resolve(model), directory)
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
+
+
+@command(epilog="Examples: rlhf erase p003-7f3a --dry-run · rlhf erase p003-7f3a --project demo")
+def erase(
+    pseudonym: Annotated[str, typer.Argument(help="Who, as the votes name the person.")],
+    project: Annotated[
+        str, typer.Option(help="The feedback project, if several have this pseudonym.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    retrain: Annotated[
+        Literal["used", "all", "none"],
+        typer.Option(
+            help="Pipelines to run again without these votes: those with a version in use and the "
+            "last one with a reward model, all, or none."
+        ),
+    ] = "used",
+    purge_models: Annotated[
+        bool,
+        typer.Option(
+            "--purge-models", help="Also delete the files of the models that learnt from them."
+        ),
+    ] = False,
+) -> None:
+    """Erase a person: identity, votes, and what was made of them; then train again.
+
+    Snapshots are rebuilt without the votes, models that learnt from them lose their aliases, and
+    files, logs and databases are searched for the pseudonym. A certificate says what was done, and
+    what back-ups still hold. The same command again goes on where it was stopped.
+    """
+    settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import erasing
+    from flows.erasure import ErasureConfig
+
+    config = ErasureConfig(retrain=retrain, purge_models=purge_models)
+    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
 
 
 @command(epilog="Example: rlhf backup backups/monday")

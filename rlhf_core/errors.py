@@ -47,6 +47,10 @@ class ModelError(UserError):
     """A model or tokenizer that cannot be found, read or used."""
 
 
+class RefusedError(ModelError):
+    """A model that a gate refuses: nothing is broken, and better data may pass."""
+
+
 class NumericsError(UserError):
     """A tensor that must be finite and is not."""
 

@@ -15,6 +15,11 @@ OPTIONS = {
     "file": "--from",
     "evaluation": "--eval",
     "votes_per_pair": "--votes",
+    "then": "--then",
+    "judge": "--judge",
+    "judge.endpoint.model": "--judge-model",
+    "router.sure": "--sure",
+    "router.audit": "--audit",
 }
 
 
@@ -28,7 +33,9 @@ def ask_config(**options: Any) -> AskConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else ""
-        where = OPTIONS.get(field, f"--{field.replace('_', '-')}") if field else ""
+        whole = ".".join(map(str, first["loc"]))
+        named = OPTIONS.get(whole) or OPTIONS.get(field)
+        where = named or (f"--{field.replace('_', '-')}" if field else "")
         said = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {said}" if where else said) from None
 
@@ -43,12 +50,15 @@ def resume_for_ever(settings: Settings) -> None:
 
 
 def resume_by_hand(settings: Settings) -> list[str]:
-    """Resume the runs whose pairs are answered, and say how far the others are."""
+    """Resume the runs whose pairs are answered, start what follows complete batches, and say how
+    far the others are."""
+    from tasks.feedback.asking.starting import start_ready
     from tasks.feedback.asking.votes import opened
     from tasks.feedback.asking.waiting import resume_ready, standings
 
     with opened(settings) as store:
-        lines = [f"{flow_run} goes on" for flow_run in resume_ready(store, settings)]
+        lines = start_ready(store)
+        lines += [f"{flow_run} goes on" for flow_run in resume_ready(store, settings)]
         lines += [
             f"{found.flow_run} waits for the project {found.project}: {found.answered:,} of "
             f"{found.pairs:,} pairs are answered, {found.needed:,} are enough "

@@ -41,7 +41,8 @@ def snapshot(
     what = "new" if found.new else "there already"
     line(
         f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
-        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}"
+        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}, and "
+        f"{found.known:,} known answer{'' if found.known == 1 else 's'}"
     )
     if report:
         from tasks.feedback.quality.publish import publish
@@ -167,9 +168,20 @@ def export(
         bool,
         typer.Option("--only-open", help="For labelling tools: only pairs that want votes."),
     ] = False,
+    also: Annotated[
+        list[str],
+        typer.Option(
+            "--with",
+            metavar="WHICH",
+            help="Votes that no training may see: `hold-out`, `verdicts`; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write votes or pairs of the store to a file, and say what its form has no place for."""
+    """Write votes or pairs of the store to a file, and say what its form has no place for.
+
+    Votes that no training may see are left out and counted.
+    """
     load("tasks.feedback.forms.outgoing")
     from flows.cli.feedback_files import write
     from tasks.feedback.forms.options import ExportOptions
@@ -179,6 +191,7 @@ def export(
         snapshot=snapshot,
         without_annotators=without_annotators,
         only_open=only_open,
+        also=tuple(also),
         force=force,
     )
     write(project, file, options)
@@ -219,7 +232,8 @@ def resume(
         bool, typer.Option("--watch", help="Look every few seconds, until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Resume the runs that wait for people and have their answers; show how far the others are.
+    """Resume the runs that wait for people and have their answers, and start what follows complete
+    batches; show how far the others are.
 
     `rlhf label` and `rlhf up` do this by themselves every few seconds.
     """
@@ -235,6 +249,23 @@ def resume(
         resume_for_ever(settings)
     for said in resume_by_hand(settings):
         line(said)
+
+
+@command(epilog="Example: rlhf feedback loop demo --stop")
+def loop(
+    project: Project,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Let nothing follow the batches that wait.")
+    ] = False,
+) -> None:
+    """Show what follows the batches of a project, or stop it.
+
+    A stopped batch is labelled to its end, and starts nothing. A run that is under way goes on.
+    """
+    load("flows.cli.feedback_store")
+    from flows.cli import feedback_store
+
+    feedback_store.loop(project, stop=stop)
 
 
 @command(epilog="Example: rlhf feedback report demo --snapshot latest --output agreement.html")

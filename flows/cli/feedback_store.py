@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flows.cli.printing import line, show_table
 from rlhf_core.errors import ConfigError, DataError, UserError
+from tasks.feedback.admin import loops, numbers
 from tasks.feedback.store.gold import read_answers
 from tasks.feedback.store.store import Store
 from tasks.settings import Settings, read_settings
@@ -46,15 +47,48 @@ def show_snapshots(project: str) -> None:
         found = store.project(project).snapshots.all()
     if not found:
         line(f"There is no snapshot yet: `rlhf feedback snapshot {project}` takes one.")
-    columns = ("snapshot", "taken (UTC)", "votes", "in training", "pairs", "annotators")
+    columns = ("snapshot", "taken (UTC)", "votes", "in training", "known", "pairs", "people")
     rows = [
         (
             one.digest[:SHOWN], f"{one.created_at:%Y-%m-%d %H:%M}", one.votes, one.training,
-            one.pairs, one.annotators,
+            one.known, one.pairs, one.annotators,
         )
         for one in found
     ]  # fmt: skip
     show_table(columns, rows)
+
+
+def loop(project: str, *, stop: bool) -> None:
+    """What follows the batches of a project, newest first."""
+    with _opened() as store:
+        found = store.project(project)
+        if stop:
+            names = loops.stop(found, getuser())
+            for name in names:
+                line(f"Nothing follows the batch {name} any more; votes on it still count.")
+            if not names:
+                line("No batch waits to start anything.")
+            return
+        rows = [
+            (
+                batch.name, batch.number, f"{batch.done + batch.withdrawn:,} of {batch.pairs:,}",
+                batch.then, _whether(batch),
+            )
+            for batch in numbers.batches(found)
+            if batch.then
+        ]  # fmt: skip
+    if not rows:
+        line(f"There is no loop: `rlhf ask {project} --then retrain/{project}` begins one.")
+        return
+    show_table(("batch", "round", "done", "then", ""), rows)
+
+
+def _whether(batch: numbers.BatchState) -> str:
+    if batch.stopped:
+        return "stopped"
+    if batch.started is not None:
+        return f"started {batch.started:%Y-%m-%d %H:%M} UTC"
+    return batch.problem or ("answers are being sampled" if batch.sampling else "waits")
 
 
 def rules(

@@ -32,21 +32,25 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
 from flows import stages
 from flows.cli.loading import config_files, describe, load_config
 from flows.config import PipelineConfig
+from flows.erasure import erasure
 from flows.feedback import feedback
 from flows.local.find import OWNER, POOL
-from flows.retrain import RetrainConfig, retrain
+from flows.retrain import RetrainConfig, RetrainPlan, retrain
 from flows.rlhf import rlhf
 from flows.sweep import sweep
 from rlhf_core.config import Section
+from rlhf_core.errors import ConfigError
 from tasks.prefect.accelerator import LIMIT
 
 VERSION = version("rlhf-pipeline")
 VERSION_TYPE = "prefect:simple"  # else Prefect looks for a git repository around us
 FIRST_PRESET = "demo"
+RETRAIN = "retrain"  # a folder beside the presets
 # What a run may not choose. Command and environment are then those of the worker, and the process
 # starts in an empty directory: in a user's folder Prefect would import the files there and install
 # the dependencies of its pyproject.toml.
@@ -100,6 +104,7 @@ def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
     """The deployments: the pipeline and retraining once per preset, every other flow once.
 
     The forms of the other flows start with the values of the preset `demo`, else of the first one.
+    A file `retrain/PRESET.yaml` in the folder says what retraining a preset has besides.
 
     Args:
         folder: its YAML files are the presets.
@@ -113,7 +118,7 @@ def deployments(folder: Path, owner: str = OWNER) -> list[Deployment]:
     forms: list[tuple[Flow[..., Any], str, str, Section]] = [
         *((rlhf, file.stem, describe(file), presets[file.stem]) for file in files),
         *((flow, first, _about(flow), form) for flow, form in _single_forms(presets[first])),
-        *((retrain, n, _about(retrain), RetrainConfig(pipeline=c)) for n, c in presets.items()),
+        *((retrain, n, _about(retrain), form) for n, form in _retrainings(folder, presets)),
     ]
     return [
         Deployment(flow, name, about, form, tags=["rlhf", presets[name].project, f"owner:{owner}"])
@@ -156,6 +161,26 @@ def prefect_yaml(folder: Path, owner: str = OWNER) -> str:
     return HEAD + text
 
 
+def _retrainings(
+    folder: Path, presets: Mapping[str, PipelineConfig]
+) -> Iterator[tuple[str, RetrainConfig]]:
+    """The form of `retrain` for each preset."""
+    plans = {file.stem: file for file in sorted((folder / RETRAIN).glob("*.yaml"))}
+    if lost := plans.keys() - presets.keys():
+        name = min(lost)
+        raise ConfigError(
+            f"{plans[name]} is about the preset '{name}', which is not there: name it after one of "
+            f"{', '.join(presets)}"
+        )
+    for name, pipeline in presets.items():
+        plan = load_config(plans[name], (), RetrainPlan) if name in plans else RetrainPlan()
+        try:
+            yield name, RetrainConfig(**dict(plan), pipeline=pipeline)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{plans.get(name, name)}: {said}") from None
+
+
 def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Section]]:
     """The single flows with the values of a preset, on the models of its first run."""
     made = f"models:/{preset.project}-"
@@ -180,6 +205,7 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
             "data": "",
         },
         feedback: {"data": "", "evaluation": False},
+        erasure: {},
         sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
     }
     sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})

@@ -6,13 +6,18 @@
 | `rlhf.monitor.tripped` | `rlhf.stage.PROJECT.STAGE` | `stage`, `run_id`, `monitor`, `said` |
 | `rlhf.gate.refused` | `rlhf.model.PROJECT-policy` | `candidate`, `reasons` |
 | `rlhf.champion.changed` | `rlhf.model.PROJECT-policy` | `old`, `new`, `how`, `by` |
-| `rlhf.preferences.ready` | `rlhf.project.PROJECT` | `count` |
+| `rlhf.preferences.ready` | `rlhf.project.PROJECT` or `rlhf.batch.PROJECT` | `count` |
 
 Each payload also has `project`. `run_id` is the MLflow run of the stage; `versions`, by kind, and
 `candidate`, `old` (empty if there was none) and `new` have the form `models:/NAME/VERSION`;
 `monitor` is `kl_budget`, `numerics`, or a measure of the monitor (docs/monitor.md), with which the
 payload also has `at_iteration`, `value`, `limit` and `action`; `reasons` is a list of sentences;
 `how` is `promotion` or `rollback`.
+
+`rlhf.preferences.ready` is sent by whoever calls `preferences_ready`, and when a batch of people's
+votes is complete: under the project, so that an automation may act, or under `rlhf.batch.PROJECT`
+if the batch has started its deployment itself. The latter two have `batch`, `pairs`, and with a
+deployment `deployment` and `flow_run`.
 
 Prefect adds the flow run, its deployment and tags as related resources. Events are sent in the
 background. If one cannot be sent a warning is logged; outside Prefect nothing happens.
@@ -24,12 +29,14 @@ taken for dead.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from uuid import NAMESPACE_URL, uuid5
 
 from mlflow import MlflowClient
-from prefect.events import emit_event
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import Event, Resource, emit_event
 from prefect.settings import get_current_settings
 
 from rlhf_core.errors import NumericsError
@@ -110,6 +117,26 @@ def champion_changed(
 def preferences_ready(project: str, count: int) -> None:
     """Send an event: there are enough new preferences to train on."""
     _emit(PREFERENCES_READY, f"rlhf.project.{project}", {"project": project, "count": count})
+
+
+def batch_complete(
+    client: SyncPrefectClient, project: str, count: int, key: str, more: Mapping[str, Any]
+) -> None:
+    """Send an event: a batch of votes is complete. Sent twice for one key it is one event.
+
+    Unlike the others it is sent at once, and whoever sends it learns whether it has arrived.
+
+    Raises: whatever Prefect's client raises when its server does not answer.
+    """
+    resource = f"rlhf.{'batch' if 'deployment' in more else 'project'}.{project}"
+    labels = {"prefect.resource.id": resource, "prefect.resource.name": project}
+    event = Event(
+        id=uuid5(NAMESPACE_URL, key),
+        event=PREFERENCES_READY,
+        resource=Resource({**labels, "rlhf.project": project}),
+        payload={"project": project, "count": count, **more},
+    )
+    client.request("POST", "/events", json=[event.model_dump(mode="json")])
 
 
 def _emit(event: str, resource: str, payload: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.schemas.objects import State
-from prefect.context import TaskRunContext, get_run_context
+from prefect.context import FlowRunContext, TaskRunContext, get_run_context
 from prefect.exceptions import MissingContextError, Pause
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run, task_run
@@ -85,6 +85,14 @@ class PrefectRun:
 def current_flow_run_name() -> str:
     """The name of this flow run, cut to MLflow's limit; empty outside Prefect."""
     return str(flow_run.name or "")[:NAME_LENGTH] if PrefectRun.current() else ""
+
+
+def calling_flow_run() -> str:
+    """The id of the flow run that has called this one; empty outside Prefect, and if none has."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or not context.flow_run.parent_task_run_id:
+        return ""
+    return str(flow_run.parent_flow_run_id or "")
 
 
 def prefect_link_lines(settings: Settings) -> list[str]:

@@ -72,8 +72,14 @@ def find_unfinished(record: Record, work: Path) -> Run | None:
     return run
 
 
-def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str) -> Run | None:
+def unfinished_pipeline(
+    record: Record, experiment: str, folder: Path, kind: str, caller: str = ""
+) -> Run | None:
     """The pipeline run to resume: that of this Prefect run, else the one that the folder remembers.
+
+    Args:
+        caller: the flow run that calls this pipeline, and no other one. Prefect makes a new run of
+            what it calls when it is repeated after a crash.
 
     The former is returned even if it has finished: a worker may have started it twice, and the
     second process must change nothing.
@@ -81,6 +87,8 @@ def unfinished_pipeline(record: Record, experiment: str, folder: Path, kind: str
     prefect = PrefectRun.current()
     if prefect is not None:
         run = record.runs.of_flow_run(experiment, prefect.flow_run_id, kind)
+        if run is None and caller:
+            run = record.runs.called_by(experiment, caller)
         if run is not None:
             return run
     left = _remembered(record, folder)

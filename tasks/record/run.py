@@ -49,7 +49,8 @@ def open_run(
     experiment = ensure_experiment(client, project, settings)
     close_abandoned(record)
     with work_folder(_folder(project, config, seed, settings), kept=True) as folder:
-        left = unfinished_pipeline(record, experiment, folder, kind)
+        caller = "" if parent or kind != tags.PIPELINE else ui.calling_flow_run()
+        left = unfinished_pipeline(record, experiment, folder, kind, caller)
         if left is None:
             name = ui.current_flow_run_name() or f"{project}-seed-{seed}"
             run_id = str(client.create_run(experiment, run_name=name).info.run_id)
@@ -66,6 +67,7 @@ def open_run(
         )
         run_tags = {tags.STAGE: kind, **origin(seed, settings)}
         run_tags |= {tags.PARENT_RUN: parent} if parent else {}
+        run_tags |= {tags.CALLER: caller} if caller else {}
         with close_run_on_exit(client, run_id):
             record.add_tags(run_id, run_tags)
             write_settings(record, run_id, config.model_dump(mode="json"), seed)

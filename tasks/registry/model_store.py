@@ -13,6 +13,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import ModelError
@@ -129,6 +130,23 @@ class MlflowModelStore:
         """The models that have a version, in alphabetical order."""
         return sorted({version.name for version in self._search("")})
 
+    def every_version(self) -> list[ModelVersion]:
+        """The versions of all models, as MLflow has them; without their aliases."""
+        return self._search("")
+
+    def every_alias(self) -> dict[str, tuple[str, ...]]:
+        """The aliases of all versions, by the address of the version."""
+        found: dict[str, list[str]] = {}
+        token = None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            for model in page:
+                for alias, version in model.aliases.items():
+                    found.setdefault(f"models:/{model.name}/{version}", []).append(alias)
+            token = page.token
+            if not token:
+                return {uri: tuple(sorted(names)) for uri, names in found.items()}
+
     def set_alias(self, ref: ModelRef, alias: str) -> None:
         """Move an alias to a version."""
         self.require(ref)
@@ -144,6 +162,20 @@ class MlflowModelStore:
                 return None
             raise
         return ModelRef(name=name, version=int(found.version))
+
+    def aliases(self, ref: ModelRef) -> list[str]:
+        """The aliases that point to a version, in alphabetical order."""
+        found = self._client.get_registered_model(ref.name).aliases
+        return sorted(name for name, version in found.items() if str(version) == str(ref.version))
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Have an alias point to no version."""
+        self._client.delete_registered_model_alias(name, alias)
+
+    def remove_files(self, ref: ModelRef) -> None:
+        """Delete the files of a version for good; the version stays, and says what it was."""
+        location = self._client.get_model_version_download_uri(ref.name, str(ref.version))
+        get_artifact_repository(location, tracking_uri=self._client.tracking_uri).delete_artifacts()
 
     def tags(self, ref: ModelRef) -> dict[str, str]:
         """The tags of a version."""

@@ -44,7 +44,7 @@ def write_report_card(
 def check_report_card(gate: RewardGateConfig, card: ReportCard, model: ModelRef) -> None:
     """Say what the report card means, tag the version with it, and apply the gate.
 
-    Raises: ModelError if the reward model does not meet the gate.
+    Raises: RefusedError if the reward model does not meet the gate.
     """
     quality = card.quality
     log.info("%s: %s", model.uri, quality.numbers if quality else "its accuracy is unknown")

@@ -139,9 +139,15 @@ class Servers:
             time.sleep(pause)
         raise TimeoutError(f"{path} is not served")
 
-    def _request(self, path: str, question: object) -> object:
+    def change(self, path: str, changes: dict) -> None:
+        """Change something of Prefect's, as its pages do."""
+        self.ask("/flow_runs/count", {})  # for the token
+        self._request(path, changes, method="PATCH")
+
+    def _request(self, path: str, question: object, method: str | None = None) -> object:
         request = Request(
             f"{self.addresses.prefect}/api{path}",
+            method=method,
             data=None if question is None else json.dumps(question).encode(),
             headers={
                 "Authorization": f"Basic {b64encode(self.settings.account.encode()).decode()}",
@@ -150,7 +156,8 @@ class Servers:
             },
         )
         with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+            content = answer.read()
+            return json.loads(content) if content else None
 
     def link(self, name: str) -> str:
         """What signs a browser in at `prefect` or `mlflow`."""

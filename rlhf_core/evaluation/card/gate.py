@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_core.config import Section
-from rlhf_core.errors import ModelError
+from rlhf_core.errors import RefusedError
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import CanaryResult
@@ -91,7 +91,7 @@ def require_reward_model(
 
     A requirement has to be shown: what is unknown, or too uncertain, does not meet it.
 
-    Raises: ModelError with the numbers, the broken rules, and how to fix it.
+    Raises: RefusedError with the numbers, the broken rules, and how to fix it.
     """
     broken, measured = {}, "the held-out accuracy is unknown"
     if quality is not None:
@@ -111,7 +111,7 @@ def require_reward_model(
     if not broken:
         return
     rules = ", and ".join(f"{rule} ({setting})" for setting, rule in broken.items())
-    raise ModelError(
+    raise RefusedError(
         f"no policy is trained on the reward model {model}: {measured}, but {rules}. It stays "
         "registered. Collect more or better preferences, train it with other settings, or change "
         f"{' and '.join(broken)}"

@@ -12,7 +12,17 @@ from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Assignment, Batch, BatchPair, Judgment, Pair
+from tasks.feedback.store.tables import (
+    AUDITED,
+    JUDGED,
+    MACHINE,
+    Annotator,
+    Assignment,
+    Batch,
+    BatchPair,
+    Judgment,
+    Pair,
+)
 
 DAYS, HOURS = 14, 24
 BATCHES = 25  # on a page
@@ -37,6 +47,8 @@ class QueueState(NamedTuple):
     withdrawn: int
     leased: int  # on somebody's desk now
     missing: int  # votes until all open pairs are done
+    alone: int = 0  # pairs that a machine answers without people
+    audited: int = 0  # pairs that it is sure of, and people answer too
 
 
 class BatchState(NamedTuple):
@@ -50,6 +62,17 @@ class BatchState(NamedTuple):
     done: int
     withdrawn: int
     pairs: int
+    then: str = ""  # the deployment that it starts
+    number: int = 0  # of the round of the loop that it begins
+    started: datetime | None = None
+    problem: str = ""  # why it has not started what follows
+    stopped: bool = False
+    sampling: bool = False  # its answers are not all there yet, or that was interrupted
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is still to start something."""
+        return bool(self.then) and self.started is None and not self.stopped
 
 
 def throughput(project: FeedbackProject) -> Throughput:
@@ -58,7 +81,10 @@ def throughput(project: FeedbackProject) -> Throughput:
     hour = now.replace(minute=0, second=0, microsecond=0)
     first_day = now.date() - timedelta(days=DAYS - 1)
     since = datetime(first_day.year, first_day.month, first_day.day, tzinfo=UTC)
-    here = [Judgment.project_id == project.id, Judgment.vote.in_(CHOICES), counts()]
+    here = [
+        *(Judgment.project_id == project.id, Judgment.kind != MACHINE),
+        *(Judgment.vote.in_(CHOICES), counts()),
+    ]
     with project.database.reading() as session:
         label = _hour(project.database)
         rows = session.execute(
@@ -108,6 +134,15 @@ def queue_state(project: FeedbackProject) -> QueueState:
             .where(Pair.project_id == project.id, Pair.wanted > 0)
             .group_by(Pair.state)
         ).all()
+        routed = dict(
+            session.execute(
+                select(Pair.arm, func.count())
+                .where(Pair.project_id == project.id, Pair.arm.in_((JUDGED, AUDITED)))
+                .group_by(Pair.arm)
+            )
+            .tuples()
+            .all()
+        )
         leased = session.scalar(
             select(func.count())
             .select_from(Assignment)
@@ -125,6 +160,8 @@ def queue_state(project: FeedbackProject) -> QueueState:
         states.get("withdrawn", (0, 0))[0],
         leased or 0,
         states.get("open", (0, 0))[1],
+        routed.get(JUDGED, 0),
+        routed.get(AUDITED, 0),
     )
 
 
@@ -157,6 +194,20 @@ def batches(project: FeedbackProject, page: int = 0) -> list[BatchState]:
                 states.get(batch.id, Counter())["done"],
                 states.get(batch.id, Counter())["withdrawn"],
                 sum(states.get(batch.id, Counter()).values()),
+                *_following(batch),
             )
             for batch in found
         ]
+
+
+def _following(batch: Batch) -> tuple[str, int, datetime | None, str, bool, bool]:
+    kept = batch.details
+    stopped = bool(kept.get("stopped"))
+    return (
+        str(kept.get("then", "")),
+        int(kept.get("round", 0)),
+        None if stopped else batch.resumed_at,
+        str(kept.get("problem", "")),
+        stopped,
+        "then" in kept and "asked" not in kept and batch.resumed_at is None,
+    )

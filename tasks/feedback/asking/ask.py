@@ -8,13 +8,14 @@ call again goes on where it was stopped, and asks for nothing twice.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from getpass import getuser
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,15 +27,17 @@ from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.prepared import Split, prompt_key, read_table
 from rlhf_core.data.sources import read_rows
 from rlhf_core.errors import DataError
+from rlhf_core.judges.config import PeopleConfig
 from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
 from tasks.feedback.ordering.outcome import begin
+from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.records import Answer, NewPair
+from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.prefect.ui import ArtifactDisplay, artifact_key, show_link, stage_task
 from tasks.record import tags
 from tasks.record.record import Record
@@ -46,7 +49,6 @@ from tasks.registry.registered import find_data
 from tasks.serving.generation import Writer, load_writer
 from tasks.settings import Settings, read_settings
 
-ASK = "ask"  # the kind of the batch
 LEFT_OUT = ("identical", "empty", "too_long")
 AT_ONCE = 16  # prompts answered before their pairs are queued
 log = logging.getLogger(__name__)
@@ -67,11 +69,27 @@ class Asked(BaseModel):
     too_long: int  # prompts that leave no room for an answer
     held_out: int  # prompts of the file that are held out for evaluation
     where: str  # people label there
+    judge: str = ""  # the machine that answers pairs as well; "" = none
+    alone: int = 0  # pairs that it answers without people
+    audited: int = 0  # pairs of which it is sure, and which people answer all the same
+    unsure: int = 0  # pairs that it has left to people
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def sentence(self) -> str:
         """What came of it, in words."""
-        parts = [f"{self.pairs:,} pairs on {self.prompts:,} prompts wait in the batch {self.batch}"]
+        asked = self.pairs - self.alone
+        parts = [f"{asked:,} pairs on {self.prompts:,} prompts wait in the batch {self.batch}"]
+        if self.judge:
+            parts.append(
+                f"{self.alone:,} more are answered by {self.judge} alone; of those that wait, it "
+                f"was unsure of {self.unsure:,}, and {self.audited:,} are its audit"
+            )
+            if rest := asked - self.unsure - self.audited:
+                parts.append(
+                    f"{rest:,} have no answer of it: it gave none, they were asked about before, "
+                    "or their prompts are held out"
+                )
         if self.identical:
             parts.append(f"{self.identical:,} pairs of equal answers are not asked about")
         if self.empty:
@@ -82,7 +100,8 @@ class Asked(BaseModel):
             parts.append(f"{self.too_long:,} prompts leave no room for an answer")
         if self.held_out:
             parts.append(f"{self.held_out:,} prompts of the file are held out, and left out here")
-        return f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        said = f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        return f"{said} Once it is complete, it starts {self.then}." if self.then else said
 
 
 class _Source(NamedTuple):
@@ -101,8 +120,19 @@ class _Speaker(NamedTuple):
     temperature: float
 
 
-def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None) -> Asked:
+def ask(
+    config: AskConfig,
+    settings: Settings,
+    logger: StageLogger | None = None,
+    *,
+    by: str = "",
+    number: int = 1,
+) -> Asked:
     """Queue pairs for people.
+
+    Args:
+        by: the flow run that asks; empty = a person.
+        number: of the round of the loop that the batch begins.
 
     Raises: ModelError, DataError, ConfigError for what a user can fix; StoreError.
     """
@@ -110,6 +140,7 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
     record = Record.open(settings, patient=True)
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
+    judge = config.judge if config.judge.source else None
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -117,17 +148,25 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         *([ref.uri for ref in refs], lengths, source.content, config.seed, config.prompts),
         *(config.answers, config.pairs, config.evaluation),
     ]
+    if judge is not None:
+        facts += ["judge", judge.name, judge.source, judge.endpoint.model, judge.endpoint.template]
     name = f"{ASK}-{policy.name}-{policy.version}-{digest(facts)[:8]}"
     with opened(settings, make=True) as store:
         project = store.project(config.project, make=True)
         kind = JUDGE if config.evaluation else ASK
         votes = config.votes_per_pair or project.rules.votes_per_pair
-        people = {"votes_per_pair": votes}
+        about: dict[str, object] = {
+            "settings": config.model_dump(mode="json"),
+            "policy": policy.uri,
+            "people": _complete(config, votes),
+        }
+        if judge is not None and not batches.is_asked(project, name):
+            logger.phase("looking at the judge")
+            look_at(judge, project, record)
         if kind == ASK:
             begin(project, getuser())
-        batch = project.content.batch(
-            name, kind, {"settings": config.model_dump(mode="json"), "people": people}
-        )
+            about |= {"then": config.then, "by": by, "round": number}
+        batch = project.content.batch(name, kind, about)
         before = batches.details(project.database, batch)
         done = int(before.get("done", 0))
         counts = Counter({what: int(before.get(what, 0)) for what in LEFT_OUT})
@@ -141,12 +180,24 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
                 logger.progress(start, len(source.prompts), "prompts")
                 some = source.prompts[start : start + AT_ONCE]
                 new, left_out = _pairs(config, speakers, some, start, source, logger)
-                pairs = [replace(pair, wanted=votes) for pair in new]
+                # What a judge is asked first is in no queue until it has answered.
+                pairs = new if judge is not None else [replace(p, wanted=votes) for p in new]
                 project.content.add(pairs, batch=batch)
                 counts.update(left_out)
                 batches.keep(project, batch, {"done": start + len(some), **counts})
+            del speakers  # a judge may need the room
         logger.progress(len(source.prompts), len(source.prompts), "prompts")
         found = len(batches.pairs_of(project.database, batch))
+        judged: dict[str, Any] = {}
+        if judge is not None:
+            who, became = judge_batch(
+                project, batch, judge, config.router, wanted=votes, priority=config.priority,
+                record=record, logger=logger,
+            )  # fmt: skip
+            judged = {"judge": who.name, "alone": became.alone}
+            judged |= {"audited": became.audited, "unsure": became.unsure}
+        if "asked" not in before:
+            batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,
         batch=name,
@@ -155,7 +206,9 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
         pairs=found,
         held_out=source.held_out,
         where=settings.label_public_url,
+        then=config.then,
         **{what: counts[what] for what in LEFT_OUT},
+        **judged,
     )
     log.info("%s", asked.sentence)
     return asked
@@ -164,13 +217,37 @@ def ask(config: AskConfig, settings: Settings, logger: StageLogger | None = None
 @stage_task("ask-people", "ask people")
 def ask_people(config: AskConfig) -> Asked:
     """Queue pairs for people, with the progress in Prefect."""
-    key = artifact_key(config.project, "ask")
-    progress = ArtifactDisplay(f"{key}-progress", f"{config.project} ask")
-    settings = read_settings()
-    with on_terminal("ask", progress) as logger:
-        asked = ask(config, settings, logger)
-    show_link(f"{key}-page", asked.where, f"People label {asked.pairs:,} pairs here")
+    with showing(config.project) as logger:
+        asked = ask(config, read_settings(), logger)
+    link_to(asked)
     return asked
+
+
+@contextmanager
+def showing(project: str) -> Iterator[StageLogger]:
+    """Show the progress on the terminal and in Prefect."""
+    key = artifact_key(project, "ask")
+    progress = ArtifactDisplay(f"{key}-progress", f"{project} ask")
+    with on_terminal("ask", progress) as logger:
+        yield logger
+
+
+def link_to(asked: Asked) -> None:
+    """Show in Prefect where people label."""
+    key = f"{artifact_key(asked.project, 'ask')}-page"
+    show_link(key, asked.where, f"People label {asked.pairs:,} pairs here")
+
+
+def _complete(config: AskConfig, votes: int) -> dict[str, object]:
+    """When the batch is complete, as a judge who is people is told it."""
+    people = PeopleConfig(
+        votes_per_pair=votes,
+        enough=config.enough,
+        enough_pairs=config.enough_pairs,
+        days=config.days,
+        priority=config.priority,
+    )
+    return people.model_dump(mode="json")
 
 
 # ---- prompts ----

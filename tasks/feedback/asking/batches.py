@@ -1,9 +1,12 @@
-"""Batches of pairs that a run waits for: how far they are, and what people said on them.
+"""Batches of pairs that somebody waits for: how far they are, and what people said on them.
 
 A pair is answered when enough people have voted on it. It is given up when nobody is left to ask:
 at least two people skipped it, or everybody who is active has seen it. A batch is complete when
 enough pairs are answered or given up, or its time is over. Its verdicts are then written down once,
 so that whoever asks later, on whatever machine, is told the same, also if votes come in late.
+
+Those are the batches of judges. In a batch whose votes are trained on, the queue says what is
+answered, and such a batch is complete in the same sense once everything is in it that was to be.
 """
 
 from collections import Counter, defaultdict
@@ -23,9 +26,19 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
+from tasks.feedback.store.tables import (
+    ASK,
+    JUDGE,
+    JUDGED,
+    MACHINE,
+    Annotator,
+    Batch,
+    BatchPair,
+    GoldAnswer,
+    Judgment,
+    Pair,
+)
 from tasks.settings import Settings
 
 SKIPS = 2  # by so many people, and a pair is given up
@@ -56,7 +69,8 @@ class Standing:
     until: datetime  # then it goes on with what there is
     needed: int  # pairs answered or given up that are enough
     complete: bool
-    flow_run: str  # in Prefect, that waits; empty = none
+    flow_run: str  # in Prefect, that waits, or that it has started; empty = none
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def waiting(self) -> int:
@@ -117,7 +131,7 @@ def _counting(project: int, pairs: Sequence[int]) -> Any:
         .where(
             Judgment.project_id == project,
             Judgment.pair_id.in_(pairs),
-            Judgment.kind != "repeat",
+            Judgment.kind.not_in(("repeat", MACHINE)),
             Judgment.vote != "withdrawn",
             ~exists().where(later.replaces_id == Judgment.id),
         )
@@ -194,6 +208,9 @@ def stand(project: FeedbackProject, batch: int) -> Standing:
         config = PeopleConfig.model_validate(row.details["people"])
         name, flow_run, created = row.name, row.flow_run, row.created_at
         closed = "verdicts" in row.details
+        trains, kept = row.kind == ASK, dict(row.details)
+    if trains:
+        return _stand_to_train(project, batch, config, name, flow_run, created, kept)
     pairs = pairs_of(project.database, batch)
     said = said_on(project, pairs, config)
     answered = sum(each.winner is not None for each in said.values())
@@ -213,6 +230,43 @@ def stand(project: FeedbackProject, batch: int) -> Standing:
         needed=least,
         complete=done,
         flow_run=flow_run,
+    )
+
+
+def _stand_to_train(
+    project: FeedbackProject,
+    batch: int,
+    config: PeopleConfig,
+    name: str,
+    flow_run: str,
+    created: datetime,
+    kept: Mapping[str, Any],
+) -> Standing:
+    """How far a batch is whose votes are trained on."""
+    with project.database.reading() as session:
+        rows = session.execute(
+            select(Pair.id, Pair.state)
+            .join(BatchPair, BatchPair.pair_id == Pair.id)
+            .where(BatchPair.batch_id == batch, Pair.arm != JUDGED)  # which nobody is asked about
+        ).all()
+    said = said_on(project, [row.id for row in rows if row.state == "open"], config)
+    states = Counter(row.state for row in rows)
+    answered = states["done"] + sum(each.winner is not None for each in said.values())
+    given_up = states["withdrawn"] + sum(each.given_up for each in said.values())
+    until = created + timedelta(days=config.days)
+    least = needed(len(rows), config)
+    return Standing(
+        name=name,
+        project=project.name,
+        pairs=len(rows),
+        answered=answered,
+        given_up=given_up,
+        until=until,
+        needed=least,
+        # Until everything is in it that was to be, nobody knows how much is enough.
+        complete=("asked" in kept and answered + given_up >= least) or clock.now() >= until,
+        flow_run=flow_run,
+        then=str(kept.get("then", "")),
     )
 
 
@@ -252,6 +306,37 @@ def waiting(database: Database) -> list[tuple[int, int]]:
         return [(row.project_id, row.id) for row in session.execute(query.order_by(Batch.id))]
 
 
+def followed(database: Database) -> list[tuple[int, int]]:
+    """Project and number of the batches that something follows, once, when they are complete.
+
+    Batches of before there was such a thing say nothing of it, and nothing follows them.
+    """
+    with database.reading() as session:
+        query = select(Batch.project_id, Batch.id, Batch.details).where(
+            Batch.kind == ASK, Batch.resumed_at.is_(None)
+        )
+        rows = session.execute(query.order_by(Batch.id)).all()
+    return [(row.project_id, row.id) for row in rows if "then" in row.details]
+
+
+def followed_by(project: FeedbackProject, batch: int, flow_run: str = "") -> None:
+    """Note that what follows a batch has begun, or will not."""
+    with project.database.writing(project.id) as session:
+        row = session.get_one(Batch, batch)
+        row.flow_run, row.resumed_at = flow_run, clock.now()
+        row.details = {key: value for key, value in row.details.items() if key != "problem"}
+
+
+def say(project: FeedbackProject, batch: int, problem: str) -> bool:
+    """Keep what is in the way of a batch, for people; whether it is something new."""
+    if details(project.database, batch).get("problem", "") == problem:
+        return False
+    with project.database.writing(project.id) as session:
+        row = session.get_one(Batch, batch)
+        row.details = {**row.details, "problem": problem}
+    return True
+
+
 def wait_in(project: FeedbackProject, name: str, flow_run: str) -> None:
     """Note that a flow run is about to be suspended until a batch is complete."""
     with project.database.writing(project.id) as session:
@@ -276,6 +361,13 @@ def details(database: Database, batch: int) -> dict[str, Any]:
     """What is kept with a batch."""
     with database.reading() as session:
         return dict(session.get_one(Batch, batch).details)
+
+
+def is_asked(project: FeedbackProject, name: str) -> bool:
+    """Whether there is a batch of this name with everything in it that was to be."""
+    with project.database.reading() as session:
+        row = session.scalar(select(Batch).filter_by(project_id=project.id, name=name))
+        return row is not None and "asked" in row.details
 
 
 def keep(project: FeedbackProject, batch: int, more: Mapping[str, Any]) -> None:

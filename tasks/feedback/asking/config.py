@@ -5,7 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.config import FileOrHub, Section
+from rlhf_core.labelling.router import RouterConfig
+from tasks.feedback.routing.config import AskJudgeConfig
 
+DEPLOYMENT = r"^([^/\s][^/]*/[^/]*[^/\s])?$"
 _VERSION = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
 
 
@@ -69,6 +72,28 @@ class AskConfig(Section):
         0, ge=0, le=1000, description="People asked about each pair; 0 = as the project's rules say"
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Place in the queue: lower is sooner")
+    enough: float = Field(
+        1.0, gt=0, le=1, description="Share of the pairs that completes the batch when answered"
+    )
+    enough_pairs: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="Or so many of them, if that is less (pairs; 0 = the share alone)",
+    )
+    days: float = Field(
+        7.0,
+        gt=0,
+        le=3650,
+        description="After this time the batch is complete with what is answered (days)",
+    )
+    then: str = Field(
+        "",
+        pattern=DEPLOYMENT,
+        max_length=200,
+        description="Deployment that is run once the batch is complete, as retrain/demo; empty = "
+        "none",
+    )
     source: str = Field(
         "",
         max_length=300,
@@ -76,6 +101,15 @@ class AskConfig(Section):
     )
     licence: str = Field(
         "", max_length=300, description="Licence of prompts and answers, kept with each pair"
+    )
+
+    judge: AskJudgeConfig = Field(
+        default_factory=AskJudgeConfig,
+        description="A machine that answers each new pair beside people; by default none",
+    )
+    router: RouterConfig = Field(
+        default_factory=RouterConfig,
+        description="Which of its answers stand alone, where there is a judge",
     )
 
     @model_validator(mode="after")
@@ -94,5 +128,14 @@ class AskConfig(Section):
             raise ValueError(
                 "evaluation takes the held-out prompts of the data, and file others: set one of "
                 "them"
+            )
+        if self.evaluation and self.then:
+            raise ValueError(
+                "votes on held-out prompts are in no training: leave `then` out, or evaluation"
+            )
+        if self.evaluation and self.judge.source:
+            raise ValueError(
+                "evaluation asks people alone, and judge is for pairs to train on: leave one of "
+                "them out; judge.source of a pipeline compares policies"
             )
         return self

@@ -24,10 +24,11 @@ from prefect.flow_runs import suspend_flow_run
 
 from rlhf_core.errors import VerdictsPendingError
 from tasks.feedback.asking import batches
+from tasks.feedback.asking.starting import Looked, start_ready
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store import clock
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import Store
+from tasks.feedback.store.tables import JUDGE
 from tasks.prefect.approval import can_be_resumed
 from tasks.prefect.ui import PrefectRun
 from tasks.record import tags
@@ -138,18 +139,20 @@ def _resume(client: SyncPrefectClient, flow_run: str) -> str:
 def watch(
     store: Store, settings: Settings, stop: threading.Event, every: float = EVERY_SECONDS
 ) -> None:
-    """Resume flow runs as their batches are completed, until `stop` is set.
+    """Resume flow runs as their batches are completed, and start what follows others, until `stop`
+    is set.
 
     Nothing ends it: what goes wrong is logged, once for each reason, and tried again.
     """
-    said = ""
+    said, looked = "", Looked()
     while not stop.is_set():
         try:
+            start_ready(store, looked)
             resume_ready(store, settings)
             said = ""
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if reason != said:
-                log.warning("runs that wait for people are looked at again later (%s)", reason)
+                log.warning("batches of people are looked at again later (%s)", reason)
             said = reason
         stop.wait(every)

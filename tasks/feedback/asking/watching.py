@@ -1,4 +1,4 @@
-"""The thread that resumes runs whose people have answered, in a server beside Prefect."""
+"""The thread that resumes or starts runs whose people have answered, in a server beside Prefect."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def watching(store: Store, settings: Settings, every: float = EVERY_SECONDS) -> Iterator[None]:
-    """Resume runs in the background for the block, if there is a Prefect server to ask."""
+    """Resume and start runs in the background for the block, if there is a Prefect to ask."""
     if not settings.prefect_api_url:
         yield
         return
@@ -35,7 +35,7 @@ def _watch(store: Store, settings: Settings, stop: threading.Event, every: float
 
     while not stop.is_set():
         try:
-            if batches.waiting(store.database):
+            if batches.waiting(store.database) or batches.followed(store.database):
                 break
         except Exception as error:
             log.warning("the preference store cannot be looked at (%s)", error)

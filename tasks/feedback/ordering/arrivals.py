@@ -24,6 +24,7 @@ from tasks.feedback.store.records import ProjectRules
 from tasks.feedback.store.tables import (
     HOLD_OUT,
     JUDGE,
+    JUDGED,
     AuditEntry,
     Batch,
     BatchPair,
@@ -129,14 +130,14 @@ class Arrivals:
     def _known(self, session: Session, groups: set[str]) -> tuple[dict[str, Known], Counter[str]]:
         """What became of some groups, and how many of their pairs are or were asked about."""
         members = {
-            id_: group
+            id_: first
             for id_, key in self._keys.items()
-            if (group := self._groups.first(key)) in groups
+            if (first := self._groups.first(key)) in groups
         }
-        touched = case((or_(Pair.votes > 0, Pair.taken > 0), 1), else_=0)
+        touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [
             Pair.project_id == self._project,
-            or_(Pair.state == "open", Pair.votes > 0),
+            or_(Pair.state == "open", Pair.votes > 0, Pair.arm == JUDGED),
             ~of_a_judge(),
         ]
         if len(members) <= MANY:

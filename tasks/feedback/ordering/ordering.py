@@ -56,7 +56,7 @@ def order_project(
     began = time.monotonic()
     queue = read_queue(project)
     shares = shares or Shares()
-    found = model or newest_reward_model(record, project)
+    found = model or newest_reward_model(record, project.name, last_order(project))
     view = None
     if found is not None and (queue.votes or queue.waiting):
         view = _View(queue, record, found, device)
@@ -94,11 +94,12 @@ def order_project(
     )
 
 
-def newest_reward_model(record: Record, project: FeedbackProject) -> ModelRef | None:
+def newest_reward_model(
+    record: Record, project: str, last: QueueOrder | None = None
+) -> ModelRef | None:
     """The newest version of the reward model that ordered the queue last, or else of that of the
     pipeline of the project's name; None if there is none."""
-    last = last_order(project)
-    names = [f"{project.name}-reward"]
+    names = [f"{project}-reward"]
     if last is not None and last.model:
         names.insert(0, ModelRef.parse(last.model).name)
     for name in names:

@@ -15,7 +15,7 @@ from rlhf_core.labelling.order import Waiting
 from tasks.feedback.ordering.arrivals import of_a_judge
 from tasks.feedback.ordering.places import has_come, wish_of
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import HOLD_OUT, Pair, Prompt, Response
+from tasks.feedback.store.tables import AUDITED, HOLD_OUT, JUDGED, MACHINE, Pair, Prompt, Response
 
 _OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 ROWS = 2000  # fetched at a time
@@ -43,7 +43,8 @@ class QueuedPair(NamedTuple):
     @property
     def waits(self) -> bool:
         """Whether it is open and nobody has begun with it, or has said when it comes."""
-        return self.state == "open" and not (self.votes or self.taken or self.wish)
+        begun = self.votes or self.taken or self.wish
+        return self.state == "open" and not begun and self.arm != AUDITED  # which has its place
 
 
 class CountedVote(NamedTuple):
@@ -100,7 +101,8 @@ class Queued:
 
     def since_design(self) -> int:
         """The votes of all arms since the first that the design asked for."""
-        arms = [arm for vote in self.votes if (arm := self.pairs[vote.pair].arm)]
+        arms = [self.pairs[vote.pair].arm for vote in self.votes]
+        arms = [arm for arm in arms if arm not in ("", AUDITED)]
         return len(arms) - arms.index("design") if "design" in arms else 0
 
     def arms(self, salt: str, shares: Shares) -> list[Arm]:
@@ -130,7 +132,7 @@ class Queued:
         return {
             group
             for pair, group in zip(self.pairs, self.groups, strict=True)
-            if pair.arm != HOLD_OUT and (pair.votes or pair.taken)
+            if pair.arm != HOLD_OUT and (pair.votes or pair.taken or pair.arm == JUDGED)
         }
 
 
@@ -147,7 +149,7 @@ def read_queue(project: FeedbackProject) -> Queued:
     seen: set[tuple[int, str]] = set()
     for vote in project.judgments.stream():
         who = (vote.pair, vote.annotator)
-        if vote.pair not in place or vote.kind in ("gold", "repeat"):
+        if vote.pair not in place or vote.kind in ("gold", "repeat", MACHINE):
             continue
         if vote.annotator and who in seen:
             continue
@@ -190,20 +192,8 @@ def _pairs(project: FeedbackProject) -> Iterator[tuple[int, QueuedPair]]:
         .order_by(Pair.id)
     )
     with project.database.reading() as session:
-        for (
-            prompt,
-            id_,
-            key,
-            text,
-            one,
-            other,
-            state,
-            votes,
-            taken,
-            arm,
-            priority,
-        ) in session.execute(query.execution_options(yield_per=ROWS)):
+        for row in session.execute(query.execution_options(yield_per=ROWS)):
+            prompt, *facts, arm, priority = row
             # What came in is in random order, whoever would have ordered it.
             placed = "random" if arm == "design" and has_come(priority) else arm
-            wish = wish_of(priority, arm)
-            yield prompt, QueuedPair(id_, key, text, one, other, state, votes, taken, placed, wish)
+            yield prompt, QueuedPair._make((*facts, placed, wish_of(priority, arm)))

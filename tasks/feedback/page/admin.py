@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.background import BackgroundTask
 
 from rlhf_core.errors import UserError
-from tasks.feedback.admin import numbers, people, writings
+from tasks.feedback.admin import loops, numbers, people, writings
 from tasks.feedback.admin.people import Roster
 from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.page.access import Admin, OwnProject, admin
@@ -255,6 +255,13 @@ def _not_oneself(id_: int, who: SignedIn) -> None:
 def pause(form: Pause, who: Admin, project: OwnProject) -> Said:
     """Ask nobody for now, or go on."""
     project.change(who.pseudonym, {"paused": form.paused})
+    return {"reload": True}
+
+
+@router.post("/batches/{id_}/stop")
+def stop_loop(id_: Id, _: Nothing, who: Admin, project: OwnProject) -> Said:
+    """Let nothing follow a batch."""
+    loops.stop(project, who.pseudonym, id_)
     return {"reload": True}
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
@@ -23,12 +24,9 @@ from tasks.feedback.store.content import (
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
-    HOLD_OUT as HOLD_OUT,
-)
-from tasks.feedback.store.tables import (
-    JUDGE as JUDGE,
-)
-from tasks.feedback.store.tables import (
+    HOLD_OUT,
+    JUDGE,
+    MACHINE,
     Annotator,
     Batch,
     BatchPair,
@@ -42,7 +40,7 @@ from tasks.feedback.store.tables import (
 
 ROWS = 2000  # fetched at a time
 LONGEST_PSEUDONYM = 200
-KINDS = ("fresh", "gold", "repeat", "import")
+KINDS = ("fresh", "gold", "repeat", "import", MACHINE)
 
 
 def judged() -> ColumnElement[bool]:
@@ -52,6 +50,18 @@ def judged() -> ColumnElement[bool]:
         .where(BatchPair.pair_id == Judgment.pair_id)
         .where(Batch.id == BatchPair.batch_id, Batch.kind == JUDGE)
     )
+
+
+def _kept_back() -> list[tuple[str, ColumnElement[bool]]]:
+    """What no training may see, by name."""
+    return [("verdicts", judged()), ("hold-out", Pair.arm == HOLD_OUT)]
+
+
+class KeptBack(NamedTuple):
+    """Votes that no training may see."""
+
+    votes: int
+    pairs: int
 
 
 class CastVote(NamedTuple):
@@ -67,7 +77,7 @@ class CastVote(NamedTuple):
     vote: str  # a, b, tie, both_bad; skip only where asked for
     first: str  # a, b or "" (unknown)
     annotator: str  # pseudonym; "" = anonymous
-    kind: str  # fresh, gold, repeat, import
+    kind: str  # fresh, gold, repeat, import, machine
     gold: str  # the right answer, if it is known; else ""
     margin: float
     seconds: float | None
@@ -78,6 +88,7 @@ class CastVote(NamedTuple):
     kept: dict[str, str]
     pair_digest: str = ""  # of what the pair says, the same in every store
     exchanged: bool = False  # the answers stand the other way round in a training file
+    arm: str = ""  # of the pair, as it is now
 
 
 class _Placed(NamedTuple):
@@ -147,7 +158,7 @@ class Judgments:
                 known += 1
                 continue
             there.add(item.key)
-            if ballot.annotator and ballot.kind != "repeat" and item.vote != "skip":
+            if ballot.annotator and ballot.kind not in ("repeat", MACHINE) and item.vote != "skip":
                 again += (pair, ballot.annotator) in voted
                 voted.add((pair, ballot.annotator))
             rows.append(
@@ -203,13 +214,14 @@ class Judgments:
             if row.annotator:
                 said = row.vote, row.first, row.annotator, row.time
                 keys.add(_named_key(digests[row.pair_id], *said))
-                if row.vote in CHOICES and row.kind != "repeat" and not row.replaced:
+                if row.vote in CHOICES and row.kind not in ("repeat", MACHINE) and not row.replaced:
                     voted.add((row.pair_id, row.annotator))
         return keys, voted
 
     def _annotators(self, session: Session, placed: Sequence[_Placed]) -> dict[str, int]:
         """The ids of annotators, by pseudonym."""
         names = {item.ballot.annotator for item in placed} - {""}
+        machines = {item.ballot.annotator for item in placed if item.ballot.kind == MACHINE}
         query = select(Annotator.pseudonym, Annotator.id).where(
             Annotator.project_id == self._project, Annotator.pseudonym.in_(sorted(names))
         )
@@ -219,7 +231,7 @@ class Judgments:
                 "project_id": self._project,
                 "pseudonym": name,
                 "role": "annotator",
-                "via": "import",
+                "via": JUDGE if name in machines else "import",
                 "state": "left",
                 "created_at": clock.now(),
             }
@@ -260,6 +272,7 @@ class Judgments:
         after: int = 0,
         training: bool = False,
         by_pair: bool = False,
+        also: Sequence[str] = (),
     ) -> Iterator[CastVote]:
         """The votes that count, in the order in which they came, a few at a time in memory.
 
@@ -273,17 +286,43 @@ class Judgments:
                 are those of an evaluation, which no training may see; nor may it see the hold-out
                 of an ordered queue.
             by_pair: in the order of `pair_digest`, which is the same in every store.
+            also: of `KEPT_BACK`, what comes all the same.
         """
         with self._database.reading() as session:
             query = self._query(snapshot, skips).where(Judgment.id > after)
             if training:
-                query = query.where(~judged(), Pair.arm != HOLD_OUT)
+                query = query.where(
+                    *(~is_kept for name, is_kept in _kept_back() if name not in also)
+                )
             order = (Pair.digest,) if by_pair else ()
             rows = session.execute(
                 query.order_by(*order, Judgment.id).execution_options(yield_per=ROWS)
             )
             for row in rows:
                 yield CastVote(*row)
+
+    def kept_back(self, also: Sequence[str] = (), *, skips: bool = False) -> dict[str, KeptBack]:
+        """The votes that count, and that `stream` leaves out for training, by the reason.
+
+        Args:
+            also: as of `stream`.
+            skips: whether skips count.
+        """
+        found: dict[str, KeptBack] = {}
+        earlier: list[ColumnElement[bool]] = []
+        with self._database.reading() as session:
+            for name, is_kept in _kept_back():
+                if name in also:
+                    continue
+                query = self._query(None, skips).where(is_kept, *(~one for one in earlier))
+                earlier.append(is_kept)
+                counts = query.with_only_columns(
+                    func.count(Judgment.id), func.count(Judgment.pair_id.distinct())
+                )
+                votes, pairs = session.execute(counts).one()
+                if votes:
+                    found[name] = KeptBack(votes, pairs)
+        return found
 
     def skips(self, until: int) -> Iterator[CastVote]:
         """The skips that count, as `stream` gives them, up to the number of a judgment."""
@@ -322,6 +361,7 @@ class Judgments:
                 func.coalesce(Judgment.kept, Pair.kept),
                 Pair.digest,
                 Pair.exchanged,
+                Pair.arm,
             )
             .join(Pair, Pair.id == Judgment.pair_id)
             .join(Prompt, Prompt.id == Pair.prompt_id)
@@ -378,10 +418,16 @@ def _check(ballot: Ballot) -> None:
 
 
 def check_pseudonym(name: str) -> None:
-    """Refuse a name that is too long, or that a terminal or a page could not show.
+    """Refuse a name that is too long, that a terminal or a page could not show, or that is the
+    one of known answers.
 
     Raises: DataError.
     """
+    if name.strip() == GOLD:
+        raise DataError(
+            f"an annotator is called '{GOLD}', and votes of this name are known answers; give the "
+            "person another name"
+        )
     if len(name) > LONGEST_PSEUDONYM or any(unicodedata.category(c) == "Cc" for c in name):
         raise DataError(
             f"an annotator is called {name[:50]!r}: a name has up to {LONGEST_PSEUDONYM} "

@@ -14,7 +14,7 @@ Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 AssignmentKind: TypeAlias = Literal["fresh", "gold", "repeat"]
 Role: TypeAlias = Literal["annotator", "admin"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
-JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import"]
+JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import", "machine"]
 
 
 class ProjectRules(BaseModel):
@@ -154,6 +154,7 @@ class SnapshotInfo:
     created_at: datetime
     new: bool = False
     training: int = 0  # the votes in a training file: without repeats
+    known: int = 0  # pairs with a known answer, which a training file has beside the votes
 
 
 class AddedVotes(NamedTuple):

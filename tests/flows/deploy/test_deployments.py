@@ -25,6 +25,7 @@ from flows.cli.loading import load_config
 from flows.config import PipelineConfig
 from flows.deploy.deployments import closed, deploy, deployments, prefect_yaml
 from flows.rlhf import rlhf
+from rlhf_core.errors import ConfigError
 from tasks.prefect.accelerator import LIMIT
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +65,26 @@ def test_the_pipeline_and_retraining_are_deployed_for_each_preset(declared):
     for entrypoint in ("flows.rlhf:rlhf", "flows.retrain:retrain"):
         names = [e["name"] for e in declared["deployments"] if e["entrypoint"] == entrypoint]
         assert sorted(names) == sorted(presets)
+
+
+def test_a_file_says_what_a_retraining_has_besides_the_pipeline(tmp_path):
+    shutil.copy(TINY, tmp_path / "tiny.yaml")
+    (tmp_path / "retrain").mkdir()
+    plan = tmp_path / "retrain" / "tiny.yaml"
+    plan.write_text("min_new_preferences: 7\nrounds: 3\nask: {project: tiny, prompts: 20}\n")
+    (form,) = [d.form for d in deployments(tmp_path) if d.full_name == "retrain/tiny"]
+    assert (form.min_new_preferences, form.rounds, form.ask.prompts) == (7, 3, 20)
+    assert form.pipeline == load_config(TINY, (), PipelineConfig)
+
+    plan.write_text("ask: {project: tiny, then: retrain/tiny}\n")
+    with pytest.raises(ConfigError, match=r"retrain/tiny\.yaml: .* reads no votes of the store"):
+        deployments(tmp_path)
+    plan.write_text("round: 3\n")
+    with pytest.raises(ConfigError, match=r"tiny\.yaml"):
+        deployments(tmp_path)
+    plan.rename(plan.with_name("other.yaml"))
+    with pytest.raises(ConfigError, match="the preset 'other', which is not there"):
+        deployments(tmp_path)
 
 
 def test_a_form_starts_with_every_value_of_its_preset(declared):

@@ -2,24 +2,30 @@
 
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.prepared import read_table
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from tasks.feedback.asking import ask as asking
+from tasks.feedback.asking import batches
+from tasks.feedback.asking.again import Caller, next_batch
 from tasks.feedback.asking.ask import ask
 from tasks.feedback.asking.config import AskConfig
+from tasks.feedback.asking.starting import key_of
 from tasks.feedback.store.store import Store
-from tasks.feedback.store.tables import Pair, Prompt, Response
+from tasks.feedback.store.tables import Batch, Judgment, Pair, Prompt, Response
 from tasks.record.record import Record
 from tasks.record.run import open_run
 from tasks.registry.datasets import fetch_dataset
+from tasks.registry.refs import ModelRef
 from tasks.settings import Settings
 from tasks.steps import data as steps
 from tasks.steps import sft
@@ -234,3 +240,160 @@ def test_what_is_not_there_is_a_sentence_and_nothing_is_queued(settings, changes
 def test_settings_that_make_no_sense_are_refused(changes, said):
     with pytest.raises(ValidationError, match=said):
         config(**changes)
+
+
+# ---- the next batch of a loop ----
+
+THEN = "retrain/shop"
+
+
+@pytest.fixture
+def go_on(settings):
+    """A function that asks as a retraining does that has no champion yet."""
+
+    def call(run="run-1", votes="a", key="", rounds=9, model=1, **changes):
+        settled = {"project": "shop", "prompts": 5, "max_new_tokens": 8, "then": THEN, **changes}
+        return next_batch(
+            AskConfig.model_validate(settled),
+            settings,
+            of="shop",
+            caller=Caller(run, key),
+            rounds=rounds,
+            votes=votes,
+            candidate=ModelRef(name="shop-sft", version=model) if model else None,
+        )
+
+    return call
+
+
+def end(settings, name):
+    """What is left when a batch has started its run; the key of that run."""
+    store = Store.open(settings)
+    with store.database.writing() as session:
+        row = session.query(Batch).filter_by(name=name).one()
+        row.flow_run, row.resumed_at = "some-run", row.created_at
+        key = key_of("shop", name, row.created_at)
+    store.close()
+    return key
+
+
+def test_a_round_asks_once_however_often_its_run_begins_again(settings, go_on):
+    first = go_on()
+    (batch,) = rows(settings, Batch)
+    assert batch.details["policy"] == "models:/shop-sft/1"
+    assert (batch.details["round"], batch.details["by"]) == (1, "run-1")
+    # Neither another champion nor other settings change what the run has begun to ask.
+    assert go_on(model=2, prompts=9) == first
+    assert len(rows(settings, Batch)) == 1
+
+
+def test_a_round_that_was_killed_goes_on_with_the_model_that_it_asked(settings, go_on, monkeypatch):
+    monkeypatch.setattr(asking, "AT_ONCE", 2)
+    keep, calls = asking.batches.keep, []
+
+    def killed(*arguments):
+        keep(*arguments)
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asking.batches, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+    begun = {row.digest for row in rows(settings)}
+    assert begun
+    asked = go_on(model=2).asked
+    assert {row.model for row in rows(settings, Response)} == {"models:/shop-sft/1"}
+    assert {row.digest for row in rows(settings)} > begun
+    assert len(rows(settings, Batch)) == 1
+    assert asked.pairs == len(rows(settings))
+
+
+def test_one_batch_at_a_time_waits_to_start_a_deployment(settings, go_on):
+    name = go_on().asked.batch
+    nightly = go_on(run="run-2", votes="b")
+    assert nightly.asked is None
+    assert nightly.sentence == (
+        f"nobody is asked: the batch {name} is not complete yet, and starts {THEN} then"
+    )
+    assert go_on(run="run-3", votes="b", then="retrain/other").asked is not None
+
+
+def test_rounds_are_counted_since_a_person_asked_and_end(settings, go_on):
+    mine = ask(config(prompts=4, then=THEN), settings).batch
+    second = go_on(run="run-1", votes="a", key=end(settings, mine), rounds=3)
+    assert second.number == 1
+    third = go_on(run="run-2", votes="b", key=end(settings, second.asked.batch), rounds=3)
+    assert third.number == 2
+    key = end(settings, third.asked.batch)
+    last = go_on(run="run-3", votes="c", key=key, rounds=3)
+    assert (last.number, last.asked) == (3, None)
+    assert "round 3 was the last of 3" in last.why
+    # A schedule counts on; a person begins anew.
+    assert "round 3 was the last of 3" in go_on(run="nightly", votes="d", rounds=3).why
+    again = ask(config(prompts=4, seed=9, then=THEN), settings).batch
+    assert go_on(run="run-4", votes="d", key=end(settings, again), rounds=3).asked is not None
+
+
+def test_without_a_new_vote_there_is_no_new_batch(settings, go_on):
+    first = go_on().asked.batch
+    end(settings, first)
+    ended = go_on(run="run-2")
+    assert ended.asked is None
+    assert ended.why == f"the batch {first} is complete, and no vote has come since"
+    end(settings, go_on(run="run-3", votes="b").asked.batch)
+    assert len(rows(settings, Batch)) == 2
+
+
+def test_without_a_policy_nobody_is_asked(go_on):
+    assert go_on(model=None).why == "shop has no champion yet"
+
+
+# ---- with a judge ----
+
+
+@pytest.fixture
+def judging(monkeypatch):
+    """The judge of the config prefers the longer answer; its module is where the program is."""
+    monkeypatch.chdir(Path(__file__).parents[1] / "routing")
+    monkeypatch.syspath_prepend(".")
+    return {"judge": {"source": "biased_judges:longer"}, "router": {"audit": 0.3}}
+
+
+def test_a_judge_answers_new_pairs_and_people_get_the_others(settings, judging):
+    asked = ask(config(prompts=30, **judging), settings)
+    made = rows(settings)
+    arms = Counter(pair.arm for pair in made)
+    assert asked.judge == "judge:biased_judges:longer"
+    assert (asked.alone, asked.audited) == (arms["judge"], arms["audit"])
+    assert asked.unsure == arms[""]  # of one length: the first is called better
+    assert asked.alone + asked.audited + asked.unsure == asked.pairs == len(made)
+    assert min(asked.alone, asked.audited) > 0
+    assert {pair.wanted for pair in made if pair.arm == "judge"} == {0}
+    assert {(pair.wanted, pair.state) for pair in made if pair.arm != "judge"} == {(1, "open")}
+    assert f"{asked.pairs - asked.alone} pairs on" in asked.sentence
+    assert f"{asked.alone} more are answered by judge:biased_judges:longer alone" in asked.sentence
+    assert ask(config(prompts=30, **judging), settings) == asked
+    assert len(rows(settings, Judgment)) == 2 * asked.pairs
+
+
+def test_a_batch_is_complete_when_people_have_answered_their_part(settings, judging):
+    asked = ask(config(prompts=30, **judging), settings)
+    store = Store.open(settings)
+    project = store.project("shop")
+    batch = project.content.batch(asked.batch, "ask")
+    stand = batches.stand(project, batch)
+    assert stand.pairs == asked.pairs - asked.alone
+    assert not stand.complete
+    project.change("x", {"repeat_every": 0})
+    assert len(label(project, invited(store, project))) == stand.pairs
+    assert batches.stand(project, batch).complete
+    store.close()
+
+
+def test_a_judge_that_does_not_work_is_found_before_anything_is_sampled(settings, judging):
+    wrong = {"judge": {"source": "biased_judges:nobody"}}
+    with pytest.raises(ConfigError, match="biased_judges"):
+        ask(config(**wrong), settings)
+    assert rows(settings) == rows(settings, Batch) == []
