@@ -2,11 +2,13 @@
 
 import hashlib
 import time
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 from prefect import flow
 
+from flows import retrain
 from flows.feedback import feedback
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.stages.prepare import DataConfig
@@ -141,6 +143,20 @@ def test_after_asking_the_queue_is_in_order_and_what_fails_is_a_warning(
     project.change("me", {"ordered": False})
     assert order_by_itself("demo", settings) is None
     assert order_by_itself("nowhere", settings) is None
+    assert len(orders(project)) == 1
+
+
+def test_what_a_loop_asks_again_is_in_order_too(project, prefect_server, monkeypatch):
+    project.content.add(pairs(12))
+    asked = SimpleNamespace(asked=True, sentence="")
+    monkeypatch.setattr(retrain, "ask_again", lambda *_, **__: asked)
+    monkeypatch.setattr(retrain, "called_by", lambda *_: None)
+    ask = {"project": "demo", "then": ""}
+    config = retrain.RetrainConfig.model_validate({"ask": ask})
+    assert retrain._go_on(config, SimpleNamespace(flow_run="", key=""), "Nothing.") is asked
+    assert last_order(project).placed == 12
+    asked.asked = None
+    retrain._go_on(config, SimpleNamespace(flow_run="", key=""), "Nothing.")
     assert len(orders(project)) == 1
 
 
