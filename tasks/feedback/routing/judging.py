@@ -20,6 +20,7 @@ from rlhf_core.labelling.verdicts import JudgeHabits
 from rlhf_core.metrics import StageLogger
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from tasks.feedback.ordering.ordering import LONGEST, newest_reward_model
+from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.store.judgments import check_pseudonym
 from tasks.feedback.store.store import FeedbackProject
@@ -62,7 +63,7 @@ def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pin
     """
     source, judge = config.source, config.as_judge()
     if source == REWARD_MODEL:
-        newest = newest_reward_model(record, project)
+        newest = newest_reward_model(record, project.name, last_order(project))
         if newest is None:
             raise ModelError(
                 f"judge.source is {REWARD_MODEL}, and '{project.name}' has none yet: train one, "
@@ -80,7 +81,7 @@ def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pin
 
 def _habits(pseudonym: str, project: FeedbackProject, record: Record) -> JudgeHabits | None:
     """What the newest reward model of the project has learnt of an annotator, if anything."""
-    newest = newest_reward_model(record, project)
+    newest = newest_reward_model(record, project.name, last_order(project))
     run_id = record.store.tags(newest).get(tags.RUN) if newest is not None else None
     run = record.runs.find(run_id) if run_id else None
     for row in Reader(record).table(run, TABLE) if run is not None else []:
