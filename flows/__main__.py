@@ -1,8 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
 Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 4
-an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its
-own slow dependencies, so that `--help` is fast.
+an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Each command imports
+its own slow dependencies, so that `--help` is fast.
 """
 
 import math
