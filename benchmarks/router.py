@@ -1,6 +1,6 @@
 """What an audit finds of a biased judge, where the truth is known: the demo's reviews.
 
-    python benchmarks/router.py                     # 20 seeds of 4,000 pairs, about two minutes
+    python benchmarks/router.py                     # 20 seeds of 4,000 pairs, about four minutes
     python benchmarks/router.py --seeds 2           # a glance
     python benchmarks/router.py --write             # and into docs/feedback/fewer_labels.md
 
