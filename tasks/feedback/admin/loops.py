@@ -24,7 +24,7 @@ def stop(project: FeedbackProject, by: str, batch: int | None = None) -> list[st
         ]
         for row in found:
             kept = {key: value for key, value in row.details.items() if key != "problem"}
-            row.details = {**kept, "stopped_by": by}
+            row.details = {**kept, "stopped": True}  # by whom, the log says
             row.resumed_at = clock.now()
             audit.note(session, project.id, by, "stop loop", row.name, {"then": kept["then"]})
         return [row.name for row in found]

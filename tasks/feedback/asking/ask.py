@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from getpass import getuser
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.ordering.outcome import begin
 from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
 from tasks.feedback.store.records import Answer, NewPair
@@ -71,6 +73,7 @@ class Asked(BaseModel):
     alone: int = 0  # pairs that it answers without people
     audited: int = 0  # pairs of which it is sure, and which people answer all the same
     unsure: int = 0  # pairs that it has left to people
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def sentence(self) -> str:
@@ -97,7 +100,8 @@ class Asked(BaseModel):
             parts.append(f"{self.too_long:,} prompts leave no room for an answer")
         if self.held_out:
             parts.append(f"{self.held_out:,} prompts of the file are held out, and left out here")
-        return f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        said = f"{'; '.join(parts)}. People label at {self.where} (project {self.project})."
+        return f"{said} Once it is complete, it starts {self.then}." if self.then else said
 
 
 class _Source(NamedTuple):
@@ -137,9 +141,6 @@ def ask(
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
     judge = config.judge if config.judge.source else None
-    if judge is not None:
-        logger.phase("looking at the judge")
-        look_at(judge, config.project, record)
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -159,7 +160,11 @@ def ask(
             "policy": policy.uri,
             "people": _complete(config, votes),
         }
+        if judge is not None and not batches.is_asked(project, name):
+            logger.phase("looking at the judge")
+            look_at(judge, project, record)
         if kind == ASK:
+            begin(project, getuser())
             about |= {"then": config.then, "by": by, "round": number}
         batch = project.content.batch(name, kind, about)
         before = batches.details(project.database, batch)
@@ -182,8 +187,6 @@ def ask(
                 batches.keep(project, batch, {"done": start + len(some), **counts})
             del speakers  # a judge may need the room
         logger.progress(len(source.prompts), len(source.prompts), "prompts")
-        if "asked" not in before:
-            batches.keep(project, batch, {"asked": True})
         found = len(batches.pairs_of(project.database, batch))
         judged: dict[str, Any] = {}
         if judge is not None:
@@ -193,6 +196,8 @@ def ask(
             )  # fmt: skip
             judged = {"judge": who.name, "alone": became.alone}
             judged |= {"audited": became.audited, "unsure": became.unsure}
+        if "asked" not in before:
+            batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,
         batch=name,
@@ -201,6 +206,7 @@ def ask(
         pairs=found,
         held_out=source.held_out,
         where=settings.label_public_url,
+        then=config.then,
         **{what: counts[what] for what in LEFT_OUT},
         **judged,
     )

@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from sqlalchemy import func, select
 
 from rlhf_core.errors import brief
@@ -92,7 +92,9 @@ def start_ready(store: Store, looked: Looked | None = None) -> list[str]:
             line, problem = _follow(project, batch, standing)
         except Exception as error:
             said = brief(masked(str(error))) or "no reason given"
-            line, problem = "", f"Prefect did not answer ({type(error).__name__}: {said})"
+            refused = isinstance(error, PrefectHTTPStatusError)
+            what = "refused to start it" if refused else "did not answer"
+            line, problem = "", f"Prefect {what} ({type(error).__name__}: {said})"
         if batches.say(project, batch, problem) and problem:
             log.warning(
                 "the batch %s of %s is complete, and starts nothing yet: %s",

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rlhf_core.redaction import masked
 from tasks.feedback.erasure import backups
 from tasks.feedback.erasure.places import CERTIFICATES
 from tasks.feedback.erasure.requests import Request
+from tasks.feedback.store import clock
 from tasks.feedback.store.store import Store
 from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin
@@ -41,8 +41,7 @@ def content(request: Request, settings: Settings) -> dict[str, Any]:
     steps = request.steps
     files = steps.get("files", {})
     done = steps.get("votes", {})
-    ended = request.finished_at or request.begun_at
-    kept = backups.kept(settings, ended + timedelta(seconds=1))
+    kept = backups.kept(settings, request.finished_at or clock.now())
     return {
         "erasure": request.id,
         "project": request.project.name,
@@ -113,7 +112,7 @@ def page(made: Mapping[str, Any]) -> str:
         "",
         "## The preference store",
         "",
-        *(f"* {number:,} {_plain(name)}" for name, number in rows.items()),
+        *(f"* {number:,} {_plain(name)}" for name, number in rows.items() if number),
         "",
         "## Snapshots",
         "",
@@ -146,7 +145,11 @@ def page(made: Mapping[str, Any]) -> str:
         "## What is left",
         "",
         *(f"* {path}: {why}" for path, why in left["not_changed"].items()),
-        *(f"* {path} still has it" for path in left["found_afterwards"]),
+        *(
+            f"* {path} still has it"
+            for path in left["found_afterwards"]
+            if path not in left["not_changed"]
+        ),
         *_words(left["places_with_the_same_word"]),
         *(
             ["* the log of the database could not be emptied, as somebody read it"]

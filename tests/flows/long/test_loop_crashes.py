@@ -23,7 +23,7 @@ from tasks.feedback.store.store import Store
 from tasks.feedback.store.tables import Batch, BatchPair, Judgment, Pair, Response, Snapshot
 from tasks.record import tags
 from tests.flows.people import invited, label
-from tests.flows.test_loop import LENIENT, asked, cast, loop
+from tests.flows.rounds import LENIENT, asked, cast, loop
 
 DYING = Path(__file__).parents[1] / "dying.py"
 STEPS = "tasks.steps"

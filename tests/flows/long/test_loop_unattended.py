@@ -14,7 +14,7 @@ from servers import Servers, free_port, wait_until
 
 from tasks.feedback.store.store import Store
 from tests.flows.people import invited, label
-from tests.flows.test_loop import LENIENT, asked, cast
+from tests.flows.rounds import LENIENT, asked, cast
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 NAME = "round"

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from rlhf_core.errors import UserError
-from tasks.feedback.admin import numbers
+from tasks.feedback.admin import loops, numbers
 from tasks.feedback.admin.people import Roster
 from tasks.feedback.admin.writings import changes, writings
 from tasks.feedback.page.app import create_app
@@ -349,3 +349,32 @@ def test_the_user_of_this_machine_is_one_person(store, project):
     assert roster.find(roster.people()[0].pseudonym) in ids
     with pytest.raises(UserError, match="Nobody in the project demo is called 'x'"):
         roster.find("x")
+
+
+def test_what_follows_a_batch_is_shown_and_stopped(store, project, boss, no_extras):
+    about = {"people": {}, "by": "", "round": 2, "asked": True}
+    problem = "the deployment <b>retrain/demo</b> is paused"
+    waits = {**about, "then": "retrain/demo", "problem": problem}
+    first, second = (project.content.batch(name, "ask", waits) for name in ("one", "two"))
+    project.content.batch("plain", "ask", {**about, "then": ""})
+    add(project, 2, batch=first)
+    shown = boss.get("/admin").text
+    assert shown.count("Round 2; then <code>retrain/demo</code>") == 2
+    assert "the deployment &lt;b&gt;retrain/demo&lt;/b&gt; is paused" in shown
+    assert f'action="/admin/batches/{first}/stop"' in shown
+
+    ada = signed_in(store, project, "annotator")
+    assert ada.post(f"/admin/batches/{first}/stop", json={}).status_code == 403
+    assert boss.post(f"/admin/batches/{first}/stop", json={}).json() == {"reload": True}
+    assert boss.post("/admin/batches/999/stop", json={}).json() == {"reload": True}
+    states = {batch.name: batch for batch in numbers.batches(project)}
+    assert [states[name].follows for name in ("one", "two", "plain")] == [False, True, False]
+    assert states["one"].stopped
+    shown = boss.get("/admin").text
+    assert "Stopped; it would have started <code>retrain/demo</code>" in shown
+    assert [entry.action for entry in project.log(1)] == ["stop loop"]
+    # Its pairs are labelled to the end, and the rest of the project stops at once by command.
+    cast(project, newcomer(store, project), count=2)
+    assert loops.stop(project, "me") == ["two"]
+    assert loops.stop(project, "me") == []
+    assert second
