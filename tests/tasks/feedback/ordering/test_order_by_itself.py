@@ -19,7 +19,6 @@ from tasks.feedback.store.records import Answer, NewPair, Vote
 from tasks.feedback.store.store import Store
 from tasks.feedback.store.tables import Pair
 from tasks.record.record import Record
-from tasks.registry.refs import ModelRef
 
 TEXT = "a fine room with a quiet view the film was long and dull it works it is cheap"
 WORDS = TEXT.split(" ")
