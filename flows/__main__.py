@@ -814,12 +814,12 @@ def erase(
     what back-ups still hold. The same command again goes on where it was stopped.
     """
     settings = find.join(read_settings(), prefect=True)
-    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
-    from flows.cli import erasing
+    load("flows.cli.feedback_store", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import feedback_store
     from flows.erasure import ErasureConfig
 
     config = ErasureConfig(retrain=retrain, purge_models=purge_models)
-    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
+    feedback_store.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
 
 
 @command(epilog="Example: rlhf backup backups/monday")

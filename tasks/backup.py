@@ -101,7 +101,7 @@ def _note(settings: Settings, folder: Path) -> None:
             ledger.write(json.dumps(entry) + "\n")
     except OSError as error:
         log.warning(
-            "%s cannot be written (%s), so the certificate of an erasure will not name this back-up",
+            "%s cannot be written (%s): no certificate of an erasure will name this back-up",
             *(settings.home / LEDGER, error.strerror),
         )
 

@@ -208,7 +208,8 @@ def test_a_preview_changes_nothing(settings, store, lab):
     said = "\n".join(preview.preview(store, GONE, "", settings))
     assert "5 votes, skips and withdrawals on 5 pairs" in said
     assert "1 snapshots are rebuilt" in said
-    assert "2 versions learnt" in said and f"{lab.policy.uri} (champion)" in said
+    assert "2 versions learnt" in said
+    assert f"{lab.policy.uri} (champion)" in said
     assert requests.still_open(store) == []
     assert lab.record.runs.tags(lab.prepare) == before
     assert {vote.annotator for vote in store.project("shop").judgments.stream()} == {GONE, "ada"}
@@ -220,7 +221,8 @@ def test_back_ups_that_still_hold_the_votes(settings, store, lab, tmp_path):
     done = run_all(store, request.id, settings)
     [kept] = certificate.content(done, settings)["backups"]
     assert kept["folder"] == str(tmp_path / "monday")
-    assert kept["expires"] is None and "RLHF_BACKUP_DAYS" in kept["sentence"]
+    assert kept["expires"] is None
+    assert "RLHF_BACKUP_DAYS" in kept["sentence"]
     days = Settings.model_validate({"RLHF_HOME": settings.home, "RLHF_BACKUP_DAYS": 30})
     [kept] = certificate.content(done, days)["backups"]
     expires = datetime.fromisoformat(kept["expires"])
@@ -287,6 +289,7 @@ def test_a_copy_of_an_affected_version_is_affected(settings, store, lab):
     made = record.store.publish(upload, "shop-policy", run_id=lab.prepare, tags=copied)
     runs = [client.get_run(lab.prepare)]
     found = {one.version for one in models.affected(record, runs)}
-    assert made.uri in found and lab.sft.uri not in found
+    assert made.uri in found
+    assert lab.sft.uri not in found
     assert found == {lab.reward.uri, lab.policy.uri, made.uri}
     assert isinstance(made, ModelRef)
