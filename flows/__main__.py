@@ -606,6 +606,45 @@ def compare(
         line(f"Written: {output}")
 
 
+@command(epilog="Examples: rlhf lineage --annotator p-7f3a · rlhf lineage --model happy-otter")
+def lineage(
+    annotator: Annotated[str, typer.Option(help="A pseudonym: which models saw their votes?")] = "",
+    source: Annotated[
+        str,
+        typer.Option(help="A source of rows, as a file, a data set or a name in a column."),
+    ] = "",
+    licence: Annotated[str, typer.Option(help="A licence of rows or votes.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="What did this model see? models:/NAME/3, models:/NAME@champion, or the run that "
+            "made it. With another option: did this model see that?"
+        ),
+    ] = "",
+    project: Annotated[
+        str,
+        typer.Option(help="Votes of this project of the preference store only, and of files."),
+    ] = "",
+    in_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the models that saw an annotator, a source or a licence, or show what a model saw.
+
+    A model saw what it was trained on, and what the models saw that it was made from. What it was
+    only evaluated on is listed apart. Options together ask for rows that have all of it.
+
+    Exit status: 0 the answer is complete, also if nothing was found; 4 something could not be
+    looked into, which is listed, so that there may be more.
+    """
+    settings = find.join(read_settings())
+    load("flows.cli.lineage")
+    from flows.cli.lineage import show
+    from tasks.lineage.lineage import Wanted
+
+    wanted = Wanted(annotator, source, licence, project)
+    if status := show(wanted, model, settings, in_json=in_json):
+        raise typer.Exit(status)
+
+
 @command(epilog="Example: rlhf report happy-otter --output reports/otter.html")
 def report(
     run: Annotated[str, typer.Argument(help="A pipeline run: id, prefix of the id, or name.")],
@@ -709,6 +748,45 @@ def export(
     store = Record.open(settings).store
     export_servable(store, store.resolve(model), directory)
     typer.echo(f"mlflow models serve -m {directory} --env-manager local -p 5001")
+
+
+@command(epilog="Examples: rlhf erase p003-7f3a --dry-run · rlhf erase p003-7f3a --project demo")
+def erase(
+    pseudonym: Annotated[str, typer.Argument(help="Who, as the votes name the person.")],
+    project: Annotated[
+        str, typer.Option(help="The feedback project, if several have this pseudonym.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    retrain: Annotated[
+        Literal["used", "all", "none"],
+        typer.Option(
+            help="Pipelines to run again without these votes: those with a version in use and the "
+            "last one with a reward model, all, or none."
+        ),
+    ] = "used",
+    purge_models: Annotated[
+        bool,
+        typer.Option(
+            "--purge-models", help="Also delete the files of the models that learnt from them."
+        ),
+    ] = False,
+) -> None:
+    """Erase a person: identity, votes, and what was made of them; then train again.
+
+    Snapshots are rebuilt without the votes, models that learnt from them lose their aliases, and
+    files, logs and databases are searched for the pseudonym. A certificate says what was done, and
+    what back-ups still hold. The same command again goes on where it was stopped.
+    """
+    settings = find.join(read_settings(), prefect=True)
+    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import erasing
+    from flows.erasure import ErasureConfig
+
+    config = ErasureConfig(retrain=retrain, purge_models=purge_models)
+    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
 
 
 @command(epilog="Example: rlhf backup backups/monday")

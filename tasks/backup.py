@@ -12,6 +12,7 @@ before the others. The files of a copied row then exist, and still do when they 
     └── objects/          the artifacts of the stack
 """
 
+import json
 import os
 import shutil
 import sqlite3
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -35,9 +37,10 @@ from tasks.settings import Settings, StoreSettings
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+LEDGER = "backups.jsonl"  # under RLHF_HOME: where back-ups went, and when
 STREAMS = 8  # objects of the S3 store that are copied in parallel
 # Under RLHF_HOME: needed only by running processes, or available elsewhere.
-EXCLUDED = frozenset({"work", "logs", "services.json", "password", "huggingface"})
+EXCLUDED = frozenset({"work", "logs", "services.json", "password", "huggingface", LEDGER})
 
 
 class Manifest(BaseModel):
@@ -82,8 +85,17 @@ def backup(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
             store.save(whole / store.name)
         manifest = Manifest(kind=_kind(stores), home=settings.home, files=_digests(whole))
         (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        _note(settings, folder)
         whole.rename(folder)
     return manifest
+
+
+def _note(settings: Settings, folder: Path) -> None:
+    """Keep where a back-up is, for whoever asks what back-ups hold."""
+    entry = {"folder": str(folder.resolve()), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / LEDGER).open("a", encoding="utf-8") as ledger:
+        ledger.write(json.dumps(entry) + "\n")
 
 
 def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:

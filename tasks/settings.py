@@ -215,6 +215,15 @@ class Settings(BaseSettings):
         description="How long the checkpoints of a stopped run are kept for resuming (days)",
     )
 
+    backup_days: float = Field(
+        0.0,
+        validation_alias="RLHF_BACKUP_DAYS",
+        ge=0,
+        le=36_500,
+        description="How long you keep back-ups (days), which the certificate of an erasure tells; "
+        "0 = not said. Nothing deletes a back-up by itself",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _home_above(cls, given: Any) -> Any:

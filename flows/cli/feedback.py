@@ -41,7 +41,8 @@ def snapshot(
     what = "new" if found.new else "there already"
     line(
         f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
-        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}"
+        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}, and "
+        f"{found.known:,} known answer{'' if found.known == 1 else 's'}"
     )
     if report:
         from tasks.feedback.quality.publish import publish

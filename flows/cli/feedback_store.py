@@ -47,11 +47,11 @@ def show_snapshots(project: str) -> None:
         found = store.project(project).snapshots.all()
     if not found:
         line(f"There is no snapshot yet: `rlhf feedback snapshot {project}` takes one.")
-    columns = ("snapshot", "taken (UTC)", "votes", "in training", "pairs", "annotators")
+    columns = ("snapshot", "taken (UTC)", "votes", "in training", "known", "pairs", "people")
     rows = [
         (
             one.digest[:SHOWN], f"{one.created_at:%Y-%m-%d %H:%M}", one.votes, one.training,
-            one.pairs, one.annotators,
+            one.known, one.pairs, one.annotators,
         )
         for one in found
     ]  # fmt: skip

@@ -108,7 +108,8 @@ def show_snapshot(found: "SnapshotInfo | None", *, latest: bool) -> None:
     when = "as they are now; a run takes a snapshot of them when it begins" if latest else "pinned"
     line(
         f"Votes of the feedback project {found.project}: snapshot {found.digest[:16]} ({when}), "
-        f"{found.votes:,} votes on {found.pairs:,} pairs by {found.annotators:,} annotators"
+        f"{found.votes:,} votes on {found.pairs:,} pairs by {found.annotators:,} annotators, and "
+        f"{found.known:,} known answers"
     )
 
 
@@ -161,6 +162,12 @@ def show_validation(validation: "Validation") -> None:
         f"Votes: {validation.known_sides} record which response was shown first, "
         f"{validation.timed} have a time, {validation.gold} are on pairs with a known answer."
     )
+    if validation.known_answers:
+        line(
+            f"Of the preferences, {validation.known_answers} are known right answers of the "
+            "annotator gold, and nobody's votes; reward_model.annotators: aware takes them for "
+            "such."
+        )
 
 
 def show_plan(plan: "Plan") -> None:

@@ -37,6 +37,7 @@ from pydantic import ValidationError
 from flows import stages
 from flows.cli.loading import config_files, describe, load_config
 from flows.config import PipelineConfig
+from flows.erasure import erasure
 from flows.feedback import feedback
 from flows.local.find import OWNER, POOL
 from flows.retrain import RetrainConfig, RetrainPlan, retrain
@@ -204,6 +205,7 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
             "data": "",
         },
         feedback: {"data": "", "evaluation": False},
+        erasure: {},
         sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
     }
     sections = preset.model_dump(exclude={"sft": {"reuse"}, "reward_model": {"reuse"}})

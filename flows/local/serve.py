@@ -53,9 +53,10 @@ def up(
     configs: Path,
     on_ready: Callable[[Services, Settings], None],
     on_error: Callable[[str, str, Path], None],
+    until: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run Prefect, MLflow, the page for annotators, and a worker with a deployment for each config,
-    until interrupted.
+    until interrupted, or until `until()` is true.
 
     `on_ready` is called once with the addresses and the settings with the password; `on_error` for
     each error that a server logs, with its name, the error and its log. However this function ends,
@@ -102,7 +103,7 @@ def up(
             state.flush()
             on_ready(services, settings)
             reports = _ErrorReports(services, settings, on_error)
-            while True:
+            while not until():
                 group.check()
                 reports.look()
                 time.sleep(0.5)

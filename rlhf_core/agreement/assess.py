@@ -20,6 +20,7 @@ from rlhf_core.agreement.habits import (
     shares_of,
 )
 from rlhf_core.agreement.kappa import kappas
+from rlhf_core.agreement.machines import machines, of_people
 from rlhf_core.agreement.measures import Measure, Shares, cells, in_percent
 from rlhf_core.agreement.quality import Block, Group, Habits, Kappa, Person, Quality, Reason, Said
 from rlhf_core.agreement.votes import (
@@ -40,12 +41,14 @@ NO_VALUE: Final = "(none)"
 
 
 def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0) -> Quality:
-    """Everything about the votes of a project.
+    """Everything about the votes of a project: of people together, of machines apart.
 
     Args:
         project: its name; snapshot: its digest, if the votes are one's. They are only passed on.
         seed: of the bootstrap.
     """
+    judges = machines(votes)
+    votes = of_people(votes)
     rest, owners, count = others(votes), votes.annotator, len(votes.names)
     cases = habits(votes, rest)
     voted = votes.choice != SKIP
@@ -93,6 +96,7 @@ def assess(votes: Votes, *, project: str = "", snapshot: str = "", seed: int = 0
         trends=tuple(trends(votes, _drifting(votes, cases), ALPHA)),
         groups=groups,
         reasons=_reasons(votes),
+        machines=judges,
         pooled=_pool(votes, cases, rest, hidden),
         hidden_people=frozenset(votes.names[i] for i in hidden),
         hidden_groups=hidden_values,

@@ -95,6 +95,41 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """A judge that is a model or a rule, and what people say of what it answers alone."""
+
+    name: str  # the pseudonym
+    votes: int  # two on a pair that was asked about in both orders
+    pairs: int
+    same_in_both: Measure | None  # pairs with the same answer in both orders
+    left: Measure | None  # votes for the answer on the left
+    longer: Measure | None
+    with_people: Measure | None  # agreement on the pairs that people answered too
+    error: Measure | None  # share of the audited pairs on which people contradict it
+    alone: int  # pairs that it answers without people
+    to_audit: int  # pairs of the audit, those without an answer of people included
+
+    @property
+    def wrong(self) -> tuple[float, float, float] | None:
+        """How many of the pairs that it answers alone people would contradict, with bounds."""
+        if self.error is None or self.error.low is None or self.error.high is None:
+            return None
+        bounds = self.error.value, self.error.low, self.error.high
+        low, value, high = sorted(bound * self.alone for bound in bounds)
+        return value, low, high
+
+    def redacted(self) -> "Machine":
+        """Without what single votes of people could be read from."""
+        error, shared = self.error, self.with_people
+        few = shared is None or shared.of < FEWEST_VOTES
+        return replace(
+            self,
+            error=None if error is None or error.of < FEWEST_VOTES else error,
+            with_people=None if few else shared,
+        )
+
+
+@dataclass(frozen=True)
 class Quality:
     """What the annotators of a project agree on.
 
@@ -131,6 +166,7 @@ class Quality:
     trends: tuple[Trend, ...] = ()
     groups: tuple[Group, ...] = ()
     reasons: tuple[Reason, ...] = ()
+    machines: tuple[Machine, ...] = ()  # judges, which count nowhere above
     # what is shown to everybody, decided where the votes were at hand
     pooled: Person | None = None
     hidden_people: frozenset[str] = frozenset()
@@ -145,7 +181,8 @@ class Quality:
         if self.is_redacted:
             return self
         if self.votes < FEWEST_VOTES:
-            return Quality(self.project, self.snapshot, is_redacted=True)
+            found = tuple(machine.redacted() for machine in self.machines)
+            return Quality(self.project, self.snapshot, machines=found, is_redacted=True)
         hidden = self.hidden_people
         people = tuple(person for person in self.people if person.name not in hidden)
         return replace(
@@ -155,6 +192,7 @@ class Quality:
             kappas=tuple(k for k in self.kappas if not {k.first, k.second} & hidden),
             groups=tuple(g for g in self.groups if (g.column, g.value) not in self.hidden_groups),
             reasons=_common(self.reasons),
+            machines=tuple(machine.redacted() for machine in self.machines),
             pooled=None,
             hidden_people=frozenset(),
             hidden_groups=frozenset(),

@@ -1,7 +1,7 @@
 """Votes as arrays: what the maths of agreement reads, some thirty bytes a vote."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -14,8 +14,8 @@ Flags = NDArray[np.bool_]
 
 A, B, TIE, BOTH_BAD, SKIP = range(5)  # codes of a choice
 CHOICES: Final = ("a", "b", "tie", "both_bad", "skip")
-FRESH, GOLD, REPEAT, IMPORT = range(4)  # codes of a kind
-KINDS: Final = ("fresh", "gold", "repeat", "import")
+FRESH, GOLD, REPEAT, IMPORT, MACHINE = range(5)  # codes of a kind
+KINDS: Final = ("fresh", "gold", "repeat", "import", "machine")
 UNKNOWN = -1  # a side, a right answer, an annotator, a reason or a group that is not known
 CLASSES: Final = ("a", "b", "tie")  # both_bad counts as a tie
 
@@ -49,6 +49,9 @@ class Votes:
     # names
     names: tuple[str, ...]  # of the annotators
     reasons: tuple[str, ...]
+    # by pair, whom a router sent it to: 1 a judge answers alone, 2 people audit it, 0 it was not;
+    # empty = there is no router
+    routes: Small = field(default_factory=lambda: np.zeros(0, dtype=np.int8))  # (P,) or (0,)
 
     def __len__(self) -> int:
         return len(self.pair)
@@ -73,8 +76,8 @@ class Votes:
     def independent(self) -> Ints:
         """Which votes say how far different people agree: the first of each person on each pair.
 
-        Left out: skips; repeats, which ask the same person again; and control questions, which are
-        asked because their answer is known, and are easier than others.
+        Left out: skips; repeats, which ask the same person again; control questions, which are
+        asked because their answer is known, and are easier than others; and votes of machines.
         """
         asked = (self.kind == FRESH) | (self.kind == IMPORT)
         kept = np.flatnonzero(asked & (self.choice != SKIP))

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import pandas as pd
 
 from rlhf_core.data.formats import ParsedSource
+from rlhf_core.data.origins.counts import CHOSEN_ANSWERS, NOWHERE, ORIGIN, OTHER_PROMPTS
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import (
     KEPT,
@@ -29,7 +30,7 @@ _LISTED = 20  # bad rows of a table that the report names
 
 @dataclass(frozen=True)
 class CleanTable:
-    """One cleaned table: the prepared columns, `split`, and the `key` of each prompt."""
+    """One cleaned table: the prepared columns, `split`, the `key` of each prompt, and ORIGIN."""
 
     frame: pd.DataFrame
     source: str
@@ -51,7 +52,7 @@ def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
 
     `parts` maps a split to its source: "train", "eval", or "" when the prompts decide.
     """
-    frames = [table.frame.assign(split=split) for split, table in parts.items()]
+    frames = [_with_origins(table).assign(split=split) for split, table in parts.items()]
     kept, dropped = drop_useless(pd.concat(frames, ignore_index=True), kind)
     faults = [fault for table in parts.values() for fault in table.faults]
     dropped.update(fault.category for fault in faults)
@@ -65,6 +66,11 @@ def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
         bad_rows=tuple(map(str, faults[:_LISTED])),
         unread=tuple(note for table in parts.values() for note in table.unread),
     )
+
+
+def _with_origins(table: ParsedSource) -> pd.DataFrame:
+    origins: list[object] = [*table.origins] or [NOWHERE] * len(table.frame)
+    return table.frame.assign(**{ORIGIN: pd.Series(origins, table.frame.index, dtype=object)})
 
 
 def split_by_prompt(tables: CleanTables, fraction: float, seed: int) -> CleanTables:
@@ -101,12 +107,10 @@ def fill(tables: CleanTables) -> CleanTables:
         voted = with_winners(preferences)
         decided = voted[~voted["tie"]]
         answers = decided.assign(response=decided["chosen"])
-        filled["demonstrations"] = _derived(
-            answers, "answers chosen in the preferences", "response"
-        )
+        filled["demonstrations"] = _derived(answers, CHOSEN_ANSWERS, "response")
     if "prompts" not in filled:
         both = pd.concat([preferences, filled["demonstrations"].frame])
-        filled["prompts"] = _derived(both, "prompts of the other tables")
+        filled["prompts"] = _derived(both, OTHER_PROMPTS)
     return {kind: filled[kind] for kind in TABLE_KINDS}
 
 

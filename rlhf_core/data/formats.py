@@ -32,6 +32,7 @@ import pandas as pd
 from rlhf_core.data.forms.columns import Columns, without
 from rlhf_core.data.forms.rows import BadRowError, Reading, SkippedRowError
 from rlhf_core.data.forms.table import form_of
+from rlhf_core.data.origins.counts import NOWHERE, ORIGIN, Origin
 from rlhf_core.data.prepared import COLUMNS, KEPT, TableKind
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.errors import DataError
@@ -53,14 +54,15 @@ class ParsedSource:
     lacks: frozenset[str] = frozenset()  # names in the template for which it has no column
     unread: Sequence[str] = ()  # notes on columns that are not read, or are read unasked
     numbers: Sequence[int] = ()  # of the row in the source, for each example
+    origins: Sequence[Origin] = ()  # for each example; empty = nothing is known
 
 
 class Parsing:
     """A source in a form of ours, and the examples that its rows become, one after the other.
 
-    An example has the prepared columns, `ballot`, `row` (the number of its row) and `values` (the
-    row itself); one of two answers also `entry_a` and `entry_b`, what the row says of each of them,
-    and one of a vote `said` and `entry`, the vote as the row has it.
+    An example has the prepared columns, `ballot`, `origin`, `row` (the number of its row) and
+    `values` (the row itself); one of two answers also `entry_a` and `entry_b`, what the row says of
+    each of them, and one of a vote `said` and `entry`, the vote as the row has it.
 
     Raises: DataError when the source is empty or lacks a required field.
     """
@@ -100,6 +102,7 @@ class Parsing:
         for number, row in self.columns.rows(Path(source.source)):
             try:
                 common = {"id": row.identity(), "ballot": 0, "row": number, "values": row.values}
+                common[ORIGIN] = row.origin()
                 if keep:
                     common[KEPT] = row.kept()
                 found = self.form.convert(row)
@@ -134,4 +137,5 @@ def parse(
     numbers = [example.get("row", 0) for example in examples]
     notes = parsing.columns.lacks, parsing.columns.notes
     left_out = parsing.faults, parsing.skipped
-    return ParsedSource(frame, source.source, rows, *left_out, *notes, numbers)
+    origins = [example.get(ORIGIN, NOWHERE) for example in examples]
+    return ParsedSource(frame, source.source, rows, *left_out, *notes, numbers, origins)

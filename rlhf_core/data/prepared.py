@@ -11,7 +11,8 @@ is one vote, as it was cast; the votes on one pair share its id:
     vote             "a", "b" or "tie"
     shown_first      which answer the annotator saw first, "a" or "b"; "" if unknown
     annotator        who voted; "" for an anonymous vote
-    gold             whether the right answer is known, as in a control question
+    gold             whether the right answer is known, as in a control question; with the
+                     annotator `gold` the row is that answer itself, and nobody's vote
     margin           by how much the winner should win, in raw reward; 0 if none was given
     time             when the vote was cast, as the source has it; "" if unknown
     source           where the row comes from
@@ -51,7 +52,13 @@ COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     "prompts": ("id", "prompt"),
 }
 KEPT = "kept"  # a column of preferences and prompts, only where columns of the source are kept
+GOLD = "gold"  # the annotator of known answers; nobody in the preference store is called so
 UNKNOWN = "(unknown)"  # what reports call the value of a row that has none in such a column
+
+
+def known_answers(votes: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of the preferences are known answers, and nobody's votes."""
+    return votes["gold"].astype(bool) & (votes["annotator"] == GOLD)
 
 
 def falls_to_eval(key: str, seed: int, fraction: float) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import TableKind, canonical_prompt
+from rlhf_core.data.prepared import TableKind, canonical_prompt, known_answers
 from rlhf_core.metrics import Between, uncounted
 
 ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
@@ -63,7 +63,12 @@ class Validation(_Facts):
     known_sides: int = Field(description="Votes for which the answer shown first is known")
     timed: int = Field(description="Votes for which the time is known")
     gold: int = Field(description="Votes on pairs whose right answer is known")
-    contradictory_pairs: int = Field(description="Pairs in which each answer won against the other")
+    known_answers: int = Field(
+        0, description="Preferences that are known right answers, and nobody's votes"
+    )
+    contradictory_pairs: int = Field(
+        description="Pairs in which each answer won against the other, by votes of people"
+    )
     shared_prompts: int = Field(description="Prompts on both sides of the split")
     lengths: Sequence[LengthSummary]
     truncated: Mapping[str, int] = Field(description="Texts that the stages will cut, by limit")
@@ -125,8 +130,11 @@ def drop_useless(frame: pd.DataFrame, kind: TableKind) -> tuple[pd.DataFrame, Co
 
 
 def contradictory_pairs(preferences: pd.DataFrame) -> int:
-    """Count the pairs of answers to one prompt in which each won against the other."""
-    decided = preferences[preferences["vote"] != "tie"]
+    """Count the pairs of answers to one prompt in which each won against the other.
+
+    A known answer contradicts nobody: those who voted otherwise were wrong.
+    """
+    decided = preferences[(preferences["vote"] != "tie") & ~known_answers(preferences)]
     matches = decided.assign(prompt=decided["prompt"].map(canonical_prompt), **_matches(decided))
     winners = matches.groupby(["prompt", "first", "second"])["winner"].nunique()
     return int((winners > 1).sum())

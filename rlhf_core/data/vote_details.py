@@ -160,7 +160,11 @@ def _moment(value: Any) -> str:
     return text
 
 
-def _name(value: Any) -> str:
+def name(value: Any) -> str:
+    """A name, as of a source or a licence: a line of text or a whole number; empty when absent.
+
+    Raises: UnlikeError for anything else.
+    """
     name = source(value)
     if len(name) > LONGEST_NAME or "\n" in name:
         raise UnlikeError("bad source", f"{quote(value)} is not a name")
@@ -175,7 +179,7 @@ READERS: Mapping[str, Reader] = {
     "source": source,
 }
 # Every value of a column must pass these for the column to be read by its name.
-_LOOKS_LIKE: Mapping[str, Reader] = {**READERS, "time": _moment, "source": _name}
+_LOOKS_LIKE: Mapping[str, Reader] = {**READERS, "time": _moment, "source": name}
 
 
 def first_unlike(field: str, values: Iterable[tuple[int, Any]]) -> tuple[int, str] | None:

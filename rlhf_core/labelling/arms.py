@@ -12,7 +12,7 @@ reward model would be tested on what it has seen.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -63,11 +63,27 @@ def arm_of(key: str, salt: str, shares: Shares, *, trained_on: bool = False) -> 
             is in the design or in the random arm then.
     """
     place = hashed(key, f"{salt}/arm")
-    if trained_on:
-        place = shares.hold_out + place * (1 - shares.hold_out)
     if place < shares.hold_out:
-        return "hold_out"
+        if not trained_on:
+            return "hold_out"
+        # Shared out anew, so that a prompt in another arm stays there when it gets a vote.
+        place = shares.hold_out + place / shares.hold_out * (1 - shares.hold_out)
     return "random" if place < shares.hold_out + shares.random else "design"
+
+
+class Known(NamedTuple):
+    """A group of nearly equal prompts, and what became of its labels."""
+
+    name: str  # the key of its first prompt, which stays the first whatever else comes in
+    held_out: bool = False  # it has labels, all of them in the hold-out
+    trained_on: bool = False  # it has labels that training may have seen
+
+    def arm(self, salt: str, shares: Shares) -> Arm:
+        """The arm of its next labels: once held out it stays so, and once trained on it is never
+        held out."""
+        if self.held_out and not self.trained_on:
+            return "hold_out"
+        return arm_of(self.name, salt, shares, trained_on=self.trained_on)
 
 
 def interleaved(arms: Mapping[Arm, Sequence[int]], shares: Shares) -> list[int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.labelling.arms import Arm, Shares, arm_of, hashed, interleaved
+from rlhf_core.labelling.arms import Arm, Known, Shares, hashed, interleaved
 from rlhf_core.labelling.design import d_optimal
 from rlhf_core.labelling.probe import Probe
 
@@ -31,6 +31,13 @@ class Waiting:
     asked: Sequence[int]  # (G,) pairs of each group that were labelled or are being labelled
     held_out: frozenset[int]  # groups whose labels were held out
     trained_on: frozenset[int]  # groups with labels that were not
+
+    def arms(self, salt: str, shares: Shares) -> list[Arm]:
+        """The arm of each group."""
+        return [
+            Known(name, group in self.held_out, group in self.trained_on).arm(salt, shares)
+            for group, name in enumerate(self.names)
+        ]
 
 
 class Placed(NamedTuple):
@@ -64,7 +71,7 @@ def order_queue(
             belong to the random arm, until the next time.
         pool: how many pairs of the design are looked at, so that a long queue costs no more.
     """
-    arms = [_arm(waiting, group, salt, shares) for group in range(len(waiting.names))]
+    arms = waiting.arms(salt, shares)
     of: dict[Arm, list[int]] = defaultdict(list)
     drawn = sorted(range(len(waiting.keys)), key=lambda i: hashed(waiting.keys[i], f"{salt}/order"))
     for pair in drawn:
@@ -81,12 +88,6 @@ def order_queue(
         return "random" if arm == "design" and pair not in first else arm
 
     return [Placed(pair, belongs(pair)) for pair in interleaved(of, shares)]
-
-
-def _arm(waiting: Waiting, group: int, salt: str, shares: Shares) -> Arm:
-    if group in waiting.held_out:
-        return "hold_out"
-    return arm_of(waiting.names[group], salt, shares, trained_on=group in waiting.trained_on)
 
 
 def _designed(

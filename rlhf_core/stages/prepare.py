@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +45,9 @@ from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.formats import ParsedSource, parse
 from rlhf_core.data.forms.fields import FIELDS, names_in
 from rlhf_core.data.forms.rows import Reading
+from rlhf_core.data.origins.counts import Origin
+from rlhf_core.data.origins.of_votes import OriginsOfVotes
+from rlhf_core.data.origins.tables import origins_of, shown
 from rlhf_core.data.pairs import all_the_same, with_winners
 from rlhf_core.data.prepared import (
     COLUMNS,
@@ -52,6 +56,7 @@ from rlhf_core.data.prepared import (
     Split,
     TableKind,
     canonical_prompt,
+    known_answers,
     training_texts,
     write_table,
 )
@@ -120,6 +125,13 @@ class TableConfig(Section):
         [],
         description="Columns or dotted paths to keep beside each vote, or beside each prompt: the "
         "report card shows the accuracy by each of their values, and an evaluation the win rate",
+    )
+    licence: str = Field(
+        "",
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="Licence of the rows that name none in a column `licence` or `license`; "
+        "`rlhf lineage` finds models by it",
     )
     limit: int = Field(
         0, ge=0, description="Use only the first rows of each source (rows; 0 = all)"
@@ -284,6 +296,7 @@ class DataConfig(Section):
             self.prompt_template,
             self.prompt_style,
             tuple(dict.fromkeys(table.keep)),
+            licence=table.licence,
         )
 
     @field_validator("preferences", mode="before")
@@ -352,6 +365,7 @@ class DataReport(Report):
     prompts_eval: int
     dropped: int
     ties: int
+    known_answers: int  # among the preferences
     contradictory_pairs: int
     shared_prompts: int
     truncated: int
@@ -382,8 +396,10 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
             write_table(table.side(split), output, kind, split)
     text = validation.model_dump_json(indent=2) + "\n"
     (output / "validation.json").write_text(text, encoding="utf-8")
+    origins = origins_of(tables)
+    origins.write(output)
     logger.progress(3, 3, "data prepared")
-    return _report(validation, _length_histograms(counts))
+    return _report(validation, _length_histograms(counts), shown(origins))
 
 
 def inspect(
@@ -439,7 +455,12 @@ def _simulated(config: DataConfig, seed: int) -> CleanTables:
             kind,
             {
                 "": ParsedSource(
-                    frame.astype(object).assign(ballot=0), "simulated", len(frame), (), {}
+                    frame.astype(object).assign(ballot=0),
+                    "simulated",
+                    len(frame),
+                    (),
+                    {},
+                    origins=[Origin.of(("simulated",), ())] * len(frame),
                 )
             },
         )
@@ -518,6 +539,8 @@ def _parse(
     if named:
         source = replace(source, source=named)
     table = parse(source, kind, settings.fields, config.reading(kind))
+    if named and (known := OriginsOfVotes.beside(Path(path))):
+        table = replace(table, origins=known.of(table.frame, table.origins))
     if tokenizer is not None:
         table = _without_unreadable(table, source, kind, settings, tokenizer)
     if table.faults and config.on_bad_row == "error":
@@ -554,7 +577,8 @@ def _without_unreadable(
     kept = [number not in faults for number in table.numbers]
     every = sorted([*table.faults, *faults.values()], key=lambda fault: fault.number)
     left = [number for number in table.numbers if number not in faults]
-    return replace(table, frame=table.frame[kept], numbers=left, faults=every)
+    origins = list(compress(table.origins, kept))
+    return replace(table, frame=table.frame[kept], numbers=left, faults=every, origins=origins)
 
 
 def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -614,6 +638,7 @@ def _validate(
     day = date.today()
     set_date(tokenizer, day)
     preferences = with_winners(tables["preferences"].frame)
+    known = known_answers(preferences)
     frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
     counts = count_tokens(frames, tokenizer, partial(counted, logger))
     logger.phase("measuring what is cut")
@@ -630,7 +655,8 @@ def _validate(
         ties=int(preferences["tie"].sum()),
         known_sides=int((preferences["shown_first"] != "").sum()),
         timed=int((preferences["time"] != "").sum()),
-        gold=int(preferences["gold"].sum()),
+        gold=int((preferences["gold"].astype(bool) & ~known).sum()),
+        known_answers=int(known.sum()),
         contradictory_pairs=contradictory_pairs(preferences),
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
@@ -656,7 +682,7 @@ def _summary(table: CleanTable) -> TableSummary:
     )
 
 
-def _report(validation: Validation, lengths: "Figure") -> DataReport:
+def _report(validation: Validation, lengths: "Figure", origins: pd.DataFrame) -> DataReport:
     tables = validation.tables
     return DataReport(
         validation=validation,
@@ -668,6 +694,7 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
         prompts_eval=tables["prompts"].eval,
         dropped=sum(sum(table.dropped.values()) for table in tables.values()),
         ties=validation.ties,
+        known_answers=validation.known_answers,
         contradictory_pairs=validation.contradictory_pairs,
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),
@@ -677,6 +704,7 @@ def _report(validation: Validation, lengths: "Figure") -> DataReport:
             "data_rows": validation.rows_table(),
             "data_lengths": validation.lengths_table(),
             "data_truncated": validation.truncated_table(),
+            "data_origins": origins,
         },
         figures={"data_lengths": lengths},
     )

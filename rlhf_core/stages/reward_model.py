@@ -50,7 +50,7 @@ from rlhf_core.data.pairs import (
     smoothing,
     with_winners,
 )
-from rlhf_core.data.prepared import Split, read_table
+from rlhf_core.data.prepared import GOLD, Split, read_table
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
@@ -116,7 +116,7 @@ class RewardModelConfig(TrainingSection):
         "and keeps that out of the rewards",
     )
     gold_annotator: str = Field(
-        "gold",
+        GOLD,
         min_length=1,
         description="With aware: votes of this annotator that are marked as gold are known answers",
     )

@@ -174,7 +174,11 @@ class Annotators:
         return vote_logits(facts.cast(gap.double(), torch.arange(len(gap))), values)
 
     def table(self) -> pd.DataFrame:
-        """A row for each annotator with votes, the least reliable first; gold is not among them."""
+        """A row for each annotator with votes, the least reliable first; gold is not among them.
+
+        `length_unit` (characters) and `reward_gap`, the root mean square of r(chosen) - r(rejected)
+        over the votes, are what `length` and `reliability` have to be read with.
+        """
         counts = torch.bincount(self.facts.annotator, minlength=len(self.facts.names))
         known = torch.bincount(
             self.facts.annotator, self.facts.side.abs(), minlength=len(self.facts.names)
@@ -184,6 +188,9 @@ class Annotators:
         for place, name in enumerate(names):
             columns[name] = self.habits.values[:, place]
             columns[f"{name}_sd"] = self.habits.deviations[:, place]
+        gap = self._gaps[self._seen].square().mean().sqrt().item() if self._seen.any() else 0.0
+        columns["length_unit"] = torch.full((len(counts),), self.facts.unit)
+        columns["reward_gap"] = torch.full((len(counts),), gap)
         frame = pd.DataFrame({name: list(map(_plain, x)) for name, x in columns.items()})
         frame = frame[1:][frame["votes"][1:] > 0]
         return frame.sort_values(["reliability", "annotator"], ignore_index=True)

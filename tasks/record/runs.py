@@ -102,6 +102,16 @@ class Runs:
         """The stages with this key, whatever came of them, newest first."""
         return list(self._search([experiment], _tagged(tags.KEY, key)))
 
+    def of_snapshot(self, snapshot: str) -> list[Run]:
+        """The runs of all projects that read a snapshot of votes, by its address."""
+        experiments = [found.experiment_id for found in self._client.search_experiments()]
+        return list(self._search(experiments, _tagged(tags.SNAPSHOT, snapshot), OLDEST_FIRST))
+
+    def of_data(self, digest: str) -> list[Run]:
+        """The runs of all projects that made or read prepared data, by their digest."""
+        experiments = [found.experiment_id for found in self._client.search_experiments()]
+        return list(self._search(experiments, _tagged(tags.DATA_DIGEST, digest), OLDEST_FIRST))
+
     # ---- judges ----
 
     def verdicts(self, experiment: str) -> list[Run]:

@@ -56,6 +56,8 @@ ITERATION: Final = "iteration"  # of a milestone
 COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
+ERASED: Final = "erased"  # a sentence: it learnt from a person who was erased; also of a run
+RETIRED_ALIASES: Final = "retired_aliases"  # that it had until then
 ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"
 ROLLED_BACK_BY: Final = "rolled_back_by"
@@ -82,18 +84,25 @@ VERDICTS: Final = "judge_verdicts"  # of STAGE: a run that keeps what judges sai
 FEEDBACK_REPORT: Final = "feedback_report"  # of STAGE: what annotators agree on
 QUEUE_ORDER: Final = "queue_order"  # of STAGE: what the order of a queue of pairs saves
 WAITING: Final = "waiting"  # of APPROVED
+ERASURE: Final = "erasure"  # of STAGE: a run with the certificate of an erasure
 NOBODY: Final = "none"  # in place of a version
 
 # ---- families ----
 _OUTPUT: Final = "output."
 _ALARM: Final = "alarm."
 _PARENT: Final = "parent."
+_INPUT: Final = "input."
 DATA, RESULT = "data", "result"  # outputs other than models
 
 
 def input_of(role: str) -> str:
     """The tag of an input, by its role."""
-    return f"input.{role}"
+    return f"{_INPUT}{role}"
+
+
+def inputs(tags: Mapping[str, str]) -> dict[str, str]:
+    """The addresses of all inputs of a run, by role."""
+    return {name.removeprefix(_INPUT): uri for name, uri in tags.items() if name.startswith(_INPUT)}
 
 
 def input_digest_of(role: str) -> str:
@@ -136,6 +145,13 @@ def alarms(tags: Mapping[str, str]) -> dict[str, str]:
 def parent_of(role: str) -> str:
     """The tag of the version that a version was trained from, by its role."""
     return f"{_PARENT}{role}"
+
+
+def parents(tags: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a version was trained from, by role."""
+    return {
+        name.removeprefix(_PARENT): uri for name, uri in tags.items() if name.startswith(_PARENT)
+    }
 
 
 def as_copy(

@@ -81,6 +81,15 @@ def sweep(root: Path, days: float) -> None:
             continue  # it has just been removed, or is another user's
 
 
+def discard(folder: Path) -> bool:
+    """Remove a folder, unless a process holds it; whether it was removed."""
+    if (lock := _lock(folder, touch=False)) is None:
+        return False
+    with lock:
+        _remove(folder)
+    return True
+
+
 def empty(folder: Path) -> None:
     """Empty a folder that this process holds, except for its lock."""
     for path in folder.iterdir():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
+from rlhf_core.errors import ModelError
 from tasks.prefect import events
 from tasks.record import tags
 from tasks.record.record import Record
@@ -44,13 +45,21 @@ def crown(
     by: str,
     how: Literal["promotion", "rollback"] = "promotion",
 ) -> None:
-    """Make a version the champion, and record the previous one as its predecessor."""
+    """Make a version the champion, and record the previous one as its predecessor.
+
+    Raises: ModelError for a version that learnt from somebody who was erased.
+    """
+    _refuse_erased(record, new)
     record.store.add_tags(new, {tags.PROMOTED_AT: now(), tags.REPLACED: tags.name_of(old)})
     _move(record, new, old, how=how, by=by)
 
 
 def take_back(record: Record, champion: ModelRef, target: ModelRef, *, by: str) -> None:
-    """Make `target` the champion; `champion` is not promoted again without a person."""
+    """Make `target` the champion; `champion` is not promoted again without a person.
+
+    Raises: ModelError for a target that learnt from somebody who was erased.
+    """
+    _refuse_erased(record, target)
     back: Mapping[str, str] = {
         tags.ROLLED_BACK_AT: now(),
         tags.ROLLED_BACK_TO: target.uri,
@@ -63,6 +72,14 @@ def take_back(record: Record, champion: ModelRef, target: ModelRef, *, by: str) 
         _move(record, target, champion, how="rollback", by=by)
     else:
         crown(record, target, champion, how="rollback", by=by)
+
+
+def _refuse_erased(record: Record, ref: ModelRef) -> None:
+    if tags.ERASED in record.store.tags(ref):
+        raise ModelError(
+            f"{ref.uri} learnt from votes of a person who was erased since, so it does not become "
+            "the champion; train again on the votes that are left"
+        )
 
 
 def _move(

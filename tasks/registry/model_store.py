@@ -13,6 +13,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.errors import ModelError
@@ -144,6 +145,20 @@ class MlflowModelStore:
                 return None
             raise
         return ModelRef(name=name, version=int(found.version))
+
+    def aliases(self, ref: ModelRef) -> list[str]:
+        """The aliases that point to a version, in alphabetical order."""
+        found = self._client.get_registered_model(ref.name).aliases
+        return sorted(name for name, version in found.items() if str(version) == str(ref.version))
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Have an alias point to no version."""
+        self._client.delete_registered_model_alias(name, alias)
+
+    def remove_files(self, ref: ModelRef) -> None:
+        """Delete the files of a version for good; the version stays, and says what it was."""
+        location = self._client.get_model_version_download_uri(ref.name, str(ref.version))
+        get_artifact_repository(location, tracking_uri=self._client.tracking_uri).delete_artifacts()
 
     def tags(self, ref: ModelRef) -> dict[str, str]:
         """The tags of a version."""

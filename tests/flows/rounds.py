@@ -1,8 +1,7 @@
 """A small loop for tests: its settings, votes that come from elsewhere, and what was asked."""
 
-from tasks.feedback.store.judgments import ASK
 from tasks.feedback.store.records import Answer, Ballot, NewPair
-from tasks.feedback.store.tables import Batch
+from tasks.feedback.store.tables import ASK, Batch
 
 LENIENT = {
     "min_win_rate": 0.0,

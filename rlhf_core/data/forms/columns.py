@@ -23,6 +23,7 @@ from rlhf_core.data.forms.fields import (
 from rlhf_core.data.forms.messages import parsed, unpacked
 from rlhf_core.data.forms.rows import Reading, SourceRow, read_margin
 from rlhf_core.data.forms.table import Form, entries, in_source, is_present
+from rlhf_core.data.origins.columns import OriginColumns
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.data.vote_details import DETAILS, OF_A_VOTE, Sides, UnlikeError, first_unlike
@@ -60,7 +61,8 @@ class Columns:
                 "and rejected share, up to its last end of a sentence or line, is taken as the "
                 f"prompt; if that is wrong, map 'prompt' in data.{kind}.fields"
             )
-        self.notes += [*self._brackets(), *self._unread()]
+        self.origins = OriginColumns(source, kind, names, find, reading.licence)
+        self.notes += [*self.origins.notes, *self._brackets(), *self._unread()]
         self.seen = Counter[str]()
 
     def rows(self, path: Path) -> Iterator[tuple[int, SourceRow]]:
@@ -77,6 +79,7 @@ class Columns:
             details=self.details,
             file=path.name,
             seen=self.seen,
+            origins=self.origins,
         )
         stem = path.stem
         return ((n, make(values, place=f"{stem}-{n}")) for n, values in self.source.rows)
@@ -167,13 +170,15 @@ class Columns:
         optional = set(DETAILS) - self.details | (set() if self.system else {"system"})
         places = [self._name(field) for field in (self.form.needs | self.form.reads) - optional]
         inside = [name for place in places for name in names_in(place)]
-        return {*places, *inside, *names_in(self.reading.template)}
+        own = self.origins.places.values()
+        return {*places, *inside, *own, *names_in(self.reading.template)}
 
     def _unread(self) -> Iterator[str]:
         """Notes on the columns that hold text, and on entries of lists, that are not read."""
         source, read = self.source, self._places()
         # Those columns have a note of their own.
-        noted = {field for field in (*DETAILS, "system") for n in self.notes if f"'{field}'" in n}
+        alone = (*DETAILS, "system", "licence", "license")
+        noted = {field for field in alone for n in self.notes if f"'{field}'" in n}
         unread = unread_texts(source, read, {*self.reading.ignore, *self.reading.keep, *noted})
         if unread:
             yield self._unread_note(unread)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.forms.rows import SkippedRowError, SourceRow
+from rlhf_core.data.origins.counts import ORIGIN
 from rlhf_core.data.prepared import canonical_prompt
 from rlhf_core.data.sources import Row
 
@@ -143,6 +144,11 @@ def compare_rated(answers: list[Row]) -> tuple[list[Row], Mapping[str, int]]:
     return pairs, {reason: alone} if alone else {}
 
 
+def of_both(one: Row, other: Row) -> Row:
+    """Where a pair of two rows comes from, if they say that."""
+    return {ORIGIN: one[ORIGIN].beside(other[ORIGIN])} if ORIGIN in one else {}
+
+
 def _rated_pair(one: Row, other: Row) -> Row:
     lead = one["score"] - other["score"]
     return {
@@ -151,4 +157,5 @@ def _rated_pair(one: Row, other: Row) -> Row:
         **{"response_a": one["response"], "response_b": other["response"]},
         **{"entry_a": one.get("values"), "entry_b": other.get("values")},
         "margin": abs(lead) * one["scale"],
+        **of_both(one, other),
     }

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
+from rlhf_core.data.origins.columns import OF_ANY_ROW
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row, SourceRows
 from rlhf_core.data.vote_details import DETAILS
@@ -25,14 +26,16 @@ FIELDS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": (
         *("id", "prompt", "system", "response", "messages"),
         *("parent", "role", "text", "rank", "tree"),
+        *OF_ANY_ROW,
     ),
     "preferences": (
         *("id", "prompt", "system", "chosen", "rejected", "margin", "annotator"),
         *("response_a", "response_b", "votes", "vote", "preference", "score_a", "score_b"),
         *("answers", "answer", "response", "score", "rank", "parent", "role", "text", "tree"),
         *DETAILS,
+        "licence",
     ),
-    "prompts": ("id", "prompt", "system"),
+    "prompts": ("id", "prompt", "system", *OF_ANY_ROW),
 }
 _NAME = r"\w[\w .\-/]*"
 _PLACE = re.compile(rf"\{{\{{({_NAME})\}}\}}|\{{({_NAME})\}}")  # {{name}} or {name}

@@ -20,6 +20,8 @@ from rlhf_core.data.forms.fields import (
     is_template,
     names_in,
 )
+from rlhf_core.data.origins.columns import OddNameError, OriginColumns
+from rlhf_core.data.origins.counts import Origin
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row
 from rlhf_core.data.vote_details import OF_A_VOTE, READERS, Sides, UnlikeError, quote
@@ -52,6 +54,7 @@ class Reading:
     keep: Sequence[str] = ()  # columns and dotted paths to keep beside a vote or a prompt
     # what more a vote may be called, by `word`; unlike `votes`, data may have none of them
     words: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""  # of rows that name none
 
 
 class VoteOfRow(NamedTuple):
@@ -88,6 +91,7 @@ class SourceRow:
     details: frozenset[str]  # the details of a vote to read
     file: str  # the name of the source
     seen: Counter[str]  # counts prompts, and text prompts
+    origins: OriginColumns
 
     # --- prompts and answers
 
@@ -225,6 +229,14 @@ class SourceRow:
     def source(self) -> str:
         """Where the row comes from: its own field, or else the name of the source."""
         return str(self._detail("source", {})) or self.file
+
+    def origin(self) -> Origin:
+        """Where the row comes from, and under which licence."""
+        source = self.source() if self.kind == "preferences" else self.file
+        try:
+            return self.origins.of(self.values, source)
+        except OddNameError as error:
+            raise BadRowError(error.place, error.category, str(error)) from error
 
     def kept(self) -> dict[str, str]:
         """The columns to keep, as text; empty where the row has none."""

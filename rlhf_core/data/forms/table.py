@@ -19,6 +19,7 @@ from rlhf_core.data.forms.fields import (
 from rlhf_core.data.forms.messages import begins_a_dialogue, unpacked
 from rlhf_core.data.forms.published import hint
 from rlhf_core.data.forms.rows import Reading, SourceRow
+from rlhf_core.data.origins.columns import OF_ANY_ROW
 from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row, SourceRows
 from rlhf_core.data.vote_details import OF_A_VOTE, UnlikeError
@@ -160,7 +161,8 @@ def _require_meaning(
             "'response_b' and 'vote', or remove shown_first from the fields"
         )
     read_by = f"{source.source} is read by {' and '.join(sorted(form.needs))}"
-    unused = [field for field in names if field not in form.needs | form.reads]
+    read = form.needs | form.reads | set(OF_ANY_ROW)
+    unused = [field for field in names if field not in read]
     if unused:
         raise DataError(
             f"data.{kind}.fields maps '{unused[0]}', but {read_by}, beside which it has no "

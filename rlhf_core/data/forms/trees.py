@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_core.data.encoding import Message
-from rlhf_core.data.forms.examples import near
+from rlhf_core.data.forms.examples import near, of_both
 from rlhf_core.data.forms.fields import is_filled
 from rlhf_core.data.forms.messages import messages
 from rlhf_core.data.forms.rows import BadRowError, SourceRow
@@ -94,6 +94,7 @@ def compare_replies(nodes: list[Row]) -> tuple[list[Row], Mapping[str, int]]:
                 "vote": "tie" if one["rank"] == other["rank"] else "a",
                 **{"shown_first": "", "annotator": "", "gold": False, "margin": 0.0, "time": ""},
                 "source": one["source"],
+                **of_both(one, other),
             }
             for one, other in near(ranked)
         ]
@@ -112,7 +113,8 @@ def best_replies(nodes: list[Row]) -> tuple[list[Row], Mapping[str, int]]:
         left["replies that are not the best"] += len(replies) - 1
         reply = min(ranked or replies, key=lambda reply: reply["rank"] or 0.0)
         response = reply["message"]["content"]
-        best.append({"id": reply["id"], "ballot": 0, "prompt": context, "response": response})
+        made = {"id": reply["id"], "ballot": 0, "prompt": context, "response": response}
+        best.append({**made, **of_both(reply, reply)})
     return best, +left
 
 

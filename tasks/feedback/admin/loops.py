@@ -3,9 +3,8 @@
 from sqlalchemy import select
 
 from tasks.feedback.store import audit, clock
-from tasks.feedback.store.judgments import ASK
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Batch
+from tasks.feedback.store.tables import ASK, Batch
 
 
 def stop(project: FeedbackProject, by: str, batch: int | None = None) -> list[str]:

@@ -12,7 +12,15 @@ from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Assignment, Batch, BatchPair, Judgment, Pair
+from tasks.feedback.store.tables import (
+    MACHINE,
+    Annotator,
+    Assignment,
+    Batch,
+    BatchPair,
+    Judgment,
+    Pair,
+)
 
 DAYS, HOURS = 14, 24
 BATCHES = 25  # on a page
@@ -69,7 +77,10 @@ def throughput(project: FeedbackProject) -> Throughput:
     hour = now.replace(minute=0, second=0, microsecond=0)
     first_day = now.date() - timedelta(days=DAYS - 1)
     since = datetime(first_day.year, first_day.month, first_day.day, tzinfo=UTC)
-    here = [Judgment.project_id == project.id, Judgment.vote.in_(CHOICES), counts()]
+    here = [
+        *(Judgment.project_id == project.id, Judgment.kind != MACHINE),
+        *(Judgment.vote.in_(CHOICES), counts()),
+    ]
     with project.database.reading() as session:
         label = _hour(project.database)
         rows = session.execute(

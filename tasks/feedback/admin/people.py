@@ -15,6 +15,7 @@ from tasks.feedback.store.people import INVITATION_DAYS
 from tasks.feedback.store.records import CHOICES, Role
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
+    JUDGE,
     Annotator,
     GoldAnswer,
     Identity,
@@ -114,7 +115,7 @@ class Roster:
         query = (
             select(Annotator, Identity)
             .outerjoin(Identity, Identity.annotator_id == Annotator.id)
-            .where(Annotator.project_id == self._project.id)
+            .where(Annotator.project_id == self._project.id, Annotator.via != JUDGE)
             .order_by(Annotator.id)
         )
         if search:
@@ -268,6 +269,8 @@ class Roster:
         found = session.get(Annotator, id_)
         if found is None or found.project_id != self._project.id:
             raise UserError("There is no such person in this project.")
+        if found.via == JUDGE:
+            raise UserError(f"{found.pseudonym} is a machine: it has no name, link or session.")
         return found
 
 

@@ -21,8 +21,7 @@ from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.starting import key_of
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import ASK
-from tasks.feedback.store.tables import Batch
+from tasks.feedback.store.tables import ASK, Batch
 from tasks.prefect.ui import artifact_key, show_page, stage_task
 from tasks.record import tags
 from tasks.record.record import Record

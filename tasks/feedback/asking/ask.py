@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -32,9 +32,10 @@ from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
-from tasks.feedback.store.judgments import ASK, JUDGE
 from tasks.feedback.store.records import Answer, NewPair
+from tasks.feedback.store.tables import ASK, JUDGE
 from tasks.prefect.ui import ArtifactDisplay, artifact_key, show_link, stage_task
 from tasks.record import tags
 from tasks.record.record import Record
@@ -67,11 +68,26 @@ class Asked(BaseModel):
     held_out: int  # prompts of the file that are held out for evaluation
     where: str  # people label there
     then: str = ""  # the deployment that it starts once it is complete
+    judge: str = ""  # the machine that answers pairs as well; "" = none
+    alone: int = 0  # pairs that it answers without people
+    audited: int = 0  # pairs of which it is sure, and which people answer all the same
+    unsure: int = 0  # pairs that it has left to people
 
     @property
     def sentence(self) -> str:
         """What came of it, in words."""
-        parts = [f"{self.pairs:,} pairs on {self.prompts:,} prompts wait in the batch {self.batch}"]
+        asked = self.pairs - self.alone
+        parts = [f"{asked:,} pairs on {self.prompts:,} prompts wait in the batch {self.batch}"]
+        if self.judge:
+            parts.append(
+                f"{self.alone:,} more are answered by {self.judge} alone; of those that wait, it "
+                f"was unsure of {self.unsure:,}, and {self.audited:,} are its audit"
+            )
+            if rest := asked - self.unsure - self.audited:
+                parts.append(
+                    f"{rest:,} have no answer of it: it gave none, they were asked about before, "
+                    "or their prompts are held out"
+                )
         if self.identical:
             parts.append(f"{self.identical:,} pairs of equal answers are not asked about")
         if self.empty:
@@ -122,6 +138,10 @@ def ask(
     record = Record.open(settings, patient=True)
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
+    judge = config.judge if config.judge.source else None
+    if judge is not None:
+        logger.phase("looking at the judge")
+        look_at(judge, config.project, record)
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -129,6 +149,8 @@ def ask(
         *([ref.uri for ref in refs], lengths, source.content, config.seed, config.prompts),
         *(config.answers, config.pairs, config.evaluation),
     ]
+    if judge is not None:
+        facts += ["judge", judge.name, judge.source, judge.endpoint.model, judge.endpoint.template]
     name = f"{ASK}-{policy.name}-{policy.version}-{digest(facts)[:8]}"
     with opened(settings, make=True) as store:
         project = store.project(config.project, make=True)
@@ -155,14 +177,24 @@ def ask(
                 logger.progress(start, len(source.prompts), "prompts")
                 some = source.prompts[start : start + AT_ONCE]
                 new, left_out = _pairs(config, speakers, some, start, source, logger)
-                pairs = [replace(pair, wanted=votes) for pair in new]
+                # What a judge is asked first is in no queue until it has answered.
+                pairs = new if judge is not None else [replace(p, wanted=votes) for p in new]
                 project.content.add(pairs, batch=batch)
                 counts.update(left_out)
                 batches.keep(project, batch, {"done": start + len(some), **counts})
+            del speakers  # a judge may need the room
         logger.progress(len(source.prompts), len(source.prompts), "prompts")
-        if "asked" not in before:
-            batches.keep(project, batch, {"asked": True})
         found = len(batches.pairs_of(project.database, batch))
+        judged: dict[str, Any] = {}
+        if judge is not None:
+            who, became = judge_batch(
+                project, batch, judge, config.router, wanted=votes, priority=config.priority,
+                record=record, logger=logger,
+            )  # fmt: skip
+            judged = {"judge": who.name, "alone": became.alone}
+            judged |= {"audited": became.audited, "unsure": became.unsure}
+        if "asked" not in before:  # from now on it may be complete
+            batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,
         batch=name,
@@ -173,6 +205,7 @@ def ask(
         where=settings.label_public_url,
         then=config.then,
         **{what: counts[what] for what in LEFT_OUT},
+        **judged,
     )
     log.info("%s", asked.sentence)
     return asked

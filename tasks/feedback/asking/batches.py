@@ -26,9 +26,18 @@ from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
-from tasks.feedback.store.judgments import ASK, JUDGE
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Annotator, Batch, BatchPair, GoldAnswer, Judgment, Pair
+from tasks.feedback.store.tables import (
+    ASK,
+    JUDGE,
+    MACHINE,
+    Annotator,
+    Batch,
+    BatchPair,
+    GoldAnswer,
+    Judgment,
+    Pair,
+)
 from tasks.settings import Settings
 
 SKIPS = 2  # by so many people, and a pair is given up
@@ -121,7 +130,7 @@ def _counting(project: int, pairs: Sequence[int]) -> Any:
         .where(
             Judgment.project_id == project,
             Judgment.pair_id.in_(pairs),
-            Judgment.kind != "repeat",
+            Judgment.kind.not_in(("repeat", MACHINE)),
             Judgment.vote != "withdrawn",
             ~exists().where(later.replaces_id == Judgment.id),
         )

@@ -5,6 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.config import FileOrHub, Section
+from rlhf_core.labelling.router import RouterConfig
+from tasks.feedback.routing.config import AskJudgeConfig
 
 DEPLOYMENT = r"^([^/\s][^/]*/[^/]*[^/\s])?$"
 _VERSION = r"models:/[A-Za-z0-9][A-Za-z0-9._-]*(/[1-9][0-9]*|@[A-Za-z0-9_-]+)"
@@ -101,6 +103,15 @@ class AskConfig(Section):
         "", max_length=300, description="Licence of prompts and answers, kept with each pair"
     )
 
+    judge: AskJudgeConfig = Field(
+        default_factory=AskJudgeConfig,
+        description="A machine that answers each new pair beside people; by default none",
+    )
+    router: RouterConfig = Field(
+        default_factory=RouterConfig,
+        description="Which of its answers stand alone, where there is a judge",
+    )
+
     @model_validator(mode="after")
     def _there_are_pairs(self) -> Self:
         if not self.against and self.answers < 2:
@@ -121,5 +132,10 @@ class AskConfig(Section):
         if self.evaluation and self.then:
             raise ValueError(
                 "votes on held-out prompts are in no training: leave `then` out, or evaluation"
+            )
+        if self.evaluation and self.judge.source:
+            raise ValueError(
+                "evaluation asks people alone, and judge is for pairs to train on: leave one of "
+                "them out; judge.source of a pipeline compares policies"
             )
         return self

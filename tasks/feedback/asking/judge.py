@@ -10,9 +10,9 @@ from rlhf_core.judges.judge import Pair, Verdict
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store.content import EXCHANGED, digest
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.records import Answer, NewPair
 from tasks.feedback.store.store import FeedbackProject
+from tasks.feedback.store.tables import JUDGE
 from tasks.settings import Settings
 
 log = logging.getLogger(__name__)

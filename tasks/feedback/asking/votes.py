@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from rlhf_core.data.origins.of_votes import write_beside
 from rlhf_core.errors import DataError
 from rlhf_core.stages.prepare import LATEST, DataConfig
 from tasks.registry.refs import SnapshotRef
@@ -65,7 +66,8 @@ def patiently(call: Callable[[], T], settings: Settings) -> T:
 
 
 def fetch_snapshot(ref: SnapshotRef, folder: Path, settings: Settings) -> Path:
-    """Write the votes of a snapshot as JSON lines, and return the file.
+    """Write the votes of a snapshot as JSON lines, and return the file; beside it lies what the
+    store knows of where they come from.
 
     Raises: DataError when the store has no such snapshot; StoreError.
     """
@@ -75,9 +77,13 @@ def fetch_snapshot(ref: SnapshotRef, folder: Path, settings: Settings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     part = to.with_suffix(".part")
 
+    from tasks.lineage.votes import licences_of, origins_of  # the database takes a second
+
     def write() -> None:
         with opened(settings) as store:
-            store.project(ref.project).snapshots.write(ref.digest, part)
+            project = store.project(ref.project)
+            project.snapshots.write(ref.digest, part)
+            write_beside(to, origins_of(project, ref.digest), licences_of(project))
 
     patiently(write, settings)
     part.replace(to)

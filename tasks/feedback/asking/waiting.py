@@ -27,8 +27,8 @@ from tasks.feedback.asking import batches
 from tasks.feedback.asking.starting import Looked, start_ready
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store import clock
-from tasks.feedback.store.judgments import JUDGE
 from tasks.feedback.store.store import Store
+from tasks.feedback.store.tables import JUDGE
 from tasks.prefect.approval import can_be_resumed
 from tasks.prefect.ui import PrefectRun
 from tasks.record import tags

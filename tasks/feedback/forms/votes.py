@@ -34,10 +34,9 @@ from tasks.feedback.forms.checks import MOST, Pseudonyms
 from tasks.feedback.forms.known import MARK
 from tasks.feedback.forms.options import OURS, Entry, ImportOptions
 from tasks.feedback.forms.stored import StoredPair
-from tasks.feedback.store.judgments import CastVote
+from tasks.feedback.store.judgments import KINDS, CastVote
 from tasks.feedback.store.records import Answer, Ballot, NewPair
 
-KINDS = ("fresh", "gold", "repeat", "import")
 _TEXTS = (
     *("format", "id", "prompt", "prompt_type", "response_a", "response_b", "vote", "shown_first"),
     *("annotator", "gold_answer", "time", "note", "reason", "kind", "source"),

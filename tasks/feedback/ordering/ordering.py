@@ -7,6 +7,7 @@ say what the order has saved so far.
 """
 
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,14 +19,14 @@ from rlhf_core.labelling.arms import Shares, hashed
 from rlhf_core.labelling.features import pair_features
 from rlhf_core.labelling.order import order_queue
 from rlhf_core.labelling.probe import Probe, Space, fit_probe, no_votes, space_of
-from rlhf_core.labelling.saved import Savings
-from rlhf_core.labelling.savings import Votes, estimate_savings, keeps_design
+from rlhf_core.labelling.saved import SETTLED, Savings
+from rlhf_core.labelling.savings import FEWEST, Votes, estimate_savings, keeps_design
 from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator
-from tasks.feedback.ordering.outcome import QueueOrder, remember
+from tasks.feedback.ordering.outcome import QueueOrder, last_order, remember
 from tasks.feedback.ordering.reading import CountedVote, Queued, read_queue
-from tasks.feedback.store.judgments import HOLD_OUT
 from tasks.feedback.store.store import FeedbackProject
+from tasks.feedback.store.tables import HOLD_OUT
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef
 
@@ -52,15 +53,16 @@ def order_project(
 
     Raises: ModelError when the model does not exist or is no reward model.
     """
+    began = time.monotonic()
     queue = read_queue(project)
     shares = shares or Shares()
-    found = model or newest_reward_model(record, project.name)
+    found = model or newest_reward_model(record, project.name, last_order(project))
     view = None
     if found is not None and (queue.votes or queue.waiting):
         view = _View(queue, record, found, device)
-    savings = None if view is None else _savings(queue, view, project.name)
+    savings = None if view is None else _savings(queue, view, project.name, shares)
     ordered = sum(bool(queue.pairs[vote.pair].arm) for vote in queue.votes)
-    by_design = view is not None and keeps_design(savings, ordered)
+    by_design = view is not None and _goes_on(queue, savings)
     waiting = queue.waiting
 
     def features(some: list[int]) -> Tensor:
@@ -78,14 +80,38 @@ def order_project(
     placed = project.content.prioritise(
         (queue.pairs[waiting[place.pair]].id, place.arm) for place in places
     )
-    return remember(project, by, "" if found is None else found.uri, placed, ordered, by_design,
-                     savings)  # fmt: skip
+    return remember(
+        project,
+        by,
+        "" if found is None else found.uri,
+        placed,
+        ordered,
+        by_design,
+        savings,
+        seconds=round(time.monotonic() - began, 1),
+    )
 
 
-def newest_reward_model(record: Record, project: str) -> ModelRef | None:
-    """The newest reward model of the pipeline of this project; None if there is none."""
-    versions = record.store.versions(f"{project}-reward")
-    return ModelRef(name=f"{project}-reward", version=max(versions)) if versions else None
+def newest_reward_model(
+    record: Record, project: str, last: QueueOrder | None = None
+) -> ModelRef | None:
+    """The newest version of the reward model that ordered the queue last, or else of that of the
+    pipeline of the project's name; None if there is none."""
+    names = [f"{project}-reward"]
+    if last is not None and last.model:
+        names.insert(0, ModelRef.parse(last.model).name)
+    for name in names:
+        if versions := record.store.versions(name):
+            return ModelRef(name=name, version=max(versions))
+    return None
+
+
+def _goes_on(queue: Queued, savings: Savings | None) -> bool:
+    """Whether the design goes on, by the votes since it began. Where it has had its votes, and the
+    other arms are too small to tell what they saved, nothing is known to be saved."""
+    since = queue.since_design()
+    untold = savings is None and len(queue.of_arm("design")) >= FEWEST
+    return keeps_design(savings, since) and not (untold and since >= SETTLED)
 
 
 # ---- the model's view ----
@@ -138,15 +164,17 @@ def _outcomes(votes: Sequence[CountedVote]) -> Tensor:
     return torch.tensor([vote.outcome for vote in votes], dtype=torch.float64)
 
 
-def _savings(queue: Queued, view: _View, salt: str) -> Savings | None:
+def _savings(queue: Queued, view: _View, salt: str, shares: Shares) -> Savings | None:
+    arms = queue.arms(salt, shares)
+
     def votes(some: Sequence[CountedVote]) -> Votes:
         groups = torch.tensor([queue.groups[v.pair] for v in some], dtype=torch.int64)
         return Votes(view.features([v.pair for v in some]), _outcomes(some), groups)
 
     return estimate_savings(
         votes(queue.of_arm("design")),
-        votes(queue.of_arm("random")),
+        votes(queue.control(arms)),
         votes(queue.tested()),
-        votes(queue.of_arm("")),
+        votes(queue.before(arms)),
         generator=generator(0, f"labelling/{salt}"),
     )

@@ -9,11 +9,10 @@ from sqlalchemy import select
 
 from rlhf_core.functional.interval import Interval
 from rlhf_core.labelling.saved import SETTLED, Savings
+from tasks.feedback.ordering.arrivals import ORDER
 from tasks.feedback.store import audit
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import AuditEntry
-
-ACTION = "order"  # in the log
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,18 @@ class QueueOrder:
     votes: int  # cast on ordered pairs
     by_design: bool  # False: in random order, for lack of a model or since nothing is saved
     savings: Savings | None  # None: too few votes to say
+    seconds: float = 0.0  # that it took
 
     @property
     def sentence(self) -> str:
         """What an admin should know."""
         if not self.model:
             return "In random order: the project has no reward model yet."
+        if self.savings is None and not self.by_design:
+            return (
+                f"In random order: after {self.votes:,} votes the random arm and the hold-out are "
+                "too small to say whether the other order saves labels."
+            )
         if self.savings is None:
             return f"Most informative first, by {self.model}; too few votes to say what that saves."
         value, low, high = (f"{100 * share:.0f} %" for share in self.savings.saved)
@@ -48,6 +53,7 @@ class QueueOrder:
             "labelling/votes": float(self.votes),
             "labelling/placed": float(self.placed),
             "labelling/by_design": float(self.by_design),
+            "labelling/seconds": self.seconds,
         }
         if self.savings is not None:
             saved, labels = self.savings.saved, self.savings.labels
@@ -67,7 +73,7 @@ class QueueOrder:
 
 def last_order(project: FeedbackProject) -> QueueOrder | None:
     """How the queue was put in order last, with the estimate; None if it never was."""
-    query = select(AuditEntry).filter_by(project_id=project.id, action=ACTION)
+    query = select(AuditEntry).filter_by(project_id=project.id, action=ORDER)
     with project.database.reading() as session:
         entry = session.scalar(query.order_by(AuditEntry.id.desc()).limit(1))
     if entry is None:
@@ -85,6 +91,8 @@ def remember(
     votes: int,
     by_design: bool,
     savings: Savings | None,
+    *,
+    seconds: float = 0.0,
 ) -> QueueOrder:
     """Keep what was done in the log of the project."""
     details: dict[str, Any] = {
@@ -93,12 +101,19 @@ def remember(
         "votes": votes,
         "by_design": by_design,
         "savings": None if savings is None else asdict(savings),
+        "seconds": seconds,
     }
     with project.database.writing(project.id) as session:
-        audit.note(session, project.id, by, ACTION, project.name, details)
+        audit.note(session, project.id, by, ORDER, project.name, details)
     found = last_order(project)
     assert found is not None
     return found
+
+
+def begin(project: FeedbackProject, by: str) -> None:
+    """Have pairs that come in get their arms, if the rules want an order and there was none."""
+    if project.rules.ordered and last_order(project) is None:
+        remember(project, by, "", 0, 0, False, None)
 
 
 def _savings_of(details: Mapping[str, Any] | None) -> Savings | None:

@@ -4,16 +4,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import exists, select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import aliased
 
 from rlhf_core.data.encoding import Prompt as PromptText
-from rlhf_core.data.near import near_groups
+from rlhf_core.data.near import NearGroups
 from rlhf_core.data.prepared import prompt_key
+from rlhf_core.labelling.arms import Arm, Shares
 from rlhf_core.labelling.order import Waiting
-from tasks.feedback.store.judgments import HOLD_OUT, JUDGE
+from tasks.feedback.ordering.arrivals import of_a_judge
+from tasks.feedback.ordering.places import has_come, wish_of
 from tasks.feedback.store.store import FeedbackProject
-from tasks.feedback.store.tables import Batch, BatchPair, Pair, Prompt, Response
+from tasks.feedback.store.tables import AUDITED, HOLD_OUT, JUDGED, MACHINE, Pair, Prompt, Response
 
 _OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 ROWS = 2000  # fetched at a time
@@ -31,6 +33,7 @@ class QueuedPair(NamedTuple):
     votes: int
     taken: int
     arm: str
+    wish: int  # of a user: it is asked about sooner or later than all in the order
 
     @property
     def answers(self) -> tuple[str, str]:
@@ -39,8 +42,9 @@ class QueuedPair(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether it is open and nobody has begun with it."""
-        return self.state == "open" and not self.votes and not self.taken
+        """Whether it is open and nobody has begun with it, or has said when it comes."""
+        untouched = self.state == "open" and not (self.votes or self.taken or self.wish)
+        return untouched and self.arm != AUDITED  # which has its place
 
 
 class CountedVote(NamedTuple):
@@ -56,6 +60,7 @@ class Queued:
 
     pairs: Sequence[QueuedPair]
     groups: Sequence[int]  # of nearly equal prompts, for each pair
+    names: Sequence[str]  # of each group, the key of its first prompt
     votes: Sequence[CountedVote]  # in the order in which they came, each person's first on a pair
 
     @property
@@ -72,16 +77,42 @@ class Queued:
         trained = self._trained_on()
         return [v for v in self.of_arm(HOLD_OUT) if self.groups[v.pair] not in trained]
 
+    def control(self, arms: Sequence[Arm]) -> list[CountedVote]:
+        """The votes in random order on prompts that were drawn for it.
+
+        Votes in random order on prompts of the design are not: they are on what the design left.
+
+        Args:
+            arms: of each group, by its hash.
+        """
+        return [v for v in self.of_arm("random") if arms[self.groups[v.pair]] == "random"]
+
+    def before(self, arms: Sequence[Arm]) -> list[CountedVote]:
+        """The votes that the design and the random arm both start from: those in no arm, and those
+        that the prompts of the design had in random order before its first vote."""
+        arm_of = [self.pairs[vote.pair].arm for vote in self.votes]
+        first = arm_of.index("design") if "design" in arm_of else len(arm_of)
+        return [
+            vote
+            for place, (vote, arm) in enumerate(zip(self.votes, arm_of, strict=True))
+            if not arm
+            or (arm == "random" and place < first and arms[self.groups[vote.pair]] == "design")
+        ]
+
+    def since_design(self) -> int:
+        """The votes of all arms since the first that the design asked for."""
+        arms = [arm for vote in self.votes if (arm := self.pairs[vote.pair].arm)]
+        return len(arms) - arms.index("design") if "design" in arms else 0
+
+    def arms(self, salt: str, shares: Shares) -> list[Arm]:
+        """The arm of each group."""
+        return self.as_waiting().arms(salt, shares)
+
     def as_waiting(self) -> Waiting:
         """What waits, as the core puts it in order."""
-        count = max(self.groups, default=-1) + 1
-        names = [""] * count
-        asked = [0] * count
+        asked = [0] * len(self.names)
         held_out = set()
         for pair, group in zip(self.pairs, self.groups, strict=True):
-            # The least, so that the name of a group does not depend on the order of its pairs.
-            key = prompt_key(pair.prompt)
-            names[group] = min(names[group], key) if names[group] else key
             asked[group] += bool(pair.votes or pair.taken)
             if pair.arm == HOLD_OUT and (pair.votes or pair.taken):
                 held_out.add(group)
@@ -90,7 +121,7 @@ class Queued:
         return Waiting(
             keys=[self.pairs[i].digest for i in some],
             groups=[self.groups[i] for i in some],
-            names=names,
+            names=self.names,
             asked=asked,
             held_out=frozenset(held_out - trained),
             trained_on=frozenset(trained),
@@ -100,7 +131,7 @@ class Queued:
         return {
             group
             for pair, group in zip(self.pairs, self.groups, strict=True)
-            if pair.arm != HOLD_OUT and (pair.votes or pair.taken)
+            if pair.arm != HOLD_OUT and (pair.votes or pair.taken or pair.arm == JUDGED)
         }
 
 
@@ -110,40 +141,58 @@ def read_queue(project: FeedbackProject) -> Queued:
     Control questions and repeats are no votes here: the same pair over and over tells little, and
     their order is drawn otherwise.
     """
-    pairs = list(_pairs(project))
+    found = list(_pairs(project))
+    pairs = [pair for _, pair in found]
     place = {pair.id: i for i, pair in enumerate(pairs)}
     votes: list[CountedVote] = []
     seen: set[tuple[int, str]] = set()
     for vote in project.judgments.stream():
         who = (vote.pair, vote.annotator)
-        if vote.pair not in place or vote.kind in ("gold", "repeat"):
+        if vote.pair not in place or vote.kind in ("gold", "repeat", MACHINE):
             continue
         if vote.annotator and who in seen:
             continue
         seen.add(who)
         votes.append(CountedVote(place[vote.pair], _OUTCOMES[vote.vote]))
-    groups = near_groups([prompt_key(pair.prompt) for pair in pairs])
-    return Queued(pairs, groups, votes)
+    of_prompt, names = _groups(project)
+    return Queued(pairs, [of_prompt[prompt] for prompt, _ in found], names, votes)
 
 
-def _pairs(project: FeedbackProject) -> Iterator[QueuedPair]:
+def _groups(project: FeedbackProject) -> tuple[dict[int, int], list[str]]:
+    """The group of each prompt, by its id, and the name of each group.
+
+    All prompts of the project count, as they do for a pair that comes in.
+    """
+    near, keys = NearGroups(), {}
+    query = select(Prompt.id, Prompt.content).where(Prompt.project_id == project.id)
+    with project.database.reading() as session:
+        rows = session.execute(query.order_by(Prompt.id).execution_options(yield_per=ROWS))
+        for id_, content in rows:
+            keys[id_] = prompt_key(content)
+            near.add(keys[id_])
+    numbers: dict[str, int] = {}
+    groups = {id_: numbers.setdefault(near.first(key), len(numbers)) for id_, key in keys.items()}
+    return groups, list(numbers)
+
+
+def _pairs(project: FeedbackProject) -> Iterator[tuple[int, QueuedPair]]:
+    """The id of the prompt, and the pair."""
     a, b = aliased(Response), aliased(Response)
-    judged = (
-        exists()
-        .where(BatchPair.pair_id == Pair.id)
-        .where(Batch.id == BatchPair.batch_id, Batch.kind == JUDGE)
-    )
     query = (
         select(
-            *(Pair.id, Pair.digest, Prompt.content, a.text, b.text),
-            *(Pair.state, Pair.votes, Pair.taken, Pair.arm),
+            *(Pair.prompt_id, Pair.id, Pair.digest, Prompt.content, a.text, b.text),
+            *(Pair.state, Pair.votes, Pair.taken, Pair.arm, Pair.priority),
         )
         .join(Prompt, Prompt.id == Pair.prompt_id)
         .join(a, a.id == Pair.response_a_id)
         .join(b, b.id == Pair.response_b_id)
-        .where(Pair.project_id == project.id, Pair.state != "withdrawn", ~judged)
+        .where(Pair.project_id == project.id, ~of_a_judge())
+        .where(or_(Pair.state != "withdrawn", Pair.votes > 0))
         .order_by(Pair.id)
     )
     with project.database.reading() as session:
         for row in session.execute(query.execution_options(yield_per=ROWS)):
-            yield QueuedPair(*row)
+            prompt, *facts, arm, priority = row
+            # What came in is in random order, whoever would have ordered it.
+            placed = "random" if arm == "design" and has_come(priority) else arm
+            yield prompt, QueuedPair._make((*facts, placed, wish_of(priority, arm)))

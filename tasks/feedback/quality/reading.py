@@ -6,13 +6,16 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from rlhf_core.agreement.machines import ALONE, AUDIT
 from rlhf_core.agreement.votes import CHOICES, KINDS, UNKNOWN, Grouping, Ints, Votes
 from rlhf_core.data.prepared import canonical_prompt
 from tasks.feedback.store.content import digest
 from tasks.feedback.store.judgments import CastVote
+from tasks.feedback.store.tables import AUDITED, JUDGED
 
 _SIDES = {"a": 0, "b": 1, "tie": 2}
 _CHOICES = {name: code for code, name in enumerate(CHOICES)}
+_ROUTES = {JUDGED: ALONE, AUDITED: AUDIT}
 _KINDS = {name: code for code, name in enumerate(KINDS)}
 
 
@@ -37,13 +40,14 @@ def as_votes(stream: Iterable[CastVote]) -> Votes:
     pair, who, why = array("q"), array("q"), array("q")
     choice, first, kind, gold = array("b"), array("b"), array("b"), array("b")
     seconds, at = array("d"), array("d")
-    prompt, lengths = array("q"), array("q")
+    prompt, lengths, routes = array("q"), array("q"), array("b")
     for vote in stream:
         place = pairs.get(vote.pair)
         if place is None:
             place = pairs[vote.pair] = len(pairs)
             prompt.append(prompts[digest(canonical_prompt(vote.prompt))])
             lengths.extend((len(vote.response_a), len(vote.response_b)))
+            routes.append(_ROUTES.get(vote.arm, 0))
             gold.append(_SIDES.get(vote.gold, UNKNOWN))
         for column, value in vote.kept.items():
             codes, values = columns.setdefault(column, (_Codes(), array("q")))
@@ -76,6 +80,7 @@ def as_votes(stream: Iterable[CastVote]) -> Votes:
         groups=groups,
         names=people.names(),
         reasons=reasons.names(),
+        routes=_array(routes, np.int8),
     )
 
 

@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import exists, insert, select, update
+from sqlalchemy import BigInteger, Integer, column, exists, insert, select, update, values
 from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.data.prepared import COLUMNS
 from rlhf_core.data.prompts import canonical_prompt, writable
 from rlhf_core.errors import DataError
+from tasks.feedback.ordering.arrivals import Arrival, Arrivals
+from tasks.feedback.ordering.places import ARRIVED, LATER, kept, wish_of, without_wish
 from tasks.feedback.store.clock import now
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.drawing import set_marks_back
 from tasks.feedback.store.records import AddedPair, Answer, NewPair
-from tasks.feedback.store.tables import Batch, BatchPair, GoldAnswer, Pair, Prompt, Response
+from tasks.feedback.store.tables import JUDGE, Batch, BatchPair, GoldAnswer, Pair, Prompt, Response
 
 T = TypeVar("T")
 
 CHUNK = 500  # pairs in one transaction
+AT_ONCE = 5000  # places in one statement
 PRIORITIES = 2**31  # the least and the greatest are this far from 0
 EXCHANGED = {"a": "b", "b": "a"}
 
@@ -51,12 +54,26 @@ class _Row:
     id: int = 0
     state: str = "done"
     priority: int = 0
+    arm: str = ""
     wanted: int = 0
     votes: int = 0
     taken: int = 0
     new: bool = False
     changed: bool = False
+    waited: bool = False  # it was in the queue, without a wish
+    wish: int = 0
     gold: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has begun with it."""
+        return not (self.votes or self.taken)
+
+    @property
+    def comes_in(self) -> bool:
+        """Whether it comes into the queue now, without a wish of a user."""
+        asked = self.changed and self.state == "open" and not self.wish
+        return asked and self.untouched and not self.waited
 
 
 class Content:
@@ -65,6 +82,7 @@ class Content:
     def __init__(self, database: Database, project_id: int) -> None:
         self._database = database
         self._project = project_id
+        self._arrivals = Arrivals(database, project_id)
 
     def add(self, pairs: Iterable[NewPair], *, batch: int | None = None) -> list[AddedPair]:
         """Put pairs in, or find them; in the order given.
@@ -78,6 +96,8 @@ class Content:
         """
         added: list[AddedPair] = []
         for some in chunks(pairs, CHUNK):
+            if any(pair.wanted for pair in some):
+                self._arrivals.prepare()
             with self._database.writing(self._project) as session:
                 added += self.put(session, some, batch)
         return added
@@ -107,6 +127,7 @@ class Content:
             _ask(row, pair, swapped)
             placed.append((row, swapped, row.new and row.digest not in seen))
             seen.add(row.digest)
+        self._place(session, list(rows.values()), batch)
         self._save(session, list(rows.values()), batch)
         return [AddedPair(row.id, new, swapped, row.digest) for row, swapped, new in placed]
 
@@ -172,15 +193,33 @@ class Content:
         """Fill in what the database has of the pairs."""
         query = select(
             Pair.digest, Pair.id, Pair.response_a_id, Pair.response_b_id, Pair.exchanged,
-            Pair.state, Pair.priority, Pair.wanted, Pair.votes, Pair.taken,
+            Pair.state, Pair.priority, Pair.arm, Pair.wanted, Pair.votes, Pair.taken,
         ).where(Pair.project_id == self._project, Pair.digest.in_(list(rows)))  # fmt: skip
         for found in session.execute(query):
             row = rows[found.digest]
             row.id, row.a, row.b = found.id, found.response_a_id, found.response_b_id
-            row.exchanged, row.state, row.priority = found.exchanged, found.state, found.priority
+            row.exchanged, row.state = found.exchanged, found.state
+            row.priority, row.arm = found.priority, found.arm
+            row.wish = wish_of(found.priority, found.arm)
+            row.waited = found.state == "open" and not row.wish
             row.wanted, row.votes, row.taken = found.wanted, found.votes, found.taken
         for row in rows.values():
             row.new = not row.id
+
+    def _place(self, session: Session, rows: Sequence[_Row], batch: int | None) -> None:
+        """Arm and place of the pairs that are asked about from now on."""
+        for row in rows:
+            if row.changed and (row.wish or not row.waited):
+                row.priority = kept(row.wish)
+                row.arm = "" if row.untouched else row.arm
+        coming = [Arrival(row.digest, row.prompt) for row in rows if row.comes_in]
+        if not coming or (batch is not None and session.get_one(Batch, batch).kind == JUDGE):
+            return
+        if salt := self._arrivals.salt(session):
+            placed = self._arrivals.place(session, salt, coming)
+            for row in rows:
+                if row.comes_in:
+                    row.arm, row.priority = placed[row.digest]
 
     def _save(self, session: Session, rows: Sequence[_Row], batch: int | None) -> None:
         at = now()
@@ -196,6 +235,7 @@ class Content:
                     "kept": dict(row.spec.kept),
                     "state": row.state,
                     "priority": row.priority,
+                    "arm": row.arm,
                     "wanted": row.wanted,
                     "taken": 0,
                     "votes": 0,
@@ -211,7 +251,13 @@ class Content:
             session.execute(
                 update(Pair),
                 [
-                    {"id": r.id, "wanted": r.wanted, "priority": r.priority, "state": r.state}
+                    {
+                        "id": r.id,
+                        "wanted": r.wanted,
+                        "priority": r.priority,
+                        "arm": r.arm,
+                        "state": r.state,
+                    }
                     for r in changed
                 ],
             )
@@ -255,31 +301,37 @@ class Content:
         """Give pairs that wait for a vote their places in the queue, the first one first.
 
         A pair that was labelled or put on a desk meanwhile keeps its arm and its place, and so does
-        one that is not open.
+        one that is not open, or that a user wants sooner or later. All places change at once: who
+        is stopped in the middle has changed none.
 
         Args:
             order: the number and the arm of each pair.
 
         Returns: how many have a new place.
         """
+        places = [(pair, place, arm) for place, (pair, arm) in enumerate(order, start=1)]
         placed = 0
         with self._database.writing(self._project) as session:
-            for some in chunks(enumerate(order, start=1), CHUNK):
-                untouched = select(Pair.id).where(
-                    Pair.project_id == self._project,
-                    Pair.id.in_([pair for _, (pair, _) in some]),
-                    *(Pair.state == "open", Pair.votes == 0, Pair.taken == 0),
+            session.execute(
+                update(Pair)
+                .where(Pair.project_id == self._project, Pair.arm == "", Pair.priority > 0)
+                .where(Pair.priority < ARRIVED)  # a wish from before wishes were kept apart
+                .values(priority=Pair.priority + LATER)
+                .execution_options(synchronize_session=False)
+            )
+            for some in chunks(places, AT_ONCE):
+                columns = [column("pair", Integer), column("place", BigInteger), column("arm")]
+                new = values(*columns, name="places").data(some).cte("places")
+                changed = session.execute(
+                    update(Pair)
+                    .where(Pair.id == new.c.pair, Pair.project_id == self._project)
+                    .where(Pair.state == "open", Pair.votes == 0, Pair.taken == 0, without_wish())
+                    .values(priority=new.c.place, arm=new.c.arm)
+                    .returning(Pair.id)
+                    .execution_options(synchronize_session=False)
                 )
-                free = set(session.scalars(untouched))
-                rows = [
-                    {"id": pair, "priority": place, "arm": arm}
-                    for place, (pair, arm) in some
-                    if pair in free
-                ]
-                if rows:
-                    session.execute(update(Pair), rows)
-                placed += len(rows)
-            set_marks_back(session, self._project, -PRIORITIES, 0)
+                placed += len(changed.all())
+            set_marks_back(session, self._project, 0, 0)
         return placed
 
     # ---- batches ----
@@ -327,11 +379,11 @@ def _ask(row: _Row, pair: NewPair, swapped: bool) -> None:
     """What a pair on its way in changes of the row."""
     if pair.wanted > 0 and (pair.wanted > row.wanted or row.state == "withdrawn"):
         row.wanted = max(row.wanted, pair.wanted)
-        row.priority = pair.priority if row.state == "done" else min(row.priority, pair.priority)
+        row.wish = pair.priority if row.state == "done" else min(row.wish, pair.priority)
         row.state = "open" if row.votes < row.wanted else "done"
         row.changed = True
-    elif pair.wanted > 0 and row.state == "open" and pair.priority < row.priority:
-        row.priority, row.changed = pair.priority, True
+    elif pair.wanted > 0 and row.state == "open" and pair.priority < row.wish:
+        row.wish, row.changed = pair.priority, True
     if pair.gold is not None and not row.gold:
         row.gold = {"vote": EXCHANGED.get(pair.gold, pair.gold) if swapped else pair.gold}
 

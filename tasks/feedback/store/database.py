@@ -29,7 +29,7 @@ from rlhf_core.errors import ConfigError, UserError
 from tasks.feedback.store.tables import Project
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0001"  # the present version of the tables
+HEAD = "0002"  # the present version of the tables
 BUSY_SECONDS = 30.0  # how long a writer waits for another
 # Threads of the page's server; each may hold a connection for a moment.
 CONNECTIONS = {"pool_size": 10, "max_overflow": 40}
@@ -146,21 +146,24 @@ class Database:
             "preference store a database of its own in RLHF_FEEDBACK_DATABASE."
         )
 
-    def erase(self, *tables: str) -> None:
-        """Have the database overwrite what was deleted from some small tables.
+    def erase(self, *tables: str) -> bool:
+        """Have the database overwrite what was deleted from some tables.
 
         SQLite zeroes it at once, but keeps the log beside the file until it is emptied. Postgres
         keeps old rows until the table is written anew.
+
+        Returns: whether it is done; somebody who reads for long keeps the log of SQLite.
         """
         with self.explained(), self.engine.connect() as connection:
             if self.is_sqlite:
                 raw = connection.connection.dbapi_connection
                 assert raw is not None
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                return
+                busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                return not busy
             free = connection.execution_options(isolation_level="AUTOCOMMIT")
             for table in tables:
                 free.execute(text(f"VACUUM FULL {table}"))
+        return True
 
     def close(self) -> None:
         """Close all connections."""

@@ -13,7 +13,7 @@ from tasks.feedback.store import audit, clock
 from tasks.feedback.store.content import EXCHANGED, Content, check, check_text, chunks
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, Answer, NewPair
-from tasks.feedback.store.tables import GoldAnswer, Judgment, Pair
+from tasks.feedback.store.tables import MACHINE, GoldAnswer, Judgment, Pair
 
 GoldVote: TypeAlias = Literal["a", "b", "tie"]
 CHUNK = 500
@@ -98,7 +98,7 @@ class Gold:
             .where(
                 Judgment.project_id == self._project,
                 Judgment.vote.in_(CHOICES),
-                Judgment.kind != "repeat",
+                Judgment.kind.not_in(("repeat", MACHINE)),
                 Judgment.annotator_id.is_not(None),
                 ~exists().where(later.replaces_id == Judgment.id),
                 ~exists().where(GoldAnswer.pair_id == Judgment.pair_id),

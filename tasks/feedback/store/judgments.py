@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
 from tasks.feedback.store import clock
@@ -23,6 +24,9 @@ from tasks.feedback.store.content import (
 from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES, AddedPair, AddedVotes, Ballot, NewPair
 from tasks.feedback.store.tables import (
+    HOLD_OUT,
+    JUDGE,
+    MACHINE,
     Annotator,
     Batch,
     BatchPair,
@@ -35,11 +39,8 @@ from tasks.feedback.store.tables import (
 )
 
 ROWS = 2000  # fetched at a time
-JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data
-ASK = "ask"  # of a batch: its votes are to be trained on
-HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 LONGEST_PSEUDONYM = 200
-KINDS = ("fresh", "gold", "repeat", "import")
+KINDS = ("fresh", "gold", "repeat", "import", MACHINE)
 
 
 def judged() -> ColumnElement[bool]:
@@ -64,7 +65,7 @@ class CastVote(NamedTuple):
     vote: str  # a, b, tie, both_bad; skip only where asked for
     first: str  # a, b or "" (unknown)
     annotator: str  # pseudonym; "" = anonymous
-    kind: str  # fresh, gold, repeat, import
+    kind: str  # fresh, gold, repeat, import, machine
     gold: str  # the right answer, if it is known; else ""
     margin: float
     seconds: float | None
@@ -75,6 +76,7 @@ class CastVote(NamedTuple):
     kept: dict[str, str]
     pair_digest: str = ""  # of what the pair says, the same in every store
     exchanged: bool = False  # the answers stand the other way round in a training file
+    arm: str = ""  # of the pair, as it is now
 
 
 class _Placed(NamedTuple):
@@ -144,7 +146,7 @@ class Judgments:
                 known += 1
                 continue
             there.add(item.key)
-            if ballot.annotator and ballot.kind != "repeat" and item.vote != "skip":
+            if ballot.annotator and ballot.kind not in ("repeat", MACHINE) and item.vote != "skip":
                 again += (pair, ballot.annotator) in voted
                 voted.add((pair, ballot.annotator))
             rows.append(
@@ -200,13 +202,14 @@ class Judgments:
             if row.annotator:
                 said = row.vote, row.first, row.annotator, row.time
                 keys.add(_named_key(digests[row.pair_id], *said))
-                if row.vote in CHOICES and row.kind != "repeat" and not row.replaced:
+                if row.vote in CHOICES and row.kind not in ("repeat", MACHINE) and not row.replaced:
                     voted.add((row.pair_id, row.annotator))
         return keys, voted
 
     def _annotators(self, session: Session, placed: Sequence[_Placed]) -> dict[str, int]:
         """The ids of annotators, by pseudonym."""
         names = {item.ballot.annotator for item in placed} - {""}
+        machines = {item.ballot.annotator for item in placed if item.ballot.kind == MACHINE}
         query = select(Annotator.pseudonym, Annotator.id).where(
             Annotator.project_id == self._project, Annotator.pseudonym.in_(sorted(names))
         )
@@ -216,7 +219,7 @@ class Judgments:
                 "project_id": self._project,
                 "pseudonym": name,
                 "role": "annotator",
-                "via": "import",
+                "via": JUDGE if name in machines else "import",
                 "state": "left",
                 "created_at": clock.now(),
             }
@@ -319,6 +322,7 @@ class Judgments:
                 func.coalesce(Judgment.kept, Pair.kept),
                 Pair.digest,
                 Pair.exchanged,
+                Pair.arm,
             )
             .join(Pair, Pair.id == Judgment.pair_id)
             .join(Prompt, Prompt.id == Pair.prompt_id)
@@ -375,10 +379,16 @@ def _check(ballot: Ballot) -> None:
 
 
 def check_pseudonym(name: str) -> None:
-    """Refuse a name that is too long, or that a terminal or a page could not show.
+    """Refuse a name that is too long, that a terminal or a page could not show, or that is the
+    one of known answers.
 
     Raises: DataError.
     """
+    if name.strip() == GOLD:
+        raise DataError(
+            f"an annotator is called '{GOLD}', and votes of this name are known answers; give the "
+            "person another name"
+        )
     if len(name) > LONGEST_PSEUDONYM or any(unicodedata.category(c) == "Cc" for c in name):
         raise DataError(
             f"an annotator is called {name[:50]!r}: a name has up to {LONGEST_PSEUDONYM} "

@@ -14,7 +14,7 @@ Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 AssignmentKind: TypeAlias = Literal["fresh", "gold", "repeat"]
 Role: TypeAlias = Literal["annotator", "admin"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
-JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import"]
+JudgmentKind: TypeAlias = Literal["fresh", "gold", "repeat", "import", "machine"]
 
 
 class ProjectRules(BaseModel):
@@ -46,6 +46,11 @@ class ProjectRules(BaseModel):
     lease_minutes: float = Field(
         30.0, gt=0, le=10_000, description="How long a pair is held for an annotator (minutes)"
     )
+    ordered: bool = Field(
+        True,
+        description="Whether flows put the queue in the order of what a label tells, beside a "
+        "control arm, with a tenth of the prompts held out from training",
+    )
     paused: bool = False
 
 
@@ -72,7 +77,7 @@ class NewPair:
     kept: Mapping[str, str] = field(default_factory=dict)  # columns to keep beside each vote
     gold: Literal["a", "b", "tie"] | None = None  # the right answer, if it is known
     wanted: int = 0  # votes to ask for; 0 = it is not put into the queue
-    priority: int = 0  # lower is sooner
+    priority: int = 0  # a user's wish: lower is sooner; 0 = none, the order of the queue decides
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class SnapshotInfo:
     created_at: datetime
     new: bool = False
     training: int = 0  # the votes in a training file: without repeats
+    known: int = 0  # pairs with a known answer, which a training file has beside the votes
 
 
 class AddedVotes(NamedTuple):

@@ -12,10 +12,13 @@
     assignments   a pair shown to an annotator: the side that was drawn, and a lease
     judgments     votes, append-only: a new one replaces an old one, and both stay
     snapshots, snapshot_members        the judgments of a training, for good
+    erasures      people who are deleted with all they did, step by step
+    erased_snapshots                   snapshots that had votes of theirs, and what came instead
     audit_log     who changed what
 
 All times are in UTC. Tokens of links and sessions are kept as digests only. Rows of judgments,
-snapshots, their members and the audit log are neither changed nor deleted: triggers refuse it.
+snapshots, their members and the audit log are neither changed nor deleted: triggers refuse it. They
+let an open erasure empty the votes of its person, and take the pseudonym out of the log.
 """
 
 import json
@@ -87,6 +90,11 @@ Moment = UTCDateTime()
 
 
 FREE = "state = 'open' AND taken < wanted"  # of a pair
+ASK = "ask"  # of a batch: its votes are to be trained on
+JUDGE = "judge"  # of a batch: its votes are verdicts, and no training data; of `via`: a machine
+MACHINE = "machine"  # of a vote: a judge that is a model or a rule cast it, and nobody was asked
+JUDGED, AUDITED = "judge", "audit"  # of an arm: a judge answers alone; people answer beside it
+HOLD_OUT = "hold_out"  # of a pair's arm: its votes measure what the order of the queue saves
 
 
 class Base(DeclarativeBase):
@@ -169,11 +177,13 @@ class Pair(Base):
     response_b_id: Mapped[int] = mapped_column(ForeignKey("responses.id"))
     digest: Mapped[str] = mapped_column(String(64))  # of both responses, in either order
     state: Mapped[str] = mapped_column(String(16), default="done")  # open, done, withdrawn
-    priority: Mapped[int] = mapped_column(default=0)  # lower is sooner
+    # lower is sooner: a place, or the wish of a user (tasks.feedback.ordering.places)
+    priority: Mapped[int] = mapped_column(default=0)
     wanted: Mapped[int] = mapped_column(default=0)  # votes asked for; 0 = it is not asked about
     taken: Mapped[int] = mapped_column(default=0)
     votes: Mapped[int] = mapped_column(default=0)  # valid ones, imported ones included
-    # how it got its place in the queue: design, random, hold_out (never trained on); "" = it came
+    # how it got its place in the queue: design, random, hold_out (never trained on), audit (a judge
+    # is sure, and people are asked all the same), judge (it answers alone); "" = it came
     arm: Mapped[str] = mapped_column(String(16), default="")
     kept: Mapped[dict[str, Any]]  # columns of the user's, by name, as text
     exchanged: Mapped[bool]
@@ -229,7 +239,7 @@ class Annotator(Base):
     pseudonym: Mapped[str] = mapped_column(String(200))
     role: Mapped[str] = mapped_column(String(16), default="annotator")  # or admin
     state: Mapped[str] = mapped_column(String(16), default="active")  # active, paused, left
-    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow
+    via: Mapped[str] = mapped_column(String(16), default="page")  # page, import, mlflow, judge
     mark_priority: Mapped[int | None]
     mark_id: Mapped[int | None]
     created_at: Mapped[datetime]
@@ -333,7 +343,7 @@ class Judgment(Base):
     assignment_id: Mapped[int | None] = mapped_column(ForeignKey("assignments.id"), index=True)
     replaces_id: Mapped[int | None] = mapped_column(ForeignKey("judgments.id"), unique=True)
     key: Mapped[str] = mapped_column(String(64))  # a post that comes twice is one judgment
-    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import
+    kind: Mapped[str] = mapped_column(String(16))  # fresh, gold, repeat, import, machine
     vote: Mapped[str] = mapped_column(String(16))
     first: Mapped[str] = mapped_column(String(1), default="")  # the answer on the left; "" unknown
     margin: Mapped[float] = mapped_column(default=0.0)  # raw reward
@@ -345,6 +355,7 @@ class Judgment(Base):
     # columns of the user's that came with this vote; None: those of the pair
     kept: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     at: Mapped[datetime]
+    erasure: Mapped[int | None]  # that emptied this row: what is left is that there was a vote
 
 
 class Snapshot(Base):
@@ -370,6 +381,33 @@ class SnapshotMember(Base):
     snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshots.id"), primary_key=True)
     judgment_id: Mapped[int] = mapped_column(ForeignKey("judgments.id"), primary_key=True)
     gold: Mapped[str] = mapped_column(String(16), default="")
+
+
+class Erasure(Base):
+    """Somebody who is deleted with all they did. Once it is finished it has no pseudonym."""
+
+    __tablename__ = "erasures"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"), index=True)
+    annotator_id: Mapped[int | None]  # of a row that is deleted on the way
+    pseudonym: Mapped[str | None]
+    code: Mapped[str | None]  # with which the person finds themselves in the certificate
+    mark: Mapped[str]  # the pseudonym, hashed with the code
+    by: Mapped[str] = mapped_column(default="")
+    steps: Mapped[dict[str, Any]]  # what was done, by step
+    begun_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+
+class ErasedSnapshot(Base):
+    """A snapshot that had votes of an erased person, and the one with the others' votes."""
+
+    __tablename__ = "erased_snapshots"
+    snapshot_id: Mapped[int] = mapped_column(ForeignKey("snapshots.id"), primary_key=True)
+    erasure_id: Mapped[int] = mapped_column(ForeignKey("erasures.id"), index=True)
+    successor_id: Mapped[int | None] = mapped_column(ForeignKey("snapshots.id"))  # None: no votes
+    made: Mapped[bool]  # the successor was made for this; else it was there
+    at: Mapped[datetime]
 
 
 class AuditEntry(Base):

@@ -182,9 +182,9 @@ def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
     assert set(report.summary()) == {
         *(f"{kind}_{split}" for kind in TABLE_KINDS for split in SPLITS),
         *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
-        *("lost_tokens", "same_after_cut"),
+        *("lost_tokens", "same_after_cut", "known_answers"),
     }
-    assert list(report.tables) == ["data_rows", "data_lengths", "data_truncated"]
+    assert list(report.tables) == [*("data_rows", "data_lengths", "data_truncated", "data_origins")]
     [figure] = report.figures.values()
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(TABLE_KINDS)
 

@@ -17,9 +17,8 @@ from tasks.feedback.asking import batches, starting
 from tasks.feedback.asking.starting import Looked, start_ready
 from tasks.feedback.asking.waiting import watch
 from tasks.feedback.store import clock
-from tasks.feedback.store.judgments import ASK
 from tasks.feedback.store.records import Answer, NewPair
-from tasks.feedback.store.tables import Batch, Pair
+from tasks.feedback.store.tables import ASK, Batch, Pair
 from tasks.settings import Settings
 from tests.flows.people import invited, label
 

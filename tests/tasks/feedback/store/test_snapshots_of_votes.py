@@ -32,6 +32,8 @@ def turned_ballot(ballot: Ballot) -> Ballot:
     )
 
 
+# Of the votes below, as it was before training files had known answers.
+OF_VOTES = "ad46c3fdaee48bf8"
 VOTES = [
     (
         pair(n // 2, gold="a" if n < 4 else None, kept={"team": str(n % 3)}),
@@ -121,7 +123,8 @@ def test_votes_that_were_changed_by_hand_are_noticed(store, project, tmp_path):
 
 
 def test_a_training_file_has_each_vote_once(store, project, tmp_path):
-    """Control questions with gold true, no repeats, and of a person's two votes the first."""
+    """Control questions with gold true beside what is right, no repeats, and the first of two
+    votes of a person."""
     project.judgments.add(
         [
             (pair(1, gold="a"), [Ballot("b", "ann", "a", time="1")]),
@@ -132,17 +135,81 @@ def test_a_training_file_has_each_vote_once(store, project, tmp_path):
     )
     taken = project.snapshots.take()
     assert (taken.votes, taken.training, taken.pairs, taken.annotators) == (7, 5, 4, 1)
+    assert taken.known == project.snapshots.find().known == project.snapshots.all()[0].known == 1
     rows = [json.loads(line) for line in lines(project, tmp_path).splitlines()]
     said = []
     for row in rows:
         words = {"a": row["response_a"], "b": row["response_b"]}
-        said.append((row["prompt"], words.get(row["vote"], row["vote"]), row["gold"], row["time"]))
+        voted = words.get(row["vote"], row["vote"])
+        said.append((row["prompt"], row["annotator"], voted, row["gold"], row["time"]))
     assert sorted(said) == [
-        ("p1", "b1", True, "1"),
-        ("p2", "b2", False, "1"),
-        ("p3", "a3", False, ""),
-        ("p4", "both_bad", False, ""),
-        ("p4", "both_bad", False, ""),
+        ("p1", "ann", "b1", True, "1"),
+        ("p1", "gold", "a1", True, ""),
+        ("p2", "ann", "b2", False, "1"),
+        ("p3", "ann", "a3", False, ""),
+        ("p4", "", "both_bad", False, ""),
+        ("p4", "", "both_bad", False, ""),
+    ]
+
+
+def test_a_known_answer_stands_once_before_the_votes_on_its_pair(project, tmp_path):
+    """Whatever the sides, and whether people were right; nobody's time, side, margin or source."""
+    people = [Ballot(v, f"p{n}", "a", 0.5, 3.0, "2026", source="file") for n, v in enumerate("abb")]
+    for n, right in enumerate(("a", "b", "tie", None)):
+        project.judgments.add([(pair(n, gold=right, kept={"team": "x"}), people)])
+        project.judgments.add([(turned(pair(10 + n, gold=right)), people)])
+    project.content.add([pair(99, gold="a", wanted=1)])  # nobody has voted on it
+    taken = project.snapshots.take()
+    rows = [json.loads(line) for line in lines(project, tmp_path).splitlines()]
+    known = [row for row in rows if row["annotator"] == "gold"]
+    assert taken.known == len(known) == 6
+    assert taken.training == len(rows) - len(known) == 24
+    ids = [row["id"] for row in rows]
+    right = {}
+    for row in known:
+        assert ids.index(row["id"]) == rows.index(row)  # before the votes
+        assert row["gold"] is True
+        assert (row["shown_first"], row["margin"], row["time"], row["source"]) == ("", 0, "", "")
+        assert row.get("team") == ("x" if len(row["prompt"]) == 2 else None)
+        right[row["prompt"]] = {"a": row["response_a"], "b": row["response_b"]}.get(
+            row["vote"], row["vote"]
+        )
+    assert right == {
+        **{"p0": "a0", "p1": "b1", "p2": "tie"},
+        **{"p10": "a10", "p11": "b11", "p12": "tie"},
+    }
+
+
+def test_a_snapshot_that_was_there_gets_the_answer_that_it_knew(project, tmp_path):
+    """Digests do not depend on how files are written: these are of before files had answers."""
+    project.judgments.add(VOTES)
+    taken = project.snapshots.take()
+    assert taken.digest.startswith(OF_VOTES)
+    assert taken.known == 2
+    project.gold.mark([KnownAnswer(pair(5), "b")], "test")
+    project.gold.mark([KnownAnswer(pair(1), "tie")], "test")  # another answer than before
+    rows = [json.loads(line) for line in lines(project, tmp_path, taken.digest).splitlines()]
+    known = {row["prompt"]: row for row in rows if row["annotator"] == "gold"}
+    assert known.keys() == {"p0", "p1"}
+    assert known["p1"][f"response_{known['p1']['vote']}"] == "a1"
+    later = project.snapshots.take()
+    assert later.digest != taken.digest
+    assert later.known == 3
+
+
+def test_nobody_is_called_as_known_answers_are(store, project, tmp_path):
+    for name in ("gold", " gold "):
+        with pytest.raises(DataError, match="called 'gold', and votes of this name are known"):
+            project.judgments.add([(pair(1), [Ballot("a", name)])])
+    # A store may have somebody who came in before that was refused.
+    project.judgments.add([(pair(1, gold="a"), [Ballot("a", "ann"), Ballot("b", "bob")])])
+    with store.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE annotators SET pseudonym = 'gold' WHERE id = 1")
+    project.snapshots.take()
+    rows = [json.loads(line) for line in lines(project, tmp_path).splitlines()]
+    assert [(row["annotator"], row["gold"]) for row in rows if row["annotator"] == "gold"] == [
+        ("gold", True),
+        ("gold", False),
     ]
 
 

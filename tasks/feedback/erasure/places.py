@@ -1,0 +1,166 @@
+"""Where a pseudonym is looked for: the files of the home and the databases of the servers."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from rlhf_core.errors import UserError
+from tasks.feedback.erasure import databases, documents
+from tasks.feedback.erasure.names import Name
+from tasks.record.work_folder import discard
+from tasks.settings import Settings, StoreSettings
+
+DATABASE, SIDES = ".db", (".db-wal", ".db-shm", ".db-journal")
+WORK = "work"
+CERTIFICATES = "erasures"  # under the home
+SHARED = "may be somebody of the same name in another project"
+WEIGHTS = "of a model, whose digest it would change"
+
+
+@dataclass
+class Found:
+    """What was found of a pseudonym, and what became of it. Paths are those under the home."""
+
+    files: dict[str, str] = field(default_factory=dict)  # what was done, by path
+    databases: dict[str, dict[str, int]] = field(default_factory=dict)  # cells, by table
+    left: dict[str, str] = field(default_factory=dict)  # why, by path
+    words: int = 0  # places with the same word that need not be the person
+    searched: int = 0  # files
+
+    def summary(self) -> dict[str, int]:
+        """How many things of each kind."""
+        counts: dict[str, int] = {}
+        for outcome in self.files.values():
+            counts[outcome] = counts.get(outcome, 0) + 1
+        return dict(sorted(counts.items()))
+
+
+class Places:
+    """The files and databases of an installation."""
+
+    def __init__(
+        self, settings: Settings, stores: StoreSettings, *, own: Sequence[str] | None = None
+    ) -> None:
+        """
+        Args:
+            own: beginnings of the paths under the home that are of the person's project, if others
+                have somebody of the same name; None if nobody has.
+        """
+        self._home = settings.home
+        self._store = settings.feedback_uri.removeprefix("sqlite:///")
+        self._servers = [
+            make_url(address)
+            for address in (stores.prefect_database, stores.mlflow_database)
+            if address and not address.startswith("sqlite")
+        ]
+        self._own = own
+
+    def clean(self, name: Name) -> Found:
+        """Take a pseudonym out of everything.
+
+        Raises: UserError when something that has it is in use, or cannot be reached.
+        """
+        found = Found()
+        self._drop_work(name, found)
+        for path in self._files():
+            found.searched += 1
+            shown = path.relative_to(self._home).as_posix()
+            try:
+                self._clean_file(path, shown, name, found)
+            except FileNotFoundError:
+                continue  # whoever wrote it has removed it
+            except OSError as error:
+                raise UserError(
+                    f"{path} has to be changed and cannot be ({error.strerror}): check the rights "
+                    "and the disk, then erase again to go on"
+                ) from error
+        for url in self._servers:
+            if self._own is None:
+                cleaned = databases.clean(url, name)
+                found.words += cleaned.words
+                if cleaned.cells:
+                    found.databases[cleaned.place] = cleaned.cells
+        return found
+
+    def search(self, name: Name) -> list[str]:
+        """The files that have the pseudonym, packed or not."""
+        paths = [path for path in self._files(sides=True) if documents.has(path, name)]
+        return [path.relative_to(self._home).as_posix() for path in paths]
+
+    def _clean_file(self, path: Path, shown: str, name: Name, found: Found) -> None:
+        if path.suffix == DATABASE and _is_sqlite(path):
+            if str(path) != self._store and self._is_in_database(path, name):
+                if self._own is not None:
+                    found.left[shown] = SHARED
+                    return
+                cleaned = databases.clean_file(path, name)
+                found.words += cleaned.words
+                if cleaned.cells:
+                    found.databases[shown] = cleaned.cells
+            return
+        if not documents.has(path, name):
+            return
+        if self._own is not None and not shown.startswith(tuple(self._own)):
+            found.left[shown] = SHARED
+            return
+        if name.telling and _is_of_model(path):
+            found.left[shown] = WEIGHTS
+            return
+        outcome = documents.clean(path, name)
+        if outcome == "common word":
+            found.words += 1
+        elif outcome:
+            found.files[shown] = outcome
+
+    def _is_in_database(self, path: Path, name: Name) -> bool:
+        around = [path, *(path.with_name(path.name + side[3:]) for side in SIDES)]
+        return any(place.is_file() and documents.may_have(place, name) for place in around)
+
+    def _drop_work(self, name: Name, found: Found) -> None:
+        """Remove the folders of stages that were stopped and have the pseudonym.
+
+        Raises: UserError when a process works in one.
+        """
+        for folder in sorted((self._home / WORK).glob("*/")):
+            shown = folder.relative_to(self._home).as_posix()
+            files = [path for path in _walk(folder) if not path.is_symlink()]
+            if not any(documents.has(path, name) for path in files):
+                continue
+            if self._own is not None and not shown.startswith(tuple(self._own)):
+                continue
+            if not discard(folder):
+                raise UserError(
+                    f"a process works in {folder}, which has votes of this person: stop it or let "
+                    "it end, then erase again to go on"
+                )
+            found.files[shown] = "deleted"
+
+    def _files(self, *, sides: bool = False) -> Iterator[Path]:
+        for path in _walk(self._home):
+            if not path.is_symlink() and (sides or not path.name.endswith(SIDES)):
+                yield path
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(root) / name
+            with suppress(OSError):
+                if path.is_file():
+                    yield path
+
+
+def _is_sqlite(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def _is_of_model(path: Path) -> bool:
+    """Whether a file is part of a model directory, but for its card, which has no digest."""
+    if path.name.lower() == "readme.md":
+        return False
+    return any(path.parent.glob("*.safetensors"))
