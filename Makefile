@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check up clean
+.PHONY: setup demo loop test check up clean
 
 setup: .venv/installed ## install everything, pinned, into .venv
 
@@ -16,6 +16,9 @@ setup: .venv/installed ## install everything, pinned, into .venv
 
 demo: setup ## the whole pipeline on the embedded example, on the CPU
 	$(BIN)/rlhf run configs/demo.yaml
+
+loop: setup ## people on the page, trainings and a gate, round after round, on the CPU
+	$(BIN)/python -m benchmarks.loop $(LOOP)
 
 test: setup ## all tests, two files at a time
 	$(BIN)/pytest -n 2 --dist loadfile

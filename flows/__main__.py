@@ -1,8 +1,8 @@
 """The command `rlhf`: it parses options and prints; other modules do the work.
 
-Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 130
-interrupted by Ctrl-C, 143 by SIGTERM. Each command imports its own slow dependencies, so that
-`--help` is fast.
+Exit status: 0 success, 1 the run or a service failed, 2 user error, 3 the run waits for people, 4
+an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Each command imports
+its own slow dependencies, so that `--help` is fast.
 """
 
 import math
@@ -354,6 +354,8 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         "tasks.feedback.asking.votes",
         "tasks.record.terminal",
     )
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.backbone.precision.gain import describe
     from rlhf_core.doubts import doubts
     from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
@@ -384,12 +386,15 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
             found = inspect(pipeline.data, pipeline.model, limits, seed, logger, votes)
         logger.phase("counting parameters")
         plan = make_plan(pipeline.plan_sections, found)
+        logger.phase("timing bfloat16")
+        network = outline(pipeline.model, found.vocabulary)
+        narrow = describe(network, pipeline.precisions, settings.device)
     show_snapshot(snapshot, latest=pipeline.data.preferences.snapshot in ("", LATEST))
     show_validation(found)
     show_plan(plan)
     for sentence in doubts(pipeline.chosen, found):
         line(f"Warning: {sentence}.")
-    for sentence in filter(None, (nobody, unchecked)):
+    for sentence in filter(None, (narrow, nobody, unchecked)):
         line(sentence)
 
 
@@ -568,13 +573,16 @@ def ask_people(
         then=then,
     )
     settings = find.join(read_settings())
-    load("tasks.record.terminal", "tasks.feedback.asking.ask")
+    load("tasks.record.terminal", "tasks.feedback.asking.ask", "tasks.feedback.ordering.task")
     from tasks.feedback.asking.ask import ask
+    from tasks.feedback.ordering.task import order_by_itself
     from tasks.record.terminal import on_terminal
 
     with on_terminal("ask") as logger:
         asked = ask(config, settings, logger)
     line(asked.sentence)
+    if not config.evaluation and (order := order_by_itself(config.project, settings)):
+        line(order.said)
 
 
 @command(epilog="Example: rlhf compare 3f2a happy-otter-12")

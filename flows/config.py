@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.doubts import Chosen
@@ -240,6 +241,14 @@ class PipelineConfig(ByAlgorithm):
             reward_gate=self.reward_gate,
             promotion=self.promotion,
         )
+
+    @property
+    def precisions(self) -> dict[str, Precision]:
+        """The setting `precision` of each stage that has one."""
+        others: dict[str, Any] = {"report_card": self.report_card, "evaluation": self.evaluation}
+        if self.tournament.on:
+            others["tournament"] = self.tournament
+        return {name: part.precision for name, part in {**self._trainings, **others}.items()}
 
     @property
     def chosen(self) -> Chosen:

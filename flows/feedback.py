@@ -3,6 +3,7 @@
 from flows.pipeline_flow import pipeline_flow
 from tasks.feedback.asking.ask import Asked, ask_people
 from tasks.feedback.asking.config import AskConfig
+from tasks.feedback.ordering.task import order_after_asking
 
 
 @pipeline_flow("feedback")
@@ -12,4 +13,7 @@ def feedback(config: AskConfig) -> Asked:
     The answers are those of the champion, or of two versions. Votes on them are the preferences of
     a pipeline with `data.preferences.store`.
     """
-    return ask_people(config)
+    asked = ask_people(config)
+    if not config.evaluation:  # whose order nobody may choose
+        order_after_asking(config.project)
+    return asked

@@ -14,6 +14,7 @@ from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.promotion.decision import Decision
 from tasks.feedback.asking.waiting import suspended_for_people
+from tasks.feedback.ordering.beside import Begin, ordered_beside
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
@@ -83,8 +84,9 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
     with (
         open_run(config.project, config, config.seed, force=forced) as run,
         suspended_for_people(run),
+        ordered_beside(config.data) as order_queue,
     ):
-        trained = train_models(config, run)
+        trained = train_models(config, run, order_queue)
         champion = pin_champion(run, trained.policy)
         scorecard = evaluate_policy(config, trained, champion, run)
         question = config.promotion, scorecard, trained.policy, champion, run
@@ -108,8 +110,14 @@ def rlhf(config: PipelineConfig, force: tuple[Forceable, ...] = ()) -> PipelineR
         )
 
 
-def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
-    """Prepare the data, then train each model on those before it."""
+def train_models(
+    config: PipelineConfig, run: PipelineRun, order_queue: Begin | None = None
+) -> Trained:
+    """Prepare the data, then train each model on those before it.
+
+    Args:
+        order_queue: called with a reward model that was trained and has passed its gate.
+    """
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
     check_judge(config.judge, run.project)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
@@ -129,6 +137,8 @@ def train_models(config: PipelineConfig, run: PipelineRun) -> Trained:
         config.examination, config.sampling, reward_model, sft, data, run
     )
     check_report_card(config.reward_gate, report_card, reward_model)
+    if order_queue is not None and not config.reward_model.reuse:
+        order_queue(reward_model)
 
     if config.trains_held_out:
         other_rewards["held_out"] = train_held_out(

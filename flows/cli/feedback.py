@@ -168,9 +168,20 @@ def export(
         bool,
         typer.Option("--only-open", help="For labelling tools: only pairs that want votes."),
     ] = False,
+    also: Annotated[
+        list[str],
+        typer.Option(
+            "--with",
+            metavar="WHICH",
+            help="Votes that no training may see: `hold-out`, `verdicts`; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write votes or pairs of the store to a file, and say what its form has no place for."""
+    """Write votes or pairs of the store to a file, and say what its form has no place for.
+
+    Votes that no training may see are left out and counted.
+    """
     load("tasks.feedback.forms.outgoing")
     from flows.cli.feedback_files import write
     from tasks.feedback.forms.options import ExportOptions
@@ -180,6 +191,7 @@ def export(
         snapshot=snapshot,
         without_annotators=without_annotators,
         only_open=only_open,
+        also=tuple(also),
         force=force,
     )
     write(project, file, options)
@@ -306,7 +318,7 @@ def order(
     A fifth of the labels stays random, and a tenth is held out, to measure what the order saves.
     """
     settings = find.join(read_settings())
-    load("flows.cli.feedback_store", "tasks.feedback.ordering.ordering")
+    load("flows.cli.feedback_store", "tasks.feedback.ordering.task")
     from flows.cli import feedback_store
 
     feedback_store.put_in_order(project, model, settings)

@@ -160,14 +160,8 @@ def put_in_order(name: str, model: str, settings: Settings) -> None:
         model: models:/NAME/VERSION or models:/NAME@ALIAS; "" = the newest of the project.
         settings: with the address of MLflow.
     """
-    from tasks.feedback.ordering.ordering import order_project  # torch and MLflow take seconds
-    from tasks.feedback.ordering.publish import publish_order
+    from tasks.feedback.ordering import task  # torch and MLflow take seconds
     from tasks.record.record import Record
 
-    with _opened() as store:
-        project = store.project(name)
-        record = Record.open(settings)
-        ref = record.store.resolve(model) if model else None
-        found = order_project(project, record, by=getuser(), model=ref)
-        publish_order(name, found, record)
-    line(f"{found.placed:,} pairs in order. {found.sentence}")
+    ref = Record.open(settings).store.resolve(model) if model else None
+    line(task.put_in_order(name, settings, ref).said)

@@ -1,6 +1,7 @@
 """Prints lineage: which versions saw something, or what a version saw."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flows.cli.printing import line, show_table
@@ -42,12 +43,24 @@ def show(wanted: Wanted, model: str, settings: "Settings", *, in_json: bool) -> 
     if not asked:
         return _show_saw(lineage, versions_of(lineage, record, model), in_json=in_json)
     found = lineage.search(wanted)
-    if model:
-        found = lineage.only(found, versions_of(lineage, record, model))
-    return _show_seen(found, wanted, settings, in_json=in_json)
+    if not model:
+        return _show_seen(found, wanted, settings, in_json=in_json)
+    refs = versions_of(lineage, record, model)
+    only = lineage.only(found, refs)
+    others = [] if only.seen or in_json else refs
+    return _show_seen(only, wanted, settings, in_json=in_json, others=others if found.seen else [])
 
 
-def _show_seen(found: "Answer", wanted: Wanted, settings: "Settings", *, in_json: bool) -> int:
+def _show_seen(
+    found: "Answer",
+    wanted: Wanted,
+    settings: "Settings",
+    *,
+    in_json: bool,
+    others: "Sequence[ModelRef]" = (),
+) -> int:
+    """Args:
+    others: the versions that were asked about, if none of them saw it and others did."""
     if in_json:
         line(json.dumps(words.as_json(found), ensure_ascii=False, indent=2))
         return GAPS if found.unknown else COMPLETE
@@ -56,7 +69,11 @@ def _show_seen(found: "Answer", wanted: Wanted, settings: "Settings", *, in_json
         from tasks.lineage.votes import judgments_of  # the database takes a second
 
         in_store = judgments_of(wanted.annotator, settings)
-    line(words.verdict(found, wanted, in_store))
+    if others:
+        named = ", ".join(ref.uri for ref in others)
+        line(f"None of these versions saw {words.asked(wanted)}: {named}. Others did.")
+    else:
+        line(words.verdict(found, wanted, in_store))
     for relation, title in TITLES.items():
         rows = words.seen_rows([seen for seen in found.seen if seen.relation == relation])
         if rows:

@@ -165,8 +165,7 @@ def show_validation(validation: "Validation") -> None:
     if validation.known_answers:
         line(
             f"Of the preferences, {validation.known_answers} are known right answers of the "
-            "annotator gold, and nobody's votes; reward_model.annotators: aware takes them for "
-            "such."
+            "annotator gold, and nobody's votes; with annotators: aware they are taken for such."
         )
 
 

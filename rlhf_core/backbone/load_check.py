@@ -191,7 +191,7 @@ def _continued(
     for step in range(max(steps) + 1):
         for row, state in zip(alive, reader.read(ids, positions), strict=True):
             found[row].append(state)
-        going = torch.tensor([step < steps[row] for row in alive], device=device)
+        going = torch.tensor([step < steps[row] for row in alive], device=device).nonzero()[:, 0]
         reader.keep(going)
         alive = [row for row in alive if step < steps[row]]
         following = [[texts[row][prompts[row] + step]] for row in alive]

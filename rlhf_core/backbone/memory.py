@@ -26,7 +26,7 @@ class Continuation(Protocol):
         """(B, n) new tokens and their positions -> (B, d) hidden state of the last one."""
 
     def keep(self, rows: Tensor) -> None:
-        """Keep the texts that a (B,) bool mask selects, and drop the others."""
+        """Go on with the texts that (n,) indices select; a text may be selected several times."""
 
 
 def continuation(body: PreTrainedModel, mask: Tensor, steps: int) -> Continuation:
@@ -88,7 +88,7 @@ class _KeyValues(Memory):
         return keys[:, :, :end], values[:, :, :end], mask
 
     def keep(self, rows: Tensor) -> None:
-        """Drop the other rows."""
+        """Select rows."""
         self._seen = self._seen[rows]
         self._buffers = {n: (k[rows], v[rows]) for n, (k, v) in self._buffers.items()}
 
@@ -133,6 +133,6 @@ class _ModelCache:
         return cast(Tensor, out.last_hidden_state)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop the other rows."""
+        """Select rows."""
         self._mask = self._mask[rows]
-        self._cache.reorder_cache(rows.nonzero().squeeze(1))
+        self._cache.reorder_cache(rows)

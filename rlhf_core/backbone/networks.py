@@ -9,12 +9,10 @@ forward and backward. Norms, softmax, losses, weights and their gradients stay i
 does the scalar head: it is a single row, and 8-bit scores would tie texts that differ.
 """
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from safetensors import safe_open
@@ -48,6 +46,8 @@ from rlhf_core.backbone.directory import (
 )
 from rlhf_core.backbone.load_check import broken, settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
+from rlhf_core.backbone.precision.machine import Precision, warn_if_slow
+from rlhf_core.backbone.precision.working_copy import WorkingCopy
 from rlhf_core.backbone.pretrained import MAIN, load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.chunked_head import ChunkedLoss, TokenLoss
@@ -58,13 +58,9 @@ from rlhf_core.functional.logprobs import (
     token_logprobs,
 )
 
-Precision = Literal["float32", "bfloat16"]
 ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
 HEAD = "score.weight"  # of a scalar model, in its model directory
 CHUNK = 128  # tokens whose logits exist at a time
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # CPU features on x86 and ARM
-
-_log = logging.getLogger(__name__)
 
 
 class Network(nn.Module):
@@ -77,6 +73,20 @@ class Network(nn.Module):
         self.model = settle(model)
         self.adapter = adapter
         self.precision = precision
+
+    @property
+    def precision(self) -> Precision:
+        """The type of matrix products: float32 or bfloat16."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"a network computes in float32 or bfloat16, not in {precision!r}; call the stage "
+                "by `run_stage`, or make a type of the setting with `resolved`"
+            )
+        self._precision: Precision = precision
 
     def hidden(self, packed: Packed) -> Tensor:
         """(N, d) last hidden states."""
@@ -93,18 +103,25 @@ class Network(nn.Module):
         """The type in which matrix products are computed."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
-    def autocast(self) -> Any:
-        """The context that computes in `precision`; the weights stay in float32."""
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context that computes in `precision`, with a working copy of the weights; the weights
+        themselves stay in float32."""
         if self.precision == "float32":
-            return nullcontext()
-        _warn_if_slow(self.model.device.type)
-        return torch.autocast(self.model.device.type, dtype=self.dtype)
+            yield
+            return
+        device = self.model.device.type
+        warn_if_slow(device)
+        copy = WorkingCopy.of(self.model)
+        with torch.autocast(device, dtype=self.dtype), copy.used_by(self.model):
+            yield
 
     @contextmanager
     def autocast_once(self) -> Iterator[None]:
         """Like `autocast`, for many forward passes without gradients: casts each weight once.
 
-        Autocast caches the cast of a weight only if it requires a gradient, so all do meanwhile.
+        Autocast caches the cast of a weight only if it requires a gradient, so all do meanwhile:
+        those that the working copy does not have.
         """
         casts = self.precision != "float32"
         frozen = [p for p in self.model.parameters() if casts and not p.requires_grad]
@@ -116,6 +133,12 @@ class Network(nn.Module):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+
+    def cast(self, weight: Tensor) -> Tensor | None:
+        """A weight as it is in the working copy; None if the copy does not have it."""
+        if self.precision == "float32":
+            return None
+        return WorkingCopy.of(self.model).cast(self.model, weight)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer's blocks in order."""
@@ -175,6 +198,7 @@ class Policy(Network):
                 bias=head.bias,
                 temperature=temperature / self.logit_scale,
                 chunk_size=CHUNK,
+                cast_weight=self.cast(head.weight),
             )
             return ChunkedLoss(logprobs.new_zeros(()), logprobs, None)
         return chunked_token_loss(
@@ -186,6 +210,7 @@ class Policy(Network):
             temperature=temperature / self.logit_scale,
             chunk_size=CHUNK,
             with_entropy=with_entropy,
+            cast_weight=self.cast(head.weight),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -400,18 +425,6 @@ def start_adapter(
     """Give a network a fresh adapter to train. Its outputs do not change yet."""
     add_adapter(network.model, name, rank=rank, alpha=alpha, layers=layers, seed=seed)
     network.adapter = name
-
-
-@cache
-def _warn_if_slow(device: str) -> None:
-    """Warn, once a process, when bfloat16 is slower than float32 on this device."""
-    capabilities = torch.cpu.get_capabilities()
-    if device == "cpu" and not any(capabilities.get(name) for name in BFLOAT16):
-        _log.warning(
-            "precision is bfloat16, but this CPU has no instructions for it (avx512_bf16, amx_bf16 "
-            "or ARM's bf16), so training takes 2 to 6 times as long as in float32; set precision "
-            "to float32"
-        )
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.types import PromptBatch, Responses
 
 BLOCK = 256  # tokens of the vocabulary in one partial sum of probabilities
+# Tokens of prompts from which on equal ones are read once. A product with fewer than 4 rows is
+# rounded in another way than one with more, and this is far above.
+SHARED = 64
 
 
 class SamplingConfig(Section):
@@ -143,6 +146,8 @@ def sample(
     a_t = F⁻¹(u_t), F the distribution function of softmax(logits_t / temperature); temperature 0
     takes the likeliest token.
 
+    Adjacent rows with the same prompt read it once.
+
     Shapes: prompts (B, P); draws (B, steps) in [0, 1) -> tokens, mask (B, R), R <= steps;
     finished (B,). `between` is called before each token and may raise.
     """
@@ -155,25 +160,42 @@ def sample(
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     finished = mask.new_zeros(rows)
     alive = torch.arange(rows, device=draws.device)  # the unfinished rows
-    memory = continuation(model.base_model, prompts.mask, steps)
-    step_ids, positions = prompts.input_ids, position_ids(prompts.mask)
+    read, said_by = _distinct(prompts)
+    memory = continuation(model.base_model, read.mask, steps)
+    step_ids, positions = read.input_ids, position_ids(read.mask)
     with policy.autocast_once():
         for t in range(steps):
             between()
             hidden = memory.read(step_ids, positions)
+            if t == 0 and len(hidden) < rows:
+                hidden, positions = hidden[said_by], positions[said_by]
+                memory.keep(said_by)
             token = draw(policy.logits(hidden), draws[alive, t], temperature)
             tokens[alive, t], mask[alive, t] = token, True
             ended = torch.isin(token, ends)
             finished[alive] = ended
-            going = ~ended
+            going = (~ended).nonzero().squeeze(1)
             step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
             if bool(ended.any()):
-                if not bool(going.any()):
+                if not len(going):
                     break
                 alive, step_ids, positions = alive[going], step_ids[going], positions[going]
                 memory.keep(going)
     length = int(mask.any(0).sum())
     return Responses(tokens[:, :length], mask[:, :length], finished)
+
+
+def _distinct(prompts: PromptBatch) -> tuple[PromptBatch, Tensor]:
+    """The prompts without those that equal the one before, and (B,) the index there of each row.
+
+    All of them, if so few tokens are left that their states would be rounded in another way.
+    """
+    ids, mask = prompts.input_ids, prompts.mask
+    new = (mask[1:] != mask[:-1]) | (mask[1:] & (ids[1:] != ids[:-1]))
+    first = torch.cat([new.new_ones(1), new.any(-1)])[: len(ids)]
+    if int(mask[first].sum()) < SHARED:
+        return prompts, torch.arange(len(ids), device=ids.device)
+    return PromptBatch(ids[first], mask[first]), first.cumsum(0) - 1
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:

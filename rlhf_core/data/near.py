@@ -70,8 +70,8 @@ class NearGroups:
         hashed = min_hash(shingles)
         for other in sorted(self._index.query(hashed)):
             # Of a group that it is in already, nothing more is to be known.
-            apart = self.first(text) != self.first(other)
-            if apart and jaccard(shingles, self._sets[other]) >= NEAR:
+            known = self.first(text) == self.first(other)
+            if not known and jaccard(shingles, self._sets[other]) >= NEAR:
                 self._join(text, other)
         self._index.insert(text, hashed, check_duplication=False)
 

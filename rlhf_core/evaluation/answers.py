@@ -106,7 +106,9 @@ def answer(
         if comparable:
             bench.logger.phase("KL to SFT", len(texts), len(rows))
             at = bench.sampling.temperature
-            kl.append(_sums(policy, response_rows, at) - _sums(bench.sft, response_rows, at))
+            ours = _sums(policy, response_rows, at)
+            theirs = ours if policy is bench.sft else _sums(bench.sft, response_rows, at)
+            kl.append(ours - theirs)
         else:
             batch, responses = _reencode(bench, batch_prompts, batch_texts, responses)
             response_rows = lay_out(batch, responses)
@@ -114,7 +116,8 @@ def answer(
         texts += batch_texts
         tokens.append(responses.mask.sum(-1).float())
         finished.append(responses.finished)
-        sft_logprob.append(_sums(bench.sft, response_rows, 1.0))
+        known = comparable and bench.sampling.temperature == 1
+        sft_logprob.append(theirs if known else _sums(bench.sft, response_rows, 1.0))
     return Answers(
         texts=texts,
         prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),

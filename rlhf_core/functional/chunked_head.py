@@ -51,9 +51,10 @@ class Head:
         temperature: float,
         chunk_size: int,
         wanted: Sequence[bool] = (False, False, False),  # gradients: hidden, weight, bias
+        cast_weight: Tensor | None = None,  # the weight in the type of `hidden`, if there is one
     ) -> None:
         self.hidden = hidden
-        self.weight = weight.to(hidden.dtype)
+        self.weight = weight.to(hidden.dtype) if cast_weight is None else cast_weight
         self.bias = None if bias is None else bias.to(hidden.dtype)
         self.scale = 1 / temperature
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -168,11 +169,12 @@ class LogprobsInChunks(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         chunk_size: int,
+        cast_weight: Tensor | None,
     ) -> Tensor:
         """(N,) log-probabilities."""
-        ctx.save_for_backward(hidden, weight, bias, tokens)
+        ctx.save_for_backward(hidden, weight, bias, tokens, cast_weight)
         ctx.settings = (temperature, chunk_size)
-        head = Head(hidden, weight, bias, temperature, chunk_size)
+        head = Head(hidden, weight, bias, temperature, chunk_size, cast_weight=cast_weight)
         parts = [chunk.logprobs for chunk in head.chunks(tokens)]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=head.dtype)
 
@@ -180,13 +182,13 @@ class LogprobsInChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of each input of the forward."""
-        hidden, weight, bias, tokens = ctx.saved_tensors
+        hidden, weight, bias, tokens, cast_weight = ctx.saved_tensors
         temperature, chunk_size = ctx.settings
         wanted = ctx.needs_input_grad[:3]
-        head = Head(hidden, weight, bias, temperature, chunk_size, wanted)
+        head = Head(hidden, weight, bias, temperature, chunk_size, wanted, cast_weight)
         for chunk in head.chunks(tokens):
             head.add_gradient(chunk, upstream[chunk.span])
-        return head.grad_hidden, head.grad_weight, head.grad_bias, None, None, None
+        return head.grad_hidden, head.grad_weight, head.grad_bias, *[None] * 4
 
 
 class LossInChunks(torch.autograd.Function):
@@ -203,10 +205,11 @@ class LossInChunks(torch.autograd.Function):
         chunk_size: int,
         token_loss: TokenLoss,
         with_entropy: bool,
+        cast_weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """The fields of a `ChunkedLoss`."""
         wanted = ctx.needs_input_grad[:3]
-        head = Head(hidden, weight, bias, temperature, chunk_size, wanted)
+        head = Head(hidden, weight, bias, temperature, chunk_size, wanted, cast_weight)
         out = head.sweep(tokens, token_loss, with_entropy, learns=any(wanted))
         # Saved tensors are released after use, so that autograd can reuse them without a copy.
         ctx.save_for_backward(head.grad_hidden, head.grad_weight, head.grad_bias)
@@ -221,7 +224,7 @@ class LossInChunks(torch.autograd.Function):
         # On a GPU `item` would wait for the device, which costs more than the product.
         if upstream.is_cuda or upstream.item() != 1:
             gradients = [g if g is None else g * upstream for g in gradients]
-        return (*gradients, *[None] * 5)
+        return (*gradients, *[None] * 6)
 
 
 def _fold(buffer: Tensor, shape: torch.Size) -> Tensor:

@@ -53,6 +53,7 @@ def chunked_token_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int = 256,
+    cast_weight: Tensor | None = None,
 ) -> Tensor:
     """`token_logprobs(hidden @ W.T + b, tokens)` and its gradient, a chunk of tokens at a time.
 
@@ -71,6 +72,7 @@ def chunked_token_logprobs(
         bias: b, (V,).
         temperature: τ, with which the tokens were sampled.
         chunk_size: most tokens whose logits exist at a time.
+        cast_weight: W in the type of `hidden`, if the caller has it already; the gradient is W's.
 
     Returns:
         (...) in nats, float32 or wider. Gradients reach hidden, weight and bias.
@@ -78,10 +80,10 @@ def chunked_token_logprobs(
     Raises:
         ValueError: if the shapes do not fit, or temperature or chunk size is not positive.
     """
-    _check_head(hidden, lm_head_weight, bias, tokens, temperature, chunk_size)
+    _check_head(hidden, lm_head_weight, bias, tokens, temperature, chunk_size, cast_weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     found: Tensor = LogprobsInChunks.apply(  # type: ignore[no-untyped-call]
-        flat, lm_head_weight, bias, tokens.reshape(-1), temperature, chunk_size
+        flat, lm_head_weight, bias, tokens.reshape(-1), temperature, chunk_size, cast_weight
     )
     return found.view(tokens.shape)
 
@@ -96,6 +98,7 @@ def chunked_token_loss(
     temperature: float = 1.0,
     chunk_size: int = 256,
     with_entropy: bool = False,
+    cast_weight: Tensor | None = None,
 ) -> ChunkedLoss:
     """A loss that is a sum over tokens, and its gradient, in one sweep over chunks of tokens.
 
@@ -117,6 +120,7 @@ def chunked_token_loss(
         temperature: τ, with which the tokens were sampled.
         chunk_size: most tokens whose logits exist at a time.
         with_entropy: whether to return the entropy of each distribution too.
+        cast_weight: as in `chunked_token_logprobs`.
 
     Returns:
         The loss (0 without tokens), and as constants log-probabilities and entropies in nats,
@@ -126,13 +130,21 @@ def chunked_token_loss(
         ValueError: if the shapes do not fit, or temperature or chunk size is not positive.
     """
     check_shapes(tokens=(tokens, "N"))
-    _check_head(hidden, lm_head_weight, bias, tokens, temperature, chunk_size)
+    _check_head(hidden, lm_head_weight, bias, tokens, temperature, chunk_size, cast_weight)
     if torch.is_grad_enabled():
         found = LossInChunks.apply(  # type: ignore[no-untyped-call]
-            hidden, lm_head_weight, bias, tokens, temperature, chunk_size, token_loss, with_entropy
+            hidden,
+            lm_head_weight,
+            bias,
+            tokens,
+            temperature,
+            chunk_size,
+            token_loss,
+            with_entropy,
+            cast_weight,
         )
         return ChunkedLoss(*found)
-    head = Head(hidden, lm_head_weight, bias, temperature, chunk_size)
+    head = Head(hidden, lm_head_weight, bias, temperature, chunk_size, cast_weight=cast_weight)
     return head.sweep(tokens, token_loss, with_entropy)
 
 
@@ -213,6 +225,7 @@ def _check_head(
     tokens: Tensor,
     temperature: float,
     chunk_size: int,
+    cast_weight: Tensor | None,
 ) -> None:
     """Check the input of both chunked functions."""
     leading = string.ascii_lowercase[: tokens.ndim]
@@ -221,7 +234,12 @@ def _check_head(
         hidden=(hidden, leading + "D"),
         lm_head_weight=(weight, "VD"),
         **({} if bias is None else {"bias": (bias, "V")}),
+        **({} if cast_weight is None else {"cast_weight": (cast_weight, "VD")}),
     )
     _check_temperature(temperature)
+    if cast_weight is not None and cast_weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"cast_weight must have the type of hidden, got {cast_weight.dtype} and {hidden.dtype}."
+        )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

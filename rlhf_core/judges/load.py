@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor
 
-from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.errors import ConfigError
 from rlhf_core.judges.config import PEOPLE, REWARD_MODEL, JudgeConfig

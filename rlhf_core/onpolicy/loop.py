@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
-from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import rounding
 from rlhf_core.backbone.sampling import PolicySampler, Sampler, SamplingConfig
 from rlhf_core.errors import NumericsError

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import ResponseRows, restore_rows, rounding
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import kl_estimate

@@ -34,8 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_core.backbone.adapters import average_adapters, load_adapter, save_adapter
 from rlhf_core.backbone.directory import add_facts, read_card, require_kind, weights_digest
-from rlhf_core.backbone.networks import Precision, ScalarModel, adapter_of
+from rlhf_core.backbone.networks import ScalarModel, adapter_of
 from rlhf_core.backbone.packing import Packed
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import share
 from rlhf_core.config import Section
 from rlhf_core.errors import ModelError

@@ -14,8 +14,9 @@ from rlhf_core.backbone.directory import (
     require_kind,
     weights_digest,
 )
-from rlhf_core.backbone.networks import ADAPTER, Precision, ScalarModel, load_as_adapter
+from rlhf_core.backbone.networks import ADAPTER, ScalarModel, load_as_adapter
 from rlhf_core.backbone.packing import Packed, pack
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.data.encoding import Prompt, encode_answers
 from rlhf_core.rewards.ensemble import MEAN, Ensemble, MemberSection, has_members
 

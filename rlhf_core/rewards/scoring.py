@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
-from rlhf_core.backbone.networks import Precision
 from rlhf_core.backbone.packing import Packed, pack
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import ResponseRows
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import (

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import base_of
-from rlhf_core.backbone.networks import Policy, Precision
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.encoding import Prompt, render_prompt
 from rlhf_core.data.prepared import TABLE_KINDS, read_table
@@ -105,7 +106,7 @@ class EvaluationConfig(MemberSection):
     precision: Precision = Field(
         "float32",
         description="Type of matrix products in every arm and in the reward model; "
-        "bfloat16 is faster on GPUs and on CPUs with instructions for it",
+        "bfloat16 is faster on GPUs and on CPUs with instructions for it, and auto takes it there",
     )
 
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import figures
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.directory import read_card
-from rlhf_core.backbone.networks import Policy, Precision
+from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import pack_pairs
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.config import Section
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt
@@ -77,7 +78,9 @@ class ReportCardConfig(Section):
     )
     batch_size: int = Field(32, ge=1, description="Texts that are scored at once")
     precision: Precision = Field(
-        "float32", description="Type of matrix products in the SFT policy and the reward model"
+        "float32",
+        description="Type of matrix products in the SFT policy and the reward model; auto takes "
+        "bfloat16 where the machine has it",
     )
 
 

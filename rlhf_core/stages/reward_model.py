@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple, Self
 
 import pandas as pd
@@ -57,7 +58,13 @@ from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.ensemble import Ensemble, average_head, average_of
 from rlhf_core.rewards.models import RewardModel
 from rlhf_core.seeding import generator
-from rlhf_core.training.annotators import ANONYMOUS, Annotators, VoteFacts
+from rlhf_core.training.annotators import (
+    ANONYMOUS,
+    Annotators,
+    VoteFacts,
+    average_habits,
+    habits_table,
+)
 from rlhf_core.training.epochs import optimizer_steps
 from rlhf_core.training.learner import Learner, TrainingSection, require_finite
 from rlhf_core.training.members import MemberBatches, MemberStep, PairStates, bootstrap
@@ -151,11 +158,6 @@ class RewardModelConfig(TrainingSection):
                 "annotators is aware, which learns how many votes of each annotator are wrong, so "
                 "label_smoothing has to be 0; remove it, or set annotators to pooled"
             )
-        if self.members > 1:
-            raise ValueError(
-                f"members is {self.members}, but annotators is aware, and only a single reward "
-                "model learns what annotators are like; set members to 1 or annotators to pooled"
-            )
         return self
 
 
@@ -203,6 +205,11 @@ class AwareReport(RewardModelReport):
     vote_accuracy: float  # of the model of the annotators on the votes of `accuracy`
 
 
+@dataclass(frozen=True, kw_only=True)
+class AwareEnsembleReport(EnsembleReport, AwareReport):
+    """The same of members, each of which learnt the annotators beside its rewards."""
+
+
 class _Votes(NamedTuple):
     """The votes to learn from and those held out, encoded."""
 
@@ -243,7 +250,8 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
-    annotators = _annotators(config, votes, ranks)
+    people = _annotators(config, votes, ranks)
+    annotators = people[0] if people else None
     with work.recovery.open(
         logger,
         identity=_identity(config, work),
@@ -276,15 +284,23 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     report = _report(votes, chosen, rejected, mean, std, seed)
     if annotators is None:
         return report
-    return _aware_report(report, annotators, config, votes, chosen - rejected)
+    return _aware_report(report, people, config, votes, (chosen - rejected).unsqueeze(0))
 
 
-def _annotators(config: RewardModelConfig, votes: _Votes, ranks: Ranks) -> Annotators | None:
-    """What is to be learnt of the annotators; None when their votes are pooled."""
+def _annotators(
+    config: RewardModelConfig,
+    votes: _Votes,
+    ranks: Ranks,
+    bootstraps: Sequence[Sequence[int] | None] = (None,),
+) -> list[Annotators]:
+    """What is to be learnt of the annotators, by each member; nothing when their votes are pooled.
+
+    Args:
+        bootstraps: of each member, how often each vote counts; None is once.
+    """
     if config.annotators == "pooled":
-        return None
+        return []
     facts = VoteFacts.of(votes.train.table, config.gold_annotator)
-    found = Annotators(facts, ranks)
     if len(facts.names) < 3:
         who = "have no annotator" if facts.names[1:] == (ANONYMOUS,) else "are of one annotator"
         _log.warning(
@@ -292,7 +308,7 @@ def _annotators(config: RewardModelConfig, votes: _Votes, ranks: Ranks) -> Annot
             "reliable than others; prepare data with the column annotator",
             who,
         )
-    return found
+    return [Annotators(facts, ranks, times) for times in bootstraps]
 
 
 def _table(work: Work, split: Split) -> pd.DataFrame:
@@ -331,21 +347,48 @@ def _accumulate_aware(
     check: Callable[[], None],
 ) -> dict[str, float]:
     """As `accumulate`, by the likelihood of who voted; then the annotators learn, too."""
-    gaps: dict[int, float] = {}
-
-    def loss(chosen: Tensor, rejected: Tensor, picked: Micro) -> Tensor:
-        gap = chosen - rejected
-        numbers = [rows[i] for i in picked.rows]
-        if picked.weight:
-            gaps.update(zip(numbers, gap.tolist(), strict=True))
-        margin = torch.tensor([pairs[i].margin for i in picked.rows], device=gap.device)
-        centre = config.center_coef * (chosen + rejected).square().mean()
-        return annotators.loss(gap, numbers, margin) + centre
-
+    loss = _AwareLoss(annotators, config, rows, pairs)
     metrics = accumulate(learner, pairs, config, ranks, check, loss=loss)
-    annotators.learn(gaps, rows)
-    spread = annotators.habits.values[1:, 0].std(correction=0).item()
-    return metrics | {"reliability_spread": spread}
+    return metrics | loss.learn()
+
+
+class _AwareLoss:
+    """The loss of one step by the likelihood of who voted; it keeps the gaps that it was given.
+
+    Args:
+        rows: the numbers of the pairs among all votes.
+        times: how often each of them counts; once by default.
+    """
+
+    def __init__(
+        self,
+        annotators: Annotators,
+        config: RewardModelConfig,
+        rows: list[int],
+        pairs: list[Pair],
+        times: Sequence[int] | None = None,
+    ) -> None:
+        self._annotators, self._config = annotators, config
+        self._rows, self._pairs = rows, pairs
+        self._times = [1] * len(rows) if times is None else times
+        self._gaps: dict[int, float] = {}
+
+    def __call__(self, chosen: Tensor, rejected: Tensor, picked: Micro) -> Tensor:
+        """Mean over the votes of a micro-batch, each as often as it counts."""
+        gap = chosen - rejected
+        places = [i for i in picked.rows for _ in range(self._times[i])]
+        numbers = [self._rows[i] for i in places]
+        if picked.weight:
+            self._gaps.update(zip(numbers, gap.tolist(), strict=True))
+        margin = torch.tensor([self._pairs[i].margin for i in places], device=gap.device)
+        centre = self._config.center_coef * (chosen + rejected).square().mean()
+        return self._annotators.loss(gap, numbers, margin) + centre
+
+    def learn(self) -> dict[str, float]:
+        """Have the annotators learn from the gaps; all ranks have to call this together."""
+        self._annotators.learn(self._gaps, self._rows)
+        spread = self._annotators.habits.values[1:, 0].std(correction=0).item()
+        return {"reliability_spread": spread}
 
 
 def _train_ensemble(
@@ -365,7 +408,7 @@ def _train_ensemble(
     for number, member in enumerate(members, start=1):
         config.adapt(member, f"reward-{number}", seed=seed, stream=f"reward/adapter/{number}")
     ensemble = Ensemble(members)
-    _learn_together(config, work, members, votes)
+    annotators = _learn_together(config, work, members, votes)
 
     average = average_of(members, "reward-average")
     prompts = _train_table(config, work)["prompt"]
@@ -392,15 +435,20 @@ def _train_ensemble(
         output = work.outputs["reward"]
         ensemble.save(tokenizer, output, average=average, base=sft)
         add_facts(output, {"chat": read_card(sft).get("chat", False)})
-    return _ensemble_report(votes, members, average, scores, averaged, seed)
+    report = _ensemble_report(votes, members, average, scores, averaged, seed)
+    if not annotators:
+        return report
+    return _aware_report(report, annotators, config, votes, scores[:, 0] - scores[:, 1])
 
 
 def _learn_together(
     config: RewardModelConfig, work: Work, members: list[ScalarModel], votes: _Votes
-) -> None:
+) -> list[Annotators]:
     """One step of each member after another; what lies below the adapters is computed once.
 
     The loss of a step is the mean over the votes of the member's bootstrap.
+
+    Returns: what each member has learnt of the annotators; nothing when their votes are pooled.
     """
     ranks, size, train = work.ranks, config.micro_batch_size, votes.train.pairs
     total = config.epochs * math.ceil(len(train) / config.batch_size)
@@ -411,12 +459,14 @@ def _learn_together(
         for number in range(1, config.members + 1)
     ]
     batches = MemberBatches(weights, config.batch_size, config.epochs, work.seed)
+    annotators = _annotators(config, votes, ranks, weights)
+    people = {f"annotators {n}": found for n, found in enumerate(annotators, start=1)}
     states: PairStates | None = None
     with work.recovery.open(
         work.logger,
         identity=_identity(config, work),
         learners={f"member {n}": learner for n, learner in enumerate(learners, start=1)},
-        positions={"batches": batches},
+        positions={"batches": batches} | people,
         ranks=ranks,
     ) as session:
         session.resume()
@@ -429,20 +479,28 @@ def _learn_together(
             parts = sum(ranks.passes(len(rows), size) for rows in step.picked)
             check = session.between("batch", parts)
             rate, values = learners[0].learning_rate, []
-            for learner, rows, counts in zip(learners, step.picked, weights, strict=True):
+            losses: list[_AwareLoss] = []
+            for place, (learner, rows) in enumerate(zip(learners, step.picked, strict=True)):
                 if rows:
+                    pairs = [train[row] for row in rows]
+                    times = [weights[place][row] for row in rows]
+                    if annotators:
+                        losses.append(_AwareLoss(annotators[place], config, rows, pairs, times))
                     values.append(
                         accumulate(
                             learner,
-                            [train[row] for row in rows],
+                            pairs,
                             config,
                             ranks,
                             check,
-                            weights=[counts[row] for row in rows],
+                            weights=times,
                             pack=partial(_pack, states, rows),
+                            loss=losses[-1] if losses else None,
                         )
                     )
             # Nothing may stop from here to the safe point: some members are ahead of the others.
+            for value, loss in zip(values, losses, strict=False):
+                value |= loss.learn()
             norms = [learner.step() for learner in learners]
             metrics = _over_members(values) | {
                 "grad_norm": sum(norms) / len(norms),
@@ -452,6 +510,7 @@ def _learn_together(
             note = f"loss {metrics['loss']:.3f}" if values else "no member has votes here"
             session.progress(number, total, note)
             session.safe_point()
+    return annotators
 
 
 def _pack(states: PairStates, rows: list[int], places: list[int]) -> Packed:
@@ -482,7 +541,10 @@ def _over_members(values: list[dict[str, float]]) -> dict[str, float]:
     found = torch.tensor([[v["loss"], v["accuracy"]] for v in values], dtype=torch.float64)
     loss, accuracy = found.mean(0).tolist()
     spread = found[:, 0].std(correction=0).item()
-    return {"loss": loss, "accuracy": accuracy, "loss_spread": spread}
+    metrics = {"loss": loss, "accuracy": accuracy, "loss_spread": spread}
+    if "reliability_spread" in values[0]:
+        metrics["reliability_spread"] = fmean(v["reliability_spread"] for v in values)
+    return metrics
 
 
 def _ensemble_report(
@@ -647,20 +709,28 @@ def _report(
 
 def _aware_report(
     report: RewardModelReport,
-    annotators: Annotators,
+    annotators: Sequence[Annotators],
     config: RewardModelConfig,
     votes: _Votes,
-    gap: Tensor,
+    gaps: Tensor,
 ) -> AwareReport:
-    """The report with the table of annotators. Shapes: gap (M,) of the held-out votes, logits."""
-    annotators.fit()
-    facts, table = annotators.facts, annotators.table()
-    values, voted = annotators.habits.values, facts.annotator > 0
+    """The report with the table of annotators, as each member knows them.
+
+    Shapes: gaps (K, M) of the held-out votes by each member, logits.
+    """
+    for member in annotators:
+        member.fit()
+    facts, habits = annotators[0].facts, average_habits(annotators)
+    gap = math.sqrt(sum(member.gap**2 for member in annotators) / len(annotators))
+    table, values, voted = habits_table(facts, habits, gap), habits.values, facts.annotator > 0
     means = values[facts.annotator[voted]].mean(0).tolist() if voted.any() else [1.0, 0.0, 0.0]
     unknown = (facts.side[voted] == 0).double().mean().item() if voted.any() else 0.0
     held_out = VoteFacts.of(votes.held_out.table, config.gold_annotator, facts)
-    right = half_for_ties(annotators.predict(held_out, gap)[~held_out.tie])
-    ties = annotators.habits.log_tie.exp().item()
+    logits = torch.stack(
+        [p.predict(held_out, gap) for p, gap in zip(annotators, gaps, strict=True)]
+    )
+    right = half_for_ties(logits.mean(0)[~held_out.tie])
+    ties = habits.log_tie.exp().item()
     doubtful = table[table["reliability"] + 1.96 * table["reliability_sd"] < _HALF]
     if len(doubtful):
         _log.warning(
@@ -671,7 +741,8 @@ def _aware_report(
             ", ".join([*doubtful["annotator"][:_NAMED], *(["..."] * (len(doubtful) > _NAMED))]),
         )
     given = {field.name: getattr(report, field.name) for field in fields(report)}
-    return AwareReport(
+    kind = AwareEnsembleReport if isinstance(report, EnsembleReport) else AwareReport
+    return kind(
         **given | {"tables": {**report.tables, "reward_annotators": table}},
         annotators=len(table),
         doubtful_annotators=len(doubtful),

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.backbone.precision.machine import resolved
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import TableKind
@@ -170,7 +171,7 @@ def algorithms() -> list[str]:
 
 
 def run_stage(name: str, config: Section, work: Work) -> Report:
-    """Call a stage.
+    """Call a stage. Its `precision` auto is the type that the device has.
 
     Raises: ValueError when an input, output or section is missing or unexpected.
     """
@@ -178,7 +179,7 @@ def run_stage(name: str, config: Section, work: Work) -> Report:
     _require(name, "inputs", set(work.inputs), spec.inputs, spec.optional_inputs)
     _require(name, "outputs", set(work.outputs), spec.outputs, spec.optional_outputs)
     _require(name, "sections", set(work.sections), tuple(spec.sections), ())
-    return spec.function(config, work)
+    return spec.function(resolved(config, work.device), work)
 
 
 def _require(

@@ -7,6 +7,8 @@ every annotator are set to what is most probable given all votes seen so far:
 already climbed to the top of, and there is no second learning rate. In the first epoch every score
 is from before its vote was learnt from, so that an annotator gains nothing by what the rewards know
 by heart.
+
+Each member of an ensemble has annotators of its own, who cast the votes of its bootstrap.
 """
 
 import math
@@ -94,18 +96,23 @@ class Annotators:
     length. The mean of a is 1 in either case, so that rewards are in logits of the average voter;
     with one annotator that is all there is to know, and it is plain Bradley-Terry but for a liking
     for a side. Votes without a name are those of one more annotator.
+
+    Args:
+        facts: of the votes.
+        times: how often each of them counts; once by default.
     """
 
-    def __init__(self, facts: VoteFacts, ranks: Ranks) -> None:
+    def __init__(self, facts: VoteFacts, ranks: Ranks, times: Sequence[int] | None = None) -> None:
         self.facts = facts
         self._ranks = ranks
         count, votes = len(facts.names), len(facts.tie)
+        self._times = torch.tensor([1] * votes if times is None else list(times))
         self._gaps = torch.zeros(votes, dtype=torch.float64)
         self._seen = torch.zeros(votes, dtype=torch.bool)
         self._new = 0  # votes since the last fit
         values = torch.zeros(count, 3, dtype=torch.float64)
         values[0, 0], values[1:, 0] = GOLD_RELIABILITY, 1.0
-        ties = facts.tie.double().mean().item()
+        ties = facts.tie.repeat_interleave(self._times).double().mean().item()
         # Of equal answers ν / (2 + ν) are ties.
         log_tie = math.log(2 * ties / (1 - ties)) if 0 < ties < 1 else -math.inf
         log_tie = 0.0 if ties == 1 else log_tie
@@ -115,10 +122,15 @@ class Annotators:
     @property
     def gold(self) -> bool:
         """Whether some votes are known answers."""
-        return bool((self.facts.annotator == 0).any())
+        return bool(self.votes()[0])
+
+    def votes(self) -> Tensor:
+        """(K,) how many votes of each annotator there are to learn from."""
+        who = self.facts.annotator.repeat_interleave(self._times)
+        return torch.bincount(who, minlength=len(self.facts.names))
 
     def loss(self, gap: Tensor, rows: Sequence[int], margin: Tensor) -> Tensor:
-        """Mean negative log-likelihood of some votes, in nats.
+        """Mean negative log-likelihood of some votes, in nats; a row may be there several times.
 
         Shapes: gap (B,) r(chosen) - r(rejected); margin (B,).
         """
@@ -148,7 +160,8 @@ class Annotators:
         """Set the habits to their mode given the votes seen; the same to the bit on every rank."""
         self._new = 0
         if self._ranks.main:
-            rows = self._seen.nonzero().squeeze(1)
+            seen = self._seen.nonzero().squeeze(1)
+            rows = seen.repeat_interleave(self._times[seen])
             free = torch.ones_like(self.habits.values, dtype=torch.bool)
             free[0] = False
             self.habits = fit_habits(
@@ -161,6 +174,12 @@ class Annotators:
             )
         self.habits = Habits(*self._ranks.from_main(tuple(self.habits)))
 
+    @property
+    def gap(self) -> float:
+        """The root mean square of r(chosen) - r(rejected) over the votes seen; 0 without any."""
+        seen = self._gaps[self._seen]
+        return seen.square().mean().sqrt().item() if len(seen) else 0.0
+
     def predict(self, facts: VoteFacts, gap: Tensor) -> Tensor:
         """(N,) logit that the chosen answer of other votes wins; who is new has a = 1, b = c = 0.
 
@@ -172,28 +191,6 @@ class Annotators:
         more[:, 0] = 1.0
         values = torch.cat([self.habits.values, more])
         return vote_logits(facts.cast(gap.double(), torch.arange(len(gap))), values)
-
-    def table(self) -> pd.DataFrame:
-        """A row for each annotator with votes, the least reliable first; gold is not among them.
-
-        `length_unit` (characters) and `reward_gap`, the root mean square of r(chosen) - r(rejected)
-        over the votes, are what `length` and `reliability` have to be read with.
-        """
-        counts = torch.bincount(self.facts.annotator, minlength=len(self.facts.names))
-        known = torch.bincount(
-            self.facts.annotator, self.facts.side.abs(), minlength=len(self.facts.names)
-        )
-        names = ("reliability", "left", "length")
-        columns = {"annotator": self.facts.names, "votes": counts, "known_sides": known.long()}
-        for place, name in enumerate(names):
-            columns[name] = self.habits.values[:, place]
-            columns[f"{name}_sd"] = self.habits.deviations[:, place]
-        gap = self._gaps[self._seen].square().mean().sqrt().item() if self._seen.any() else 0.0
-        columns["length_unit"] = torch.full((len(counts),), self.facts.unit)
-        columns["reward_gap"] = torch.full((len(counts),), gap)
-        frame = pd.DataFrame({name: list(map(_plain, x)) for name, x in columns.items()})
-        frame = frame[1:][frame["votes"][1:] > 0]
-        return frame.sort_values(["reliability", "annotator"], ignore_index=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores of the votes, and the habits."""
@@ -210,6 +207,48 @@ class Annotators:
         self._seen.copy_(state["seen"])
         self._new = state["new"]
         self.habits = Habits(*state["habits"])
+
+
+def average_habits(members: Sequence[Annotators]) -> Habits:
+    """What the members of an ensemble know of the annotators of the same votes.
+
+    The moments of the mixture of what each says: means mₖ with deviations sₖ become the mean
+    m̄ = Σₖ mₖ / K, with the variance Σₖ (sₖ² + (mₖ - m̄)²) / K. It is taken over the members that
+    have votes of an annotator in their bootstrap; without any the annotator is as by the prior.
+    """
+    if len(members) == 1:
+        return members[0].habits
+    values = torch.stack([member.habits.values for member in members])
+    variances = torch.stack([member.habits.deviations for member in members]).square()
+    has = torch.stack([member.votes() > 0 for member in members])
+    weights = torch.where(has.any(0), has, True).double()
+    weights = (weights / weights.sum(0)).unsqueeze(2)
+    mean = (weights * values).sum(0)
+    variance = (weights * (variances + (values - mean).square())).sum(0)
+    nu = torch.stack([member.habits.log_tie for member in members]).exp().mean()
+    return Habits(mean, variance.sqrt(), nu.log())
+
+
+def habits_table(facts: VoteFacts, habits: Habits, gap: float) -> pd.DataFrame:
+    """A row for each annotator with votes, the least reliable first; gold is not among them.
+
+    Args:
+        gap: the root mean square of r(chosen) - r(rejected) over the votes. It is the column
+            `reward_gap`, with which `reliability` has to be read, as `length` with `length_unit`
+            (characters).
+    """
+    counts = torch.bincount(facts.annotator, minlength=len(facts.names))
+    known = torch.bincount(facts.annotator, facts.side.abs(), minlength=len(facts.names))
+    names = ("reliability", "left", "length")
+    columns = {"annotator": facts.names, "votes": counts, "known_sides": known.long()}
+    for place, name in enumerate(names):
+        columns[name] = habits.values[:, place]
+        columns[f"{name}_sd"] = habits.deviations[:, place]
+    columns["length_unit"] = torch.full((len(counts),), facts.unit)
+    columns["reward_gap"] = torch.full((len(counts),), gap)
+    frame = pd.DataFrame({name: list(map(_plain, x)) for name, x in columns.items()})
+    frame = frame[1:][frame["votes"][1:] > 0]
+    return frame.sort_values(["reliability", "annotator"], ignore_index=True)
 
 
 def _plain(value: Any) -> Any:

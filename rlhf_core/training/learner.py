@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_core.backbone.networks import Network, Precision, start_adapter
+from rlhf_core.backbone.networks import Network, start_adapter
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.config import Section
 from rlhf_core.errors import NumericsError
 from rlhf_core.seeding import stream_seed
@@ -37,8 +39,8 @@ class TrainingSection(Section):
     precision: Precision = Field(
         "float32",
         description="Type of matrix products. bfloat16 is faster on GPUs and on CPUs "
-        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs. Weights, "
-        "their gradients and the optimizer stay in float32",
+        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs; auto takes it "
+        "where the machine has it. Weights, their gradients and the optimizer stay in float32",
     )
     lora_rank: int = Field(
         0,
@@ -158,6 +160,9 @@ class Learner:
             )
         nn.utils.clip_grads_with_norm_(self._named.values(), self._max_grad_norm, norm)
         self._adamw.step()
+        # A fused step does not count as a change of the weights, by which a working copy of them
+        # knows that it is old.
+        increment_version(list(self._named.values()))
         self._schedule.step()
         self.drop_gradient()
         return norm.item()

@@ -54,6 +54,12 @@ EXAMINES: Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
 }
 WORDS = {"preferences": "votes", "demonstrations": "demonstrations", "prompts": "prompts"}
 PEOPLE = "people"  # as a judge
+ROLES = (
+    "votes",
+    "demonstrations",
+    "prompts",
+    "verdicts",
+)  # what is told first, if there are several
 NEAR = 5  # names that are shown in place of one that nothing has
 
 
@@ -108,8 +114,9 @@ def seen_by(
     """Every version that saw an annotator, a source or a licence, itself or through an input; the
     oldest first.
 
-    A version is in it once for what it was trained on, by the shortest way, and once for what it
-    was only evaluated on. Deleted versions of which anything is left are in it.
+    A version is in it once for what it was trained on, by the shortest way from votes, else from
+    demonstrations, else from prompts, and once for what it was evaluated on. Deleted versions of
+    which anything is left are in it.
 
     Args:
         project: of the preference store; votes of its other projects do not count, those from
@@ -156,11 +163,12 @@ class Lineage:
                 hits = [c for c in data.counts() if wanted.matches(c, data.origins)]
                 matching[data.digest] = sum(c.rows for c in hits)
         verdicts, gaps = self._verdicts(wanted)
-        for version, relation, step, rows in sorted((*direct, *verdicts), key=_most_first):
-            key = (version.uri, relation)
-            if key not in found:
-                found[key] = self._seen(version, relation, (step,), rows)
-        self._descend(found)
+        for role in ROLES:
+            of_role = [hit for hit in (*direct, *verdicts) if hit[2].role == role]
+            for key, seen in self._reached(of_role).items():
+                known = found.get(key)
+                also = () if known is None else (*known.also, role)
+                found[key] = seen if known is None else replace(known, also=also)
         self._descend_by_answers(found)
         return Answer(
             tuple(sorted(found.values(), key=_by_time)),
@@ -186,18 +194,24 @@ class Lineage:
         ]
         return [ModelRef.parse(uri) for uri in dict.fromkeys(made)]
 
-    def _descend(self, found: dict[tuple[str, Relation], Seen]) -> None:
-        """Add the versions that were made from those that were trained on it."""
+    def _reached(self, direct: Sequence[_Direct]) -> dict[tuple[str, Relation], Seen]:
+        """The versions that read something themselves, and those that were made from a version
+        that was trained on it."""
+        found: dict[tuple[str, Relation], Seen] = {}
+        for version, relation, step, rows in sorted(direct, key=_most_first):
+            if (version.uri, relation) not in found:
+                found[version.uri, relation] = self._seen(version, relation, (step,), rows)
         children = self._graph.children()
         waiting = deque(seen for seen in found.values() if seen.relation == "trained")
         while waiting:
             parent = waiting.popleft()
             for role, child in children.get(parent.ref.uri, ()):
-                key: tuple[str, Relation] = (child.uri, "trained")
-                if key not in found:
+                if (child.uri, "trained") not in found:
                     path = (*parent.path, Step(role, parent.ref.uri))
-                    found[key] = self._seen(child, "trained", path, parent.rows)
-                    waiting.append(found[key])
+                    seen = self._seen(child, "trained", path, parent.rows)
+                    found[child.uri, "trained"] = seen
+                    waiting.append(seen)
+        return found
 
     def _descend_by_answers(self, found: dict[tuple[str, Relation], Seen]) -> None:
         """Add the versions that learned from answers of those that were trained on it, and what was

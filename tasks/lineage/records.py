@@ -44,6 +44,7 @@ class Seen(Known):
     relation: Relation = "trained"
     path: tuple[Step, ...] = ()  # from the data on; the version itself is not in it
     rows: int = 0  # that match, where the path begins
+    also: tuple[str, ...] = ()  # what else a way begins with: demonstrations, prompts, …
 
     @property
     def direct(self) -> bool:

@@ -101,7 +101,7 @@ def seen_rows(found: Sequence[Seen]) -> list[tuple[str, str, str, int, str]]:
             seen.at.strftime("%Y-%m-%d %H:%M") if seen.at else "unknown",
             ", ".join(seen.aliases),
             seen.rows,
-            way(seen.path),
+            way(seen.path) + (f"; also {', '.join(seen.also)}" if seen.also else ""),
         )
         for seen in found
     ]

@@ -11,6 +11,8 @@ from rlhf_core.evaluation.card.findings import verdict as card_verdict
 from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.functional.interval import Interval
 from rlhf_core.redaction import masked
+from tasks.lineage.records import Saw
+from tasks.lineage.words import lines_of
 from tasks.pages import charts
 from tasks.pages.facts import Facts
 from tasks.pages.run_page import basics
@@ -31,10 +33,15 @@ _MEASURES = {
 _TABLES = ("demonstrations", "preferences", "prompts")
 
 
-def model_card(facts: Facts, policy: ModelRef) -> str:
-    """The README.md of a policy: metadata that the hub understands, and the facts for people."""
+def model_card(facts: Facts, policy: ModelRef, saw: Saw | None = None) -> str:
+    """The README.md of a policy: metadata that the hub understands, and the facts for people.
+
+    Args:
+        saw: what it was trained on, with the models that it was made from. Annotators are counted
+            and not named: a card is copied with the model, and nobody is erased from copies.
+    """
     data = _metadata(facts, policy)
-    body = "\n".join(_body(facts, policy))
+    body = "\n".join(_body(facts, policy, saw))
     return masked(
         str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=True))
     )
@@ -112,7 +119,7 @@ def _result(kind: str, name: str, value: Interval, basis: Mapping[str, object]) 
     )
 
 
-def _body(facts: Facts, policy: ModelRef) -> Iterator[str]:
+def _body(facts: Facts, policy: ModelRef, saw: Saw | None) -> Iterator[str]:
     found = verdict(facts)
     known = {**dict(basics(facts)), "Took": duration(facts.seconds)}
     yield from (f"# {policy.name}, version {policy.version}", "", f"**{_text(found.sentence)}**")
@@ -134,6 +141,16 @@ def _body(facts: Facts, policy: ModelRef) -> Iterator[str]:
         yield from _table(
             ("Setting", "Value", "Default"), [(s.name, s.value, s.default) for s in facts.changed]
         )
+    if saw is not None:
+        yield from (
+            "",
+            "## What it saw",
+            "",
+            "Itself, and through the models that it was made from:",
+        )
+        yield from ("", "| | |", "|---|---|")
+        yield from (f"| {name} | {_text(value)} |" for name, value in lines_of(saw))
+        yield from (f"\n- Not known: {_text(gap)}" for gap in saw.unknown)
     if facts.scorecard is not None:
         yield from _evaluation(facts.scorecard)
     if facts.decision is not None:

@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.promotion.decision import Decision
+from tasks.lineage.lineage import saw
 from tasks.pages.facts import PAGE, Facts, gather
 from tasks.pages.model_card import description, model_card
 from tasks.pages.run_page import run_page
@@ -56,10 +57,11 @@ def publish_report(
 
     policy = models["policy"]
     _attempt("the page of the run", page)
+    seen = _attempt(f"the lineage of {policy.uri}", lambda: saw(record, policy))
     _attempt(
         f"the model card of {policy.uri}",
         lambda: record.store.describe(
-            policy, model_card(facts, policy), description(facts, policy)
+            policy, model_card(facts, policy, seen), description(facts, policy)
         ),
     )
 

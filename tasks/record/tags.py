@@ -19,6 +19,7 @@ CODE_DIGEST: Final = "code_digest"  # of the whole core
 GIT_COMMIT: Final = "git_commit"
 GIT_DIRTY: Final = "git_dirty"
 MACHINE: Final = "machine_type"  # processor and device, as people say it
+AUTO_PRECISION: Final = "auto_precision"  # the type that `precision: auto` is in all its stages
 FLOW_RUN: Final = "prefect.flow_run_id"
 TASK_RUN: Final = "prefect.task_run_id"
 FLOW_NAME: Final = "prefect.flow_name"

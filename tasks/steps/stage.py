@@ -16,6 +16,7 @@ from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.stage import Stage, open_stage, open_training
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
+from tasks.steps.precision import with_precision
 
 T = TypeVar("T")
 
@@ -49,9 +50,10 @@ def do_stage(
             may be reused, or any; None = any if it has inputs.
     """
     spec = STAGES[name]
+    record = Record.open(patient=True)
     common: dict[str, Any] = {
-        "record": Record.open(patient=True),
-        "config": spec.config.part_of(config),
+        "record": record,
+        "config": with_precision(spec.config.part_of(config), record, run, trains=spec.trains),
         "extra_sections": {key: sections[key] for key in spec.sections},
         "run": run,
         "inputs": inputs,

@@ -62,7 +62,8 @@ class Columns:
                 f"prompt; if that is wrong, map 'prompt' in data.{kind}.fields"
             )
         self.origins = OriginColumns(source, kind, names, find, reading.licence)
-        self.notes += [*self.origins.notes, *self._brackets(), *self._unread()]
+        self.notes += self.origins.notes
+        self.notes += [*self._brackets(), *self._unread()]
         self.seen = Counter[str]()
 
     def rows(self, path: Path) -> Iterator[tuple[int, SourceRow]]:

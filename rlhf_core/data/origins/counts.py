@@ -128,6 +128,11 @@ class Origins(_Facts):
             )
 
 
+def in_order(counts: Iterable[Count]) -> tuple[Count, ...]:
+    """The counts in an order that follows from what they say."""
+    return tuple(sorted(counts, key=lambda count: tuple(vars(count).values())))
+
+
 def half_of(key: str) -> Half:
     """The half of the votes that a prompt belongs to, as `select_votes` has it."""
     return "second_half" if falls_to_eval(f"half/{key}", 0, 0.5) else "first_half"
@@ -218,7 +223,7 @@ def count_tables(directory: Path) -> Origins:
                 counts += count(_old_votes(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the prepared tables cannot be read ({error!r})") from error
-    return Origins(licences_known=False, tables=tables, counts=tuple(counts))
+    return Origins(licences_known=False, tables=tables, counts=in_order(counts))
 
 
 def _old_votes(directory: Path) -> Iterator[VoteRow]:

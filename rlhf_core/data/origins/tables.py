@@ -17,6 +17,7 @@ from rlhf_core.data.origins.counts import (
     count_chosen,
     count_texts,
     count_votes,
+    in_order,
 )
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import TableKind
@@ -41,7 +42,7 @@ def origins_of(tables: CleanTables) -> Origins:
     else:
         counts += count_texts("prompts", _texts(prompts.frame))
     return Origins(
-        tables={kind: _table(table) for kind, table in tables.items()}, counts=tuple(counts)
+        tables={kind: _table(table) for kind, table in tables.items()}, counts=in_order(counts)
     )
 
 

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.backbone.networks import Precision
+from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.evaluation.tournament.schedule import pairs_of
 from rlhf_core.rewards.ensemble import MemberSection
 
@@ -44,7 +44,8 @@ class TournamentConfig(MemberSection):
     )
     precision: Precision = Field(
         "float32",
-        description="Type of matrix products in every policy and in the reward model",
+        description="Type of matrix products in every policy and in the reward model; auto takes "
+        "bfloat16 where the machine has it",
     )
 
     @property

@@ -13,6 +13,8 @@ from tasks.feedback.store.database import Database
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
+    AUDITED,
+    JUDGED,
     MACHINE,
     Annotator,
     Assignment,
@@ -45,6 +47,8 @@ class QueueState(NamedTuple):
     withdrawn: int
     leased: int  # on somebody's desk now
     missing: int  # votes until all open pairs are done
+    alone: int = 0  # pairs that a machine answers without people
+    audited: int = 0  # pairs that it is sure of, and people answer too
 
 
 class BatchState(NamedTuple):
@@ -130,6 +134,15 @@ def queue_state(project: FeedbackProject) -> QueueState:
             .where(Pair.project_id == project.id, Pair.wanted > 0)
             .group_by(Pair.state)
         ).all()
+        routed = dict(
+            session.execute(
+                select(Pair.arm, func.count())
+                .where(Pair.project_id == project.id, Pair.arm.in_((JUDGED, AUDITED)))
+                .group_by(Pair.arm)
+            )
+            .tuples()
+            .all()
+        )
         leased = session.scalar(
             select(func.count())
             .select_from(Assignment)
@@ -147,6 +160,8 @@ def queue_state(project: FeedbackProject) -> QueueState:
         states.get("withdrawn", (0, 0))[0],
         leased or 0,
         states.get("open", (0, 0))[1],
+        routed.get(JUDGED, 0),
+        routed.get(AUDITED, 0),
     )
 
 

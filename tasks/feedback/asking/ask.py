@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from getpass import getuser
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from rlhf_core.seeding import generator
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.ordering.outcome import begin
 from tasks.feedback.routing.route import judge_batch, look_at
 from tasks.feedback.store.content import digest
 from tasks.feedback.store.records import Answer, NewPair
@@ -67,11 +69,11 @@ class Asked(BaseModel):
     too_long: int  # prompts that leave no room for an answer
     held_out: int  # prompts of the file that are held out for evaluation
     where: str  # people label there
-    then: str = ""  # the deployment that it starts once it is complete
     judge: str = ""  # the machine that answers pairs as well; "" = none
     alone: int = 0  # pairs that it answers without people
     audited: int = 0  # pairs of which it is sure, and which people answer all the same
     unsure: int = 0  # pairs that it has left to people
+    then: str = ""  # the deployment that it starts once it is complete
 
     @property
     def sentence(self) -> str:
@@ -139,9 +141,6 @@ def ask(
     policy = record.store.resolve(config.policy or f"models:/{config.project}-policy@{CHAMPION}")
     refs = [policy, *([record.store.resolve(config.against)] if config.against else [])]
     judge = config.judge if config.judge.source else None
-    if judge is not None:
-        logger.phase("looking at the judge")
-        look_at(judge, config.project, record)
     logger.phase("finding the prompts")
     source = _prompts(config, policy, record)
     lengths = [_sampling(config, ref, record) for ref in refs]
@@ -161,7 +160,11 @@ def ask(
             "policy": policy.uri,
             "people": _complete(config, votes),
         }
+        if judge is not None and not batches.is_asked(project, name):
+            logger.phase("looking at the judge")
+            look_at(judge, project, record)
         if kind == ASK:
+            begin(project, getuser())
             about |= {"then": config.then, "by": by, "round": number}
         batch = project.content.batch(name, kind, about)
         before = batches.details(project.database, batch)
@@ -193,7 +196,7 @@ def ask(
             )  # fmt: skip
             judged = {"judge": who.name, "alone": became.alone}
             judged |= {"audited": became.audited, "unsure": became.unsure}
-        if "asked" not in before:  # from now on it may be complete
+        if "asked" not in before:
             batches.keep(project, batch, {"asked": True})
     asked = Asked(
         project=config.project,

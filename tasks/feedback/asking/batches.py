@@ -30,6 +30,7 @@ from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
     ASK,
     JUDGE,
+    JUDGED,
     MACHINE,
     Annotator,
     Batch,
@@ -246,7 +247,7 @@ def _stand_to_train(
         rows = session.execute(
             select(Pair.id, Pair.state)
             .join(BatchPair, BatchPair.pair_id == Pair.id)
-            .where(BatchPair.batch_id == batch)
+            .where(BatchPair.batch_id == batch, Pair.arm != JUDGED)  # which nobody is asked about
         ).all()
     said = said_on(project, [row.id for row in rows if row.state == "open"], config)
     states = Counter(row.state for row in rows)
@@ -360,6 +361,13 @@ def details(database: Database, batch: int) -> dict[str, Any]:
     """What is kept with a batch."""
     with database.reading() as session:
         return dict(session.get_one(Batch, batch).details)
+
+
+def is_asked(project: FeedbackProject, name: str) -> bool:
+    """Whether there is a batch of this name with everything in it that was to be."""
+    with project.database.reading() as session:
+        row = session.scalar(select(Batch).filter_by(project_id=project.id, name=name))
+        return row is not None and "asked" in row.details
 
 
 def keep(project: FeedbackProject, batch: int, more: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def page(made: Mapping[str, Any]) -> str:
         "",
         "## The preference store",
         "",
-        *(f"* {number:,} {_plain(name)}" for name, number in rows.items()),
+        *(f"* {number:,} {_plain(name)}" for name, number in rows.items() if number),
         "",
         "## Snapshots",
         "",
@@ -146,7 +146,11 @@ def page(made: Mapping[str, Any]) -> str:
         "## What is left",
         "",
         *(f"* {path}: {why}" for path, why in left["not_changed"].items()),
-        *(f"* {path} still has it" for path in left["found_afterwards"]),
+        *(
+            f"* {path} still has it"
+            for path in left["found_afterwards"]
+            if path not in left["not_changed"]
+        ),
         *_words(left["places_with_the_same_word"]),
         *(
             ["* the log of the database could not be emptied, as somebody read it"]

@@ -5,8 +5,8 @@ is. It loses its aliases, is marked, and cannot become the champion. Its files s
 deletes them, so that it can be compared with what comes in its place: weights have no name in them.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -18,8 +18,10 @@ from tasks.record.record import Record
 from tasks.record.reuse import close_abandoned
 from tasks.registry.refs import DATA_FOLDER, ModelRef, SnapshotRef
 
-SFT = "sft"  # learns from demonstrations only, though its data hold the votes too
-KEPT_WITH_DATA = ("demonstrations.", "prompts.", "validation.")  # the person is not in them
+# It learns from demonstrations, and its data hold the votes too. Where the demonstrations are the
+# chosen answers, the lineage says so.
+SFT = "sft"
+PREPARED = (DATA_FOLDER, "tables", "figures")  # what a run that prepared data has of them
 
 
 class Affected(NamedTuple):
@@ -144,10 +146,10 @@ def remove_data(record: Record, runs: Iterable[Run], said: str) -> dict[str, lis
         stage = own.get(tags.STAGE)
         removed: list[str] = []
         if stage == tags.FEEDBACK_REPORT:
-            removed = _delete(record, run, "", lambda name: True)
+            removed = _delete(record, run, lambda name: True)
         elif stage != tags.PIPELINE and tags.output_of(tags.DATA) in own:
-            removed = _delete(record, run, DATA_FOLDER, _is_of_votes)
-            removed += _delete(record, run, "tables", lambda name: True)
+            # Demonstrations and prompts may have been made of the votes.
+            removed = _delete(record, run, lambda name: name in PREPARED)
         if removed:
             done[run_id] = removed
         record.client.set_tag(run_id, tags.ERASED, said)
@@ -156,18 +158,14 @@ def remove_data(record: Record, runs: Iterable[Run], said: str) -> dict[str, lis
     return done
 
 
-def _is_of_votes(name: str) -> bool:
-    return not name.startswith(KEPT_WITH_DATA)
-
-
-def _delete(record: Record, run: Run, folder: str, unwanted: Any) -> list[str]:
-    """Delete the artifacts in a folder of a run whose names are unwanted; which they were."""
+def _delete(record: Record, run: Run, unwanted: Callable[[str], bool]) -> list[str]:
+    """Delete the artifacts of a run whose names are unwanted; which they were."""
     try:
-        found = record.client.list_artifacts(run.info.run_id, folder or None)
+        found = record.client.list_artifacts(run.info.run_id)
         repository = get_artifact_repository(
             run.info.artifact_uri, tracking_uri=record.client.tracking_uri
         )
-        removed = [item.path for item in found if unwanted(item.path.rpartition("/")[2])]
+        removed = [item.path for item in found if unwanted(item.path)]
         for path in removed:
             repository.delete_artifacts(path)
     except (MlflowException, OSError, NotImplementedError) as error:

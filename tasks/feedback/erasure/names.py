@@ -1,10 +1,9 @@
 """A pseudonym as it may be written anywhere, told from longer names and from common words.
 
-A name is not meant by a longer one that begins or ends with it: more letters, digits and
-underscores make it another, and so do a dash, a dot and an @ with more behind them. Whether a bare
-word means the person depends on the word. One that this program writes itself, that stands in the
-texts which people compare, or that is a number tells nothing, so it counts only where annotators
-are named.
+A name is not meant by a longer one: more letters, digits and underscores make it another, and so
+does whatever makes it the pseudonym of somebody else. Whether a bare word means the person depends
+on the word. One that this program writes itself, that stands in the texts which people compare, or
+that is a number tells nothing, so it counts only where annotators are named.
 """
 
 import ast
@@ -36,26 +35,40 @@ TEXTS = frozenset(
         *("answer_a", "answer_b", "left", "right", "instruction", "completion", "vocab"),
     }
 )
-_BEFORE = r"(?<![\w])(?<![\w][-.@])"
-_AFTER = r"(?![\w])(?![-.@][\w])"
+_BEFORE, _AFTER = r"(?<![\w])", r"(?![\w])"
+# Of a name that could be a piece of an id such as 6e1f-beef-42: nothing may be joined to it.
+_ALONE_BEFORE, _ALONE_AFTER = r"(?<![\w])(?<![\w]-)", r"(?![\w])(?!-[\w])"
 
 
 class Name:
     """A pseudonym that is searched for."""
 
-    def __init__(self, text: str, *, telling: bool) -> None:
+    def __init__(self, text: str, *, telling: bool, others: Iterable[str] = ()) -> None:
+        """
+        Args:
+            telling: wherever it stands, it is the person.
+            others: longer names, which have it in them and are those of other people.
+        """
         self.text = text
-        self.telling = telling  # wherever it stands, it is the person
+        self.telling = telling
+        self._others = sorted({name for name in others if name != text and text in name})
 
     @classmethod
-    def of(cls, text: str, texts: Iterable[str] = (), names: Iterable[str] = ()) -> "Name":
+    def of(
+        cls,
+        text: str,
+        texts: Iterable[str] = (),
+        names: Iterable[str] = (),
+        others: Iterable[str] = (),
+    ) -> "Name":
         """The name, which is telling unless it stands elsewhere for something else.
 
         Args:
             texts: that people compare.
             names: of projects, models and the like.
         """
-        name = cls(text, telling=True)
+        others = list(others)
+        name = cls(text, telling=True, others=others)
         common = (
             len(text) < SHORTEST
             or re.fullmatch(r"[\d\W]+", text)
@@ -63,28 +76,34 @@ class Name:
             or text.lower() in _our_words()
             or any(map(name.stands_in, texts))
         )
-        return cls(text, telling=not common)
+        return cls(text, telling=not common, others=others)
 
     @cached_property
     def written(self) -> list[str]:
         """The ways in which files write it."""
-        text = self.text
-        plain = [text, html.escape(text), quote(text), quote(text, safe="")]
-        as_json = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
-        twice = [json.dumps(way)[1:-1] for way in as_json]  # JSON within JSON
-        return sorted({*plain, *as_json, *twice}, key=len, reverse=True)
+        return _ways(self.text)
 
     @cached_property
     def _in_text(self) -> re.Pattern[str]:
-        return re.compile(_BEFORE + "(?:" + "|".join(map(re.escape, self.written)) + ")" + _AFTER)
+        could_be_id = re.fullmatch(r"[0-9A-Fa-f]+", self.text)
+        ends = (_ALONE_BEFORE, _ALONE_AFTER) if could_be_id else (_BEFORE, _AFTER)
+        mine = "|".join(map(re.escape, self.written))
+        # The names of others come first, so that what is in them is not taken for this one.
+        theirs = [way for name in self._others for way in _ways(name)]
+        longer = "|".join(map(re.escape, sorted(theirs, key=len, reverse=True)))
+        before = f"{_BEFORE}(?:{longer}){_AFTER}|" if theirs else ""
+        return re.compile(f"{before}{ends[0]}(?P<mine>{mine}){ends[1]}")
+
+    def _found(self, text: str) -> bool:
+        return any(match["mine"] is not None for match in self._in_text.finditer(text))
 
     def stands_in(self, text: str) -> bool:
         """Whether it stands in a text by itself."""
-        return self.text in text and bool(self._in_text.search(text))
+        return self._found(text)
 
     def is_meant(self, value: str) -> bool:
         """Whether a value that may be a name is it, or names it in between."""
-        return value == self.text or (self.telling and bool(self._in_text.search(value)))
+        return value == self.text or (self.telling and self._found(value))
 
     def may_be_in(self, content: bytes) -> bool:
         """Whether its bytes are anywhere, even within a longer name."""
@@ -92,19 +111,28 @@ class Name:
 
     def stands_in_bytes(self, content: bytes) -> bool:
         """Whether it stands in what a file has, of whatever kind, by itself."""
-        return self.may_be_in(content) and bool(self._in_text.search(_decoded(content)))
+        return self.may_be_in(content) and self._found(_decoded(content))
 
     def overwritten(self, content: bytes) -> bytes:
         """The same with as many x in its place, so that every other byte stays where it was."""
 
         def blank(match: re.Match[str]) -> str:
+            if match["mine"] is None:
+                return match[0]
             return FILLER * len(match[0].encode(errors="surrogateescape"))
 
         return self._in_text.sub(blank, _decoded(content)).encode(errors="surrogateescape")
 
     def replaced(self, text: str, instead: str) -> str:
         """A text with something else in its place."""
-        return self._in_text.sub(lambda _: instead, text)
+        return self._in_text.sub(lambda m: m[0] if m["mine"] is None else instead, text)
+
+
+def _ways(text: str) -> list[str]:
+    plain = [text, html.escape(text), quote(text), quote(text, safe="")]
+    as_json = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    twice = [json.dumps(way)[1:-1] for way in as_json]  # JSON within JSON
+    return sorted({*plain, *as_json, *twice}, key=len, reverse=True)
 
 
 def _decoded(content: bytes) -> str:

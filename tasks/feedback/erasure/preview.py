@@ -64,7 +64,7 @@ def _models(request: Request, digests: list[str], settings: Settings) -> Iterato
         yield f"Models were not looked for: {error}"
         return
     runs = models.of_snapshots(record, request.project.name, digests)
-    found = models.affected(record, runs, steps.seen_of(record, request))
+    found = models.affected(record, runs, steps.seen_of(record, request, runs))
     yield f"{len(found):,} versions learnt from these votes, and lose their aliases."
     for version in found[:MOST]:
         aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""

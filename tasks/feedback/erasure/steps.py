@@ -7,7 +7,7 @@ at last the pseudonym itself is forgotten.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -45,7 +45,7 @@ def sign_out(store: Store, request: Request, settings: Settings) -> Mapping[str,
 
 def erase_votes(store: Store, request: Request, settings: Settings) -> Mapping[str, Any]:
     """Rebuild the snapshots that have votes of the person, then delete or empty all rows."""
-    name = name_in(request)
+    name = name_in(store, request)
     while True:
         for snapshot in votes.snapshots_of(request):
             request.project.snapshots.rebuild(snapshot, int(request.annotator or 0), request.id)
@@ -65,7 +65,7 @@ def retire_models(store: Store, request: Request, settings: Settings) -> Mapping
     record = Record.open(settings)
     runs = _runs(record, request)
     models.check_idle(record, runs)
-    seen = seen_of(record, request)
+    seen = seen_of(record, request, runs)
     found = models.affected(record, runs, seen)
     before = {version["version"]: version for version in _noted_models(request)}
     noted = [{**version._asdict(), **before.get(version.version, {})} for version in found]
@@ -90,14 +90,14 @@ def purge_models(store: Store, request: Request, settings: Settings) -> Mapping[
 
 def clean_places(store: Store, request: Request, settings: Settings) -> Mapping[str, Any]:
     """Take the pseudonym out of files, logs, caches and databases."""
-    name = name_in(request)
+    name = name_in(store, request)
     found = places(request, settings, _digests(request)).clean(name)
     return _facts(found, name)
 
 
 def search_again(store: Store, request: Request, settings: Settings) -> Mapping[str, Any]:
     """Search everything once more: what is found now is what stays."""
-    name = name_in(request)
+    name = name_in(store, request)
     own = settings.feedback_uri.removeprefix("sqlite:///")
     store_files = {own, f"{own}-wal", f"{own}-shm"}  # in which the request itself still is
     found = [
@@ -146,19 +146,31 @@ def said(request: Request) -> str:
     return f"it had votes of a person who was erased ({request.name})"
 
 
-def name_in(request: Request) -> Name:
+def name_in(store: Store, request: Request) -> Name:
     """The pseudonym of an open request, as its plan has it."""
-    return Name(str(request.pseudonym), telling=bool(request.steps["plan"]["telling"]))
+    text, telling = str(request.pseudonym), bool(request.steps["plan"]["telling"])
+    return Name(text, telling=telling, others=_others(store, text))
+
+
+def _others(store: Store, text: str) -> list[str]:
+    """The pseudonyms of others that have this one in them."""
+    with store.database.reading() as session:
+        query = select(Annotator.pseudonym).where(
+            Annotator.pseudonym.contains(text, autoescape=True)
+        )
+        return list(session.scalars(query.distinct()))
 
 
 def name_of(store: Store, request: Request, settings: Settings) -> Name:
     """The pseudonym, and whether it can be told from other words."""
+    text = str(request.pseudonym)
+    others = _others(store, text)
     with suppress(Exception):  # a server that is away has no say in this
         record = Record.open(settings)
         projects = {found.name for found in record.client.search_experiments()}
         known = [*store.names(), *projects, *record.store.names()]
-        return Name.of(str(request.pseudonym), _texts(store, request), known)
-    return Name.of(str(request.pseudonym), _texts(store, request), store.names())
+        return Name.of(text, _texts(store, request), known, others)
+    return Name.of(text, _texts(store, request), store.names(), others)
 
 
 def _texts(store: Store, request: Request) -> Iterator[str]:
@@ -213,12 +225,19 @@ def _digests(request: Request) -> list[str]:
     return [snapshot["before"] for snapshot in request.steps["votes"]["snapshots"]]
 
 
-def seen_of(record: Record, request: Request) -> list[str]:
-    """The versions that learnt from the person, as the lineage has it."""
-    if request.steps["plan"]["shared"]:  # votes from files need not be of this person
-        return []
+def seen_of(record: Record, request: Request, runs: Iterable[Run]) -> list[str]:
+    """The versions that learnt from the person, as the lineage has it.
+
+    Args:
+        runs: that read the votes in the store. If somebody else has the same pseudonym, votes from
+            files need not be of this person.
+    """
     found = seen_by(record, annotator=str(request.pseudonym), project=request.project.name)
-    return [seen.ref.uri for seen in found if seen.relation == "trained"]
+    trained = [seen for seen in found if seen.relation == "trained"]
+    if request.steps["plan"]["shared"]:
+        own = {run.info.run_id for run in runs}
+        trained = [seen for seen in trained if own & set(seen.path[0].uri.split("/"))]
+    return [seen.ref.uri for seen in trained]
 
 
 def _noted_models(request: Request) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def _counted(
     session: Transaction, pairs: Sequence[int], table: Any, conditions: Sequence[Any]
 ) -> dict[int, int]:
     query = select(table.pair_id, func.count()).where(table.pair_id.in_(pairs), *conditions)
-    return dict(session.execute(query.group_by(table.pair_id)).tuples())
+    return {row[0]: row[1] for row in session.execute(query.group_by(table.pair_id))}
 
 
 # ---- the pseudonym in rows of others ----

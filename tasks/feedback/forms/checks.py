@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_core.data.forms.fields import is_filled
 from rlhf_core.data.forms.messages import checked, parsed
 from rlhf_core.data.forms.rows import BadRowError
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.vote_details import UnlikeError, quote
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Judgment, Project, Prompt, Response
@@ -123,6 +124,13 @@ class Pseudonyms:
         found = text(value, field, MOST["annotator"]).strip()
         if not found:
             return ""
+        if found == GOLD and not self._hashed:
+            raise BadRowError(
+                field,
+                "the name of known answers",
+                f"is '{GOLD}', which is how known answers are called, but the row is not marked as "
+                "one with gold: true; rename the person, or replace all names with `--who hashed`",
+            )
         if self._hashed:
             digest = hmac.new(self._secret, found.encode(), hashlib.sha256).hexdigest()
             return f"h-{digest[:12]}"
@@ -134,6 +142,26 @@ class Pseudonyms:
                 "replaces all names by pseudonyms",
             )
         return found
+
+
+def right_answer(annotator: str, marked: bool, said: str, field: str) -> str:
+    """What a row says is right, if it is a known answer and nobody's vote; else "".
+
+    Args:
+        annotator: as the row has it.
+        marked: whether the row says that the right answer is known.
+        said: what the row votes for.
+        field: that has the vote.
+
+    Raises: BadRowError for what is no answer.
+    """
+    if annotator.strip() != GOLD or not marked:
+        return ""
+    if said not in ("a", "b", "tie"):
+        raise BadRowError(
+            field, "unknown vote", f"is {quote(said)}, which is no right answer; it is a, b or tie"
+        )
+    return said
 
 
 def is_mail(value: str) -> bool:

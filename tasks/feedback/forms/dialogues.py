@@ -3,6 +3,7 @@
 import re
 
 from rlhf_core.data.forms.messages import turns, unpacked
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Row
 from rlhf_core.data.vote_details import UnlikeError
 from tasks.feedback.forms.stored import StoredPair
@@ -24,7 +25,8 @@ def pair_row(vote: CastVote, stored: StoredPair, winner: str, annotator: str) ->
     chosen, rejected = sides(stored, winner)
     return {
         **{"prompt": vote.prompt, "chosen": chosen.text, "rejected": rejected.text},
-        **{"annotator": annotator, "margin": max(vote.margin, 0.0), "gold": bool(vote.gold)},
+        **{"annotator": annotator, "margin": max(vote.margin, 0.0)},
+        "gold": bool(vote.gold) and annotator != GOLD,
         **{"time": vote.time, "source": vote.source, "licence": stored.pair.licence},
         **{"chosen_model": chosen.model, "rejected_model": rejected.model},
     }

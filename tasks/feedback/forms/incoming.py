@@ -7,6 +7,7 @@ An import that was killed is repeated: votes are known by what they say, so none
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from getpass import getuser
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from tasks.feedback.forms.tools import argilla, labelstudio
 from tasks.feedback.forms.tools.naming import compared_lists
 from tasks.feedback.forms.votes import VoteRows
 from tasks.feedback.store import audit
+from tasks.feedback.store.content import EXCHANGED
 from tasks.feedback.store.records import NewPair
 from tasks.feedback.store.store import FeedbackProject
 
@@ -173,6 +175,7 @@ def _put_in(
         name = f"import of {Path(found.source).name}"
         batch = project.content.batch(name[:200], "import", {"asked": options.ask})
     pairs: set[int] = set()
+    other: set[int] = set()
     for entries in _chunks(_shown(rows, found.rows, progress), CHUNK):
         entries = _recognised(project, entries)
         if options.ask:
@@ -182,6 +185,13 @@ def _put_in(
             found.new_votes += project.judgments.add(
                 (entry.pair, entry.ballots) for entry in entries
             )
+        other |= _known_otherwise(project, entries)
+    if other:
+        is_not = "answer of the file is" if len(other) == 1 else "answers of the file are"
+        found.notes.append(
+            f"{len(other):,} known {is_not} not the one that the project has, which stays; "
+            "`rlhf feedback gold` changes it"
+        )
     found.asked = len(pairs)
     found.new_pairs = stored.count(project) - before
     with project.database.writing() as session:
@@ -189,6 +199,21 @@ def _put_in(
         counts |= {"new pairs": found.new_pairs, "asked": found.asked}
         audit.note(session, project.id, by, "import", found.source[-300:], counts)
     return found
+
+
+def _known_otherwise(project: FeedbackProject, entries: list[Entry]) -> set[int]:
+    """The pairs of which the project has another right answer than the entries say."""
+    golden = [entry.pair for entry in entries if entry.pair.gold]
+    if not golden:
+        return set()
+    placed = project.content.add([replace(pair, wanted=0) for pair in golden])
+    there = stored.by_id(project, (one.id for one in placed))
+    return {
+        one.id
+        for one, pair in zip(placed, golden, strict=True)
+        if there[one.id].pair.gold
+        != (EXCHANGED.get(pair.gold, pair.gold) if one.swapped else pair.gold)
+    }
 
 
 def _recognised(project: FeedbackProject, entries: list[Entry]) -> list[Entry]:

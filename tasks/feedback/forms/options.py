@@ -125,9 +125,15 @@ class ExportOptions:
     snapshot: str = ""  # a digest, its beginning or `latest`; "" = what counts now
     without_annotators: bool = False  # numbers in place of pseudonyms
     only_open: bool = False  # of forms for labelling: only pairs that want votes
+    also: Sequence[str] = ()  # of KEPT_BACK: votes that no training may see, written all the same
     force: bool = False  # overwrite
 
 
+# Votes that no training may see, and so are not written unless somebody asks for them.
+KEPT_BACK: Mapping[str, str] = {
+    "hold-out": "measure what the order of the queue saves",
+    "verdicts": "people gave as judges of an evaluation",
+}
 # What may be lost, one and many of it.
 LOSSES: Mapping[str, tuple[str, str]] = {
     "tie": ("tie", "ties"),
@@ -176,11 +182,20 @@ class Exported:
     rows: int = 0
     lost: Counter[str] = field(default_factory=Counter)  # of LOSSES
     beside: list[str] = field(default_factory=list)  # other files that were written
+    known: int = 0  # of the rows, known answers
+    kept_back: Counter[str] = field(default_factory=Counter)  # of KEPT_BACK
 
     def lines(self) -> list[str]:
         """The result in sentences."""
-        written = f"{self.path}: wrote {self.rows:,} rows as {self.form}."
+        known = f", {self.known:,} of them known answers" if self.known else ""
+        written = f"{self.path}: wrote {self.rows:,} rows as {self.form}{known}."
         found = [written, *(f"Beside it: {path}." for path in self.beside)]
+        for name, count in self.kept_back.items():
+            votes = "1 vote that" if count == 1 else f"{count:,} votes that"
+            found.append(
+                f"Left out: {votes} {KEPT_BACK[name]}, and no training may see; --with {name} "
+                f"writes {'it' if count == 1 else 'them'}."
+            )
         if sentence := self.loss():
             found.append(sentence)
         return found

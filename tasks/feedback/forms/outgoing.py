@@ -15,16 +15,18 @@ from typing import NamedTuple
 import pyarrow as pa
 from sqlalchemy import func, select
 
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Row
+from rlhf_core.errors import DataError
 from tasks.feedback.forms import files, stored, tables, votes
 from tasks.feedback.forms.dialogues import hh_rlhf, pair_row
 from tasks.feedback.forms.known import WRITTEN, form_named
-from tasks.feedback.forms.options import Exported, ExportOptions, Progress, unseen
+from tasks.feedback.forms.options import KEPT_BACK, Exported, ExportOptions, Progress, unseen
 from tasks.feedback.forms.stored import StoredPair
 from tasks.feedback.forms.tools import argilla, labelstudio
 from tasks.feedback.forms.tools.naming import is_question
 from tasks.feedback.store import audit
-from tasks.feedback.store.judgments import CastVote
+from tasks.feedback.store.judgments import CastVote, KeptBack
 from tasks.feedback.store.records import CHOICES
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Judgment
@@ -46,8 +48,15 @@ class Out(NamedTuple):
 
     project: FeedbackProject
     options: ExportOptions
-    lost: Counter[str]
+    made: Exported
     progress: Progress
+    known: dict[int, str]  # the right answer to each pair of a vote that has passed
+    kept_back: Mapping[str, KeptBack]
+
+    @property
+    def lost(self) -> Counter[str]:
+        """What the form has no place for."""
+        return self.made.lost
 
     def votes(self, *, skips: bool = False) -> Iterator[tuple[CastVote, StoredPair]]:
         """The votes, each with its pair."""
@@ -56,7 +65,8 @@ class Out(NamedTuple):
         if snapshot:
             found = self.project.snapshots.votes(snapshot)
         else:
-            found = self.project.judgments.stream(skips=True)
+            also = self.options.also
+            found = self.project.judgments.stream(skips=True, training=True, also=also)
         done = 0
         while chunk := list(islice(found, CHUNK)):
             pairs = stored.by_id(self.project, (vote.pair for vote in chunk))
@@ -67,7 +77,23 @@ class Out(NamedTuple):
                     self.lost["skip"] += 1
                     self.lost["note"] += bool(vote.note)
                     continue
+                if vote.gold and vote.vote != "skip":
+                    self.known[vote.pair] = vote.gold
                 yield vote, pairs[vote.pair]
+
+    def answers(self) -> Iterator[tuple[CastVote, StoredPair]]:
+        """The known answers to the pairs of the votes, once these have passed, as votes of the
+        annotator for whom they stand."""
+        numbers = iter(self.known)
+        while chunk := list(islice(numbers, CHUNK)):
+            pairs = stored.by_id(self.project, chunk)
+            for number in chunk:
+                yield _answer(pairs[number], self.known[number]), pairs[number]
+
+    @property
+    def pairs_kept_back(self) -> int:
+        """Pairs whose votes are not written."""
+        return sum(one.pairs for one in self.kept_back.values())
 
     def total(self) -> int:
         """About how many votes there are."""
@@ -88,7 +114,8 @@ def export_file(
 ) -> Exported:
     """Write the votes that count now, or those of a snapshot, to a file.
 
-    No identity is written: the store's pseudonyms, or numbers in their place.
+    No identity is written: the store's pseudonyms, or numbers in their place. Votes that no
+    training may see are written only if `also` names them.
 
     Raises: DataError for an unknown form, an ending that it is not written to, or a snapshot that
     is not there; UserError when the file is there already or cannot be written.
@@ -97,10 +124,19 @@ def export_file(
     form = form_named(options.form, WRITTEN)
     labelling = form.name in ("label-studio", "argilla")
     place = files.checked(path, _TASKS if labelling else _ROWS, force=options.force)
+    if unknown := [name for name in options.also if name not in KEPT_BACK]:
+        raise DataError(
+            f"--with takes {' or '.join(KEPT_BACK)}, not '{unknown[0][:80]}'; the other votes are "
+            "written without it"
+        )
+    kept_back: Mapping[str, KeptBack] = {}
     if options.snapshot:
         project.snapshots.find(options.snapshot)  # before a file is begun
+    elif not labelling:
+        kept_back = project.judgments.kept_back(options.also, skips=form.name == "votes")
     made = Exported(path, form.title)
-    out = Out(project, options, made.lost, progress)
+    made.kept_back.update({name: one.votes for name, one in kept_back.items()})
+    out = Out(project, options, made, progress, {}, kept_back)
     schema, flat, rows = _ROWS_OF[form.name](out)
     beside = _beside(form.name, project)
     targets = {
@@ -125,6 +161,17 @@ def _earlier(project: FeedbackProject) -> int:
         mine = select(func.count()).select_from(Judgment).where(Judgment.project_id == project.id)
         replaced = session.scalar(mine.where(Judgment.replaces_id.is_not(None))) or 0
         return int(replaced)
+
+
+def _answer(stored_pair: StoredPair, right: str) -> CastVote:
+    pair = stored_pair.pair
+    return CastVote(
+        *(0, stored_pair.id, pair.prompt, pair.a.text, pair.b.text, pair.a.model, pair.b.model),
+        **{"vote": right, "gold": right, "annotator": GOLD, "kind": "import", "margin": 0.0},
+        **dict.fromkeys(("first", "time", "note", "reason", "source"), ""),
+        seconds=None,
+        kept=dict(pair.kept),
+    )
 
 
 def _numbered(options: ExportOptions) -> Callable[[str], str]:
@@ -157,8 +204,11 @@ def _raw_rows(out: Out) -> Iterator[Row]:
             number = alike[digest]
             alike[digest] += 1
         yield votes.row(vote, pair, called(vote.annotator), number)
+    for vote, pair in out.answers():
+        out.made.known += 1
+        yield votes.row(vote, pair, GOLD, 0) | {"gold": True}
     if not out.options.snapshot:
-        out.lost["unvoted"] += stored.count(out.project) - len(voted)
+        out.lost["unvoted"] += stored.count(out.project) - len(voted) - out.pairs_kept_back
 
 
 def _decided(out: Out) -> Iterator[tuple[CastVote, StoredPair, str]]:
@@ -182,8 +232,13 @@ def _pair_rows(out: Out) -> Iterator[Row]:
     called, lost = _numbered(out.options), out.lost
     for vote, pair, winner in _decided(out):
         _count(lost, vote, pair, "first", "seconds", "note", "sampling", "kept")
-        lost["gold"] += bool(vote.gold)
         yield pair_row(vote, pair, winner, called(vote.annotator))
+    for vote, pair in out.answers():
+        if vote.vote == "tie":
+            lost["gold"] += 1
+        else:
+            out.made.known += 1
+            yield pair_row(vote, pair, vote.vote, GOLD) | {"gold": True}
 
 
 def _flat_pair(row: Row) -> Row:
@@ -204,9 +259,10 @@ def _hh_rows(out: Out) -> Iterator[Row]:
         _count(
             out.lost, vote, pair,
             *("first", "seconds", "time", "note", "annotator", "margin", "source"),
-            *("model", "sampling", "licence", "kept", "gold"),
+            *("model", "sampling", "licence", "kept"),
         )  # fmt: skip
         yield row
+    out.lost["gold"] += len(out.known)
 
 
 def _count(lost: Counter[str], vote: CastVote, stored_pair: StoredPair, *what: str) -> None:
@@ -214,7 +270,7 @@ def _count(lost: Counter[str], vote: CastVote, stored_pair: StoredPair, *what: s
     pair = stored_pair.pair
     has: Mapping[str, object] = {
         **{"first": vote.first, "time": vote.time, "note": vote.note, "margin": vote.margin},
-        **{"seconds": vote.seconds is not None, "annotator": vote.annotator, "gold": vote.gold},
+        **{"seconds": vote.seconds is not None, "annotator": vote.annotator},
         **{"source": vote.source, "kept": pair.kept, "licence": pair.licence},
         **{"model": pair.a.model or pair.b.model, "sampling": pair.a.sampling or pair.b.sampling},
     }
@@ -242,9 +298,11 @@ def _sum_rows(out: Out, form: str) -> Iterator[Row]:
         counts[CHOICES.index(vote.vote)] += 1
         lost["single"] += 1
         lost["both_bad"] += vote.vote == "both_bad"
-        _count(lost, vote, pair, "first", "seconds", "time", "note", "annotator", "margin", "gold")
+        _count(lost, vote, pair, "first", "seconds", "time", "note", "annotator", "margin")
+    lost["gold"] += len(out.known)
     every = stored.pairs(out.project, snapshot=out.options.snapshot)
     yield from tables.rows(form, every, tally, lost)
+    lost["unvoted"] -= out.pairs_kept_back
 
 
 # ---- pairs to be labelled ----

@@ -15,7 +15,7 @@ from rlhf_core.data.formats import Parsing
 from rlhf_core.data.forms.fields import FIELDS, find, is_filled, listed, names_in
 from rlhf_core.data.forms.rows import BadRowError, Reading
 from rlhf_core.data.forms.table import in_source
-from rlhf_core.data.prepared import KEPT
+from rlhf_core.data.prepared import KEPT, canonical_prompt
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.data.vote_details import BOTH_BAD, DETAILS, quote, word
 from rlhf_core.errors import DataError
@@ -100,7 +100,8 @@ class PreferenceRows:
         self.faults: list[Fault] = []
         self.left_out = Counter[str]()
         self.unread: dict[str, int] = {}
-        self._golden = 0
+        self._golden = Counter[int]()  # votes on control questions, by pair
+        self._known: set[int] = set()  # pairs whose right answer the source has
 
     @property
     def notes(self) -> list[str]:
@@ -111,15 +112,17 @@ class PreferenceRows:
             if "text that is not read" not in note  # all columns are listed in `unread`
             and not (self._options.gold and "'gold'" in note)
         ]
-        if self._golden:
+        golden = sum(count for pair, count in self._golden.items() if pair not in self._known)
+        if golden:
             notes.append(
-                f"{self._golden:,} votes are on pairs of which the right answer is known, but not "
+                f"{golden:,} votes are on pairs of which the right answer is known, but not "
                 "said; --gold COLUMN reads it"
             )
         return notes
 
     def __iter__(self) -> Iterator[Entry]:
-        self.faults, self.left_out, self._golden = [], Counter(self._lost), 0
+        self.faults, self.left_out = [], Counter(self._lost)
+        self._golden, self._known = Counter(), set()
         unread = Counter[str]()
         examples = self._parsing.examples()
         last = 0
@@ -168,6 +171,7 @@ class PreferenceRows:
         licence = checks.text(self._extra(values, "licence"), "licence", MOST["licence"])
         licence = licence or self._options.licence
         gold = self._right_answer(values)
+        people, told = self._without_known(votes, bool(gold))
         pair = NewPair(
             first["prompt"],
             Answer(a, model_a, {}, source, licence),
@@ -175,14 +179,31 @@ class PreferenceRows:
             source,
             licence,
             first.get(KEPT, {}),
-            gold or self._marked(votes),
+            gold or told or self._marked(votes),
             self._options.ask,
         )
-        if not pair.gold:
-            self._golden += sum(bool(vote["gold"]) for vote in votes)
+        key = hash((canonical_prompt(pair.prompt), frozenset((a, b))))
+        if pair.gold:
+            self._known.add(key)
+        elif marked := sum(bool(vote["gold"]) for vote in votes):
+            self._golden[key] += marked
         known = str(find(values, self._own["pair"]) or "") if "pair" in self._own else ""
-        ballots = [] if self._options.ask else [self._ballot(values, vote) for vote in votes]
+        ballots = [] if self._options.ask else [self._ballot(values, vote) for vote in people]
         return Entry(number, pair, ballots, int(known) if _NUMBER.fullmatch(known) else None)
+
+    def _without_known(self, votes: list[Row], known: bool) -> tuple[list[Row], Any]:
+        """The votes of people, and the right answer, if one of the votes is that."""
+        people, right = [], None
+        for vote in votes:
+            special = self._special.get(word(vote.get("said")), "")
+            said = special or vote["vote"]
+            marked = known or bool(vote["gold"])
+            told = checks.right_answer(vote["annotator"], marked, said, self._name("vote"))
+            if told:
+                right = right or told
+            else:
+                people.append(vote)
+        return people, right
 
     def _ballot(self, values: Row, vote: Row) -> Ballot:
         entry = vote.get("entry")

@@ -12,6 +12,9 @@
     prompt_source, prompt_licence
     kept                       columns that were kept, by name
 
+Where votes are on a pair whose right answer is known, a row of the annotator `gold` is that answer,
+and nobody's vote.
+
 `data.preferences` reads the same rows. Here they are read to the letter: a text that looks like a
 dialogue stays a text.
 """
@@ -27,8 +30,10 @@ import pyarrow as pa
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.forms.messages import messages
 from rlhf_core.data.forms.rows import BadRowError
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.data.vote_details import UnlikeError, quote
+from rlhf_core.data.vote_details import gold as is_gold
 from tasks.feedback.forms import checks
 from tasks.feedback.forms.checks import MOST, Pseudonyms
 from tasks.feedback.forms.known import MARK
@@ -59,7 +64,8 @@ def row(vote: CastVote, stored: StoredPair, annotator: str, ballot: int) -> Row:
         **{"format": MARK, "id": str(vote.pair), "prompt": vote.prompt},
         **{"response_a": vote.response_a, "response_b": vote.response_b},
         **{"vote": vote.vote, "shown_first": vote.first or "", "annotator": annotator},
-        **{"gold": bool(vote.gold), "gold_answer": vote.gold or "", "margin": vote.margin},
+        **{"gold": bool(vote.gold) and annotator != GOLD, "gold_answer": vote.gold or ""},
+        "margin": vote.margin,
         **{"seconds": vote.seconds, "time": vote.time, "note": vote.note, "reason": vote.reason},
         **{"kind": vote.kind, "source": vote.source, "ballot": ballot},
         **{"model_a": pair.a.model, "model_b": pair.b.model},
@@ -130,6 +136,13 @@ class VoteRows:
             )
 
         one_of("format", (MARK,))
+        gold = one_of("gold_answer", ("", "a", "b", "tie"))
+        marked = is_gold(values.get("gold"))
+        right = checks.right_answer(said("annotator"), marked, said("vote"), "vote")
+        if right and gold and right != gold:
+            raise BadRowError(
+                "gold_answer", "unknown vote", f"is '{gold}', but the vote is {right}"
+            )
         pair = NewPair(
             _prompt(values),
             answer("a"),
@@ -137,8 +150,10 @@ class VoteRows:
             said("prompt_source", MOST["source"]),
             said("prompt_licence", MOST["licence"]) or self._options.licence,
             checks.kept(values.get("kept"), "kept"),
-            one_of("gold_answer", ("", "a", "b", "tie")) or None,
+            right or gold or None,
         )
+        if right:
+            return Entry(number, pair, [])
         ballot = Ballot(
             one_of("vote", OURS),
             self._people.name(values.get("annotator") or "", "annotator"),

@@ -129,7 +129,7 @@ class Arrivals:
         touched = case((or_(Pair.votes > 0, Pair.taken > 0, Pair.arm == JUDGED), 1), else_=0)
         conditions = [
             Pair.project_id == self._project,
-            or_(Pair.state == "open", Pair.votes > 0),
+            or_(Pair.state == "open", Pair.votes > 0, Pair.arm == JUDGED),
             ~of_a_judge(),
         ]
         if len(members) <= MANY:
@@ -142,16 +142,14 @@ class Arrivals:
         found = {group: Known(group) for group in groups}
         asked: Counter[str] = Counter()
         for prompt, arm, labelled, count in rows:
-            if (group := members.get(prompt)) is None:
+            if prompt not in members:
                 continue
+            group = members[prompt]
             asked[group] += count
-            if labelled:
-                held_out = arm == HOLD_OUT
-                before = found[group]
-                found[group] = before._replace(
-                    held_out=before.held_out or held_out,
-                    trained_on=before.trained_on or not held_out,
-                )
+            if labelled and arm == HOLD_OUT:
+                found[group] = found[group]._replace(held_out=True)
+            elif labelled:
+                found[group] = found[group]._replace(trained_on=True)
         return found, asked
 
     def _waiting(self, session: Session) -> tuple[dict[tuple[int, str], float], dict[int, float]]:

@@ -89,6 +89,8 @@ def order_project(
         by_design,
         savings,
         seconds=round(time.monotonic() - began, 1),
+        held_out=sum(place.arm == HOLD_OUT for place in places),
+        design_votes=queue.since_design(),
     )
 
 

@@ -26,6 +26,8 @@ class QueueOrder:
     by_design: bool  # False: in random order, for lack of a model or since nothing is saved
     savings: Savings | None  # None: too few votes to say
     seconds: float = 0.0  # that it took
+    held_out: int = 0  # of the pairs with a new place
+    design_votes: int = 0  # of all arms, since the first that the design asked for
 
     @property
     def sentence(self) -> str:
@@ -42,9 +44,15 @@ class QueueOrder:
         value, low, high = (f"{100 * share:.0f} %" for share in self.savings.saved)
         found = f"labels saved: {value} ({low} to {high}), by {self.votes:,} votes"
         if self.by_design:
-            settled = "" if self.votes >= SETTLED else f"; decided at {SETTLED} votes"
+            settled = "" if self.design_votes >= SETTLED else f"; decided at {SETTLED} votes"
             return f"Most informative first, by {self.model}; {found}{settled}."
         return f"In random order, since the other order saves nothing; {found}."
+
+    @property
+    def said(self) -> str:
+        """The same, with what was done."""
+        held_out = f" {self.held_out:,} of them are held out: no training sees their votes."
+        return f"{self.placed:,} pairs in order. {self.sentence}{held_out * bool(self.held_out)}"
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -73,11 +81,19 @@ class QueueOrder:
 
 def last_order(project: FeedbackProject) -> QueueOrder | None:
     """How the queue was put in order last, with the estimate; None if it never was."""
+    found = orders(project, 1)
+    return found[-1] if found else None
+
+
+def orders(project: FeedbackProject, latest: int = 500) -> list[QueueOrder]:
+    """The latest orders of the queue, the oldest first."""
     query = select(AuditEntry).filter_by(project_id=project.id, action=ORDER)
     with project.database.reading() as session:
-        entry = session.scalar(query.order_by(AuditEntry.id.desc()).limit(1))
-    if entry is None:
-        return None
+        entries = session.scalars(query.order_by(AuditEntry.id.desc()).limit(latest)).all()
+    return [_order_of(entry) for entry in reversed(entries)]
+
+
+def _order_of(entry: AuditEntry) -> QueueOrder:
     details = dict(entry.details)
     savings = details.pop("savings")
     return QueueOrder(at=entry.at, savings=_savings_of(savings), **details)
@@ -91,17 +107,20 @@ def remember(
     votes: int,
     by_design: bool,
     savings: Savings | None,
-    *,
-    seconds: float = 0.0,
+    **more: float,
 ) -> QueueOrder:
-    """Keep what was done in the log of the project."""
+    """Keep what was done in the log of the project.
+
+    Args:
+        more: the other fields of a `QueueOrder`.
+    """
     details: dict[str, Any] = {
         "model": model,
         "placed": placed,
         "votes": votes,
         "by_design": by_design,
         "savings": None if savings is None else asdict(savings),
-        "seconds": seconds,
+        **more,
     }
     with project.database.writing(project.id) as session:
         audit.note(session, project.id, by, ORDER, project.name, details)

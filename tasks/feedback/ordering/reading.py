@@ -43,8 +43,8 @@ class QueuedPair(NamedTuple):
     @property
     def waits(self) -> bool:
         """Whether it is open and nobody has begun with it, or has said when it comes."""
-        untouched = self.state == "open" and not (self.votes or self.taken or self.wish)
-        return untouched and self.arm != AUDITED  # which has its place
+        begun = self.votes or self.taken or self.wish
+        return self.state == "open" and not begun and self.arm != AUDITED  # which has its place
 
 
 class CountedVote(NamedTuple):
@@ -101,7 +101,8 @@ class Queued:
 
     def since_design(self) -> int:
         """The votes of all arms since the first that the design asked for."""
-        arms = [arm for vote in self.votes if (arm := self.pairs[vote.pair].arm)]
+        arms = [self.pairs[vote.pair].arm for vote in self.votes]
+        arms = [arm for arm in arms if arm not in ("", AUDITED)]
         return len(arms) - arms.index("design") if "design" in arms else 0
 
     def arms(self, salt: str, shares: Shares) -> list[Arm]:

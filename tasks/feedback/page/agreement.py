@@ -67,6 +67,7 @@ def show(who: Admin, project: OwnProject, request: Request) -> Response:
         found = _examined(request, project)
     except DataError:
         found = None
+    judges = _judges(found.quality) if found else []
     return page(
         "admin_agreement.html",
         csrf=who.csrf,
@@ -77,7 +78,14 @@ def show(who: Admin, project: OwnProject, request: Request) -> Response:
         at=found.at if found else None,
         quality=found.quality if found else None,
         most=MOST_PEOPLE,
+        judges=judges,
     )
+
+
+def _judges(quality: "Quality") -> list[str]:
+    from tasks.feedback.quality.page import machine_sentence
+
+    return [machine_sentence(machine) for machine in quality.machines]
 
 
 @router.get("/report.html")

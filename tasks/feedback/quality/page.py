@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from rlhf_core.agreement.disclosure import FEWEST_PEOPLE, FEWEST_VOTES
 from rlhf_core.agreement.drift import Trend
 from rlhf_core.agreement.measures import Measure, in_percent
-from rlhf_core.agreement.quality import Quality
+from rlhf_core.agreement.quality import Machine, Quality
 from tasks.feedback.quality import charts
 from tasks.pages.render import render
 
@@ -76,7 +76,8 @@ def quality_page(quality: Quality) -> str:
 def summary(quality: Quality) -> Iterator[str]:
     """What the report says, in sentences; what matters most is first."""
     if not quality.votes:
-        yield f"There are fewer than {FEWEST_VOTES} votes, so nothing is shown."
+        yield f"There are fewer than {FEWEST_VOTES} votes of people, so nothing is shown of them."
+        yield from map(machine_sentence, quality.machines)
         return
     if quality.same is None or quality.alpha is None:
         yield "How far people agree cannot be said: hardly any pair has votes of two people."
@@ -94,6 +95,31 @@ def summary(quality: Quality) -> Iterator[str]:
         yield "No annotator has a habit that chance does not explain."
     clear = [trend for trend in quality.trends if trend.clear]
     yield from map(trend_sentence, clear)
+    yield from map(machine_sentence, quality.machines)
+
+
+def machine_sentence(machine: Machine) -> str:
+    """What a judge answers alone, and what the audit says of it, in words."""
+    parts = [
+        f"{machine.name} answers {machine.alone:,} pairs alone, of the {machine.pairs:,} that it "
+        "was asked about"
+    ]
+    if machine.same_in_both is not None:
+        same = in_percent(machine.same_in_both)
+        parts.append(f"it says the same in both orders on {same}")
+    error, wrong = machine.error, machine.wrong
+    if error is not None and wrong is not None:
+        value, low, high = wrong
+        parts.append(
+            f"people contradict it on {in_percent(error)} of {error.of:,} audited pairs, which "
+            f"makes {value:,.0f} [{low:,.0f}, {high:,.0f}] of those that it answers alone"
+        )
+    elif machine.to_audit:
+        parts.append(
+            f"its error is unknown: fewer than {FEWEST_VOTES} of the {machine.to_audit:,} pairs of "
+            "the audit have an answer of people"
+        )
+    return "; ".join(parts) + "."
 
 
 def _firmness(alpha: Measure) -> str:

@@ -1,12 +1,13 @@
 """The report as numbers with names, and as tables."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import pandas as pd
 
 from rlhf_core.agreement.measures import Measure
-from rlhf_core.agreement.quality import Habits, Quality
+from rlhf_core.agreement.quality import Habits, Machine, Quality
 
 
 def numbers(quality: Quality) -> dict[str, float]:
@@ -26,6 +27,8 @@ def numbers(quality: Quality) -> dict[str, float]:
     measures["skip_rate"] = measures.pop("skips")  # beside their number
     for name, measure in measures.items():
         found |= _bounds(name, measure)
+    for machine in quality.machines:
+        found |= _of_machine(machine)
     found |= {"seconds": quality.seconds} if quality.seconds is not None else {}
     return found | ({"sure": quality.sure} if quality.sure is not None else {})
 
@@ -66,8 +69,19 @@ def tables(quality: Quality) -> dict[str, pd.DataFrame]:
         for t in quality.trends
     ]
     reasons = [{"reason": r.text, "skips": r.skips, "people": r.people} for r in quality.reasons]
+    machines = [
+        {"judge": m.name, "votes": m.votes, "pairs": m.pairs, "alone": m.alone}
+        | {"to_audit": m.to_audit}
+        | _columns("audit_error", m.error)
+        | _columns("same_in_both_orders", m.same_in_both)
+        | _columns("left", m.left)
+        | _columns("longer", m.longer)
+        | _columns("agreement_with_people", m.with_people)
+        for m in quality.machines
+    ]
     every = {
         "annotators": people,
+        "judges": machines,
         "kappas": kappas,
         "blocks": blocks,
         "groups": groups,
@@ -76,6 +90,23 @@ def tables(quality: Quality) -> dict[str, pd.DataFrame]:
         "skips": reasons,
     }
     return {name: pd.DataFrame(rows) for name, rows in every.items() if rows}
+
+
+def _of_machine(machine: Machine) -> dict[str, float]:
+    """The figures of a judge; MLflow takes no colon in a name."""
+    name = re.sub(r"[^\w.\-]+", "-", machine.name.partition(":")[2] or machine.name)
+    found = {"alone": float(machine.alone), "to_audit": float(machine.to_audit)}
+    found["audited"] = float(0 if machine.error is None else machine.error.of)
+    measures = {
+        "audit_error": machine.error,
+        "same_in_both_orders": machine.same_in_both,
+        "left": machine.left,
+        "longer": machine.longer,
+        "agreement_with_people": machine.with_people,
+    }
+    for what, measure in measures.items():
+        found |= _bounds(what, measure)
+    return {f"judge/{name}/{key}": value for key, value in found.items()}
 
 
 def _habits(habits: Habits) -> dict[str, float | None]:

@@ -20,8 +20,10 @@ from rlhf_core.labelling.verdicts import JudgeHabits
 from rlhf_core.metrics import StageLogger
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from tasks.feedback.ordering.ordering import LONGEST, newest_reward_model
+from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.store.judgments import check_pseudonym
+from tasks.feedback.store.store import FeedbackProject
 from tasks.judges.judging import MlflowJudging
 from tasks.pages.reading import Reader
 from tasks.record import tags
@@ -53,7 +55,7 @@ class Heard:
     opinion: Opinion | None  # None: it gave no usable answer in one of the orders
 
 
-def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
+def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pinned:
     """The judge that a config names now.
 
     Raises: ModelError when there is no such reward model; DataError for a name that no annotator
@@ -61,11 +63,11 @@ def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
     """
     source, judge = config.source, config.as_judge()
     if source == REWARD_MODEL:
-        newest = newest_reward_model(record, project)
+        newest = newest_reward_model(record, project.name, last_order(project))
         if newest is None:
             raise ModelError(
-                f"judge.source is {REWARD_MODEL}, and '{project}' has none yet: train one, or name "
-                "another judge"
+                f"judge.source is {REWARD_MODEL}, and '{project.name}' has none yet: train one, "
+                "or name another judge"
             )
         source = newest.uri
     elif judge.is_registered:
@@ -77,9 +79,9 @@ def pin(config: AskJudgeConfig, project: str, record: Record) -> Pinned:
     return Pinned(source, pseudonym, _habits(pseudonym, project, record))
 
 
-def _habits(pseudonym: str, project: str, record: Record) -> JudgeHabits | None:
+def _habits(pseudonym: str, project: FeedbackProject, record: Record) -> JudgeHabits | None:
     """What the newest reward model of the project has learnt of an annotator, if anything."""
-    newest = newest_reward_model(record, project)
+    newest = newest_reward_model(record, project.name, last_order(project))
     run_id = record.store.tags(newest).get(tags.RUN) if newest is not None else None
     run = record.runs.find(run_id) if run_id else None
     for row in Reader(record).table(run, TABLE) if run is not None else []:

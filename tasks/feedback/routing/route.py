@@ -7,7 +7,7 @@ Pairs are judged a few at a time, and each few are settled before the next are b
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,9 @@ from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.routing.judging import AskedJudge, Heard, Pinned, make_judge, pin
 from tasks.feedback.routing.settle import (
     Counts,
-    NewPair,
+    Unjudged,
     ask_people_about_the_rest,
+    claim,
     counts,
     questions,
     settle,
@@ -40,13 +41,13 @@ class JudgeDownError(UserError):
     """The judge has answered a part of the pairs, and answers no more."""
 
 
-def look_at(config: AskJudgeConfig, project: str, record: Record) -> None:
+def look_at(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> None:
     """Find out whether a judge can work, before answers are sampled for it.
 
     Raises: ModelError, ConfigError, DataError when it cannot.
     """
     if config.source:
-        check_judge.fn(config.as_judge(pin(config, project, record).source), project)
+        check_judge.fn(config.as_judge(pin(config, project, record).source), project.name)
 
 
 def judge_batch(
@@ -73,13 +74,10 @@ def judge_batch(
     pinned = _pinned(project, batch, config, record)
     left = unjudged(project, batch)
     if left:
+        claim(project, pinned.name)
         logger.phase(f"loading {pinned.name}")
         try:
-            judge = make_judge(config, pinned, project.name, record, logger)
-            for start in range(0, len(left), AT_ONCE):
-                logger.progress(start, len(left), "judged pairs")
-                some = questions(project, left[start : start + AT_ONCE])
-                heard = _ask(judge, pinned.name, some)
+            for some, heard in _heard(project, config, pinned, left, record, logger):
                 ways = route(
                     [pair.digest for pair in some], [h.opinion for h in heard], router, project.name
                 )
@@ -87,14 +85,48 @@ def judge_batch(
                     project, pinned.name, list(zip(some, heard, ways, strict=True)),
                     source=pinned.source, wanted=wanted, priority=priority,
                 )  # fmt: skip
-            logger.progress(len(left), len(left), "judged pairs")
-        except UserError as error:
-            _give_up(project, batch, config, pinned.name, error)
+        except _JudgeError as error:
+            _give_up(project, batch, config, pinned.name, error.reason)
     ask_people_about_the_rest(project, batch, wanted=wanted, priority=priority)
     return pinned, counts(project, batch)
 
 
-def _ask(judge: AskedJudge, name: str, pairs: list[NewPair]) -> list[Heard]:
+class _JudgeError(Exception):
+    """What a judge could not do, and not what the store could not."""
+
+    def __init__(self, reason: UserError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _heard(
+    project: FeedbackProject,
+    config: AskJudgeConfig,
+    pinned: Pinned,
+    left: list[int],
+    record: Record,
+    logger: StageLogger,
+) -> Iterator[tuple[list[Unjudged], list[Heard]]]:
+    """A few pairs at a time, and what the judge says of them.
+
+    Raises: _JudgeError when it cannot work, or does not any more.
+    """
+    try:
+        judge = make_judge(config, pinned, project.name, record, logger)
+    except UserError as error:
+        raise _JudgeError(error) from error
+    for start in range(0, len(left), AT_ONCE):
+        logger.progress(start, len(left), "judged pairs")
+        some = questions(project, left[start : start + AT_ONCE])
+        try:
+            heard = _ask(judge, pinned.name, some)
+        except UserError as error:
+            raise _JudgeError(error) from error
+        yield some, heard
+    logger.progress(len(left), len(left), "judged pairs")
+
+
+def _ask(judge: AskedJudge, name: str, pairs: list[Unjudged]) -> list[Heard]:
     """What the judge says; silence on many pairs means that it is down."""
     heard = judge([pair.question for pair in pairs])
     if len(heard) >= SILENT and all(each.opinion is None for each in heard):
@@ -124,7 +156,7 @@ def _pinned(project: FeedbackProject, batch: int, config: AskJudgeConfig, record
     """The judge of the batch, which is chosen once."""
     kept: Mapping[str, Any] | None = batches.details(project.database, batch).get("judge")
     if kept is None:
-        found = pin(config, project.name, record)
+        found = pin(config, project, record)
         batches.keep(project, batch, {"judge": asdict(found)})
         return found
     habits = kept["habits"]

@@ -19,6 +19,7 @@ from tasks.feedback.routing.judging import Heard
 from tasks.feedback.store import clock
 from tasks.feedback.store.content import chunks, digest
 from tasks.feedback.store.drawing import set_marks_back
+from tasks.feedback.store.records import Answer, NewPair
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import (
     AUDITED,
@@ -38,7 +39,7 @@ CHUNK = 500
 LONGEST_NOTE = 2000  # characters of a judge's reason
 
 
-class NewPair(NamedTuple):
+class Unjudged(NamedTuple):
     """A pair that nobody has been asked about."""
 
     id: int
@@ -84,7 +85,7 @@ def unjudged(project: FeedbackProject, batch: int) -> list[int]:
         return list(session.scalars(query.order_by(Pair.id)))
 
 
-def questions(project: FeedbackProject, pairs: Sequence[int]) -> list[NewPair]:
+def questions(project: FeedbackProject, pairs: Sequence[int]) -> list[Unjudged]:
     """Pairs as a judge reads them."""
     a, b = aliased(Response), aliased(Response)
     query = (
@@ -96,13 +97,22 @@ def questions(project: FeedbackProject, pairs: Sequence[int]) -> list[NewPair]:
         .order_by(Pair.id)
     )
     with project.database.reading() as session:
-        return [NewPair(row[0], row[1], Question(*row[2:])) for row in session.execute(query)]
+        return [Unjudged(row[0], row[1], Question(*row[2:])) for row in session.execute(query)]
+
+
+def claim(project: FeedbackProject, judge: str) -> None:
+    """Make the annotator, if there is none.
+
+    Raises: DataError when people vote under this pseudonym.
+    """
+    with project.database.writing(project.id) as session:
+        _annotator(session, project.id, judge)
 
 
 def settle(
     project: FeedbackProject,
     judge: str,
-    heard: Sequence[tuple[NewPair, Heard, Way]],
+    heard: Sequence[tuple[Unjudged, Heard, Way]],
     *,
     source: str,
     wanted: int,
@@ -131,9 +141,10 @@ def settle(
         )
         alone = [pair for pair in ways if pair in free and ways[pair] == "judge"]
         session.execute(update(Pair).where(Pair.id.in_(alone)).values(arm=JUDGED))
-        for way, arm in (("audit", AUDITED), ("unsure", "")):
-            some = [pair for pair in ways if pair in free and ways[pair] == way]
-            _open(session, project.id, some, wanted, priority, arm)
+        audited = [pair for pair in ways if pair in free and ways[pair] == "audit"]
+        _have_audited(session, project.id, audited, wanted, min(priority, 0))
+        unsure = [pair for pair in ways if pair in free and ways[pair] == "unsure"]
+        project.content.put(session, _as_asked(session, unsure, wanted, priority))
 
 
 def ask_people_about_the_rest(
@@ -147,10 +158,14 @@ def ask_people_about_the_rest(
         select(Pair.id)
         .join(BatchPair, BatchPair.pair_id == Pair.id)
         .where(BatchPair.batch_id == batch, _untouched())
+        .order_by(Pair.id)
     )
-    with project.database.writing(project.id) as session:
+    with project.database.reading() as session:
         pairs = list(session.scalars(query))
-        _open(session, project.id, pairs, wanted, priority, "")
+    for some in chunks(pairs, CHUNK):
+        with project.database.reading() as session:
+            asked = _as_asked(session, some, wanted, priority)
+        project.content.add(asked)
     return len(pairs)
 
 
@@ -199,7 +214,7 @@ def _keep(
     session: Session,
     project: FeedbackProject,
     annotator: int,
-    heard: Sequence[tuple[NewPair, Heard, Way]],
+    heard: Sequence[tuple[Unjudged, Heard, Way]],
     source: str,
 ) -> None:
     at = clock.now()
@@ -238,14 +253,36 @@ def _note(reason: str) -> str:
     return masked(reason)[:LONGEST_NOTE].encode(errors="replace").decode()
 
 
-def _open(
-    session: Session, project: int, pairs: Sequence[int], wanted: int, priority: int, arm: str
+def _have_audited(
+    session: Session, project: int, pairs: Sequence[int], wanted: int, priority: int
 ) -> None:
+    """Pairs of an audit are asked about before others: the error is known early, and no order of
+    the queue decides on which of them it is measured."""
     for some in chunks(pairs, CHUNK):
         session.execute(
             update(Pair)
             .where(Pair.id.in_(some))
-            .values(wanted=wanted, priority=priority, state="open", arm=arm)
+            .values(wanted=wanted, priority=priority, state="open", arm=AUDITED)
         )
     if pairs:
         set_marks_back(session, project, priority, min(pairs))
+
+
+def _as_asked(session: Session, pairs: Sequence[int], wanted: int, priority: int) -> list[NewPair]:
+    """Pairs of the store as those that people are to be asked about."""
+    a, b = aliased(Response), aliased(Response)
+    query = (
+        select(Prompt.content, a.text, a.model, b.text, b.model)
+        .select_from(Pair)
+        .join(Prompt, Prompt.id == Pair.prompt_id)
+        .join(a, a.id == Pair.response_a_id)
+        .join(b, b.id == Pair.response_b_id)
+        .where(Pair.id.in_(pairs))
+        .order_by(Pair.id)
+    )
+    return [
+        NewPair(
+            row[0], Answer(row[1], row[2]), Answer(row[3], row[4]), wanted=wanted, priority=priority
+        )
+        for row in session.execute(query)
+    ]

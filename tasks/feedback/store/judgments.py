@@ -52,6 +52,18 @@ def judged() -> ColumnElement[bool]:
     )
 
 
+def _kept_back() -> list[tuple[str, ColumnElement[bool]]]:
+    """What no training may see, by name."""
+    return [("verdicts", judged()), ("hold-out", Pair.arm == HOLD_OUT)]
+
+
+class KeptBack(NamedTuple):
+    """Votes that no training may see."""
+
+    votes: int
+    pairs: int
+
+
 class CastVote(NamedTuple):
     """A vote that counts, with everything that training and the reports need."""
 
@@ -260,6 +272,7 @@ class Judgments:
         after: int = 0,
         training: bool = False,
         by_pair: bool = False,
+        also: Sequence[str] = (),
     ) -> Iterator[CastVote]:
         """The votes that count, in the order in which they came, a few at a time in memory.
 
@@ -273,17 +286,43 @@ class Judgments:
                 are those of an evaluation, which no training may see; nor may it see the hold-out
                 of an ordered queue.
             by_pair: in the order of `pair_digest`, which is the same in every store.
+            also: of `KEPT_BACK`, what comes all the same.
         """
         with self._database.reading() as session:
             query = self._query(snapshot, skips).where(Judgment.id > after)
             if training:
-                query = query.where(~judged(), Pair.arm != HOLD_OUT)
+                query = query.where(
+                    *(~is_kept for name, is_kept in _kept_back() if name not in also)
+                )
             order = (Pair.digest,) if by_pair else ()
             rows = session.execute(
                 query.order_by(*order, Judgment.id).execution_options(yield_per=ROWS)
             )
             for row in rows:
                 yield CastVote(*row)
+
+    def kept_back(self, also: Sequence[str] = (), *, skips: bool = False) -> dict[str, KeptBack]:
+        """The votes that count, and that `stream` leaves out for training, by the reason.
+
+        Args:
+            also: as of `stream`.
+            skips: whether skips count.
+        """
+        found: dict[str, KeptBack] = {}
+        earlier: list[ColumnElement[bool]] = []
+        with self._database.reading() as session:
+            for name, is_kept in _kept_back():
+                if name in also:
+                    continue
+                query = self._query(None, skips).where(is_kept, *(~one for one in earlier))
+                earlier.append(is_kept)
+                counts = query.with_only_columns(
+                    func.count(Judgment.id), func.count(Judgment.pair_id.distinct())
+                )
+                votes, pairs = session.execute(counts).one()
+                if votes:
+                    found[name] = KeptBack(votes, pairs)
+        return found
 
     def skips(self, until: int) -> Iterator[CastVote]:
         """The skips that count, as `stream` gives them, up to the number of a judgment."""

@@ -24,6 +24,7 @@ from rlhf_core.backbone import networks
 from rlhf_core.backbone.directory import load_policy, read_card, save_model, weights_digest
 from rlhf_core.backbone.networks import ADAPTER, Policy, ScalarModel, load_as_adapter, start_adapter
 from rlhf_core.backbone.packing import ATTENTION, pack, position_ids
+from rlhf_core.backbone.precision import machine
 from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError, NumericsError
@@ -553,13 +554,13 @@ def test_bfloat16_is_as_exact_as_plain_transformers_under_autocast(causal, plain
 def test_bfloat16_on_a_cpu_without_it_is_said_once(causal, monkeypatch, caplog, capabilities, slow):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     for precision, times in (("float32", 0), ("bfloat16", int(slow))):
-        networks._warn_if_slow.cache_clear()
+        machine.warn_if_slow.cache_clear()
         policy = Policy(causal[0], precision=precision)
         for _ in range(2):
             policy(*predictions())
         said = [record.message for record in caplog.records]
         assert len(said) == times
-    networks._warn_if_slow.cache_clear()
+    machine.warn_if_slow.cache_clear()
     assert all("this CPU has no instructions for it" in line for line in said)
 
 

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlhf_core.backbone import sampling
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import BLOCK, SamplingConfig, draw, respond, sample, uniforms
 from rlhf_core.data.encoding import left_pad
+from rlhf_core.seeding import generator
 from rlhf_core.types import PromptBatch
 
 PROMPTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]
@@ -330,3 +333,39 @@ def test_temperature_of_the_config_is_used(sharp):
 
 def test_longest_text_is_prompt_and_response():
     assert SamplingConfig(max_prompt_length=5, max_new_tokens=7).max_length == 12
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_equal_prompts_are_read_once_and_answered_as_if_each_were_read(
+    monkeypatch, precision, packed
+):
+    torch.manual_seed(0)
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 96, "vocab_size": 300}
+    policy = Policy(GPT2LMHeadModel(GPT2Config(**shape)).eval(), precision=precision)
+    if not packed:
+        policy.model.set_attn_implementation("sdpa")
+    lengths = [40] * 4 + [31] * 4 + [40]  # the last equals the first, but not its neighbour
+    texts = [list(range(10, 10 + n)) for n in lengths]
+    prompts = left_pad(texts, 299, 40)
+    read = []
+
+    def called():
+        settings = {"temperature": 1.0, "eos_token_id": list(range(0, 100)), "pad_token_id": 299}
+        draws = uniforms(9, 12, generator(0, "draws"))
+        hook = policy.model.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        found = sample(policy, prompts, draws, **settings)
+        hook.remove()
+        return found
+
+    shared = called()
+    assert read[:2] == [3, int((~torch.isin(shared.tokens[:, 0], torch.arange(100))).sum())]
+    assert shared.mask.sum(-1).unique().numel() > 1  # some rows leave early
+    monkeypatch.setattr(sampling, "SHARED", 10**9)
+    read.clear()
+    single = called()
+    assert read[0] == 9
+    for name in ("tokens", "mask", "finished"):
+        assert torch.equal(getattr(shared, name), getattr(single, name))

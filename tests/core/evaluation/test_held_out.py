@@ -18,7 +18,7 @@ def votes(*rows, gaps=None, longer=None, scale=1.0, **columns):
     """
     table = pd.DataFrame([(*row, "")[:5] for row in rows], dtype=object)
     table.columns = ["prompt", "response_a", "response_b", "vote", "annotator"]
-    table = table.assign(**{"shown_first": "", "source": "s"} | columns)
+    table = table.assign(**{"shown_first": "", "source": "s", "gold": False} | columns)
     gaps = [1.0] * len(rows) if gaps is None else gaps
     members = torch.tensor(gaps if isinstance(gaps[0], list) else [gaps])
     longer = torch.zeros(len(rows)) if longer is None else torch.tensor(longer)
@@ -100,6 +100,17 @@ def test_the_majority_of_many_is_a_better_guess_than_one():
     found = votes(*rows).agreement()
     assert found.pairwise.share.value == pytest.approx(3 / 5)
     assert found.majority.share.value == pytest.approx(4 / 5)
+
+
+def test_a_known_answer_is_nobody_with_whom_people_agree():
+    people = [("p", "x", "y", "a", "ann"), ("p", "x", "y", "b", "ben"), ("q", "x", "y", "a", "ann")]
+    known = [("p", "x", "y", "a", "gold"), ("q", "x", "y", "a", "gold")]
+    found = votes(*people, *known, gold=[True] * 5)
+    assert found.agreement().pairwise.share.value == 0
+    assert found.agreement().pairwise.votes == 2
+    assert found.accuracy().votes == 5
+    # A person of this name is one, where the vote is not marked.
+    assert votes(*people, *known).agreement().pairwise.votes == 5
 
 
 def test_anonymous_votes_are_of_different_people():

@@ -3,12 +3,11 @@
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rlhf_core.labelling.router import Opinion, RouterConfig, audit_error, route
+from rlhf_core.labelling.router import Opinion, RouterConfig, route
 
 KEYS = [f"pair {i}" for i in range(10_000)]
 
@@ -61,36 +60,6 @@ def test_everything_may_be_audited():
         RouterConfig(audit=0)
 
 
-def test_an_audit_by_hand():
-    # The judge said a, a, b, a; people say a, b, b and a tie: errors 0, 1, 0, 1/2.
-    audit = audit_error(
-        [1, 1, 0, 1], [1, 0, 0, 0.5], [1, 2, 3, 4], 80, generator=torch.Generator().manual_seed(0)
-    )
-    assert audit.error.value == pytest.approx(0.375)
-    assert audit.error.low < 0.375 < audit.error.high
-    assert (audit.audited, audit.alone, audit.wrong.value) == (4, 80, pytest.approx(30))
-
-
-def test_an_audit_without_an_error_does_not_say_there_is_none():
-    audit = audit_error([1] * 50, [1.0] * 50, range(50), 950, generator=torch.Generator())
-    assert audit.error.value == 0
-    assert audit.error.high == pytest.approx(0.0713, abs=1e-3)  # Wilson: z² / (n + z²)
-    assert audit_error([], [], [], 7, generator=torch.Generator()).error is None
-
-
-def test_the_interval_of_an_audit_covers():
-    """10 % of what the judge says alone is wrong; 200 audits of 60 pairs."""
-    inside = 0
-    for seed in range(200):
-        g = torch.Generator().manual_seed(seed)
-        voted = (torch.rand(60, generator=g) > 0.1).double().tolist()
-        audit = audit_error([1] * 60, voted, range(60), 1000, generator=g)
-        inside += audit.error.low <= 0.1 <= audit.error.high
-    assert inside >= 182  # fewer has a chance below 2 % at a coverage of 95 %
-
-
 def test_lists_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match="for each pair"):
-        audit_error([1], [1, 0], [1], 7, generator=torch.Generator())
     with pytest.raises(ValueError, match="zip"):
         route(["x"], [], RouterConfig(), "demo")

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rlhf_core.backbone.sampling import SamplingConfig, respond
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
+from rlhf_core.evaluation import answers as evaluation_answers
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
 from rlhf_core.evaluation.scorecard import Arm
@@ -305,6 +307,26 @@ def test_champion_with_another_tokenizer_is_measured_by_its_texts(run, truth, fo
     played = report.scorecard.comparison("policy", "champion")
     assert played.wins + played.ties + played.losses == 24
     assert Arm.model_validate_json(champion.model_dump_json()) == champion
+
+
+@pytest.mark.parametrize(("temperature", "arm", "times"), [(1.0, 1, 2), (0.8, 2, 3)])
+def test_a_log_probability_is_computed_once_where_it_is_asked_for_twice(
+    run, toy_sampling, monkeypatch, temperature, arm, times
+):
+    asked = []
+    really = evaluation_answers.response_logprobs
+
+    def counted(policy, rows, *, temperature):
+        asked.append(rows)
+        return really(policy, rows, temperature=temperature)
+
+    sampling = type(toy_sampling)(**dict(toy_sampling) | {"temperature": temperature})
+    config = change(base=False)
+    monkeypatch.setattr(evaluation_answers, "response_logprobs", counted)
+    report = run(config, sampling=sampling)
+    passes = Counter(map(id, asked))  # by the rows of a batch
+    assert set(passes.values()) == {arm, times}  # SFT by itself, and the policy
+    assert report.scorecard.arm("sft").kl == (0.0, 0.0, 0.0)
 
 
 def test_texts_of_another_tokenizer_are_cut_to_what_sft_can_read(run, toy_corpus, tmp_path):

@@ -33,7 +33,10 @@ SHAPED = {
     "rloo_sigmoid": change(CONFIGS["rloo"], shaping=ShapingSection(transform="sigmoid")),
     "grpo_whiten": change(CONFIGS["grpo"], shaping=ShapingSection(transform="whiten", clip=1.0)),
 }
-AWARE = {"reward_model_aware": change(CONFIGS["reward_model"], annotators="aware")}
+AWARE = {
+    f"{name}_aware": change(CONFIGS[name], annotators="aware")
+    for name in ("reward_model", "reward_model_members")
+}
 RESUMED = CONFIGS | SHAPED | AWARE
 
 pytestmark = pytest.mark.timeout(600 + 60 * KILLS)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from rlhf_core.functional.annotators import fit_habits
-from rlhf_core.training.annotators import ANONYMOUS, GOLD_RELIABILITY, Annotators, VoteFacts
+from rlhf_core.training.annotators import (
+    ANONYMOUS,
+    GOLD_RELIABILITY,
+    Annotators,
+    VoteFacts,
+    average_habits,
+    habits_table,
+)
 from rlhf_core.training.ranks import Ranks
 
 COLUMNS = ("annotator", "vote", "shown_first", "response_a", "response_b", "gold")
@@ -94,7 +101,7 @@ def test_the_habits_are_the_mode_given_the_newest_score_of_each_vote_that_was_se
         anchor_length=True,
     )
     torch.testing.assert_close(annotators.habits.values, expected.values, rtol=0, atol=1e-9)
-    found = annotators.table()
+    found = habits_table(facts, annotators.habits, annotators.gap)
     assert found["annotator"].tolist() == ["eve", "bob", "ann"]
     assert found["votes"].tolist() == [30, 30, 30]
 
@@ -122,7 +129,8 @@ def test_a_liking_for_length_that_all_share_needs_known_answers():
         mean = annotators.habits.values[1:, 2].mean().item()
         assert annotators.gold is known
         assert mean == pytest.approx(1.0 if known else 0.0, abs=0.15)
-        assert annotators.table()["annotator"].tolist().count("gold") == 0
+        table_of = habits_table(annotators.facts, annotators.habits, annotators.gap)
+        assert "gold" not in table_of["annotator"].tolist()
 
 
 def test_a_state_is_put_back_to_the_bit():
@@ -150,3 +158,49 @@ def test_who_is_new_is_taken_for_an_average_voter():
     found = annotators.predict(later, torch.tensor([0.7, 0.7]))
     assert found[0].item() == pytest.approx(0.7)
     assert found[1].item() < 0.2
+
+
+def test_votes_that_count_several_times_are_as_many_votes():
+    """A bootstrap is the table with its rows repeated; who is not in it stays as by the prior."""
+    habits = {"ann": (1, 0, 0), "bob": (0.3, 0.5, 0), "eve": (-1, 0, 0.5), "gold": (4, 0, 0)}
+    votes, gaps = votes_of(habits, 120)
+    times = [0 if row % 4 == 1 else row % 3 for row in range(120)]  # none of bob's
+    member = Annotators(VoteFacts.of(votes, "gold"), Ranks(), times)
+    mine = [row for row in range(120) if times[row]]
+    member.learn({row: gaps[row] for row in mine}, mine)
+    repeated = [row for row in range(120) for _ in range(times[row])]
+    other = VoteFacts.of(votes.iloc[repeated], "gold", member.facts)
+    alone = Annotators(other, Ranks())
+    alone.learn({n: gaps[row] for n, row in enumerate(repeated)}, range(len(repeated)))
+    torch.testing.assert_close(member.habits.values, alone.habits.values, rtol=0, atol=1e-9)
+    torch.testing.assert_close(member.habits.deviations, alone.habits.deviations)
+    assert member.votes().tolist() == alone.votes().tolist()
+    assert member.habits.values[2].tolist() == [1, 0, 0]
+    assert member.habits.deviations[2].tolist() == pytest.approx([0.5, 0.7, 1.0])
+
+
+def test_known_answers_count_where_a_bootstrap_has_them():
+    votes, _ = votes_of({"ann": (1, 0, 0), "gold": (4, 0, 0)}, 8)
+    facts = VoteFacts.of(votes, "gold")
+    assert Annotators(facts, Ranks()).gold
+    assert not Annotators(facts, Ranks(), [1, 0] * 4).gold
+    assert Annotators(facts, Ranks(), [1, 0] * 3 + [1, 2]).gold
+
+
+def test_what_members_know_is_the_mixture_of_it_by_hand():
+    facts = VoteFacts.of(table(), "gold")  # gold, anonymous, ann, bob, and a person called gold
+    bootstraps = ([1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 2], [0, 0, 0, 0, 3, 0, 0])
+    members = [Annotators(facts, Ranks(), times) for times in bootstraps]
+    for number, member in enumerate(members):
+        values = torch.full((5, 3), float(number), dtype=torch.float64)
+        sd = torch.full((5, 3), 0.1 * (number + 1), dtype=torch.float64)
+        log_tie = torch.tensor(math.log(0.1) if number == 0 else -math.inf, dtype=torch.float64)
+        member.habits = member.habits._replace(values=values, deviations=sd, log_tie=log_tie)
+    found = average_habits(members)
+    # All have known answers; two have ann; only the first has anybody else.
+    assert found.values[:, 0].tolist() == [1, 0, 0.5, 0, 0]
+    ann = math.sqrt((0.1**2 + 0.5**2 + 0.2**2 + 0.5**2) / 2)
+    assert found.deviations[2].tolist() == pytest.approx([ann] * 3)
+    assert found.deviations[3].tolist() == pytest.approx([0.1] * 3)
+    assert found.log_tie.exp().item() == pytest.approx(0.1 / 3)
+    assert average_habits(members[:1]) is members[0].habits

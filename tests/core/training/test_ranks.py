@@ -50,6 +50,9 @@ DDP = {
     "reward model": changed("reward_model", **UNEVEN),
     "reward model, aware": changed("reward_model", **UNEVEN, annotators="aware"),
     "reward model with members": changed("reward_model_members", **UNEVEN),
+    "reward model with members, aware": changed(
+        "reward_model_members", **UNEVEN, annotators="aware"
+    ),
     "dpo": changed("dpo", **UNEVEN),
     "dpo with LoRA": changed("dpo", **UNEVEN, lora_rank=2),
     "ppo": changed("ppo", iterations=2),
@@ -250,8 +253,11 @@ def test_two_processes_follow_the_trajectory_of_one(both, alone, case):
 
 
 def test_what_is_learnt_of_annotators_is_the_same_to_the_bit_on_all_ranks(both):
-    for strategy in ("ddp", "fsdp"):
-        one, two = (found[f"{strategy} reward model, aware"].annotators for found in both)
+    for case in (
+        *("ddp reward model, aware", "fsdp reward model, aware"),
+        "ddp reward model with members, aware",
+    ):
+        one, two = (found[case].annotators for found in both)
         assert len(one["annotator"]) == 3
         assert len({*one["reliability"], *one["left"], *one["length"]}) == 9
         assert one == two

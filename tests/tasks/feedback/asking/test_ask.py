@@ -2,23 +2,26 @@
 
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.prepared import read_table
-from rlhf_core.errors import DataError, ModelError
+from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.simulation import SimulationConfig
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
 from tasks.feedback.asking import ask as asking
+from tasks.feedback.asking import batches
 from tasks.feedback.asking.again import Caller, next_batch
 from tasks.feedback.asking.ask import ask
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.starting import key_of
 from tasks.feedback.store.store import Store
-from tasks.feedback.store.tables import Batch, Pair, Prompt, Response
+from tasks.feedback.store.tables import Batch, Judgment, Pair, Prompt, Response
 from tasks.record.record import Record
 from tasks.record.run import open_run
 from tasks.registry.datasets import fetch_dataset
@@ -345,3 +348,52 @@ def test_without_a_new_vote_there_is_no_new_batch(settings, go_on):
 
 def test_without_a_policy_nobody_is_asked(go_on):
     assert go_on(model=None).why == "shop has no champion yet"
+
+
+# ---- with a judge ----
+
+
+@pytest.fixture
+def judging(monkeypatch):
+    """The judge of the config prefers the longer answer; its module is where the program is."""
+    monkeypatch.chdir(Path(__file__).parents[1] / "routing")
+    monkeypatch.syspath_prepend(".")
+    return {"judge": {"source": "biased_judges:longer"}, "router": {"audit": 0.3}}
+
+
+def test_a_judge_answers_new_pairs_and_people_get_the_others(settings, judging):
+    asked = ask(config(prompts=30, **judging), settings)
+    made = rows(settings)
+    arms = Counter(pair.arm for pair in made)
+    assert asked.judge == "judge:biased_judges:longer"
+    assert (asked.alone, asked.audited) == (arms["judge"], arms["audit"])
+    assert asked.unsure == arms[""]  # of one length: the first is called better
+    assert asked.alone + asked.audited + asked.unsure == asked.pairs == len(made)
+    assert min(asked.alone, asked.audited) > 0
+    assert {pair.wanted for pair in made if pair.arm == "judge"} == {0}
+    assert {(pair.wanted, pair.state) for pair in made if pair.arm != "judge"} == {(1, "open")}
+    assert f"{asked.pairs - asked.alone} pairs on" in asked.sentence
+    assert f"{asked.alone} more are answered by judge:biased_judges:longer alone" in asked.sentence
+    assert ask(config(prompts=30, **judging), settings) == asked
+    assert len(rows(settings, Judgment)) == 2 * asked.pairs
+
+
+def test_a_batch_is_complete_when_people_have_answered_their_part(settings, judging):
+    asked = ask(config(prompts=30, **judging), settings)
+    store = Store.open(settings)
+    project = store.project("shop")
+    batch = project.content.batch(asked.batch, "ask")
+    stand = batches.stand(project, batch)
+    assert stand.pairs == asked.pairs - asked.alone
+    assert not stand.complete
+    project.change("x", {"repeat_every": 0})
+    assert len(label(project, invited(store, project))) == stand.pairs
+    assert batches.stand(project, batch).complete
+    store.close()
+
+
+def test_a_judge_that_does_not_work_is_found_before_anything_is_sampled(settings, judging):
+    wrong = {"judge": {"source": "biased_judges:nobody"}}
+    with pytest.raises(ConfigError, match="biased_judges"):
+        ask(config(**wrong), settings)
+    assert rows(settings) == rows(settings, Batch) == []

@@ -1,6 +1,7 @@
 """A person's rows: gone or emptied, with everything that counts them put right."""
 
 import uuid
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, select, text
@@ -113,15 +114,15 @@ def test_a_person_is_nowhere_in_the_store(store, project):
     assert {(row.annotator_id, row.vote, row.note, row.time) for row in rows} == {
         (None, "withdrawn", "", "")
     }
-    assert request.pseudonym is None and request.code is None
+    assert request.pseudonym is None
+    assert request.code is None
     assert store.erased_rows.judgments == 4
     assert store.erased_rows.reopened == 2
     if store.database.is_sqlite:
         votes_file = store.database.engine.url.database
         store.database.erase(*votes.TABLES)
         for end in ("", "-wal"):
-            with open(votes_file + end, "rb") as file:
-                content = file.read()
+            content = Path(votes_file + end).read_bytes()
             assert who.pseudonym.encode() not in content
             assert b"uistgaard" not in content
 
@@ -274,7 +275,7 @@ def test_two_projects_with_the_same_pseudonym(store, project):
 
 def test_erasing_twice_and_nobody(store, project):
     fill(project, ["p01", "ada"])
-    with pytest.raises(DataError, match="nobody in any feedback project is called 'ghost'$"):
+    with pytest.raises(DataError, match=r"nobody in any feedback project is called 'ghost'$"):
         requests.begin(store, "ghost", "", "admin")
     first = requests.begin(store, "p01", "", "admin")
     assert requests.begin(store, "p01", "", "admin").id == first.id  # goes on

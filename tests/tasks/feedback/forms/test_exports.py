@@ -67,11 +67,12 @@ def full(plain):
 def test_raw_votes_come_back_to_the_letter(plain_store, full, tmp_path, name):
     taken = full.snapshots.take().digest
     made = export_file(full, str(tmp_path / name))
-    assert made.rows == 9 + len(TRICKY)
+    assert (made.rows, made.known) == (9 + len(TRICKY) + 1, 1)
     assert made.loss() == "1 pair without a vote cannot be written as raw votes."
     other = plain_store.project("other", make=True)
     found = import_file(other, str(tmp_path / name))
-    assert (found.new_votes, found.skips, found.left_out) == (made.rows, 1, {})
+    assert (found.new_votes, found.skips, found.left_out) == (made.rows - 1, 1, {})
+    assert other.gold.count() == 1
     assert other.snapshots.take().digest == taken
 
     def said(project):
@@ -112,7 +113,7 @@ def test_a_snapshot_is_written_as_it_was(full, tmp_path):
     full.judgments.add([(pair, [Ballot("a")])])
     options = ExportOptions(snapshot=taken.digest[:8])
     made = export_file(full, str(tmp_path / "votes.jsonl"), options)
-    assert made.rows == taken.votes
+    assert made.rows == taken.votes + taken.known
     assert "Later" not in (tmp_path / "votes.jsonl").read_text()
     with pytest.raises(DataError, match="does not exist"):
         export_file(full, str(tmp_path / "other.jsonl"), ExportOptions(snapshot="feed"))
@@ -124,7 +125,7 @@ def test_pairs_say_what_they_cannot_carry(full, tmp_path):
     made = export_file(full, str(path), ExportOptions(form="pairs"))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     # 9 votes on two pairs, without a tie, a vote for neither, a skip and a repeat
-    assert made.rows == len(rows) == 5 + len(TRICKY)
+    assert made.rows == len(rows) == 5 + len(TRICKY) + 1
     assert rows[0] == {
         "prompt": "Name a prime.",
         "chosen": "Seven.",
@@ -138,9 +139,10 @@ def test_pairs_say_what_they_cannot_carry(full, tmp_path):
         "chosen_model": "models:/demo-policy/3",
         "rejected_model": "models:/demo-policy/2",
     }
+    assert rows[-1] == rows[0] | {"annotator": "gold", "margin": 0.0, "time": ""}
     assert made.loss() == (
         "1 tie, 1 vote for neither, 1 skip, 2 notes, 2 times that votes took, 1 side that was "
-        "shown first, 4 right answers, 4 answers' sampling settings, 4 pairs' kept columns and "
+        "shown first, 4 answers' sampling settings, 4 pairs' kept columns and "
         "1 repeat cannot be written as prompt, chosen, rejected."
     )
 

@@ -212,8 +212,8 @@ def test_an_estimate_is_kept_shown_and_logged_and_the_design_stops_without_savin
     assert order.by_design == (order.savings.saved.value > 0)
     assert last_order(project) == order
     json.dumps(order.numbers)
-    run_id = publish_order("demo", order, record)
-    assert publish_order("demo", order, record) == run_id
+    run_id = publish_order(project, order, record)
+    assert publish_order(project, order, record) == run_id
     run = record.client.get_run(run_id)
     assert run.data.metrics["labelling/saved"] == pytest.approx(order.savings.saved.value)
     [*_, last] = record.client.get_metric_history(run_id, "labelling/saved")

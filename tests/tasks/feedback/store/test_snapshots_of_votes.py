@@ -123,8 +123,8 @@ def test_votes_that_were_changed_by_hand_are_noticed(store, project, tmp_path):
 
 
 def test_a_training_file_has_each_vote_once(store, project, tmp_path):
-    """Control questions with gold true beside what is right, no repeats, and the first of two
-    votes of a person."""
+    """Control questions with gold true beside what is right, no repeats, and one vote of a
+    person."""
     project.judgments.add(
         [
             (pair(1, gold="a"), [Ballot("b", "ann", "a", time="1")]),
@@ -181,7 +181,7 @@ def test_a_known_answer_stands_once_before_the_votes_on_its_pair(project, tmp_pa
 
 
 def test_a_snapshot_that_was_there_gets_the_answer_that_it_knew(project, tmp_path):
-    """Digests do not depend on how files are written: these are of before files had answers."""
+    """Digests do not depend on how files are written."""
     project.judgments.add(VOTES)
     taken = project.snapshots.take()
     assert taken.digest.startswith(OF_VOTES)
