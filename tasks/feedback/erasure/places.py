@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from rlhf_core.errors import UserError
-from tasks.feedback.erasure import databases, documents
+from tasks.feedback.erasure import backups, databases, documents
 from tasks.feedback.erasure.names import Name
 from tasks.record.work_folder import discard
 from tasks.settings import Settings, StoreSettings
@@ -58,6 +58,11 @@ class Places:
             if address and not address.startswith("sqlite")
         ]
         self._own = own
+        self._backups = [
+            Path(folder)
+            for folder in backups.folders(settings)
+            if Path(folder).is_relative_to(self._home)
+        ]
 
     def clean(self, name: Name) -> Found:
         """Take a pseudonym out of everything.
@@ -141,6 +146,8 @@ class Places:
 
     def _files(self, *, sides: bool = False) -> Iterator[Path]:
         for path in _walk(self._home):
+            if any(path.is_relative_to(folder) for folder in self._backups):
+                continue  # a back-up that is changed is damaged
             if not path.is_symlink() and (sides or not path.name.endswith(SIDES)):
                 yield path
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "stages"))
 import tiny
 
 from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.backbone.precision.working_copy import WorkingCopy
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
 from rlhf_core.launch import Job, run, start_ranks
@@ -66,6 +68,7 @@ DDP = {
     ),
     "grpo with LoRA": changed("grpo", **LEARNT, lora_rank=2),
 }
+NARROW = changed("sft", **UNEVEN, precision="bfloat16")
 FSDP = (
     "sft",
     "reward model",
@@ -82,7 +85,7 @@ FSDP = (
 
 def job_of(name: str, world: tiny.World, output: Path, **settings: Any) -> Job:
     """The stage of a case."""
-    config = DDP[name]
+    config = NARROW if name == "bfloat16" else DDP[name]
     stage = tiny.stage_of(config)
     work = tiny.work_of(stage, world, output, lora=name == "ppo on one trunk", **settings)
     return Job.of(stage, config, work, processes=2, strategy="ddp")
@@ -123,11 +126,13 @@ def pair(world: tiny.World, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name in DDP:
         found[f"ddp {name}"] = course(name, world, folder / "ddp" / name, ranks)
+    found["ddp bfloat16"] = in_bfloat16(world, folder / "ddp", ranks)
     found["stopped"] = asked_on_one_rank(ranks, folder / "checkpoints")
     found["sum"] = ranks.sum({"a": 1.0 + ranks.rank, "b": 0.1})
     ranks, _ = Ranks.meet(cpu=True, strategy="fsdp")
     for name in FSDP:
         found[f"fsdp {name}"] = course(name, world, folder / "fsdp" / name, ranks)
+    found["fsdp bfloat16"] = in_bfloat16(world, folder / "fsdp", ranks)
     found["shards"] = shards(world, ranks)
     for name in ("ppo on one trunk", "reward model with members"):
         try:
@@ -143,6 +148,15 @@ class Counted(Checkpoints):
     def save(self, *state: Any) -> None:
         self.saves += 1
         super().save(*state)
+
+
+def in_bfloat16(world: tiny.World, folder: Path, ranks: Ranks) -> tuple[Course, Course]:
+    """A training in bfloat16, and the same with autocast alone."""
+    narrow = course("bfloat16", world, folder / "copy", ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkingCopy, "used_by", lambda self, model: nullcontext())
+        patch.setattr(WorkingCopy, "cast", lambda self, model, weight: None)
+        return narrow, course("bfloat16", world, folder / "autocast", ranks)
 
 
 def asked_on_one_rank(ranks: Ranks, folder: Path) -> tuple[int, int, str]:
@@ -250,6 +264,19 @@ def test_two_processes_follow_the_trajectory_of_one(both, alone, case):
             # of which AdamW makes steps as large as any.
             found, tensor = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (found, tensor))
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bfloat16_on_two_processes_has_the_bits_of_autocast_and_nearly_the_losses_of_one(
+    both, alone, strategy
+):
+    copy, autocast = both[0][f"{strategy} bfloat16"]
+    assert copy.history == autocast.history
+    assert copy.weights.keys() == autocast.weights.keys() != set()
+    assert all(torch.equal(copy.weights[name], autocast.weights[name]) for name in copy.weights)
+    for (_, values), (_, expected) in zip(copy.history, alone("sft").history, strict=True):
+        if "loss" in values:
+            assert values["loss"] == pytest.approx(expected["loss"], abs=0.02)
 
 
 def test_what_is_learnt_of_annotators_is_the_same_to_the_bit_on_all_ranks(both):
