@@ -204,7 +204,8 @@ def _single_forms(preset: PipelineConfig) -> Iterator[tuple[Flow[..., Any], Sect
             "reward_model": "",
             "data": "",
         },
-        feedback: {"data": "", "evaluation": False},
+        # Its judge is an annotator, and not who compares the policies of a pipeline.
+        feedback: {"data": "", "evaluation": False, "judge": {}},
         erasure: {},
         sweep: {"pipeline": preset, "grid": {"ppo.kl_coef": [0.05, 0.1, 0.2]}},
     }
