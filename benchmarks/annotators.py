@@ -4,9 +4,9 @@
     python benchmarks/annotators.py demo --work FOLDER      # the policy that follows from it
     python benchmarks/annotators.py votes                   # votes that people cast, in --data
 
-Each prints a table as Markdown, and with --write puts it into README.md. Simulation: about two
-minutes of a core; demo: two for each seed and world, and what was made there is not made again;
-votes: five.
+Each prints a table as Markdown, and with --write puts it into README.md. Simulation: about half a
+minute of a core; demo: two for each seed and world, and what was made there is not made again;
+votes: two.
 """
 
 import argparse

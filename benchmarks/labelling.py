@@ -2,7 +2,8 @@
 
     python benchmarks/labelling.py                        # both tables, about ten minutes
     python benchmarks/labelling.py --seeds 3 --tables labels    # a glance
-    python benchmarks/labelling.py --write docs           # and into docs/feedback/fewer_labels.md
+    python benchmarks/labelling.py --write                # and into docs/feedback/fewer_labels.md
+    python benchmarks/labelling.py --tables labels --pools demo --seeds 3    # a few minutes more
 
 A pair has features x = h(a) - h(b) in 32 directions of falling size, people prefer a with chance
 σ(wᵀx), and log-odds have a standard deviation of 3. The queue is ordered again every 100 labels by
@@ -16,6 +17,8 @@ the functions that the project uses. Five pools of 4,000 pairs:
     null        the features that the order is made from have nothing to do with the votes
     flat        all pairs are equally informative: |x| = 1 in every direction alike, and log-odds so
                 small that every vote is nearly a coin toss
+    demo        only if it is named: new pairs of the demo's world on the features of its own reward
+                model, which is trained for each seed (labelling_demo.py)
 
 "Labels needed" are those with which a last layer gets as accurate as with 1,000 in random order.
 """
@@ -45,6 +48,7 @@ HOT = {"redundant": 10, "copied": 40}  # prompts that are copied
 COPIES, EDIT = 0.9, 0.1  # share of the copies, and how far they are edited
 POOLS = ("iid", "redundant", "copied", "null", "flat")
 SHARES = Shares()
+DEMO_WORK = Path(".rlhf/bench/labelling-demo")  # keeps the models of the demo
 
 
 class World(NamedTuple):
@@ -60,6 +64,10 @@ class World(NamedTuple):
 
 def draw_world(pool: str, seed: int) -> World:
     """A pool by its name."""
+    if pool == "demo":
+        from labelling_demo import demo_world  # the whole pipeline takes seconds
+
+        return World(*demo_world(seed, DEMO_WORK, pool=PAIRS, tested=TESTED))
     g = torch.Generator().manual_seed(seed)
     scales = torch.arange(1, SIZE + 1).double().rsqrt()
     if pool == "flat":
@@ -305,7 +313,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--tables", nargs="+", choices=("labels", "estimate"),
                         default=("labels", "estimate"))  # fmt: skip
-    parser.add_argument("--pools", nargs="+", choices=POOLS, default=POOLS)
+    parser.add_argument("--pools", nargs="+", choices=(*POOLS, "demo"), default=POOLS)
     parser.add_argument("--work", type=Path, default=Path(".rlhf/bench/labelling"),
                         help="keeps the curves and the picture")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="into the page of the docs")

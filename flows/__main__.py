@@ -545,6 +545,29 @@ def ask_people(
         str,
         typer.Option(metavar="FLOW/NAME", help="Deployment that is run once it is complete."),
     ] = "",
+    judge: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="A machine that answers new pairs first: reward_model, models:/NAME/VERSION, "
+            "package.module:function or endpoint.",
+        ),
+    ] = "",
+    judge_model: Annotated[
+        str, typer.Option(metavar="NAME", help="Of `--judge endpoint`: the model there.")
+    ] = "",
+    sure: Annotated[
+        float,
+        typer.Option(callback=_number, help="Chance from which the judge's answer is enough."),
+    ] = 0.8,
+    audit: Annotated[
+        float,
+        typer.Option(callback=_number, help="Share of those that people answer all the same."),
+    ] = 0.05,
+    if_down: Annotated[
+        Literal["wait", "people"],
+        typer.Option(help="What becomes of pairs when the judge fails midway."),
+    ] = "wait",
 ) -> None:
     """Have people compare answers: sample them, and queue the pairs.
 
@@ -571,6 +594,8 @@ def ask_people(
         enough=enough,
         days=days,
         then=then,
+        judge={"source": judge, "endpoint": {"model": judge_model}, "if_down": if_down},
+        router={"sure": sure, "audit": audit},
     )
     settings = find.join(read_settings())
     load("tasks.record.terminal", "tasks.feedback.asking.ask", "tasks.feedback.ordering.task")
@@ -789,12 +814,12 @@ def erase(
     what back-ups still hold. The same command again goes on where it was stopped.
     """
     settings = find.join(read_settings(), prefect=True)
-    load("flows.cli.erasing", "tasks.feedback.erasure.preview", "flows.erasure")
-    from flows.cli import erasing
+    load("flows.cli.feedback_store", "tasks.feedback.erasure.preview", "flows.erasure")
+    from flows.cli import feedback_store
     from flows.erasure import ErasureConfig
 
     config = ErasureConfig(retrain=retrain, purge_models=purge_models)
-    erasing.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
+    feedback_store.erase(pseudonym, project, settings, config, yes=yes, dry_run=dry_run)
 
 
 @command(epilog="Example: rlhf backup backups/monday")

@@ -8,6 +8,7 @@ from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
+from rlhf_core.data.prepared import GOLD
 from rlhf_core.doubts import Chosen
 from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.tournament.config import TournamentConfig
@@ -298,6 +299,17 @@ class PipelineConfig(ByAlgorithm):
                 f"{setting}, but {self.algorithm} will keep {kept} with iterations "
                 f"{self.policy.iterations} and keep_every {self.policy.keep_every}; lower "
                 "checkpoints or keep_every, or set keep_every to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_answers_are_called_so(self) -> Self:
+        store, reward = self.data.preferences.store, self.reward_model
+        if store and reward.annotators == "aware" and reward.gold_annotator != GOLD:
+            raise ValueError(
+                f"reward_model.gold_annotator is {reward.gold_annotator}, but known answers of the "
+                f"preference store (data.preferences.store) are those of {GOLD}; remove "
+                "gold_annotator"
             )
         return self
 

@@ -15,6 +15,7 @@ from rlhf_core.stages.prepare import LATEST
 from tasks.feedback.asking.again import Caller, Continued, ask_again
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.waiting import suspended_for_people
+from tasks.feedback.ordering.task import order_after_asking
 from tasks.registry.refs import ModelRef
 from tasks.steps.new_data import PreferenceCount, called_by, count_preferences
 
@@ -115,7 +116,7 @@ def _go_on(
     if config.ask is None:
         return None
     called = called_by(caller.flow_run, config.pipeline.project)
-    return ask_again(
+    found = ask_again(
         config.ask,
         of=config.pipeline.project,
         caller=caller,
@@ -125,6 +126,9 @@ def _go_on(
         candidate=candidate,
         run_id=called.run_id if called else "",
     )
+    if found.asked is not None:
+        order_after_asking(config.ask.project)
+    return found
 
 
 def _outcome(result: PipelineResult) -> str:

@@ -13,6 +13,7 @@ before the others. The files of a copied row then exist, and still do when they 
 """
 
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -35,6 +36,7 @@ from rlhf_core.errors import ConfigError, DataError, UserError
 from tasks.settings import Settings, StoreSettings
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LEDGER = "backups.jsonl"  # under RLHF_HOME: where back-ups went, and when
@@ -92,10 +94,16 @@ def backup(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:
 
 def _note(settings: Settings, folder: Path) -> None:
     """Keep where a back-up is, for whoever asks what back-ups hold."""
-    entry = {"folder": str(folder.resolve()), "at": datetime.now(UTC).isoformat(timespec="seconds")}
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with (settings.home / LEDGER).open("a", encoding="utf-8") as ledger:
-        ledger.write(json.dumps(entry) + "\n")
+    entry = {"folder": str(folder.resolve()), "at": datetime.now(UTC).isoformat()}
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        with (settings.home / LEDGER).open("a", encoding="utf-8") as ledger:
+            ledger.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): no certificate of an erasure will name this back-up",
+            *(settings.home / LEDGER, error.strerror),
+        )
 
 
 def restore(settings: Settings, stores: StoreSettings, folder: Path) -> Manifest:

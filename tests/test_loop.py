@@ -109,6 +109,12 @@ def test_drawing_again(tmp_path, capsys):
     picture = tmp_path / "loop.png"
     assert main(["--draw", str(tmp_path / "a.json"), "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2:] == [
+        "| seed 0 | SFT | 0 | | 0.00 [-0.05, 0.05] | | |",
+        "| seed 0 | first champion | 480 | 12 people | 0.40 [0.35, 0.45] | – | promoted |",
+        "| seed 0 | round 1 | 760 | 6 spammers | 0.30 [0.25, 0.35] | 0.44 [0.40, 0.48] | refused |",
+    ]
     (tmp_path / "b.json").write_text('{"rounds": [{"number": 1}]}')
     assert main(["--draw", str(tmp_path / "b.json"), "--output", str(picture)]) == 2
     assert "b.json is no file of a show" in " ".join(capsys.readouterr().err.split())

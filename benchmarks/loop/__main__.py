@@ -123,7 +123,7 @@ def _end(rounds: "list[Round]", options: argparse.Namespace, home: Path, console
 
 
 def draw(files: list[Path], output: Path | None) -> None:
-    """The picture of several shows, from the files beside their pictures."""
+    """The picture of several shows, from the files beside their pictures; and print their table."""
     if output is None:
         raise UserError("--draw needs --output, the picture to write")
     from benchmarks.loop import rounds as results
@@ -136,6 +136,7 @@ def draw(files: list[Path], output: Path | None) -> None:
             raise UserError(f"{path} is no file of a show ({brief(str(error))})") from None
         shows.append((f"seed {about.get('seed', '?')}", rounds))
     results.plot(shows).savefig(output, dpi=150)
+    print(results.markdown(shows))
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:

@@ -57,16 +57,11 @@ def look(
 ) -> Round:
     """What came of a flow run that has ended."""
     from tasks.pages.facts import gather
-    from tasks.record import tags
     from tasks.record.record import Record
 
     record = Record.open(settings)
     experiment = record.client.get_experiment_by_name(project)
-    run = (
-        record.runs.of_flow_run(experiment.experiment_id, flow_run, tags.PIPELINE)
-        if experiment
-        else None
-    )
+    run = record.runs.called_by(experiment.experiment_id, flow_run) if experiment else None
     if run is None:
         return Round(number, who, 0, state, seconds, outcome=state)
     facts = gather(record, run, None)
@@ -144,6 +139,23 @@ def table(rounds: Iterable[Round]) -> Table:
 
 def _written(bounds: Bounds | None) -> str:
     return "–" if bounds is None else f"{bounds[0]:.2f} [{bounds[1]:.2f}, {bounds[2]:.2f}]"
+
+
+def markdown(shows: Sequence[tuple[str, Sequence[Round]]]) -> str:
+    """The rounds of several shows as a table of the docs."""
+    rows = [
+        "| show | | votes | who voted | true reward | win rate over the champion | gate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, rounds in shows:
+        if rounds and rounds[0].sft is not None:
+            rows.append(f"| {title} | SFT | 0 | | {_written(rounds[0].sft)} | | |")
+        rows += [
+            f"| {title} | {found.title} | {found.votes:,} | {found.who} | "
+            f"{_written(found.policy)} | {_written(found.win_rate)} | {found.outcome} |"
+            for found in rounds
+        ]
+    return "\n".join(rows)
 
 
 def plot(shows: Sequence[tuple[str, Sequence[Round]]]) -> "Figure":

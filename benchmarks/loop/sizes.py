@@ -12,5 +12,5 @@ class Sizes:
     prompts: int = 480
     demonstrations: int = 5000
     first: int = 500  # votes before the first champion, on pairs of the grammar
-    each: int = 300  # prompts of a round: a pair each, but for answers that are equal
+    each: int = 240  # prompts of a round: a pair each, but for answers that are equal
     rounds: int = 3

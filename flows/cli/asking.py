@@ -16,6 +16,10 @@ OPTIONS = {
     "evaluation": "--eval",
     "votes_per_pair": "--votes",
     "then": "--then",
+    "judge": "--judge",
+    "judge.endpoint.model": "--judge-model",
+    "router.sure": "--sure",
+    "router.audit": "--audit",
 }
 
 
@@ -29,7 +33,9 @@ def ask_config(**options: Any) -> AskConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else ""
-        where = OPTIONS.get(field, f"--{field.replace('_', '-')}") if field else ""
+        whole = ".".join(map(str, first["loc"]))
+        named = OPTIONS.get(whole) or OPTIONS.get(field)
+        where = named or (f"--{field.replace('_', '-')}" if field else "")
         said = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {said}" if where else said) from None
 

@@ -1,17 +1,24 @@
-"""What the commands of `rlhf feedback` that look at the store, or set it up, do and print."""
+"""What the commands that look at the preference store, set it up or erase from it do and print."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flows.cli.printing import line, show_table
+import typer
+
+from flows.cli.printing import line, secret_line, show_table
+from flows.cli.process import own_prefect, stoppable
 from rlhf_core.errors import ConfigError, DataError, UserError
 from tasks.feedback.admin import loops, numbers
 from tasks.feedback.store.gold import read_answers
 from tasks.feedback.store.store import Store
 from tasks.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from flows.erasure import ErasureConfig
 
 SHOWN = 12  # digits of a digest, so that the table fits into 80 columns
 
@@ -165,3 +172,38 @@ def put_in_order(name: str, model: str, settings: Settings) -> None:
 
     ref = Record.open(settings).store.resolve(model) if model else None
     line(task.put_in_order(name, settings, ref).said)
+
+
+def erase(
+    pseudonym: str,
+    project: str,
+    settings: Settings,
+    config: "ErasureConfig",
+    *,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """Erase somebody, once it is confirmed.
+
+    Raises: UserError when nobody is called so, or it is not confirmed.
+    """
+    from tasks.feedback.asking.votes import opened
+    from tasks.feedback.erasure import requests
+    from tasks.feedback.erasure.preview import preview
+
+    with opened(settings) as store:
+        for sentence in preview(store, pseudonym, project, settings):
+            line(sentence)
+        if dry_run:
+            return
+        if not (yes or typer.confirm("Erase this person for good?")):
+            raise UserError("Nothing was erased.")
+        request = requests.begin(store, pseudonym, project, getuser())
+    line(f"This is erasure {request.id}. The code of the person, which is not shown again:")
+    secret_line(str(request.code))
+    chosen = config.model_copy(update={"project": request.project.name, "erasure": request.id})
+    with stoppable(), own_prefect(settings):
+        from flows.erasure import erasure
+
+        for certificate in erasure(chosen):
+            line(f"The certificate: {certificate}")

@@ -11,8 +11,9 @@ from typing import Final
 
 import numpy as np
 
+from rlhf_core.agreement.disclosure import FEWEST_VOTES
 from rlhf_core.agreement.habits import habits, others, shares_of
-from rlhf_core.agreement.measures import Measure, shares
+from rlhf_core.agreement.measures import Measure, in_percent, shares
 from rlhf_core.agreement.quality import Machine
 from rlhf_core.agreement.votes import (
     MACHINE,
@@ -69,6 +70,30 @@ def machines(votes: Votes) -> tuple[Machine, ...]:
     """Each machine among the voters, by name."""
     theirs = _some(votes, (votes.kind == MACHINE) & (votes.choice != SKIP))
     return tuple(_machines(votes, theirs))
+
+
+def machine_sentence(machine: Machine) -> str:
+    """What a judge answers alone, and what the audit says of it, in words."""
+    parts = [
+        f"{machine.name} answers {machine.alone:,} pairs alone, of the {machine.pairs:,} that it "
+        "was asked about"
+    ]
+    if machine.same_in_both is not None:
+        same = in_percent(machine.same_in_both)
+        parts.append(f"it says the same in both orders on {same}")
+    error, wrong = machine.error, machine.wrong
+    if error is not None and wrong is not None:
+        value, low, high = wrong
+        parts.append(
+            f"people contradict it on {in_percent(error)} of {error.of:,} audited pairs, which "
+            f"makes {value:,.0f} [{low:,.0f}, {high:,.0f}] of those that it answers alone"
+        )
+    elif machine.to_audit:
+        parts.append(
+            f"its error is unknown: fewer than {FEWEST_VOTES} of the {machine.to_audit:,} pairs of "
+            "the audit have an answer of people"
+        )
+    return "; ".join(parts) + "."
 
 
 def _machines(votes: Votes, theirs: Votes) -> Iterator[Machine]:

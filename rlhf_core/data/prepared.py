@@ -53,12 +53,18 @@ COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
 }
 KEPT = "kept"  # a column of preferences and prompts, only where columns of the source are kept
 GOLD = "gold"  # the annotator of known answers; nobody in the preference store is called so
+JUDGE = "judge:"  # begins the name of an annotator that is a machine, and votes in both orders
 UNKNOWN = "(unknown)"  # what reports call the value of a row that has none in such a column
 
 
 def known_answers(votes: pd.DataFrame) -> "pd.Series[bool]":
     """Which rows of the preferences are known answers, and nobody's votes."""
     return votes["gold"].astype(bool) & (votes["annotator"] == GOLD)
+
+
+def votes_of_machines(votes: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of the preferences are votes of judges that are machines."""
+    return votes["annotator"].astype(str).str.startswith(JUDGE)
 
 
 def falls_to_eval(key: str, seed: int, fraction: float) -> bool:

@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import TableKind, canonical_prompt, known_answers
+from rlhf_core.data.prepared import (
+    TableKind,
+    canonical_prompt,
+    known_answers,
+    votes_of_machines,
+)
 from rlhf_core.metrics import Between, uncounted
 
 ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
@@ -114,7 +119,8 @@ def drop_useless(frame: pd.DataFrame, kind: TableKind) -> tuple[pd.DataFrame, Co
     """Drop duplicates and pairs of identical answers; return the rest and the counts.
 
     A duplicate repeats prompt and answers, and for a preference also the winner and the annotator.
-    Anonymous votes on one row (`ballot`) are votes of different people. Rows on different sides of
+    Anonymous votes on one row (`ballot`) are votes of different people. A judge that is a machine
+    is asked in both orders, and its votes in each are two. Rows on different sides of
     a split (`split`) are not compared: that would hide a prompt on both sides.
     """
     keys = pd.DataFrame({"split": frame["split"], "prompt": frame["prompt"].map(canonical_prompt)})
@@ -122,11 +128,18 @@ def drop_useless(frame: pd.DataFrame, kind: TableKind) -> tuple[pd.DataFrame, Co
     if kind == "preferences":
         useless |= frame["response_a"].map(str.strip) == frame["response_b"].map(str.strip)
         keys = keys.assign(**_matches(frame), annotator=frame["annotator"], ballot=frame["ballot"])
+        keys["order"] = _first_text(frame).where(votes_of_machines(frame), "")
     elif kind == "demonstrations":
         keys["response"] = frame["response"]
     repeated = keys.duplicated() & ~useless
     counts = Counter({"identical answers": int(useless.sum()), "duplicate": int(repeated.sum())})
     return frame[~useless & ~repeated], +counts
+
+
+def _first_text(frame: pd.DataFrame) -> "pd.Series[str]":
+    """The answer of each vote that was shown first; "" where that is unknown."""
+    first = frame["response_a"].where(frame["shown_first"] == "a", frame["response_b"])
+    return first.where(frame["shown_first"] != "", "")
 
 
 def contradictory_pairs(preferences: pd.DataFrame) -> int:

@@ -8,8 +8,11 @@ left less that of right: the likelihood of `rlhf_core.functional.annotators`, fr
 come, and s is the spread of the rewards there. A judge that likes what is long makes us less sure
 where the longer answer won, and surer where the shorter did. A tie says nothing here.
 
-Each order is taken by itself: a judge that is asked twice errs alike, so two verdicts are not
-worth twice as much.
+Two verdicts that agree are worth as much as the one that says more, which is the one against the
+judge's liking for a side. A judge that is asked twice errs alike: with one whim w in both orders it
+prefers a from the left where α·g + w + b > 0, from the right where α·g + w - b > 0, and says so in
+both exactly where the harder of the two holds. If its whims had nothing to do with each other, two
+verdicts would be worth more than this.
 """
 
 from dataclasses import dataclass

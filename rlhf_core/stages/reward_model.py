@@ -71,6 +71,7 @@ from rlhf_core.training.members import MemberBatches, MemberStep, PairStates, bo
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Micro, Ranks
 from rlhf_core.training.recovery import run_identity
+from rlhf_core.training.session import Stateful
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -397,7 +398,7 @@ def _train_ensemble(
     trunk: ScalarModel,
     tokenizer: PreTrainedTokenizerBase,
     votes: _Votes,
-) -> EnsembleReport:
+) -> RewardModelReport:
     """Train the members on one trunk, normalise each, and write them as one model."""
     sft, seed, ranks, logger = work.inputs["sft"], work.seed, work.ranks, work.logger
     ranks.require_shared("set reward_model.members to 1")
@@ -460,13 +461,15 @@ def _learn_together(
     ]
     batches = MemberBatches(weights, config.batch_size, config.epochs, work.seed)
     annotators = _annotators(config, votes, ranks, weights)
-    people = {f"annotators {n}": found for n, found in enumerate(annotators, start=1)}
+    people: dict[str, Stateful] = {
+        f"annotators {n}": found for n, found in enumerate(annotators, start=1)
+    }
     states: PairStates | None = None
     with work.recovery.open(
         work.logger,
         identity=_identity(config, work),
         learners={f"member {n}": learner for n, learner in enumerate(learners, start=1)},
-        positions={"batches": batches} | people,
+        positions={"batches": batches, **people},
         ranks=ranks,
     ) as session:
         session.resume()

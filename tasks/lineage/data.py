@@ -71,7 +71,8 @@ class DataSets:
             origins = self._origins(run)
         except (MlflowException, DataError, OSError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return DataSet(uri, run.data_digest, run.snapshot, run, None, lines[0])
+            why = run.erased or lines[0]
+            return DataSet(uri, run.data_digest, run.snapshot, run, None, why)
         return DataSet(uri, run.data_digest, run.snapshot, run, origins)
 
     def _origins(self, run: StageRun) -> Origins:

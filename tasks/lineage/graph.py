@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from mlflow.entities import Experiment, Run, ViewType
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import ModelRef, is_version, run_of_data
 
-PAGE = 1000
 EXAMINATIONS = ("evaluation", "report_card")  # stages that make no version
 ARCHIVED = "Archived"  # MLflow's own stage of a version
 COPY = "copy"  # the role of a milestone that a policy is a copy of
@@ -39,6 +38,7 @@ class StageRun:
     data_digest: str = ""
     snapshot: str = ""
     trashed: bool = False
+    erased: str = ""  # what was erased of its data, in a sentence
 
     @property
     def data(self) -> str:
@@ -131,44 +131,16 @@ class Graph:
     # ---- reading ----
 
     def _runs(self) -> Iterator[StageRun]:
-        experiments = list(self._experiments())
-        names = {found.experiment_id: found.name for found in experiments}
-        if not names:
-            return
-        # Only stages have a key, and only those of a pipeline's kinds have what is looked for.
-        condition = f"tags.`{tags.KEY}` LIKE '%'"
-        token = None
-        while True:
-            page = self.record.client.search_runs(
-                list(names),
-                condition,
-                run_view_type=ViewType.ALL,
-                max_results=PAGE,
-                page_token=token,
-            )
-            for run in page:
-                made = _stage_run(run, names)
-                if made.inputs or made.outputs:
-                    yield made
-            token = page.token
-            if not token:
-                return
-
-    def _experiments(self) -> Iterator[Experiment]:
-        token = None
-        while True:
-            page = self.record.client.search_experiments(
-                view_type=ViewType.ALL, max_results=PAGE, page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+        for project, run in self.record.runs.every_stage():
+            made = _stage_run(run, project)
+            # Only stages have a key, which an erasure takes from them.
+            if (made.key or made.erased) and (made.inputs or made.outputs):
+                yield made
 
     def _versions(self) -> dict[str, Version]:
-        aliases = self._aliases()
+        aliases = self.record.store.every_alias()
         found = {}
-        for entity in self._registered():
+        for entity in self.record.store.every_version():
             uri = f"models:/{entity.name}/{entity.version}"
             if is_version(uri):
                 found[uri] = self._version(uri, entity, aliases.get(uri, ()))
@@ -205,34 +177,13 @@ class Graph:
             data_digest=own.get(tags.DATA_DIGEST, ""),
         )
 
-    def _registered(self) -> Iterator[ModelVersion]:
-        token = None
-        while True:
-            page = self.record.client.search_model_versions("", max_results=PAGE, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
 
-    def _aliases(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {}
-        token = None
-        while True:
-            page = self.record.client.search_registered_models(max_results=PAGE, page_token=token)
-            for model in page:
-                for alias, version in model.aliases.items():
-                    found.setdefault(f"models:/{model.name}/{version}", []).append(alias)
-            token = page.token
-            if not token:
-                return {uri: tuple(sorted(names)) for uri, names in found.items()}
-
-
-def _stage_run(run: Run, experiments: Mapping[str, str]) -> StageRun:
+def _stage_run(run: Run, project: str) -> StageRun:
     own = dict(run.data.tags)
     return StageRun(
         run_id=run.info.run_id,
         stage=own.get(tags.STAGE, ""),
-        project=experiments.get(run.info.experiment_id, ""),
+        project=project,
         status=run.info.status,
         at=_moment(run.info.start_time),
         inputs=tags.inputs(own),
@@ -243,6 +194,7 @@ def _stage_run(run: Run, experiments: Mapping[str, str]) -> StageRun:
         data_digest=own.get(tags.DATA_DIGEST, ""),
         snapshot=own.get(tags.SNAPSHOT, ""),
         trashed=run.info.lifecycle_stage != "active",
+        erased=own.get(tags.ERASED, ""),
     )
 
 

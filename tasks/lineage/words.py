@@ -121,11 +121,11 @@ def name_rows(material: Material, kind: str, most: int = 0) -> list[tuple[str, i
 def lines_of(saw: Saw) -> Iterator[tuple[str, str]]:
     """What a version saw, as rows of a small table."""
     for title, material in (("Trained on", saw.trained), ("Evaluated on", saw.evaluated)):
-        if material.tables:
+        if any(material.tables.values()):
             rows = ", ".join(
                 plural(material.tables[word], word.removesuffix("s"))
                 for word in ("votes", "demonstrations", "prompts")
-                if word in material.tables
+                if material.tables.get(word)
             )
             people = len(material.annotators)
             yield title, rows + (f"; by {plural(people, 'annotator')}" if people else "")

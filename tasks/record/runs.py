@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Experiment, Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import UserError
@@ -112,6 +112,27 @@ class Runs:
         experiments = [found.experiment_id for found in self._client.search_experiments()]
         return list(self._search(experiments, _tagged(tags.DATA_DIGEST, digest), OLDEST_FIRST))
 
+    def every_stage(self) -> Iterator[tuple[str, Run]]:
+        """All runs of stages and the names of their experiments: those in the trash, and of
+        experiments that were deleted, too."""
+        names = {found.experiment_id: found.name for found in self._experiments()}
+        # A pipeline's run is none; other runs without a stage have no such tag.
+        condition = f"tags.`{tags.STAGE}` LIKE '%' and tags.`{tags.STAGE}` != '{tags.PIPELINE}'"
+        if names:
+            for run in self._search(list(names), condition, view=ViewType.ALL):
+                yield names[run.info.experiment_id], run
+
+    def _experiments(self) -> Iterator[Experiment]:
+        token = None
+        while True:
+            page = self._client.search_experiments(
+                view_type=ViewType.ALL, max_results=PAGE, page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
     # ---- judges ----
 
     def verdicts(self, experiment: str) -> list[Run]:
@@ -131,12 +152,21 @@ class Runs:
         return next(self._search([experiment], _tagged(tags.STAGE, tags.QUEUE_ORDER)), None)
 
     def _search(
-        self, experiments: list[str], condition: str, order: Sequence[str] = NEWEST_FIRST
+        self,
+        experiments: list[str],
+        condition: str,
+        order: Sequence[str] = NEWEST_FIRST,
+        view: int = ViewType.ACTIVE_ONLY,
     ) -> Iterator[Run]:
         token = None
         while True:
             page = self._client.search_runs(
-                experiments, condition, max_results=PAGE, order_by=list(order), page_token=token
+                experiments,
+                condition,
+                run_view_type=view,
+                max_results=PAGE,
+                order_by=list(order),
+                page_token=token,
             )
             yield from page
             token = page.token

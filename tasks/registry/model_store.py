@@ -130,6 +130,23 @@ class MlflowModelStore:
         """The models that have a version, in alphabetical order."""
         return sorted({version.name for version in self._search("")})
 
+    def every_version(self) -> list[ModelVersion]:
+        """The versions of all models, as MLflow has them; without their aliases."""
+        return self._search("")
+
+    def every_alias(self) -> dict[str, tuple[str, ...]]:
+        """The aliases of all versions, by the address of the version."""
+        found: dict[str, list[str]] = {}
+        token = None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            for model in page:
+                for alias, version in model.aliases.items():
+                    found.setdefault(f"models:/{model.name}/{version}", []).append(alias)
+            token = page.token
+            if not token:
+                return {uri: tuple(sorted(names)) for uri, names in found.items()}
+
     def set_alias(self, ref: ModelRef, alias: str) -> None:
         """Move an alias to a version."""
         self.require(ref)

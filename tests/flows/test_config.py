@@ -297,6 +297,18 @@ def test_a_tournament_without_its_checkpoints_is_refused(settings, said):
         PipelineConfig.model_validate({**settings, "tournament": {"checkpoints": 6}})
 
 
+def test_known_answers_of_the_store_have_one_name():
+    store = {"source": "files", "preferences": {"store": "demo"}}
+    settings = {"annotators": "aware", "gold_annotator": "truth"}
+    with pytest.raises(ValidationError, match=r"are those of gold; remove\s+gold_annotator"):
+        PipelineConfig.model_validate({"data": store, "reward_model": settings})
+    PipelineConfig.model_validate(
+        {"data": store, "reward_model": settings | {"annotators": "pooled"}}
+    )
+    files = {"source": "files", "preferences": {"path": "votes.jsonl"}}
+    PipelineConfig.model_validate({"data": files, "reward_model": settings})
+
+
 def test_the_truth_of_the_evaluation_is_that_of_the_tournament():
     truth = "rlhf_core.simulation:true_reward"
     config = PipelineConfig.model_validate({"evaluation": {"true_reward": truth}})

@@ -17,7 +17,8 @@ from tasks.feedback.store.store import Store
 from tasks.record import tags
 from tasks.record.record import Record
 
-pytestmark = pytest.mark.integration
+# Two pipelines, and one again: minutes where several processes share the cores.
+pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.timeout(3600)]
 
 GONE = "w0042"
 OTHERS = ["w004", "w00421", "ada"]  # one is the beginning of the name, one goes on
@@ -114,7 +115,7 @@ def scatter(settings):
 
 
 def files_with(home: Path, name: str) -> list[str]:
-    """Every file that has the name by itself, with what is packed in it; written apart from ours."""
+    """The files that have the name by itself, packed or not; written apart from ours."""
     import gzip
     import re
 
@@ -163,7 +164,8 @@ def test_a_person_is_erased_from_the_votes_to_the_models(
     # Aliases moved on with the retrained ones, which passed.
     assert policy["aliases_retired"] == ["champion"]
     champion = record.store.get_alias(f"{name}-policy", "champion")
-    assert champion is not None and champion.uri == policy["after"]["version"]
+    assert champion is not None
+    assert champion.uri == policy["after"]["version"]
     assert record.store.get_alias(f"{name}-reward", "prod").uri == again["version"]
     assert tags.ERASED in record.store.tags(run.policy)
 

@@ -18,11 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
+from rlhf_core.data.prepared import SPLITS, read_table
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.evaluation.card.findings import verdict
 from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.promotion.config import PromotionConfig
+from tasks.lineage.lineage import saw, seen_by
+from tasks.record.record import Record
 from tasks.record.run import open_run
+from tasks.registry.datasets import fetch_dataset
 from tasks.registry.model_store import MlflowModelStore
 from tasks.registry.refs import ModelRef
 from tasks.serving.export import export_servable
@@ -159,6 +163,28 @@ def test_the_policy_has_its_model_card(client, store, first, tmp_path):
     version = client.get_model_version(first.policy.name, str(first.policy.version))
     assert version.description.startswith(f"**{first.policy.uri} passed every rule")
     assert AutoModelForCausalLM.from_pretrained(directory).config.model_type
+
+
+def test_what_the_policy_saw_is_known_both_ways_and_on_its_card(first, settings, store, tmp_path):
+    record = Record.open(settings)
+    data = tmp_path / "data"
+    fetch_dataset(record.client, first.data, data)
+    train, held_out = (read_table(data, "preferences", split) for split in SPLITS)
+    seen = saw(record, first.policy)
+    voted = {name: {"votes": n} for name, n in train["annotator"].value_counts().items()}
+    assert seen.trained.annotators == voted
+    assert seen.trained.sources["simulated"]["votes"] == len(train)
+    assert {found.version.ref for found in seen.ancestors} == {first.sft, first.reward_model}
+    name = train["annotator"].iloc[0]
+    found = {(s.ref, s.relation): s.rows for s in seen_by(record, annotator=name)}
+    rows = voted[name]["votes"]
+    assert found[first.policy, "trained"] == found[first.reward_model, "trained"] == rows
+    held = int((held_out["annotator"] == name).sum())
+    assert found.get((first.reward_model, "evaluated"), 0) == held
+    assert (first.sft, "trained") not in found
+    card = ModelCard.load(store.fetch(first.policy, tmp_path / "policy") / "README.md").text
+    assert f"{len(train)} votes" in card.partition("## What it saw")[2]
+    assert name not in card.partition("## What it saw")[2].partition("\n## ")[0]
 
 
 def test_the_first_lines_say_what_the_judges_are_worth(client, first):

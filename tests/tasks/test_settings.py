@@ -54,6 +54,7 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_CONFIG_FOLDER": "/srv/configs",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
         "RLHF_KEEP_WORK_DAYS": "30",
+        "RLHF_BACKUP_DAYS": "90",
         "RLHF_OUTAGE_SECONDS": "10",
         "RLHF_PASSWORD": "secret",
         "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",

@@ -217,10 +217,11 @@ def count_tables(directory: Path) -> Origins:
             )
             for kind, found in told.items()
         }
-        counts = [*count_votes(_old_votes(directory))]
+        votes = list(_old_votes(directory))
+        counts = [*count_votes(votes)]
         for kind, count in (("demonstrations", count_chosen), ("prompts", count_asked)):
             if kind in tables and tables[kind].derived:
-                counts += count(_old_votes(directory))
+                counts += count(votes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the prepared tables cannot be read ({error!r})") from error
     return Origins(licences_known=False, tables=tables, counts=in_order(counts))

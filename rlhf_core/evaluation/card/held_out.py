@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_core.data.pairs import half_for_ties, prompt_numbers, with_winners
-from rlhf_core.data.prepared import KEPT, UNKNOWN, canonical_prompt, known_answers
+from rlhf_core.data.prepared import (
+    KEPT,
+    UNKNOWN,
+    canonical_prompt,
+    known_answers,
+    votes_of_machines,
+)
 from rlhf_core.evaluation.card.report_card import Agreement, Bin, Members, Share, Slice, SmallSlices
 from rlhf_core.evaluation.intervals import (
     Estimate,
@@ -119,8 +125,8 @@ class HeldOutVotes:
         a = E[1 - 2p(1 - p)], and the best predictor is right with E[max(p, 1 - p)], which by
         Jensen's inequality is at most (1 + √(2a - 1)) / 2.
         """
-        # A known answer is nobody's vote.
-        at = np.flatnonzero(self.decided.numpy() & ~known_answers(self.table).to_numpy())
+        nobodys = known_answers(self.table) | votes_of_machines(self.table)
+        at = np.flatnonzero(self.decided.numpy() & ~nobodys.to_numpy())
         pair, flipped = self._pairs
         first = np.where(flipped.numpy()[at], -1, 1) * self._side.numpy()[at] > 0
         votes = pd.DataFrame({"pair": pair.numpy()[at], "first": first.astype(int)})

@@ -43,6 +43,11 @@ def kept(settings: Settings, before: datetime) -> list[Kept]:
     ]
 
 
+def folders(settings: Settings) -> list[str]:
+    """Where back-ups went."""
+    return [folder for folder, _ in _noted(settings)]
+
+
 def _noted(settings: Settings) -> Iterator[tuple[str, datetime]]:
     try:
         lines = (settings.home / LEDGER).read_text(encoding="utf-8").splitlines()

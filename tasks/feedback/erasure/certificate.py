@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rlhf_core.redaction import masked
 from tasks.feedback.erasure import backups
 from tasks.feedback.erasure.places import CERTIFICATES
 from tasks.feedback.erasure.requests import Request
+from tasks.feedback.store import clock
 from tasks.feedback.store.store import Store
 from tasks.record import tags
 from tasks.record.describe import ensure_experiment, origin
@@ -41,8 +41,7 @@ def content(request: Request, settings: Settings) -> dict[str, Any]:
     steps = request.steps
     files = steps.get("files", {})
     done = steps.get("votes", {})
-    ended = request.finished_at or request.begun_at
-    kept = backups.kept(settings, ended + timedelta(seconds=1))
+    kept = backups.kept(settings, request.finished_at or clock.now())
     return {
         "erasure": request.id,
         "project": request.project.name,

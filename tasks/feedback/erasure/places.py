@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from rlhf_core.errors import UserError
-from tasks.feedback.erasure import databases, documents
+from tasks.feedback.erasure import backups, databases, documents
 from tasks.feedback.erasure.names import Name
 from tasks.record.work_folder import discard
 from tasks.settings import Settings, StoreSettings
@@ -58,6 +58,11 @@ class Places:
             if address and not address.startswith("sqlite")
         ]
         self._own = own
+        self._backups = [
+            Path(folder)
+            for folder in backups.folders(settings)
+            if Path(folder).is_relative_to(self._home)
+        ]
 
     def clean(self, name: Name) -> Found:
         """Take a pseudonym out of everything.
@@ -91,6 +96,10 @@ class Places:
         paths = [path for path in self._files(sides=True) if documents.has(path, name)]
         return [path.relative_to(self._home).as_posix() for path in paths]
 
+    def is_own(self, shown: str) -> bool:
+        """Whether a path under the home is of the person's project, as far as one can tell."""
+        return self._own is None or shown.startswith(tuple(self._own))
+
     def _clean_file(self, path: Path, shown: str, name: Name, found: Found) -> None:
         if path.suffix == DATABASE and _is_sqlite(path):
             if str(path) != self._store and self._is_in_database(path, name):
@@ -104,7 +113,7 @@ class Places:
             return
         if not documents.has(path, name):
             return
-        if self._own is not None and not shown.startswith(tuple(self._own)):
+        if not self.is_own(shown):
             found.left[shown] = SHARED
             return
         if name.telling and _is_of_model(path):
@@ -130,7 +139,7 @@ class Places:
             files = [path for path in _walk(folder) if not path.is_symlink()]
             if not any(documents.has(path, name) for path in files):
                 continue
-            if self._own is not None and not shown.startswith(tuple(self._own)):
+            if not self.is_own(shown):
                 continue
             if not discard(folder):
                 raise UserError(
@@ -141,6 +150,8 @@ class Places:
 
     def _files(self, *, sides: bool = False) -> Iterator[Path]:
         for path in _walk(self._home):
+            if any(path.is_relative_to(folder) for folder in self._backups):
+                continue  # a back-up that is changed is damaged
             if not path.is_symlink() and (sides or not path.name.endswith(SIDES)):
                 yield path
 

@@ -43,11 +43,17 @@ def preview(store: Store, pseudonym: str, project: str, settings: Settings) -> I
             "named, and left where it may mean something else."
         )
     yield from _models(request, digests, settings)
-    found = steps.places(request, settings, digests).search(name)
+    places = steps.places(request, settings, digests)
+    everywhere = places.search(name)
+    found = [path for path in everywhere if places.is_own(path)]
     yield f"{len(found):,} files and databases under {settings.home} have the pseudonym."
     yield from (f"  {path}" for path in found[:MOST])
     if len(found) > MOST:
         yield f"  and {len(found) - MOST:,} more"
+    if others := len(everywhere) - len(found):
+        yield (
+            f"{others:,} more may be about somebody of the same name in another project, and stay."
+        )
 
 
 def _digests(request: Request) -> list[str]:

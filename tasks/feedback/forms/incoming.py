@@ -203,16 +203,15 @@ def _put_in(
 
 def _known_otherwise(project: FeedbackProject, entries: list[Entry]) -> set[int]:
     """The pairs of which the project has another right answer than the entries say."""
-    golden = [entry.pair for entry in entries if entry.pair.gold]
+    golden = [(entry.pair, str(entry.pair.gold)) for entry in entries if entry.pair.gold]
     if not golden:
         return set()
-    placed = project.content.add([replace(pair, wanted=0) for pair in golden])
+    placed = project.content.add([replace(pair, wanted=0) for pair, _ in golden])
     there = stored.by_id(project, (one.id for one in placed))
     return {
         one.id
-        for one, pair in zip(placed, golden, strict=True)
-        if there[one.id].pair.gold
-        != (EXCHANGED.get(pair.gold, pair.gold) if one.swapped else pair.gold)
+        for one, (_, said) in zip(placed, golden, strict=True)
+        if there[one.id].pair.gold != (EXCHANGED.get(said, said) if one.swapped else said)
     }
 
 

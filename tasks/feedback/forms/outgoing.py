@@ -166,10 +166,24 @@ def _earlier(project: FeedbackProject) -> int:
 def _answer(stored_pair: StoredPair, right: str) -> CastVote:
     pair = stored_pair.pair
     return CastVote(
-        *(0, stored_pair.id, pair.prompt, pair.a.text, pair.b.text, pair.a.model, pair.b.model),
-        **{"vote": right, "gold": right, "annotator": GOLD, "kind": "import", "margin": 0.0},
-        **dict.fromkeys(("first", "time", "note", "reason", "source"), ""),
+        judgment=0,
+        pair=stored_pair.id,
+        prompt=pair.prompt,
+        response_a=pair.a.text,
+        response_b=pair.b.text,
+        model_a=pair.a.model,
+        model_b=pair.b.model,
+        vote=right,
+        first="",
+        annotator=GOLD,
+        kind="import",
+        gold=right,
+        margin=0.0,
         seconds=None,
+        time="",
+        note="",
+        reason="",
+        source="",
         kept=dict(pair.kept),
     )
 

@@ -138,7 +138,7 @@ class VoteRows:
         one_of("format", (MARK,))
         gold = one_of("gold_answer", ("", "a", "b", "tie"))
         marked = is_gold(values.get("gold"))
-        right = checks.right_answer(said("annotator"), marked, said("vote"), "vote")
+        right: Any = checks.right_answer(said("annotator"), marked, said("vote"), "vote")
         if right and gold and right != gold:
             raise BadRowError(
                 "gold_answer", "unknown vote", f"is '{gold}', but the vote is {right}"

@@ -10,12 +10,12 @@ behind the first one of every other.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import ColumnElement, case, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from rlhf_core.data.near import NearGroups
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.labelling.arms import Known, Shares, hashed
 from tasks.feedback.ordering.places import ARRIVED, LATER
@@ -32,6 +32,9 @@ from tasks.feedback.store.tables import (
     Project,
     Prompt,
 )
+
+if TYPE_CHECKING:
+    from rlhf_core.data.near import NearGroups
 
 ORDER = "order"  # the action in the log of a project
 TURN, TURNS = 2**28, 4000  # places for the n-th pairs of all groups, and how many n
@@ -55,10 +58,15 @@ class Arrivals:
     def __init__(self, database: Database, project_id: int) -> None:
         self._database = database
         self._project = project_id
-        self._groups = NearGroups()
         self._keys: dict[int, str] = {}  # of prompts, by id
         self._read = 0  # the last prompt that is known for good
         self._begun = False
+
+    @cached_property
+    def _groups(self) -> "NearGroups":
+        from rlhf_core.data.near import NearGroups  # a server of votes does without its libraries
+
+        return NearGroups()
 
     def prepare(self) -> None:
         """Read the prompts, so that the transaction to come need not, and nobody waits for it."""

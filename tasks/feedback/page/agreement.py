@@ -83,7 +83,7 @@ def show(who: Admin, project: OwnProject, request: Request) -> Response:
 
 
 def _judges(quality: "Quality") -> list[str]:
-    from tasks.feedback.quality.page import machine_sentence
+    from rlhf_core.agreement.machines import machine_sentence
 
     return [machine_sentence(machine) for machine in quality.machines]
 

@@ -6,8 +6,9 @@ from typing import Final, NamedTuple
 
 from rlhf_core.agreement.disclosure import FEWEST_PEOPLE, FEWEST_VOTES
 from rlhf_core.agreement.drift import Trend
+from rlhf_core.agreement.machines import machine_sentence
 from rlhf_core.agreement.measures import Measure, in_percent
-from rlhf_core.agreement.quality import Machine, Quality
+from rlhf_core.agreement.quality import Quality
 from tasks.feedback.quality import charts
 from tasks.pages.render import render
 
@@ -96,30 +97,6 @@ def summary(quality: Quality) -> Iterator[str]:
     clear = [trend for trend in quality.trends if trend.clear]
     yield from map(trend_sentence, clear)
     yield from map(machine_sentence, quality.machines)
-
-
-def machine_sentence(machine: Machine) -> str:
-    """What a judge answers alone, and what the audit says of it, in words."""
-    parts = [
-        f"{machine.name} answers {machine.alone:,} pairs alone, of the {machine.pairs:,} that it "
-        "was asked about"
-    ]
-    if machine.same_in_both is not None:
-        same = in_percent(machine.same_in_both)
-        parts.append(f"it says the same in both orders on {same}")
-    error, wrong = machine.error, machine.wrong
-    if error is not None and wrong is not None:
-        value, low, high = wrong
-        parts.append(
-            f"people contradict it on {in_percent(error)} of {error.of:,} audited pairs, which "
-            f"makes {value:,.0f} [{low:,.0f}, {high:,.0f}] of those that it answers alone"
-        )
-    elif machine.to_audit:
-        parts.append(
-            f"its error is unknown: fewer than {FEWEST_VOTES} of the {machine.to_audit:,} pairs of "
-            "the audit have an answer of people"
-        )
-    return "; ".join(parts) + "."
 
 
 def _firmness(alpha: Measure) -> str:

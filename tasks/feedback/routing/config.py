@@ -45,7 +45,8 @@ class AskJudgeConfig(Section):
         try:
             self.as_judge()
         except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(said.replace(", endpoint or people", " or endpoint")) from None
         return self
 
     def as_judge(self, source: str = "") -> JudgeConfig:

@@ -130,10 +130,14 @@ class AskedJudge:
         turned = Verdict(None if other.winner is None else _OTHER[other.winner], other.reason)
         if one.winner is None or turned.winner is None:
             return Heard(one, turned, None)
-        opinion = Opinion(
-            self._chance(pair, one.winner, "a"), self._chance(pair, turned.winner, "b")
-        )
-        return Heard(one, turned, opinion)
+        chances = self._chance(pair, one.winner, "a"), self._chance(pair, turned.winner, "b")
+        # Of two verdicts that agree the one that says more counts; one that means the contrary,
+        # of a judge that votes against the rewards, is worth nothing here.
+        if one.winner == turned.winner == "a":
+            chances = (max(0.5, *chances),) * 2
+        elif one.winner == turned.winner == "b":
+            chances = (min(0.5, *chances),) * 2
+        return Heard(one, turned, Opinion(*chances))
 
     def _chance(self, pair: Pair, winner: Winner, first: Winner) -> float:
         """That a is better."""

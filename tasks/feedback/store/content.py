@@ -5,9 +5,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, Integer, column, exists, insert, select, update, values
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Table,
+    Text,
+    bindparam,
+    column,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.data.prepared import COLUMNS
@@ -24,7 +39,6 @@ from tasks.feedback.store.tables import JUDGE, Batch, BatchPair, GoldAnswer, Pai
 T = TypeVar("T")
 
 CHUNK = 500  # pairs in one transaction
-AT_ONCE = 5000  # places in one statement
 PRIORITIES = 2**31  # the least and the greatest are this far from 0
 EXCHANGED = {"a": "b", "b": "a"}
 
@@ -309,8 +323,11 @@ class Content:
 
         Returns: how many have a new place.
         """
-        places = [(pair, place, arm) for place, (pair, arm) in enumerate(order, start=1)]
-        placed = 0
+        places = [
+            {"pair": pair, "place": place, "new_arm": arm}
+            for place, (pair, arm) in enumerate(order, start=1)
+        ]
+        places.sort(key=itemgetter("pair"))
         with self._database.writing(self._project) as session:
             session.execute(
                 update(Pair)
@@ -319,20 +336,28 @@ class Content:
                 .values(priority=Pair.priority + LATER)
                 .execution_options(synchronize_session=False)
             )
-            for some in chunks(places, AT_ONCE):
-                columns = [column("pair", Integer), column("place", BigInteger), column("arm")]
-                new = values(*columns, name="places").data(some).cte("places")
-                changed = session.execute(
-                    update(Pair)
-                    .where(Pair.id == new.c.pair, Pair.project_id == self._project)
-                    .where(Pair.state == "open", Pair.votes == 0, Pair.taken == 0, without_wish())
-                    .values(priority=new.c.place, arm=new.c.arm)
-                    .returning(Pair.id)
-                    .execution_options(synchronize_session=False)
-                )
-                placed += len(changed.all())
+            placed = self._move(session, places) if places else 0
             set_marks_back(session, self._project, 0, 0)
         return placed
+
+    def _move(self, session: Session, places: Sequence[Mapping[str, Any]]) -> int:
+        """Give what may still be moved its place; everybody waits meanwhile, so by the quickest
+        way that a database has."""
+        free = [
+            *(Pair.project_id == self._project, without_wish()),
+            *(Pair.state == "open", Pair.votes == 0, Pair.taken == 0),
+        ]
+        table, connection = Pair.__table__, session.connection()
+        assert isinstance(table, Table)
+        if self._database.is_sqlite:
+            one = update(table).where(Pair.id == bindparam("pair"), *free)
+            moved = one.values(priority=bindparam("place"), arm=bindparam("new_arm"))
+            return connection.execute(moved, places).rowcount
+        rows = func.json_to_recordset(sql_cast(literal(json.dumps(places), Text), JSON))
+        columns = column("pair", BigInteger), column("place", BigInteger), column("new_arm", Text)
+        new = rows.table_valued(*columns).render_derived(name="places", with_types=True)
+        all_ = update(table).where(Pair.id == new.c.pair, *free)
+        return connection.execute(all_.values(priority=new.c.place, arm=new.c.new_arm)).rowcount
 
     # ---- batches ----
 
@@ -379,10 +404,10 @@ def _ask(row: _Row, pair: NewPair, swapped: bool) -> None:
     """What a pair on its way in changes of the row."""
     if pair.wanted > 0 and (pair.wanted > row.wanted or row.state == "withdrawn"):
         row.wanted = max(row.wanted, pair.wanted)
-        row.wish = pair.priority if row.state == "done" else min(row.wish, pair.priority)
+        row.wish = pair.priority if row.state == "done" else _sooner(row.wish, pair.priority)
         row.state = "open" if row.votes < row.wanted else "done"
         row.changed = True
-    elif pair.wanted > 0 and row.state == "open" and pair.priority < row.wish:
+    elif pair.wanted > 0 and row.state == "open" and _sooner(row.wish, pair.priority) != row.wish:
         row.wish, row.changed = pair.priority, True
     if pair.gold is not None and not row.gold:
         row.gold = {"vote": EXCHANGED.get(pair.gold, pair.gold) if swapped else pair.gold}
@@ -395,6 +420,11 @@ def _prompt_digest(pair: NewPair) -> str:
 
 def _response_digest(answer: Answer) -> str:
     return digest(answer.text, answer.model)
+
+
+def _sooner(wish: int, other: int) -> int:
+    """What is wished when somebody wishes something else; 0 is no wish, and takes none back."""
+    return min(wish, other) if other else wish
 
 
 # ---- what can be kept ----

@@ -84,7 +84,8 @@ def test_tables_that_were_not_brought_come_from_the_preferences():
         ("1", "p", "A", "B", "b", "w3", 0),  # the other one won once: another
         ("2", "q", "C", "D", "tie", "w1", 0),  # nobody won: no demonstration, but a prompt
     ]
-    pairs = ParsedSource(pd.DataFrame(rows, columns=columns, dtype=object), "f", 2, (), {})
+    frame = pd.DataFrame(rows, columns=columns, dtype=object).assign(shown_first="")
+    pairs = ParsedSource(frame, "f", 2, (), {})
     found = fill(split_by_prompt({"preferences": assemble("preferences", {"": pairs})}, 0.5, 0))
     assert list(found) == list(TABLE_KINDS)
     answers = found["demonstrations"].frame[["id", "prompt", "response"]].to_numpy().tolist()

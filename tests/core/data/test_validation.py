@@ -16,6 +16,7 @@ from rlhf_core.data.validation import (
 )
 
 COLUMNS = ["prompt", "response_a", "response_b", "vote", "annotator", "ballot", "split"]
+COLUMNS += ["shown_first", "gold"]
 CHAT = [{"role": "user", "content": "p"}]
 
 
@@ -23,6 +24,7 @@ def pairs(*rows):
     """Rows of prompt, first and second answer, and what differs from an anonymous vote for the
     first."""
     usual = {"vote": "a", "annotator": "", "ballot": 0, "split": ""}
+    usual |= {"shown_first": "", "gold": False}
     names = ("prompt", "response_a", "response_b")
     records = [
         dict(zip(names, row[:3], strict=True)) | usual | (row[3:] or ({},))[0] for row in rows
@@ -58,6 +60,17 @@ def test_what_makes_a_preference_useless(second, reason):
 def test_a_tie_is_the_same_whichever_answer_is_first():
     tie = {"vote": "tie", "annotator": "w1"}
     _, dropped = drop_useless(pairs(("p", "A", "B", tie), ("p", "B", "A", tie)), "preferences")
+    assert dropped == {"duplicate": 1}
+
+
+@pytest.mark.parametrize("name", ["w1", "judge:m"])
+def test_a_machine_is_asked_in_both_orders(name):
+    one, other = ({"annotator": name, "shown_first": side} for side in "ab")
+    kept, dropped = drop_useless(pairs((*FIRST, one), (*FIRST, other)), "preferences")
+    assert len(kept) == (2 if name == "judge:m" else 1)
+    # The same order again, with its answers exchanged.
+    turned = ("p", "B", "A", {"annotator": name, "shown_first": "b", "vote": "b"})
+    _, dropped = drop_useless(pairs((*FIRST, one), turned), "preferences")
     assert dropped == {"duplicate": 1}
 
 

@@ -102,13 +102,15 @@ def test_the_majority_of_many_is_a_better_guess_than_one():
     assert found.majority.share.value == pytest.approx(4 / 5)
 
 
-def test_a_known_answer_is_nobody_with_whom_people_agree():
+def test_a_known_answer_or_a_machine_is_nobody_with_whom_people_agree():
     people = [("p", "x", "y", "a", "ann"), ("p", "x", "y", "b", "ben"), ("q", "x", "y", "a", "ann")]
     known = [("p", "x", "y", "a", "gold"), ("q", "x", "y", "a", "gold")]
     found = votes(*people, *known, gold=[True] * 5)
     assert found.agreement().pairwise.share.value == 0
     assert found.agreement().pairwise.votes == 2
     assert found.accuracy().votes == 5
+    machines = [("p", "x", "y", "a", "judge:m"), ("q", "x", "y", "a", "judge:m")]
+    assert votes(*people, *machines).agreement().pairwise.votes == 2
     # A person of this name is one, where the vote is not marked.
     assert votes(*people, *known).agreement().pairwise.votes == 5
 

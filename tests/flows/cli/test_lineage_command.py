@@ -70,7 +70,8 @@ def test_a_model_and_a_filter_ask_whether_it_saw_that(rlhf):
     found = rlhf("--model", "models:/shop-critic/1", "--licence", "mit")
     assert found.exit_code == 0
     assert found.stdout.startswith("1 version was trained on the licence 'mit'")
-    assert "shop-reward 1 " not in found.stdout.replace("shop-reward 1 (reward)", "")
+    assert "│ shop-critic 1" in found.stdout
+    assert "│ shop-reward 1" not in found.stdout
     other = rlhf("--model", "models:/shop-sft/1", "--licence", "mit")
     assert other.exit_code == 0
     assert other.stdout == (

@@ -63,24 +63,43 @@ def left(home) -> set[int]:
     return found
 
 
+def until_labelled(process, home):
+    """Return once the services run and people are at it."""
+
+    def begun():
+        assert process.poll() is None, process.communicate()[0]
+        return (home / "logs" / "worker.log").exists()
+
+    wait_until(begun, 300)
+    time.sleep(5)
+
+
 @pytest.fixture
 def home(tmp_path):
-    yield tmp_path / "home"
-    for process in left(tmp_path / "home"):
-        os.kill(process, signal.SIGKILL)
+    return tmp_path / "home"
 
 
-def test_from_invitations_to_a_champion_and_the_next_rounds_without_a_hand(home):
+@pytest.fixture
+def show(home):
+    """The command, and nothing of it afterwards."""
     process = start(home)
-    said, _ = process.communicate(timeout=1500)
-    assert process.returncode == 0, said
+    yield process
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not left(home), 60)  # it is the reaper who sees to that
+
+
+def test_from_invitations_to_a_champion_and_the_next_rounds_without_a_hand(show, home):
+    said, _ = show.communicate(timeout=1500)
+    assert show.returncode == 0, said
     rounds, about = read(home / "loop.json")
     assert about == {"seed": 0}
     assert [found.number for found in rounds] == [0, 1, 2]
     assert all(found.state == "Completed" for found in rounds)
     # Each run had the votes of a batch more, and asked about the champion of the one before.
     assert [found.votes for found in rounds] == sorted({found.votes for found in rounds})
-    assert rounds[0].votes <= FIRST < rounds[1].votes <= FIRST + EACH
+    assert rounds[0].votes <= FIRST
+    assert rounds[1].votes <= rounds[0].votes + EACH
     assert rounds[0].outcome == "promoted"
     assert [found.champion for found in rounds][:2] == ["", rounds[0].candidate]
     assert [found.who for found in rounds] == ["4 people", "4 people", "2 spammers"]
@@ -98,22 +117,19 @@ def test_from_invitations_to_a_champion_and_the_next_rounds_without_a_hand(home)
     assert left(home) == set()
 
 
-def test_ctrl_c_ends_all_of_it(home):
-    process = start(home)
-    wait_until(lambda: (home / "logs" / "worker.log").exists(), 300)
-    time.sleep(5)  # people are at it
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+def test_ctrl_c_ends_all_of_it(show, home):
+    until_labelled(show, home)
+    show.send_signal(signal.SIGINT)
+    said, _ = show.communicate(timeout=120)
+    assert show.returncode == 130, said
     assert "Traceback" not in said
     assert re.search(r"Interrupted after \d+ s\. All services have been stopped\.", said)
     assert left(home) == set()
 
 
-def test_a_killed_one_leaves_no_process(home):
-    process = start(home)
-    wait_until(lambda: (home / "logs" / "worker.log").exists(), 300)
+def test_a_killed_one_leaves_no_process(show, home):
+    until_labelled(show, home)
     assert len(left(home)) > 4
-    process.kill()
-    process.communicate(timeout=60)
+    show.kill()
+    show.wait()
     wait_until(lambda: not left(home), 60)

@@ -257,6 +257,7 @@ def test_runs_in_the_trash_and_deleted_experiments_are_read(world, settings):
     world.record.client.delete_experiment(world.run.experiment_id)
     assert found(world.record, annotator="p1") == before
     assert saw(world.record, made["policy"]).run == "trash"
+    world.record.client.restore_experiment(world.run.experiment_id)  # its run is closed then
 
 
 def gone_for_good(record, run_id):
@@ -379,7 +380,7 @@ def test_an_empty_record_has_no_data(settings):
 
 
 def test_more_runs_and_versions_than_a_page_of_mlflow_are_read(world, monkeypatch):
-    monkeypatch.setattr("tasks.lineage.graph.PAGE", 2)
+    monkeypatch.setattr("tasks.record.runs.PAGE", 2)
     made = world.pipeline(world.data(votes("p1", 3)))
     runs = world.record.client.search_runs([world.run.experiment_id], run_view_type=ViewType.ALL)
     assert len(runs) > 4

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from recorded_runs import scorecard
 
+from tasks.lineage.records import Material, Saw
 from tasks.pages.model_card import description, model_card
 from tasks.registry.refs import ModelRef
 
@@ -86,6 +87,27 @@ def test_texts_of_others_stay_in_their_place(facts, tmp_path):
     assert "\n# b" not in text
     assert "[c](" not in text
     assert "\\| a \\|" in text
+
+
+def test_what_it_saw_is_counted_and_nobody_is_named(facts, tmp_path):
+    material = Material(
+        tables={"votes": 1200, "prompts": 0},
+        annotators={"p-7f3a": {"votes": 1000}, "p-0001": {"votes": 200}},
+        sources={HOSTILE: {"votes": 1200}},
+        licences={"CC BY 4.0": {"votes": 1200}},
+    )
+    seen = Saw(
+        ref=POLICY, kind="policy", state="registered", at=None, aliases=(), run_id="",
+        trained=material, base_models=("gpt2",), unknown=("runs:/1/data: it is gone",),
+    )  # fmt: skip
+    text = loaded(model_card(facts, POLICY, seen), tmp_path).text
+    section = text.partition("## What it saw")[2].partition("\n## ")[0]
+    assert "| Trained on | 1,200 votes; by 2 annotators |" in section
+    assert "| Licences | CC BY 4.0 (1,200) |" in section
+    assert "- Not known: runs:/1/data: it is gone" in section
+    assert "p-7f3a" not in text
+    assert "<script>" not in text
+    assert "## What it saw" not in loaded(model_card(facts, POLICY), tmp_path).text
 
 
 def test_a_run_without_anything_has_a_card_too(recorded, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
+from rlhf_core.data.pairs import with_winners
+from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from rlhf_core.stages.sft import SFTConfig
@@ -200,6 +202,33 @@ def test_what_people_said_as_judges_is_in_no_training(record, project):
         assert found.digest == before.digest
         assert "Review 500" not in path.read_text()
     assert any(vote.prompt == "Review 500:" for vote in project.judgments.stream())
+
+
+def test_known_answers_are_data_and_no_votes(record, project, tmp_path):
+    cast(project, range(20))
+    cast(project, range(20, 40), "b", gold="a")
+    found = count_preferences.fn(data(), MODEL, LIMITS, project="shop", seed=0)
+    assert found.now == 40
+    with run_of(record) as run:
+        prepared = prepare_data(data(), MODEL, LIMITS, run)
+        record.add_tags(run.run_id, {tags.output_of("policy"): "models:/shop-policy/1"})
+    (stage,) = record.runs.stages(run.experiment_id, run.run_id, "prepare")
+    rows = stage.data.metrics
+    assert rows["summary/known_answers"] == 20
+    assert rows["summary/preferences_train"] + rows["summary/preferences_eval"] == 60
+    assert rows["summary/contradictory_pairs"] == 0  # all of them were wrong
+    assert rows["summary/dropped"] == 0
+    again = count_preferences.fn(data(), MODEL, LIMITS, project="shop", seed=0)
+    assert (again.before, again.new) == (40, 0)
+    folder = fetch_dataset(record.client, prepared, tmp_path / "data")
+    table = read_table(folder, "preferences", "train")
+    known = table[table["annotator"] == "gold"]
+    assert len(known) > 5
+    assert all(right.startswith(" fine") for right in with_winners(known)["chosen"])
+    assert with_winners(table[table["gold"]])["annotator"].value_counts().to_dict() == {
+        "ada": len(known),
+        "gold": len(known),
+    }
 
 
 def test_all_points_of_a_sweep_read_the_same_votes(record, project):

@@ -199,7 +199,8 @@ def test_a_database_is_written_anew(tmp_path):
     assert json.loads(rows[0][0]) == {"config": {"by": "(erased)", "people": ["p010"]}}
     assert rows[0][1] == "p010"
     assert rows[1] == ("{broken (erased)", "by (erased)")
-    assert tags[0] == "(erased)" and tags[1].startswith("erased-")
+    assert tags[0] == "(erased)"
+    assert tags[1].startswith("erased-")
     base.close()
     assert not any(P01.stands_in_bytes(file.read_bytes()) for file in tmp_path.iterdir())
 
@@ -246,7 +247,7 @@ def test_folders_of_stopped_stages_go_and_those_in_use_stop_the_erasure(tmp_path
     with work_folder(folder, kept=True):
         (folder / "inputs").mkdir()
         (folder / "inputs" / "votes.jsonl").write_text('{"annotator": "p01"}\n')
-        with pytest.raises(UserError, match="a process works in .*reward_model-1"):
+        with pytest.raises(UserError, match=r"a process works in .*reward_model-1"):
             places(tmp_path).clean(P01)
         assert folder.exists()
         (folder / "lock").touch()

@@ -15,6 +15,7 @@ from tasks.feedback.admin.writings import changes, writings
 from tasks.feedback.page.app import create_app
 from tasks.feedback.store import clock
 from tasks.feedback.store.records import Answer, Ballot, NewPair, Vote
+from tasks.feedback.store.tables import Pair
 
 XSS = [
     "<script>alert(1)</script>",
@@ -335,6 +336,34 @@ def test_agreement_is_shown_with_intervals(store, project, boss, no_extras):
     add(project, 13)  # one more
     cast(project, newcomer(store, project), "skip")
     assert boss.get("/admin/agreement").status_code == 200
+
+
+def test_a_judge_is_shown_apart_from_people_with_its_audit(store, project, boss, no_extras):
+    """Of 20 pairs that it answered, people have 10, the audit, and contradict it on one."""
+    assert "Judge" not in boss.get("/admin").text
+    pairs = [NewPair(f"prompt {n}", Answer("yes"), Answer("no")) for n in range(20)]
+    votes = [Ballot("a", "judge:m", first=side, kind="machine") for side in "ab"]
+    project.judgments.add((pair, votes) for pair in pairs)
+    project.judgments.add(
+        (pair, [Ballot("b" if n == 4 else "a", "ann", first="a")])
+        for n, pair in enumerate(pairs[:10])
+    )
+    with project.database.writing(project.id) as session:
+        for n, row in enumerate(session.query(Pair).order_by(Pair.id)):
+            row.arm = "audit" if n < 10 else "judge"
+    shown = boss.get("/admin/agreement").text
+    assert "10 votes on 10 pairs by 1 annotator" in shown
+    assert "judge:m answers 10 pairs alone, of the 20 that it was asked about" in shown
+    assert re.search(r"people contradict it on 10 % \[\d, \d\d\] of 10 audited pairs", shown)
+    assert '<th scope="row">judge:m</th><td>20</td><td>10</td>' in shown
+    overview = boss.get("/admin").text
+    assert "10 pairs are answered by a machine alone, and 10 more by people too" in overview
+    people = boss.get("/admin/people").text
+    assert "judge:m" not in people
+    assert "ann" in people
+    machine = Roster(project).find("judge:m")
+    answer = boss.post(f"/admin/people/{machine}/link", json={}, headers=boss.headers)
+    assert answer.status_code >= 400
 
 
 def test_the_user_of_this_machine_is_one_person(store, project):

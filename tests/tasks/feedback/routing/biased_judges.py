@@ -21,3 +21,12 @@ def failing(prompts, a, b):
     if len(ASKED) >= FAILS["after"]:
         raise OSError("the model does not answer")
     return longer(prompts, a, b)
+
+
+def often_first(prompts, a, b):
+    """Prefers the fine answer, and on every second prompt whatever it reads first."""
+    ASKED.extend(zip(prompts, a, b, strict=True))
+    reads = [int(prompt.split()[-1]) % 2 == 0 for prompt in prompts]
+    return [
+        ("a" if "fine" in one else "b") if read else "a" for read, one in zip(reads, a, strict=True)
+    ]

@@ -16,6 +16,7 @@ from tasks.feedback.admin.numbers import throughput
 from tasks.feedback.admin.people import Roster
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
+from tasks.feedback.ordering.reading import read_queue
 from tasks.feedback.quality.examine import examine
 from tasks.feedback.quality.page import quality_page, summary
 from tasks.feedback.quality.tables import numbers
@@ -385,3 +386,16 @@ def test_an_audit_that_nobody_has_answered_yet_claims_nothing(project, record):
     assert "fewer than 5 of the" in " ".join(summary(examine(project)))
     with project.database.reading() as session:
         assert session.scalar(select(func.count()).select_from(Judgment)) == 2 * len(pairs())
+
+
+def test_the_order_leaves_the_audit_where_it_is_and_knows_what_is_trained_on(project, record):
+    _, became = judged(project, record)
+    queue = read_queue(project)
+    assert queue.waiting == []
+    assert list(queue.votes) == []
+    arms = Counter(pair.arm for pair in queue.pairs)
+    assert arms == {"judge": became.alone, "audit": became.audited}
+    alone = {
+        group for pair, group in zip(queue.pairs, queue.groups, strict=True) if pair.arm == "judge"
+    }
+    assert queue.as_waiting().trained_on == alone
