@@ -27,15 +27,16 @@ if __name__ == "__main__":
 import pandas as pd
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import save_model
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import write_table
 from rlhf_core.rewards.canaries import CanaryResult, Score, make_canaries, measure_canaries
 from rlhf_core.rewards.models import load_reward_model, score_texts
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
 from rlhf_core.simulation import all_prompts, true_reward, write_review
 from rlhf_core.simulation.grammar import words_of
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
 
 HELD_OUT = 60  # prompts that canaries are made for, and no vote is about

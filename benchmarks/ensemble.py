@@ -24,11 +24,12 @@ import torch
 
 from rlhf_core.backbone.directory import load_saved_tokenizer
 from rlhf_core.backbone.packing import pack
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import write_table
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.rewards.models import load_reward_model
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
 
 WORDS = ("good", "bad", "warm", "cold", "room", "film", "very", "and", "the", "song", "was", "is")

@@ -22,23 +22,26 @@ from statistics import mean
 
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import decode_responses, encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.onpolicy.monitor.rules import RULES
-from rlhf_core.rewards.scoring import RewardTerm
 from rlhf_core.seeding import generator
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.monitor import MonitorConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.settings.training import RewardModelConfig, SFTConfig
 from rlhf_core.simulation import true_reward
 from rlhf_core.simulation.grammar import words_of
 from rlhf_core.stages.held_out import train_held_out
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.stages.ppo import train_ppo
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.work import Work
 
 SAMPLING = SamplingConfig(max_prompt_length=24, max_new_tokens=48)

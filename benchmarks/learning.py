@@ -26,11 +26,12 @@ if __name__ == "__main__":
 
 import torch
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.figures import BLUE, ORANGE, blank
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.work import Work
 
 PLACES = ("hotel", "restaurant", "film", "phone", "museum", "train", "book", "garden")

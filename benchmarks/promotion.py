@@ -27,13 +27,13 @@ from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import Match, at_equal_length, play, sum_up
 from rlhf_core.evaluation.scorecard import Arm, ArmName, PromptLeaks, PromptSlice, Scorecard
 from rlhf_core.functional.interval import Interval
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.promotion.evidence import prompts_needed
 from rlhf_core.promotion.facts import Facts
 from rlhf_core.promotion.looks import first_alpha, take_look
 from rlhf_core.promotion.rules import decide
 from rlhf_core.seeding import generator
+from rlhf_core.settings.promotion import PromotionConfig
 
 HERE = Path(__file__).parent
 LINES = HERE / "promotion.jsonl"

@@ -19,24 +19,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import pack
 from rlhf_core.backbone.responses import lay_out, response_logprobs
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import decode_responses, encode_prompt
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.evaluation.overoptimisation import Measure, Point, best_of_n_path, gain_over
 from rlhf_core.evaluation.overoptimisation import Path as GainPath
 from rlhf_core.functional.ranking import clustered_bootstrap
-from rlhf_core.rewards.ensemble import MEAN, MemberSection
 from rlhf_core.rewards.models import RewardModel, load_reward_model
 from rlhf_core.seeding import generator
-from rlhf_core.simulation import AnnotatorsConfig, SimulationConfig, true_reward
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.rewards import MEAN, MemberSection
+from rlhf_core.settings.simulation import AnnotatorsConfig, SimulationConfig
+from rlhf_core.settings.training import RewardModelConfig, SFTConfig
+from rlhf_core.simulation import true_reward
+from rlhf_core.stages.ppo import train_ppo
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.work import Work
 
 _CLEAN = {

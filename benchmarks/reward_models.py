@@ -40,14 +40,15 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from table import machine
 
-from rlhf_core.backbone.base_model import ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import clustered_bootstrap, clustered_share
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.seeding import generator
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.settings.data import DataConfig, LengthLimits, TableConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
 
 HERE = Path(__file__).parent

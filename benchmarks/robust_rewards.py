@@ -26,8 +26,8 @@ from regimes import FULL_REWARD, PPO, REWARD, Judge, World
 from scipy import stats
 
 from rlhf_core.evaluation.overoptimisation import Path, gain_at
-from rlhf_core.rewards.shaping import ShapingSection
-from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.settings.rewards import ShapingSection
+from rlhf_core.settings.training import RewardModelConfig
 
 MEMBERS = 4
 STOP = 12.0  # nats: beyond what is compared, a run only costs time

@@ -37,14 +37,8 @@ from rlhf_core.judges.judge import Pair, Verdict
 from rlhf_core.labelling.router import RouterConfig, route
 from rlhf_core.labelling.verdicts import JudgeHabits
 from rlhf_core.seeding import stream_seed
-from rlhf_core.simulation import (
-    Annotator,
-    AnnotatorsConfig,
-    all_prompts,
-    draw_annotators,
-    true_reward,
-    write_review,
-)
+from rlhf_core.settings.simulation import AnnotatorsConfig
+from rlhf_core.simulation import Annotator, all_prompts, draw_annotators, true_reward, write_review
 from tasks.feedback.routing.judging import AskedJudge, Heard
 
 PAGE = Path(__file__).parents[1] / "docs/feedback/fewer_labels.md"

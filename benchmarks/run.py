@@ -28,13 +28,15 @@ from report import Clock, report
 from work import add_arguments, pairs, prompts, sft_rows
 
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel, start_adapter
-from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.pairs import Pair
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.rewards.scoring import load_reward
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.training import TrainingSection
 from rlhf_core.stages import ppo, reward_model, sft
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.learner import Learner, adapt
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.work import Work
 
@@ -199,7 +201,7 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
 
 def learner_of(network: Network, config: TrainingSection, adapter: str) -> Learner:
     """The settings of what is trained: all weights, or an adapter."""
-    config.adapt(network, adapter, seed=0, stream=adapter)
+    adapt(network, config, adapter, seed=0, stream=adapter)
     return Learner(network, config, 1000)
 
 

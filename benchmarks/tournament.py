@@ -28,12 +28,12 @@ from pages import put_between
 from scipy import stats
 from tournament_worlds import CHECKPOINTS, World
 
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import LAST
 from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import clustered_bootstrap
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.seeding import generator
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.stages.tournament import MILESTONE, hold_tournament
 from rlhf_core.work import Work
 

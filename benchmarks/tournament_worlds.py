@@ -22,7 +22,8 @@ from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import decode_responses, encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.simulation import AnnotatorsConfig, draw_annotators, true_reward
+from rlhf_core.settings.simulation import AnnotatorsConfig
+from rlhf_core.simulation import draw_annotators, true_reward
 from rlhf_core.stages.ppo import train_ppo
 from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.stages.reward_model import train_reward_model

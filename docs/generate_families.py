@@ -10,8 +10,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.backbone.pretrained import quiet
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 from tests.core.backbone.families import FAMILIES, Row, examine
 
 PAGE = Path(__file__).with_name("models.md")

@@ -357,10 +357,11 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
     from rlhf_core.backbone.base_model import outline
     from rlhf_core.backbone.precision.gain import describe
     from rlhf_core.doubts import doubts
-    from rlhf_core.judges.config import ENDPOINT, PEOPLE
     from rlhf_core.plan import make_plan
     from rlhf_core.rewards.functions import load_function
-    from rlhf_core.stages.prepare import LATEST, inspect
+    from rlhf_core.settings.data import LATEST
+    from rlhf_core.settings.judge import ENDPOINT, PEOPLE
+    from rlhf_core.stages.prepare import inspect
     from tasks.feedback.asking.votes import votes_now
     from tasks.record.terminal import on_terminal
     from tasks.reward_places import reward_places

@@ -1,35 +1,27 @@
 """The config of a pipeline: the sections of its stages, and the checks across them."""
 
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rlhf_core.backbone.base_model import ModelConfig
-from rlhf_core.backbone.precision.machine import Precision
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.data.prepared import GOLD
-from rlhf_core.doubts import Chosen
-from rlhf_core.evaluation.card.gate import RewardGateConfig
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import every
-from rlhf_core.judges.config import JudgeConfig
-from rlhf_core.onpolicy.config import OnPolicySection
-from rlhf_core.plan import Sections
-from rlhf_core.promotion.config import PromotionConfig
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.evaluation import EvaluationConfig
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.report_card import ReportCardConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.rloo import RLOOConfig
-from rlhf_core.stages.sft import SFTConfig
-from rlhf_core.stages.table import algorithms
-from rlhf_core.training.learner import TrainingSection
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig, RewardGateConfig
+from rlhf_core.settings.fields import GOLD
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import ModelConfig, Precision, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, OnPolicySection, PPOConfig, RLOOConfig
+from rlhf_core.settings.promotion import PromotionConfig
+from rlhf_core.settings.rewards import PIPELINE_REWARD
+from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig, TrainingSection
 
+if TYPE_CHECKING:  # these load torch, which takes seconds, and settings are printed without it
+    from rlhf_core.doubts import Chosen
+    from rlhf_core.plan import Sections
+
+ALGORITHMS: Final = ("ppo", "rloo", "grpo", "dpo")  # the stages that optimise the policy
 NAME_LENGTH = 100  # of a project: it is a folder, and begins the names of models and runs
 
 
@@ -72,8 +64,9 @@ class RewardModelSection(RewardModelConfig):
 
 
 def _is_algorithm(name: str) -> str:
-    if name not in (known := algorithms()):
-        raise ValueError(f"'{name}' is not an algorithm; it must be one of {', '.join(known)}")
+    if name not in ALGORITHMS:
+        known = ", ".join(ALGORITHMS)
+        raise ValueError(f"'{name}' is not an algorithm; it must be one of {known}")
     return name
 
 
@@ -83,7 +76,7 @@ Algorithm = Annotated[
     AfterValidator(_is_algorithm),
     Field(
         description="How the policy is optimised; its settings are in the section of that name",
-        json_schema_extra=lambda schema: schema.update(enum=algorithms()),
+        json_schema_extra=lambda schema: schema.update(enum=[*ALGORITHMS]),
     ),
 ]
 PPOSection = Annotated[
@@ -229,8 +222,10 @@ class PipelineConfig(ByAlgorithm):
         return [uri for uri in (self.sft.reuse, self.reward_model.reuse, *named) if uri]
 
     @property
-    def plan_sections(self) -> Sections:
+    def plan_sections(self) -> "Sections":
         """The sections that `make_plan` needs."""
+        from rlhf_core.plan import Sections
+
         return Sections(
             model=self.model,
             trainings=self._trainings,
@@ -252,8 +247,10 @@ class PipelineConfig(ByAlgorithm):
         return {name: part.precision for name, part in {**self._trainings, **others}.items()}
 
     @property
-    def chosen(self) -> Chosen:
+    def chosen(self) -> "Chosen":
         """The sections that `doubts` looks at."""
+        from rlhf_core.doubts import Chosen
+
         return Chosen(self.model, self.data, self.sampling, self._trainings)
 
     @property

@@ -11,7 +11,7 @@ from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import PipelineResult, rlhf
 from rlhf_core.config import Section
 from rlhf_core.errors import RefusedError
-from rlhf_core.stages.prepare import LATEST
+from rlhf_core.settings.data import LATEST
 from tasks.feedback.asking.again import Caller, Continued, ask_again
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.waiting import suspended_for_people

@@ -13,13 +13,13 @@ from pydantic import Field, create_model
 
 from flows.config import Algorithm, ByAlgorithm, PipelineConfig, RunConfig
 from flows.pipeline_flow import PipelineFlow, pipeline_flow
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.errors import ConfigError
-from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.judges.load import JUDGE
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.evaluation import RewardGateConfig
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.training import SFTConfig
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms
 from tasks.feedback.asking.waiting import suspended_for_people
 from tasks.record.run import open_run

@@ -12,7 +12,7 @@ from flows.pipeline_flow import pipeline_flow
 from flows.rlhf import evaluate_policy, train_models
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError, NumericsError, UserError
-from rlhf_core.stages.prepare import DataConfig
+from rlhf_core.settings.data import DataConfig
 from tasks.history.sweep import Outcome, SweepPoint, record_sweep
 from tasks.record.run import open_run
 from tasks.steps.data import pin_preferences

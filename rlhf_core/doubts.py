@@ -8,17 +8,14 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.validation import Validation
-from rlhf_core.onpolicy.config import KLSection, OnPolicySection
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.prepare import DataConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.settings.data import DataConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import KLSection, OnPolicySection, PPOConfig
+from rlhf_core.settings.rewards import PIPELINE_REWARD
+from rlhf_core.settings.training import RewardModelConfig, TrainingSection
 from rlhf_core.stages.table import STAGES
-from rlhf_core.training.learner import TrainingSection
 
 # Adapters start from zero and are small; 1e-4 and more is usual (Hu et al. 2021, table 11).
 ADAPTER_RATE = 2e-5

@@ -14,28 +14,27 @@ from typing import Final, NamedTuple
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from rlhf_core.backbone.base_model import ModelConfig, outline
+from rlhf_core.backbone.base_model import outline
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.networks import Network, ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import Validation
-from rlhf_core.evaluation.card.gate import RewardGateConfig
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.signs import SIGNS
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.functional.ranking import win_rate
-from rlhf_core.judges.config import ENDPOINT, PEOPLE, JudgeConfig
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.promotion import evidence
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.evidence import least_excess, prompts_needed, smallest_effect
 from rlhf_core.promotion.looks import first_alpha
 from rlhf_core.rewards.canaries import BY_SCORE, KINDS
-from rlhf_core.stages.evaluation import PAIRS, EvaluationConfig
-from rlhf_core.stages.report_card import ReportCardConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig, RewardGateConfig
+from rlhf_core.settings.judge import ENDPOINT, PEOPLE, JudgeConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
+from rlhf_core.settings.promotion import PromotionConfig
+from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.training import RewardModelConfig, TrainingSection
+from rlhf_core.stages.evaluation import PAIRS
 from rlhf_core.stages.table import STAGES, StageSpec
-from rlhf_core.training.learner import TrainingSection
+from rlhf_core.training.learner import adapt
 
 CHAMPION: Final = "champion"
 POINTS = 0.05  # an improvement that many hope for, in a win rate
@@ -206,7 +205,7 @@ def _of_scalar(
 
 def _learnt(name: str, network: Network, section: TrainingSection) -> NetworkPlan:
     whole = _size(network)
-    section.adapt(network, "plan", seed=0, stream="plan")
+    adapt(network, section, "plan", seed=0, stream="plan")
     learnt = _size(network)
     # With an adapter, the head trains too; the rest of the network is frozen.
     kept = [p for n, p in network.learnable().items() if ".lora_" not in n]

@@ -21,10 +21,10 @@ from flows.config import PipelineConfig
 from flows.retrain import RetrainPlan
 from rlhf_core import functional
 from rlhf_core.data.formats import parse
-from rlhf_core.data.prepared import TABLE_KINDS
 from rlhf_core.data.sources import read_rows
 from rlhf_core.doubts import doubts
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.settings.fields import TABLE_KINDS
 from rlhf_core.stages.table import STAGES as TABLE
 from rlhf_core.stages.table import run_stage
 from rlhf_core.work import Work

@@ -17,13 +17,8 @@ from benchmarks.loop.sizes import Sizes
 from flows.cli.loading import load_config
 from flows.config import PipelineConfig
 from rlhf_core.seeding import stream_seed
-from rlhf_core.simulation import (
-    Annotator,
-    AnnotatorsConfig,
-    SimulationConfig,
-    simulate,
-    write_review,
-)
+from rlhf_core.settings.simulation import AnnotatorsConfig, SimulationConfig
+from rlhf_core.simulation import Annotator, simulate, write_review
 
 PRESET = Path(__file__).with_name("loop.yaml")
 # Of the logistic noise in a judgment, in units of sentiment; the demo has 0.15. So 500 votes tell

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -23,48 +23,13 @@ from rlhf_core.backbone.directory import load_saved_tokenizer, read_card
 from rlhf_core.backbone.packing import ATTENTION
 from rlhf_core.backbone.pretrained import load_weights, read_pretrained, with_one_kernel_gelu
 from rlhf_core.backbone.tokens import answer_plainly, complete
-from rlhf_core.config import FileOrHub, Section
 from rlhf_core.data.encoding import PAD_TOKEN
 from rlhf_core.errors import ModelError
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 
 BASE = "base"  # the entry of a card for what a model was fine-tuned from
 LONGEST_WORD = 1_000  # characters; a word is what the pre-tokenizer does not split
 _ENDLESS = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
-
-
-class FreshModelConfig(Section):
-    """A small GPT-2 with random weights and a byte-level BPE tokenizer trained on the data."""
-
-    layers: int = Field(2, ge=1, le=1000, description="Transformer blocks")
-    width: int = Field(128, ge=8, le=65_536, description="Hidden size; a multiple of `heads`")
-    heads: int = Field(4, ge=1, le=1024, description="Attention heads")
-    context: int = Field(512, ge=8, le=1_000_000, description="Longest text (tokens)")
-    vocab_size: int = Field(
-        1024, ge=260, le=1_000_000, description="Tokens in the vocabulary, at most"
-    )
-
-
-class ModelConfig(Section):
-    """The model that fine-tuning starts from."""
-
-    source: FileOrHub = Field(
-        "",
-        description="Hub id, local folder, .gguf file, or package:NAME/FILE for a file in a "
-        "Python package; empty = a fresh model",
-    )
-    revision: str = Field("main", description="Branch, tag or commit of a hub model")
-    fresh: FreshModelConfig = Field(
-        default_factory=FreshModelConfig, description="Used when `source` is empty"
-    )
-
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        width, heads = self.fresh.width, self.fresh.heads
-        if not self.source and width % heads:
-            raise ValueError(
-                f"fresh.width {width} is not a multiple of fresh.heads {heads}; change one of them"
-            )
-        return self
 
 
 def load_base(

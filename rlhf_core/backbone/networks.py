@@ -46,7 +46,7 @@ from rlhf_core.backbone.directory import (
 )
 from rlhf_core.backbone.load_check import broken, settle
 from rlhf_core.backbone.packing import Packed, blocks, hidden_states
-from rlhf_core.backbone.precision.machine import Precision, warn_if_slow
+from rlhf_core.backbone.precision.machine import warn_if_slow
 from rlhf_core.backbone.precision.working_copy import WorkingCopy
 from rlhf_core.backbone.pretrained import MAIN, load_weights, read_pretrained
 from rlhf_core.errors import ModelError, NumericsError
@@ -57,6 +57,7 @@ from rlhf_core.functional.logprobs import (
     entropy,
     token_logprobs,
 )
+from rlhf_core.settings.model import Precision
 
 ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
 HEAD = "score.weight"  # of a scalar model, in its model directory

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_core.backbone.adapters import adapted_from
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.backbone.packing import Packed, SharedStates, pack, shared_states
-from rlhf_core.backbone.precision.machine import Precision
+from rlhf_core.settings.model import Precision
 from rlhf_core.types import PromptBatch, Responses, Rollout
 
 

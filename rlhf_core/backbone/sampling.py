@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,38 +17,15 @@ from rlhf_core.backbone.memory import continuation
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.tokens import ending_ids
-from rlhf_core.config import Section
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.metrics import Between, batch_name, uncounted
+from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.types import PromptBatch, Responses
 
 BLOCK = 256  # tokens of the vocabulary in one partial sum of probabilities
 # Tokens of prompts from which on equal ones are read once. A product with fewer than 4 rows is
 # rounded in another way than one with more, and this is far above.
 SHARED = 64
-
-
-class SamplingConfig(Section):
-    """How responses are sampled: in reward normalisation, on-policy stages and evaluation."""
-
-    max_prompt_length: int = Field(
-        256,
-        ge=1,
-        description="Longest prompt (tokens); of longer ones whole turns are dropped first, from "
-        "the oldest on, or a text loses its start",
-    )
-    max_new_tokens: int = Field(64, ge=1, description="Longest response (tokens)")
-    temperature: float = Field(
-        1.0,
-        gt=0,
-        description="Divides the logits, in sampling and in the log-probabilities of samples",
-    )
-    batch_size: int = Field(128, ge=1, description="Prompts sampled in one batch")
-
-    @property
-    def max_length(self) -> int:
-        """Longest prompt plus longest response (tokens)."""
-        return self.max_prompt_length + self.max_new_tokens
 
 
 class Sampler(Protocol):

@@ -14,16 +14,9 @@ import pandas as pd
 from rlhf_core.data.formats import ParsedSource
 from rlhf_core.data.origins.counts import CHOSEN_ANSWERS, NOWHERE, ORIGIN, OTHER_PROMPTS
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import (
-    KEPT,
-    SPLITS,
-    TABLE_KINDS,
-    Split,
-    TableKind,
-    falls_to_eval,
-    prompt_key,
-)
+from rlhf_core.data.prepared import KEPT, SPLITS, Split, falls_to_eval, prompt_key
 from rlhf_core.data.validation import drop_useless
+from rlhf_core.settings.fields import TABLE_KINDS, TableKind
 
 _LISTED = 20  # bad rows of a table that the report names
 

@@ -33,9 +33,10 @@ from rlhf_core.data.forms.columns import Columns, without
 from rlhf_core.data.forms.rows import BadRowError, Reading, SkippedRowError
 from rlhf_core.data.forms.table import form_of
 from rlhf_core.data.origins.counts import NOWHERE, ORIGIN, Origin
-from rlhf_core.data.prepared import COLUMNS, KEPT, TableKind
+from rlhf_core.data.prepared import COLUMNS, KEPT
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import TableKind
 
 
 @dataclass(frozen=True)

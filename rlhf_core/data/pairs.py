@@ -1,7 +1,7 @@
 """Preferences as tokens, for the reward model and DPO."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.data.encoding import encode_answers
 from rlhf_core.data.prepared import falls_to_eval, prompt_key
 from rlhf_core.errors import DataError
-
-Votes: TypeAlias = Literal["all", "first_half", "second_half"]
+from rlhf_core.settings.training import Votes
 
 
 class Pair(NamedTuple):

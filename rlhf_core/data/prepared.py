@@ -37,11 +37,10 @@ from rlhf_core.data.prompts import prompt_key as prompt_key
 from rlhf_core.data.prompts import writable as writable
 from rlhf_core.digests import tree_digest
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import GOLD, TableKind
 
-TableKind: TypeAlias = Literal["demonstrations", "preferences", "prompts"]
 Split: TypeAlias = Literal["train", "eval"]
 
-TABLE_KINDS: tuple[TableKind, ...] = ("demonstrations", "preferences", "prompts")
 SPLITS: tuple[Split, ...] = ("train", "eval")
 COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("id", "prompt", "response"),
@@ -52,7 +51,6 @@ COLUMNS: Mapping[TableKind, tuple[str, ...]] = {
     "prompts": ("id", "prompt"),
 }
 KEPT = "kept"  # a column of preferences and prompts, only where columns of the source are kept
-GOLD = "gold"  # the annotator of known answers; nobody in the preference store is called so
 JUDGE = "judge:"  # begins the name of an annotator that is a machine, and votes in both orders
 UNKNOWN = "(unknown)"  # what reports call the value of a row that has none in such a column
 

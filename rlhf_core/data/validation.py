@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import (
-    TableKind,
-    canonical_prompt,
-    known_answers,
-    votes_of_machines,
-)
+from rlhf_core.data.prepared import canonical_prompt, known_answers, votes_of_machines
 from rlhf_core.metrics import Between, uncounted
+from rlhf_core.settings.fields import TableKind
 
 ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("response",),

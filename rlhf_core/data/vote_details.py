@@ -8,16 +8,14 @@ bad row.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, TypeAlias
 
 from rlhf_core.data.prepared import writable
+from rlhf_core.settings.fields import word
 
-OF_A_VOTE = ("shown_first", "gold", "time")  # may also be fields of a vote's object in `votes`
-DETAILS = (*OF_A_VOTE, "source")
 # Characters in the name of a source; longer values are articles or the like.
 LONGEST_NAME = 200
 
@@ -72,14 +70,6 @@ class Sides:
         """ "a", "b" or "tie"; "" if the value is no vote."""
         name = word(value)
         return self.named(value) or self.words.get(name, "") or _WORDS.get(name, "")
-
-
-def word(value: Any) -> str:
-    """A value as votes are compared by: small letters, whole numbers without a decimal point."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", text)
 
 
 def _ends(place: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import ResponseRows, lay_out, response_logprobs
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import (
     Prompt,
     decode_responses,
@@ -24,8 +24,10 @@ from rlhf_core.data.encoding import (
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.functions import RewardFunction, call_function
 from rlhf_core.rewards.models import RewardModel
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, RewardTerm
+from rlhf_core.rewards.scoring import Reward
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.rewards import PIPELINE_REWARD, RewardTerm
 from rlhf_core.types import PromptBatch, Responses
 
 

@@ -26,10 +26,10 @@ from rlhf_core.functional.ranking import (
     clustered_share,
     win_rate,
 )
-from rlhf_core.judges.config import PEOPLE, REWARD_MODEL
 from rlhf_core.judges.judge import Judge, Pair, Verdict, Winner
 from rlhf_core.judges.load import by_score
 from rlhf_core.seeding import generator
+from rlhf_core.settings.judge import PEOPLE, REWARD_MODEL
 
 TRUTH = "true_reward"
 POINTS: Mapping[Winner | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0, None: math.nan}

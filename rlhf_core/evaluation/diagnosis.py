@@ -15,7 +15,7 @@ if its interval also excludes a win rate that would be plainly worth it, `WORTH`
 from typing import Literal
 
 from rlhf_core.evaluation.scorecard import ArmName, Comparison, Diagnosis, PairedDifference
-from rlhf_core.judges.config import REWARD_MODEL
+from rlhf_core.settings.judge import REWARD_MODEL
 
 WORTH = 0.65  # a win rate that a useful step has
 _Outcome = Literal["beats", "fails", "unclear"]

@@ -22,7 +22,6 @@ from rlhf_core.evaluation.comparison import TRUTH, first_of_each
 from rlhf_core.evaluation.scorecard import ArmName, Comparison, JudgeFacts
 from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import clustered_share
-from rlhf_core.judges.config import REWARD_MODEL
 from rlhf_core.judges.exam import meet_canaries
 from rlhf_core.judges.judge import Cost, Judge, Judging, Pair, Panel, Verdict, shown
 from rlhf_core.judges.load import ScoreJudge
@@ -30,6 +29,7 @@ from rlhf_core.rewards.canaries import CanaryResult, Score, end_marks
 from rlhf_core.rewards.functions import call_function
 from rlhf_core.rewards.models import score_texts
 from rlhf_core.seeding import generator
+from rlhf_core.settings.judge import REWARD_MODEL
 
 _LONGEST = 2000  # characters of a text in a table
 _log = logging.getLogger(__name__)

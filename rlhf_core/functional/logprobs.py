@@ -8,7 +8,6 @@ chunk of tokens; see `chunked_head`.
 """
 
 import string
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from rlhf_core.functional.chunked_head import (
     LossInChunks,
     TokenLoss,
 )
-
-KLKind = Literal["k1", "k2", "k3"]
+from rlhf_core.functional.kinds import KLKind
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:

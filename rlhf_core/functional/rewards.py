@@ -5,15 +5,13 @@ float32 for more.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_core.functional._contracts import check_shapes
-
-Combination = Literal["sum", "mean", "min", "mean_minus_variance"]
-MissingEOS = Literal["replace", "subtract"]
+from rlhf_core.functional.kinds import Combination, MissingEOS
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

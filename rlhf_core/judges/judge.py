@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from rlhf_core.data.encoding import Prompt
-from rlhf_core.judges.config import EndpointConfig, PeopleConfig
+from rlhf_core.settings.judge import EndpointConfig, PeopleConfig
 
 Winner: TypeAlias = Literal["a", "b", "tie"]
 

@@ -7,17 +7,17 @@ from typing import cast
 
 from torch import Tensor
 
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.errors import ConfigError
-from rlhf_core.judges.config import PEOPLE, REWARD_MODEL, JudgeConfig
 from rlhf_core.judges.function import FunctionJudge, JudgeFunction
 from rlhf_core.judges.judge import Judge, Judging, Pair, Verdict, Winner
 from rlhf_core.judges.orders import BothOrders
 from rlhf_core.rewards.canaries import Score
-from rlhf_core.rewards.ensemble import MEAN, MemberSection
 from rlhf_core.rewards.functions import RewardPlaces, code_digest, load_function
 from rlhf_core.rewards.models import load_reward_model, score_texts
+from rlhf_core.settings.judge import PEOPLE, REWARD_MODEL, JudgeConfig
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.rewards import MEAN, MemberSection
 
 JUDGE = "judge"  # the role of a registered reward model among the inputs of a stage
 

@@ -8,9 +8,10 @@ from typing import Self
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.rewards.models import RewardModel, load_on_trunk
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
+from rlhf_core.settings.onpolicy import OnPolicySection
+from rlhf_core.settings.rewards import PIPELINE_REWARD
+from rlhf_core.training.learner import adapt
 from rlhf_core.training.saving import save_policy
 from rlhf_core.work import Work
 
@@ -38,7 +39,7 @@ class Actors:
         if not config.lora_rank:
             return cls(policy, Policy.load(sft, work.device, precision)[0], tokenizer)
         reference = Policy(policy.model, precision=precision)
-        config.adapt(policy, "policy", seed=work.seed, stream="policy/adapter")
+        adapt(policy, config, "policy", seed=work.seed, stream="policy/adapter")
         directory = work.inputs.get("reward")
         reward = directory and load_on_trunk(
             directory, sft, policy.model, "reward", precision, members=config

@@ -16,20 +16,15 @@ from rlhf_core.backbone.responses import (
     response_values,
     with_shared_states,
 )
-from rlhf_core.backbone.sampling import (
-    PolicySampler,
-    Sampler,
-    SamplingConfig,
-    prompt_batch,
-    uniforms,
-)
+from rlhf_core.backbone.sampling import PolicySampler, Sampler, prompt_batch, uniforms
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.metrics import Between, batch_name, uncounted
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.rewards.scoring import Reward
 from rlhf_core.rewards.shaping import Shaping
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.training.learner import require_finite
 from rlhf_core.training.order import chunks
 from rlhf_core.training.ranks import Ranks

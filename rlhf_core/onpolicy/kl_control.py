@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf_core.errors import NumericsError
-
-MAX_ERROR = 0.2
+from rlhf_core.settings.onpolicy import MAX_ERROR, KLSection
 
 
 class KLController(Protocol):
@@ -93,3 +92,10 @@ class AdaptiveKL:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the coefficient."""
         self.value = state["value"]
+
+
+def controller_of(config: KLSection) -> KLController:
+    """The controller that owns β, as the settings say."""
+    if config.kl_control == "fixed":
+        return FixedKL(config.kl_coef)
+    return AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -12,16 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import rounding
-from rlhf_core.backbone.sampling import PolicySampler, Sampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler, Sampler
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import batch_name
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import GroupSection, OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.kl_control import KLController
-from rlhf_core.onpolicy.monitor.config import HELD_OUT
 from rlhf_core.onpolicy.monitor.guard import Guard
 from rlhf_core.onpolicy.monitor.last_good import LastGood
 from rlhf_core.onpolicy.monitor.monitor import Monitor, monitor_prompts
@@ -29,9 +26,13 @@ from rlhf_core.onpolicy.monitor.rules import ACTION, SEVERITY
 from rlhf_core.onpolicy.monitor.samples import Watched
 from rlhf_core.onpolicy.observe import Observation, Observer, kl_budget, observe
 from rlhf_core.onpolicy.report import OnPolicyReport, sample_rows
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm, load_reward, reward_directories
+from rlhf_core.rewards.scoring import load_reward, reward_directories
 from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import Precision, SamplingConfig
+from rlhf_core.settings.monitor import HELD_OUT
+from rlhf_core.settings.onpolicy import GroupSection, OnPolicySection
+from rlhf_core.settings.rewards import PIPELINE_REWARD, RewardTerm
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import Batches, PromptStream
 from rlhf_core.training.recovery import run_identity

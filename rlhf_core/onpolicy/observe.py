@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from rlhf_core.metrics import Alarm
-from rlhf_core.onpolicy.config import OnPolicySection
-from rlhf_core.onpolicy.monitor.config import MonitorAction
+from rlhf_core.settings.monitor import MonitorAction
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.types import Rollout
 
 

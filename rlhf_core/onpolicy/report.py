@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.data.encoding import decode_responses
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.monitor.figure import monitor_figure
 from rlhf_core.onpolicy.observe import over_kl_budget
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.types import Report, Rollout
 
 

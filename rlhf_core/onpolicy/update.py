@@ -7,12 +7,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import ResponseRows, restore_rows, rounding
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_policy
-from rlhf_core.onpolicy.config import OnPolicySection
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.types import Rollout

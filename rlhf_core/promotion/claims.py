@@ -8,7 +8,6 @@ from typing import Literal
 from rlhf_core.evaluation import intervals
 from rlhf_core.evaluation.scorecard import Arm, ArmName, Comparison, PromptSlice, Scorecard
 from rlhf_core.functional.holm import holm, passes
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Family, Rule
 from rlhf_core.promotion.evidence import (
     can_show,
@@ -18,6 +17,7 @@ from rlhf_core.promotion.evidence import (
     p_of_interval,
     smallest_effect,
 )
+from rlhf_core.settings.promotion import PromotionConfig
 
 LONGER = 1.25  # times, beyond which a win rate has to be known at equal length
 _FEW = ", which so few prompts cannot show"

@@ -2,9 +2,9 @@
 
 from rlhf_core.evaluation.scorecard import PromptLeaks, Scorecard
 from rlhf_core.promotion.claims import absent
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Rule
 from rlhf_core.promotion.facts import Files
+from rlhf_core.settings.promotion import PromotionConfig
 
 _SHOWN = 12  # characters of a digest
 

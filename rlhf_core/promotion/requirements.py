@@ -7,9 +7,9 @@ from rlhf_core.evaluation.intervals import in_words
 from rlhf_core.evaluation.scorecard import Arm, JudgeFacts, Scorecard
 from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.claims import absent
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Rule
 from rlhf_core.rewards.canaries import CanaryResult
+from rlhf_core.settings.promotion import PromotionConfig
 
 _OFF = "no requirement"
 

@@ -2,12 +2,12 @@
 
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.promotion.claims import signs, slices, win_rates
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision, Rule
 from rlhf_core.promotion.facts import Facts
 from rlhf_core.promotion.integrity import integrity
 from rlhf_core.promotion.looks import first_alpha
 from rlhf_core.promotion.requirements import alarms, judge, limits, reward_model
+from rlhf_core.settings.promotion import PromotionConfig
 
 NOTHING = Facts()
 

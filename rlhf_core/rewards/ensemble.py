@@ -25,10 +25,9 @@ https://arxiv.org/abs/2401.12187.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,32 +35,14 @@ from rlhf_core.backbone.adapters import average_adapters, load_adapter, save_ada
 from rlhf_core.backbone.directory import add_facts, read_card, require_kind, weights_digest
 from rlhf_core.backbone.networks import ScalarModel, adapter_of
 from rlhf_core.backbone.packing import Packed
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import share
-from rlhf_core.config import Section
 from rlhf_core.errors import ModelError
 from rlhf_core.functional.rewards import combine
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.rewards import MEAN, MemberSection
 
-MemberCombination = Literal["mean", "min", "mean_minus_variance", "weight_average"]
 TRUNK = "trunk"  # a folder in a model directory
 MEMBERS = "members"  # another, and a fact of its card
-
-
-class MemberSection(Section):
-    """How the members of a reward model become one reward. No effect on a model without members."""
-
-    combine_members: MemberCombination = Field(
-        "mean",
-        description="Reward of a reward model with several members: their mean, their minimum "
-        "(min), mean_minus_variance, or that of one model with the mean of their weights "
-        "(weight_average)",
-    )
-    member_variance_coef: float = Field(
-        1.0, ge=0, description="λ of mean_minus_variance among members: price of their variance"
-    )
-
-
-MEAN = MemberSection()
 
 
 class Ensemble:

@@ -16,9 +16,10 @@ from rlhf_core.backbone.directory import (
 )
 from rlhf_core.backbone.networks import ADAPTER, ScalarModel, load_as_adapter
 from rlhf_core.backbone.packing import Packed, pack
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.data.encoding import Prompt, encode_answers
-from rlhf_core.rewards.ensemble import MEAN, Ensemble, MemberSection, has_members
+from rlhf_core.rewards.ensemble import Ensemble, has_members
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.rewards import MEAN, MemberSection
 
 
 class RewardModel(Protocol):

@@ -6,9 +6,7 @@ A model with the policy's tokenizer reads the sampled tokens themselves. For any
 is decoded, and prompt and response are encoded as that model was trained on them.
 """
 
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,15 +14,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.packing import Packed, pack
-from rlhf_core.backbone.precision.machine import Precision
 from rlhf_core.backbone.responses import ResponseRows
-from rlhf_core.config import Section
 from rlhf_core.data.encoding import (
     PLAIN_CHAT_TEMPLATE,
     Prompt,
@@ -34,8 +29,8 @@ from rlhf_core.data.encoding import (
     same_tokens,
 )
 from rlhf_core.errors import ConfigError
-from rlhf_core.functional.rewards import Combination, combine
-from rlhf_core.rewards.ensemble import MEAN, MemberSection
+from rlhf_core.functional.kinds import Combination
+from rlhf_core.functional.rewards import combine
 from rlhf_core.rewards.functions import (
     RewardFunction,
     RewardPlaces,
@@ -43,78 +38,9 @@ from rlhf_core.rewards.functions import (
     load_function,
 )
 from rlhf_core.rewards.models import RewardModel, load_reward_model, scores_and_spread
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.rewards import MEAN, MemberSection, RewardTerm, check_terms
 from rlhf_core.types import Responses
-
-PIPELINE_REWARD = "reward_model"  # the source that means this pipeline's reward model
-_REGISTERED = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]*)(?:/([1-9]\d*)|@([A-Za-z0-9_-]+))")
-_FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:([A-Za-z_][A-Za-z0-9_]*)")
-
-
-class RewardTerm(Section):
-    """One part of the reward."""
-
-    source: str = Field(
-        PIPELINE_REWARD,
-        description="reward_model = the one that this pipeline trained; models:/NAME/VERSION or "
-        "models:/NAME@ALIAS = another in the registry; package.module:function = a Python "
-        "function, called with prompts and responses (lists of str), returns one number each",
-    )
-    weight: float = Field(1.0, description="Factor of this part; negative for a penalty, never 0")
-
-    @field_validator("source")
-    @classmethod
-    def _source_is_one_of_three(cls, source: str) -> str:
-        if (
-            source == PIPELINE_REWARD
-            or _REGISTERED.fullmatch(source)
-            or _FUNCTION.fullmatch(source)
-        ):
-            return source
-        raise ValueError(
-            f"'{source}' is not a reward; write reward_model, models:/NAME/VERSION, "
-            "models:/NAME@ALIAS or package.module:function"
-        )
-
-    @field_validator("weight")
-    @classmethod
-    def _weight_counts(cls, weight: float) -> float:
-        if weight == 0:
-            raise ValueError("a part of weight 0 changes nothing; leave it out")
-        return weight
-
-    @property
-    def is_model(self) -> bool:
-        """Whether this part is a reward model and not a function."""
-        return not _FUNCTION.fullmatch(self.source)
-
-    @property
-    def role(self) -> str:
-        """The role of this part's model among the inputs of a stage: reward or reward.NAME."""
-        return "reward" if self.source == PIPELINE_REWARD else f"reward.{self.name}"
-
-    @property
-    def name(self) -> str:
-        """The name of its metric: reward_model, NAME-VERSION, NAME-ALIAS or the function."""
-        if registered := _REGISTERED.fullmatch(self.source):
-            return "-".join(filter(None, registered.groups()))
-        return self.source.rpartition(":")[2]
-
-
-def check_terms(terms: Sequence[RewardTerm]) -> None:
-    """Raise ValueError unless there are parts and their names are distinct."""
-    if not terms:
-        raise ValueError("a reward needs at least one part; add source: reward_model")
-    name, count = Counter(term.name for term in terms).most_common(1)[0]
-    if count == 1:
-        return
-    sources = {term.source: None for term in terms if term.name == name}
-    if len(sources) == 1:
-        raise ValueError(
-            f"{next(iter(sources))} is listed {count} times; merge them and add the weights"
-        )
-    raise ValueError(
-        f"{' and '.join(sources)} would both be logged as '{name}'; rename one of them"
-    )
 
 
 class Scores(NamedTuple):

@@ -11,78 +11,18 @@ was; only credit is assigned by the shaped one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlhf_core.config import Section
 from rlhf_core.functional.rewards import Moments, against_reference, excess_length, whiten
+from rlhf_core.settings.rewards import LengthPenaltySection, ShapingSection
 
 
-class LengthPenaltySection(Section):
-    """A price for tokens beyond a limit."""
-
-    length_limit: int = Field(
-        0, ge=0, description="Response tokens that cost nothing, for length_penalty"
-    )
-    length_penalty: float = Field(
-        0.0, ge=0, description="Price of each token beyond length_limit (reward units); 0 = off"
-    )
-
-    @model_validator(mode="after")
-    def _limit_and_price_together(self) -> Self:
-        if self.length_limit and not self.length_penalty:
-            raise ValueError(
-                "length_limit has no effect without length_penalty; set the price of a token, or "
-                "remove the limit"
-            )
-        return self
-
-    def excess(self, lengths: Tensor) -> Tensor:
-        """(B,) penalties of responses with these (B,) numbers of tokens."""
-        return excess_length(lengths, limit=self.length_limit, coef=self.length_penalty)
-
-
-class ShapingSection(LengthPenaltySection):
-    """What is made of the score of a response before the policy learns from it."""
-
-    transform: Literal["none", "whiten", "sigmoid"] = Field(
-        "none",
-        description="whiten = in standard deviations from the mean of all scores of the run so "
-        "far; sigmoid = how surely the response is better than reference answers of the SFT policy "
-        "to the same prompt, in (0, 1)",
-    )
-    reference_answers: int = Field(
-        1,
-        ge=1,
-        le=1000,
-        description="Reference answers to a prompt, for sigmoid; they are sampled when a prompt "
-        "is first used",
-    )
-    clip: float = Field(
-        0.0, ge=0, description="The score is cut to ± this after the transform; 0 = off"
-    )
-
-    @model_validator(mode="after")
-    def _clip_can_cut(self) -> Self:
-        if self.transform == "sigmoid" and self.clip >= 1:
-            raise ValueError(
-                f"clip {self.clip:g} never cuts a score of the sigmoid, which lies in (0, 1); "
-                "remove it, or lower it"
-            )
-        return self
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is changed."""
-        return self.transform != "none" or bool(self.clip or self.length_penalty)
-
-    @property
-    def compares(self) -> bool:
-        """Whether reference answers are needed."""
-        return self.transform == "sigmoid"
+def excess(config: LengthPenaltySection, lengths: Tensor) -> Tensor:
+    """(B,) penalties of responses with these (B,) numbers of tokens."""
+    return excess_length(lengths, limit=config.length_limit, coef=config.length_penalty)
 
 
 class Shaping:
@@ -123,7 +63,7 @@ class Shaping:
             scores = against_reference(scores, self._reference[prompts].to(scores))
         if config.clip:
             scores = scores.clamp(-config.clip, config.clip)
-        return scores - config.excess(lengths)
+        return scores - excess(config, lengths)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""

@@ -10,15 +10,10 @@ repetition, features of the wrong kind) a policy can over-optimise, as it can ag
 Every draw comes from a `random.Random` seeded by the run's seed and a purpose.
 """
 
-from rlhf_core.simulation.annotators import (
-    Annotator,
-    AnnotatorsConfig,
-    Vote,
-    draw_annotators,
-    vote,
-)
+from rlhf_core.settings.simulation import AnnotatorsConfig, SimulationConfig
+from rlhf_core.simulation.annotators import Annotator, Vote, draw_annotators, vote
 from rlhf_core.simulation.grammar import all_prompts, vocabulary, write_review
-from rlhf_core.simulation.tables import SimulatedTables, SimulationConfig, simulate
+from rlhf_core.simulation.tables import SimulatedTables, simulate
 from rlhf_core.simulation.truth import true_reward
 
 __all__ = [

@@ -28,9 +28,7 @@ from functools import lru_cache
 from random import Random
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
-
-from rlhf_core.config import Section
+from rlhf_core.settings.simulation import AnnotatorsConfig
 from rlhf_core.simulation.grammar import KIND_OF_FEATURE, words_of
 from rlhf_core.simulation.truth import repetition, sentiment
 
@@ -39,65 +37,6 @@ LARGEST_COMPOUND = 0.9999  # VADER rounds to four decimals; 1.0 could not be inv
 _CLAUSE_END = re.compile(r"[.,;:!?]|\b(?:and|though|but)\b")
 
 Preference = Literal["a", "b", "tie"]
-
-
-class AnnotatorsConfig(Section):
-    """The number of simulated annotators, and their reliability and biases."""
-
-    count: int = Field(12, ge=1, le=100_000, description="Simulated annotators (persons)")
-    lowest_reliability: float = Field(
-        0.8, ge=0, le=1, description="Reliability of the least careful annotator (share of votes)"
-    )
-    highest_reliability: float = Field(
-        1.0, ge=0, le=1, description="Reliability of the most careful annotator (share of votes)"
-    )
-    side_bias: float = Field(
-        0.1,
-        ge=0,
-        description="Largest side bias; each annotator's is uniform in ± this (sentiment)",
-    )
-    length_bias: float = Field(
-        0.1,
-        ge=0,
-        description="Mean length bias; each annotator's is 0 to 2 x this (sentiment/10 words)",
-    )
-    taste_spread: float = Field(
-        0.3, ge=0, description="Standard deviation of the log weights of features"
-    )
-    care: float = Field(
-        0.5, ge=0, le=1, description="Share of the repetition penalty that annotators notice"
-    )
-    noise: float = Field(0.15, ge=0, description="Scale of the logistic noise (sentiment)")
-    tie_margin: float = Field(
-        0.05, ge=0, description="Difference up to which both texts count as equal (sentiment)"
-    )
-    spammer_share: float = Field(
-        0.0, ge=0, le=1, description="Share of the annotators who always vote at random"
-    )
-    contrary_share: float = Field(
-        0.0, ge=0, le=1, description="Share of the annotators who vote for the text they like less"
-    )
-    flip_share: float = Field(
-        0.0, ge=0, le=1, description="Share of the votes that are recorded the wrong way round"
-    )
-
-    @model_validator(mode="after")
-    def _reliabilities_in_order(self) -> Self:
-        if self.lowest_reliability > self.highest_reliability:
-            raise ValueError(
-                f"lowest_reliability ({self.lowest_reliability}) is above highest_reliability "
-                f"({self.highest_reliability}): swap them or make them equal"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _no_more_than_there_are(self) -> Self:
-        if self.spammer_share + self.contrary_share > 1:
-            raise ValueError(
-                f"spammer_share ({self.spammer_share}) and contrary_share ({self.contrary_share}) "
-                "add up to more than 1: nobody can be both"
-            )
-        return self
 
 
 @dataclass(frozen=True)

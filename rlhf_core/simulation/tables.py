@@ -6,43 +6,12 @@ from random import Random
 from typing import NamedTuple
 
 import pandas as pd
-from pydantic import Field
 
-from rlhf_core.config import Section
 from rlhf_core.seeding import stream_seed
-from rlhf_core.simulation.annotators import (
-    Annotator,
-    AnnotatorsConfig,
-    Preference,
-    Vote,
-    draw_annotators,
-    vote,
-)
+from rlhf_core.settings.simulation import SimulationConfig
+from rlhf_core.simulation.annotators import Annotator, Preference, Vote, draw_annotators, vote
 from rlhf_core.simulation.grammar import all_prompts, write_review
 from rlhf_core.simulation.truth import true_reward
-
-
-class SimulationConfig(Section):
-    """The amount of simulated data, and its annotators."""
-
-    prompts: int = Field(
-        480, ge=2, le=len(all_prompts()), description="Distinct prompts, shared by the three tables"
-    )
-    demonstrations: int = Field(8000, ge=1, le=10_000_000, description="Reviews to imitate (rows)")
-    preference_pairs: int = Field(
-        4000, ge=1, le=10_000_000, description="Compared pairs, one vote each (rows)"
-    )
-    gold_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Pairs with the known right answer, that of the true reward, beside those that "
-        "the annotators compare (share of these). Their annotator is called gold",
-    )
-    annotators: AnnotatorsConfig = Field(
-        default_factory=AnnotatorsConfig,
-        description="The simulated people who compare the pairs",
-    )
 
 
 @dataclass(frozen=True)

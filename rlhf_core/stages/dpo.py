@@ -21,7 +21,6 @@ from functools import partial
 
 import pandas as pd
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rlhf_core import figures
@@ -42,26 +41,15 @@ from rlhf_core.functional import losses, ranking
 from rlhf_core.functional.chunked_head import ChunkedLoss
 from rlhf_core.metrics import Between, counted
 from rlhf_core.seeding import generator
+from rlhf_core.settings.training import DPOConfig
 from rlhf_core.training.epochs import optimizer_steps
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.learner import Learner, adapt
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import run_identity
 from rlhf_core.training.saving import save_policy
 from rlhf_core.types import Report
 from rlhf_core.work import Work
-
-
-class DPOConfig(TrainingSection):
-    """Settings of DPO."""
-
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of the policy")
-    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
-    max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
-    beta: float = Field(
-        0.1, gt=0, description="β: price of moving away from the reference (reward per nat)"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="ε: assumed share of wrong votes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +85,7 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     logger.phase("loading the SFT policy")
     policy, tokenizer = Policy.load(sft, work.device, config.precision)
     require_context(policy.model, config.max_length, "dpo.max_length")
-    config.adapt(policy, "policy", seed=seed, stream="policy/adapter")
+    adapt(policy, config, "policy", seed=seed, stream="policy/adapter")
     logger.phase("encoding the preferences")
     limit = (config.max_length, "dpo.max_length")
     train, _, same = encode_pairs(read_table(data, "preferences", "train"), tokenizer, *limit)

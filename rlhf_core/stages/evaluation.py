@@ -16,17 +16,14 @@ from functools import partial
 from itertools import chain, zip_longest
 
 import pandas as pd
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import base_of
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.precision.machine import Precision
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.encoding import Prompt, render_prompt
-from rlhf_core.data.prepared import TABLE_KINDS, read_table
+from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError, ModelError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
 from rlhf_core.evaluation.chart import Chart, draw
@@ -57,13 +54,15 @@ from rlhf_core.evaluation.scorecard import (
 from rlhf_core.evaluation.signs import SIGNS, more_than
 from rlhf_core.evaluation.slices import prompt_slices, slice_rate
 from rlhf_core.functional.interval import Interval
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.judge import Judge, Panel
 from rlhf_core.judges.load import JUDGE, load_judge
-from rlhf_core.rewards.ensemble import MemberSection
 from rlhf_core.rewards.functions import RewardFunction, RewardPlaces, load_function
 from rlhf_core.rewards.models import load_reward_model
-from rlhf_core.rewards.shaping import LengthPenaltySection
+from rlhf_core.rewards.shaping import excess
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.fields import TABLE_KINDS
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
@@ -78,36 +77,6 @@ PAIRS: tuple[tuple[ArmName, ArmName], ...] = (
     ("sft", "base"),
     ("champion", "sft"),
 )
-
-
-class EvaluationConfig(MemberSection):
-    """Settings of the evaluation."""
-
-    prompts: int = Field(128, ge=2, le=1_000_000, description="Most held-out prompts to answer")
-    samples_per_prompt: int = Field(
-        2, ge=1, le=10_000, description="Answers of each policy to each prompt"
-    )
-    best_of: int = Field(
-        8, ge=1, le=10_000, description="n of best-of-n: SFT samples to choose from"
-    )
-    best_of_penalty: LengthPenaltySection = Field(
-        default_factory=LengthPenaltySection,
-        description="Best-of-n takes the best by the reward less this price of long answers",
-    )
-    true_reward: str = Field(
-        "",
-        description="Import path module:function of the known truth, called with prompts and "
-        "responses (lists of str), returns one number each; empty = none",
-    )
-    base: bool = Field(
-        True, description="The model that SFT started from answers too, to judge the demonstrations"
-    )
-    sample_rows: int = Field(32, ge=1, description="Prompts shown in the table of samples")
-    precision: Precision = Field(
-        "float32",
-        description="Type of matrix products in every arm and in the reward model; "
-        "bfloat16 is faster on GPUs and on CPUs with instructions for it, and auto takes it there",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +168,7 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     answers: dict[ArmName, Answers] = {}
     pool = kept(work.answers, "sft", lambda: answer(bench, "sft", sft_policy, tokenizer, max(k, n)))
     answers["sft"] = pool.pick(first_of_each(pool.prompt, k))
-    price = config.best_of_penalty.excess(pool.tokens)
+    price = excess(config.best_of_penalty, pool.tokens)
     answers["best_of_n"] = pool.pick(best_of_each(pool.prompt, pool.proxy - price, n))
     curve = _best_of_n(pool, pool.proxy - price, bench.seed)
     for point in curve.points:

@@ -16,29 +16,20 @@ Deliberate deviations from the papers (details in docs/algorithms/grpo.md):
 
 from functools import partial
 
-from pydantic import Field
 from torch import Tensor
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import group_relative
 from rlhf_core.functional.rewards import missing_eos
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import GroupSection
 from rlhf_core.onpolicy.kl_control import FixedKL
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig
 from rlhf_core.training.learner import Learner
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
-
-
-class GRPOConfig(GroupSection):
-    """Settings of GRPO."""
-
-    scale: bool = Field(
-        True, description="Divide by the group's standard deviation; false is Dr. GRPO"
-    )
 
 
 def train_grpo(config: GRPOConfig, work: Work) -> OnPolicyReport:

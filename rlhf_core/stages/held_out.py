@@ -8,11 +8,8 @@ the first learnt by chance, and not a bias that the votes share.
 from dataclasses import replace
 
 from rlhf_core.seeding import stream_seed
-from rlhf_core.stages.reward_model import (
-    RewardModelConfig,
-    RewardModelReport,
-    train_reward_model,
-)
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.reward_model import RewardModelReport, train_reward_model
 from rlhf_core.work import Work
 
 

@@ -22,13 +22,11 @@ from functools import partial
 from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rlhf_core.backbone.directory import add_facts, read_card, require_same_tokenizer
 from rlhf_core.backbone.networks import ScalarModel, load_as_adapter
 from rlhf_core.backbone.responses import restore_rows
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import gae
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.losses import clipped_value
@@ -36,32 +34,18 @@ from rlhf_core.functional.masking import masked_mean, masked_whiten
 from rlhf_core.functional.rewards import missing_eos, shaped_rewards
 from rlhf_core.metrics import Between, counted, uncounted
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import KLSection
+from rlhf_core.onpolicy.kl_control import controller_of
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.rewards.models import load_reward_model
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
-from rlhf_core.training.learner import Learner
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.rewards import PIPELINE_REWARD
+from rlhf_core.training.learner import Learner, adapt
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
-
-
-class PPOConfig(KLSection):
-    """Settings of PPO."""
-
-    critic_learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the critic")
-    value_clip_range: float = Field(
-        0.2, gt=0, description="New values are clipped to this distance from the old (reward units)"
-    )
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards, per token")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
-
-    @property
-    def reward_roles(self) -> tuple[str, ...]:
-        """Those of the reward, and the pipeline's reward model, from which the critic starts."""
-        return tuple(dict.fromkeys(("reward", *super().reward_roles)))
 
 
 def load_networks(config: PPOConfig, work: Work) -> Actors:
@@ -89,7 +73,7 @@ def load_networks(config: PPOConfig, work: Work) -> Actors:
         reward, _ = load_reward_model(directory, work.device, precision, members=config)
         own = reward if isinstance(reward, ScalarModel) else None
         critic = (own or ScalarModel.load(directory, work.device, precision)).with_own_head()
-        config.adapt(critic, "critic", seed=work.seed, stream="ppo/critic")
+        adapt(critic, config, "critic", seed=work.seed, stream="ppo/critic")
     return replace(actors, critic=critic, rewards={PIPELINE_REWARD: reward})
 
 
@@ -130,7 +114,7 @@ def train_ppo(config: PPOConfig, work: Work) -> OnPolicyReport:
         work,
         actors,
         learners={"policy": policy, "critic": critic},
-        controller=config.kl_controller(),
+        controller=controller_of(config),
         credit=partial(assign_credit, config=config),
         update=partial(
             optimise,

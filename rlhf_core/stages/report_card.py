@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,9 +23,7 @@ from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_cont
 from rlhf_core.backbone.directory import read_card
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import pack_pairs
-from rlhf_core.backbone.precision.machine import Precision
-from rlhf_core.backbone.sampling import SamplingConfig, respond
-from rlhf_core.config import Section
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import canonical_prompt, read_table
@@ -39,49 +36,13 @@ from rlhf_core.metrics import counted
 from rlhf_core.rewards.canaries import CanaryResult, end_marks, make_canaries, measure_canaries
 from rlhf_core.rewards.models import RewardModel, load_reward_model, score_texts
 from rlhf_core.seeding import generator
+from rlhf_core.settings.evaluation import ReportCardConfig
+from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
 _STEPS = 4  # of the progress bar
 _PLOTTED = 30  # slices in the plot
-
-
-class ReportCardConfig(Section):
-    """Settings of the report card."""
-
-    votes: int = Field(
-        10_000,
-        ge=1,
-        description="Most held-out votes to look at, and most training votes to search for nearly "
-        "equal texts; of more, whole prompts are drawn (votes)",
-    )
-    samples: int = Field(
-        256,
-        ge=2,
-        le=1_000_000,
-        description="Samples of the SFT policy on held-out prompts, for how reward and length go "
-        "together",
-    )
-    canary_prompts: int = Field(
-        128, ge=1, le=1_000_000, description="Most held-out answers that canaries are made from"
-    )
-    min_slice_prompts: int = Field(
-        20,
-        ge=1,
-        description="Fewest prompts of a slice that is judged; smaller ones are only named",
-    )
-    max_length: int = Field(
-        0,
-        ge=0,
-        description="Longest prompt + response (tokens); 0 = reward_model.max_length in the "
-        "pipeline, and what the model can read in the flow report-card",
-    )
-    batch_size: int = Field(32, ge=1, description="Texts that are scored at once")
-    precision: Precision = Field(
-        "float32",
-        description="Type of matrix products in the SFT policy and the reward model; auto takes "
-        "bfloat16 where the machine has it",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,10 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -37,12 +36,11 @@ from rlhf_core.backbone.directory import add_facts, load_saved_tokenizer, read_c
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.backbone.packing import Packed, pack_pairs
 from rlhf_core.backbone.responses import lay_out
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import Prompt, encode_prompt
 from rlhf_core.data.pairs import (
     EncodedPairs,
     Pair,
-    Votes,
     encode_pairs,
     half_for_ties,
     prompt_numbers,
@@ -51,13 +49,15 @@ from rlhf_core.data.pairs import (
     smoothing,
     with_winners,
 )
-from rlhf_core.data.prepared import GOLD, Split, read_table
+from rlhf_core.data.prepared import Split, read_table
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.rewards.ensemble import Ensemble, average_head, average_of
 from rlhf_core.rewards.models import RewardModel
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
 from rlhf_core.training.annotators import (
     ANONYMOUS,
     Annotators,
@@ -66,7 +66,7 @@ from rlhf_core.training.annotators import (
     habits_table,
 )
 from rlhf_core.training.epochs import optimizer_steps
-from rlhf_core.training.learner import Learner, TrainingSection, require_finite
+from rlhf_core.training.learner import Learner, adapt, require_finite
 from rlhf_core.training.members import MemberBatches, MemberStep, PairStates, bootstrap
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Micro, Ranks
@@ -90,76 +90,6 @@ _HALF = 0.5  # of the mean reliability
 _NAMED = 10  # annotators in a line of the log
 
 _log = logging.getLogger(__name__)
-
-
-class RewardModelConfig(TrainingSection):
-    """Settings of reward-model training."""
-
-    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the preferences")
-    max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
-    votes: Votes = Field(
-        "all",
-        description="The votes to train on: all, or those on one half of the prompts. Which half a "
-        "prompt is in is decided by a hash of it, so models of both halves share no prompt",
-    )
-    loss: Literal["bradley_terry", "pointwise_mse"] = Field(
-        "bradley_terry",
-        description="bradley_terry learns from comparisons; pointwise_mse, for demonstration, "
-        "regresses chosen texts to 1 and rejected texts to 0",
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong votes")
-    center_coef: float = Field(
-        0.0, ge=0, description="Weight of (r_chosen + r_rejected)², which keeps rewards near 0"
-    )
-    normalization_samples: int = Field(
-        256,
-        ge=2,
-        le=1_000_000,
-        description="SFT samples used to normalise the reward to mean 0 and standard deviation 1",
-    )
-    annotators: Literal["pooled", "aware"] = Field(
-        "pooled",
-        description="pooled takes every vote for that of the same voter; aware learns of each "
-        "annotator how reliable they are, and how they like the left answer and the longer one, "
-        "and keeps that out of the rewards",
-    )
-    gold_annotator: str = Field(
-        GOLD,
-        min_length=1,
-        description="With aware: votes of this annotator that are marked as gold are known answers",
-    )
-    members: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Reward models to train as an ensemble, as adapters and heads on one trunk; "
-        "each has its own order and bootstrap of the votes. More than 1 needs lora_rank",
-    )
-
-    @model_validator(mode="after")
-    def _members_are_adapters(self) -> Self:
-        if self.members > 1 and not self.lora_rank:
-            raise ValueError(
-                f"members is {self.members}, but lora_rank is 0, and members are adapters on one "
-                "trunk; set lora_rank, for example to 16, or members to 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _annotators_vote_in_pairs(self) -> Self:
-        if self.annotators == "pooled":
-            return self
-        if self.loss != "bradley_terry":
-            raise ValueError(
-                f"annotators is aware, which is a model of comparisons, but loss is {self.loss}; "
-                "set loss to bradley_terry or annotators to pooled"
-            )
-        if self.label_smoothing:
-            raise ValueError(
-                "annotators is aware, which learns how many votes of each annotator are wrong, so "
-                "label_smoothing has to be 0; remove it, or set annotators to pooled"
-            )
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +176,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
     if config.members > 1:
         return _train_ensemble(config, work, reward_model, tokenizer, votes)
 
-    config.adapt(reward_model, "reward", seed=seed, stream="reward/adapter")
+    adapt(reward_model, config, "reward", seed=seed, stream="reward/adapter")
     train, held_out = votes.train.pairs, votes.held_out.pairs
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
@@ -407,7 +337,7 @@ def _train_ensemble(
         for number in range(1, config.members + 1)
     ]
     for number, member in enumerate(members, start=1):
-        config.adapt(member, f"reward-{number}", seed=seed, stream=f"reward/adapter/{number}")
+        adapt(member, config, f"reward-{number}", seed=seed, stream=f"reward/adapter/{number}")
     ensemble = Ensemble(members)
     annotators = _learn_together(config, work, members, votes)
 

@@ -18,22 +18,19 @@ from functools import partial
 
 from torch import Tensor
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.functional.advantages import leave_one_out
 from rlhf_core.functional.logprobs import kl_estimate
 from rlhf_core.functional.rewards import missing_eos
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import GroupSection, KLSection
+from rlhf_core.onpolicy.kl_control import controller_of
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import OnPolicyReport, describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import RLOOConfig
 from rlhf_core.training.learner import Learner
 from rlhf_core.types import Rollout
 from rlhf_core.work import Work
-
-
-class RLOOConfig(KLSection, GroupSection):
-    """Settings of RLOO."""
 
 
 def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
@@ -55,7 +52,7 @@ def train_rloo(config: RLOOConfig, work: Work) -> OnPolicyReport:
         work,
         actors,
         learners={"policy": learner},
-        controller=config.kl_controller(),
+        controller=controller_of(config),
         credit=partial(assign_credit, config=config),
         update=partial(
             optimise_policy,

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.backbone.base_model import ModelConfig, base_facts, load_base
+from rlhf_core.backbone.base_model import base_facts, load_base
 from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.directory import CARD
 from rlhf_core.backbone.networks import Policy
@@ -33,8 +32,10 @@ from rlhf_core.errors import CheckpointError, DataError, NumericsError
 from rlhf_core.functional.losses import token_nll
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.training import SFTConfig
 from rlhf_core.training.epochs import optimizer_steps
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.training.learner import Learner, adapt
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import run_identity
@@ -42,17 +43,6 @@ from rlhf_core.types import Report
 from rlhf_core.work import Work
 
 _log = logging.getLogger(__name__)
-
-
-class SFTConfig(TrainingSection):
-    """Settings of supervised fine-tuning."""
-
-    epochs: int = Field(1, ge=1, le=10_000, description="Passes over the demonstrations")
-    max_length: int = Field(512, ge=2, description="Longest prompt + response (tokens)")
-    train_on_prompt: bool = Field(False, description="Also learn to predict the prompt")
-    evaluations: int = Field(
-        5, ge=1, description="How often the held-out loss is measured; the best weights are kept"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +103,7 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     set_date(tokenizer, date_of(data))
     require_context(base, config.max_length, "sft.max_length")
     policy = Policy(base.to(work.device), precision=config.precision)
-    config.adapt(policy, "sft", seed=seed, stream="sft/adapter")
+    adapt(policy, config, "sft", seed=seed, stream="sft/adapter")
     logger.phase("encoding the demonstrations")
     train, truncated = _encode(train_table, tokenizer, config)
     held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)

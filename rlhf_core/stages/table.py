@@ -10,26 +10,29 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.precision.machine import resolved
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import TournamentResult
-from rlhf_core.judges.config import JudgeConfig
-from rlhf_core.stages.dpo import DPOConfig, train_dpo
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
-from rlhf_core.stages.grpo import GRPOConfig, train_grpo
+from rlhf_core.settings.data import SNAPSHOT, DataConfig, LengthLimits
+from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig
+from rlhf_core.settings.fields import TableKind
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig, RLOOConfig
+from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
+from rlhf_core.stages.dpo import train_dpo
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.grpo import train_grpo
 from rlhf_core.stages.held_out import train_held_out
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.prepare import SNAPSHOT, DataConfig, LengthLimits, prepare_data
-from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-from rlhf_core.stages.rloo import RLOOConfig, train_rloo
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.stages.ppo import train_ppo
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.report_card import write_report_card
+from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.rloo import train_rloo
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.stages.tournament import hold_tournament
 from rlhf_core.types import Report
 from rlhf_core.work import StageFunction, Work

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rlhf_core.backbone.directory import read_card, weights_digest
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
@@ -28,7 +27,6 @@ from rlhf_core.evaluation.comparison import verdicts_on
 from rlhf_core.evaluation.judged import Examined, examine, reward_score
 from rlhf_core.evaluation.kept import kept
 from rlhf_core.evaluation.tournament import page as pages
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import (
     LAST,
     SFT,
@@ -48,12 +46,14 @@ from rlhf_core.evaluation.tournament.strengths import (
     strongest,
 )
 from rlhf_core.functional.interval import Interval
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.judge import Judge, Winner
 from rlhf_core.judges.load import JUDGE, load_judge
 from rlhf_core.rewards.functions import load_function
 from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator, stream_seed
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.settings.training import TrainingSection
+from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.session import Session
 

@@ -3,78 +3,38 @@
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_core.backbone.networks import Network, start_adapter
-from rlhf_core.backbone.precision.machine import Precision
-from rlhf_core.config import Section
 from rlhf_core.errors import NumericsError
 from rlhf_core.seeding import stream_seed
+from rlhf_core.settings.training import TrainingSection
 from rlhf_core.training.ranks import Ranks, full, shard_like
 
 
-class TrainingSection(Section):
-    """Settings of gradient descent that all training stages share."""
+def adapt(network: Network, config: TrainingSection, name: str, *, seed: int, stream: str) -> None:
+    """Train an adapter instead of all weights, if `config.lora_rank` is set.
 
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate falls to 0 after warm-up"
-    )
-    warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="Share of all steps over which the rate rises from 0"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay, only on matrices")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
-    batch_size: int = Field(32, ge=1, description="Samples in one optimizer step")
-    micro_batch_size: int = Field(
-        32, ge=1, description="Samples in one forward pass; less memory, same result"
-    )
-    precision: Precision = Field(
-        "float32",
-        description="Type of matrix products. bfloat16 is faster on GPUs and on CPUs "
-        "with instructions for it (avx512_bf16, amx_bf16), and slower on other CPUs; auto takes it "
-        "where the machine has it. Weights, their gradients and the optimizer stay in float32",
-    )
-    lora_rank: int = Field(
-        0,
-        ge=0,
-        description="Rank of LoRA adapters beside the linear layers of the blocks; 0 = train all "
-        "weights",
-    )
-    lora_layers: int = Field(
-        0,
-        ge=0,
-        description="Adapters only in this many of the last blocks; those below are then computed "
-        "once for all networks and epochs. 0 = in every block",
-    )
-    lora_alpha: int = Field(
-        32, gt=0, description="The output of the adapter is scaled by this / lora_rank"
-    )
-
-    def adapt(self, network: Network, name: str, *, seed: int, stream: str) -> None:
-        """Train an adapter instead of all weights, if `lora_rank` is set.
-
-        Args:
-            name: of the adapter.
-            seed: of the run.
-            stream: the random stream for its initial weights.
-        """
-        if self.lora_rank:
-            start_adapter(
-                network,
-                name,
-                rank=self.lora_rank,
-                alpha=self.lora_alpha,
-                layers=self.lora_layers,
-                seed=stream_seed(seed, stream),
-            )
+    Args:
+        name: of the adapter.
+        seed: of the run.
+        stream: the random stream for its initial weights.
+    """
+    if config.lora_rank:
+        start_adapter(
+            network,
+            name,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            layers=config.lora_layers,
+            seed=stream_seed(seed, stream),
+        )
 
 
 class Learner:

@@ -16,9 +16,9 @@ from typing import Any
 import openai
 
 from rlhf_core.errors import ConfigError, UserError
-from rlhf_core.judges.config import EndpointConfig
 from rlhf_core.judges.judge import Pair, Verdict
 from rlhf_core.metrics import StageLogger
+from rlhf_core.settings.judge import EndpointConfig
 from tasks.judges.meter import Meter
 from tasks.judges.parallel import in_parallel
 from tasks.judges.wording import question, read_reply

@@ -4,9 +4,9 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from rlhf_core import redaction
-from rlhf_core.judges.config import EndpointConfig, PeopleConfig
 from rlhf_core.judges.judge import Cost, Judge, Panel
 from rlhf_core.metrics import SilentLogger, StageLogger
+from rlhf_core.settings.judge import EndpointConfig, PeopleConfig
 from tasks.judges.memory import Memory, RememberedJudge, Streaming
 from tasks.judges.meter import Meter
 from tasks.record.record import Record

@@ -23,9 +23,9 @@ from pydantic import Field, ValidationError
 
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Rule
 from rlhf_core.promotion.rules import allows, apply_rules
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.prefect.ui import artifact_key
 from tasks.record import tags
 from tasks.record.describe import run_url

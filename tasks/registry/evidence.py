@@ -9,8 +9,8 @@ from rlhf_core.errors import ModelError
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.onpolicy.monitor.rules import ACTION
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.facts import Facts, Files
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.looks import look

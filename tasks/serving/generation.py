@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.directory import CARD, read_card
 from rlhf_core.backbone.networks import Policy
@@ -17,6 +17,7 @@ from rlhf_core.backbone.tokens import ending_ids
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt, encode_prompts
 from rlhf_core.errors import ModelError, UserError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
+from rlhf_core.settings.model import ModelConfig
 from tasks.record.record import Record
 from tasks.registry.refs import SHOWN
 from tasks.settings import Settings

@@ -2,9 +2,9 @@
 
 from typing import cast
 
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.errors import UserError
-from rlhf_core.stages.prepare import SNAPSHOT, DataConfig, LengthLimits
+from rlhf_core.settings.data import SNAPSHOT, DataConfig, LengthLimits
+from rlhf_core.settings.model import ModelConfig
 from tasks.feedback.asking.pinning import pin, unpin
 from tasks.feedback.asking.report import publish_report
 from tasks.feedback.store.database import StoreError

@@ -2,11 +2,11 @@
 
 from typing import cast
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.scorecard import Scorecard
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.load import JUDGE
-from rlhf_core.stages.evaluation import EvaluationConfig
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref

@@ -4,8 +4,8 @@ import logging
 
 from prefect import task
 
-from rlhf_core.judges.config import ENDPOINT, PEOPLE, JudgeConfig
 from rlhf_core.rewards.functions import load_function
+from rlhf_core.settings.judge import ENDPOINT, PEOPLE, JudgeConfig
 from tasks.judges.judging import try_endpoint
 from tasks.record.record import Record
 from tasks.reward_places import reward_places

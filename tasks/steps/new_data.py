@@ -6,9 +6,9 @@ from mlflow.entities import Run
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.backbone.base_model import ModelConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import ModelConfig
 from rlhf_core.stages import prepare
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
 from tasks.feedback.asking.votes import votes_now
 from tasks.record import tags
 from tasks.record.record import Record

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
-from rlhf_core.onpolicy.config import OnPolicySection
-from rlhf_core.onpolicy.monitor.config import HELD_OUT
 from rlhf_core.rewards.functions import load_function
-from rlhf_core.rewards.scoring import PIPELINE_REWARD
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.monitor import HELD_OUT
+from rlhf_core.settings.onpolicy import OnPolicySection
+from rlhf_core.settings.rewards import PIPELINE_REWARD
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref

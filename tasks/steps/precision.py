@@ -3,8 +3,9 @@
 import logging
 from typing import Any, TypeVar, cast
 
-from rlhf_core.backbone.precision.machine import Precision, resolve
+from rlhf_core.backbone.precision.machine import resolve
 from rlhf_core.config import Section
+from rlhf_core.settings.model import Precision
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import PipelineRun

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ValidationError
 from rlhf_core.errors import UserError
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.promotion.page import budget, page, rows
 from rlhf_core.promotion.rules import decide
+from rlhf_core.settings.promotion import PromotionConfig
 from rlhf_core.types import Report
 from tasks.prefect import events, ui
 from tasks.prefect.approval import Answer, answer_waiting, mark_waiting

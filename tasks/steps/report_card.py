@@ -5,12 +5,12 @@ from typing import cast
 
 from prefect import task
 
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.card.findings import findings, verdict
-from rlhf_core.evaluation.card.gate import RewardGateConfig, require_reward_model
+from rlhf_core.evaluation.card.gate import require_reward_model
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.intervals import in_words
-from rlhf_core.stages.report_card import ReportCardConfig
+from rlhf_core.settings.evaluation import ReportCardConfig, RewardGateConfig
+from rlhf_core.settings.model import SamplingConfig
 from tasks.prefect.ui import stage_task
 from tasks.record import tags
 from tasks.record.record import Record

@@ -4,12 +4,12 @@ import logging
 
 from prefect import task
 
-from rlhf_core.backbone.base_model import ModelConfig, outline
+from rlhf_core.backbone.base_model import outline
 from rlhf_core.backbone.networks import ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.functional.interval import Interval
-from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
 from tasks.prefect.ui import stage_task
 from tasks.record import tags
 from tasks.record.record import Record

@@ -1,7 +1,7 @@
 """Supervised fine-tuning as a Prefect task."""
 
-from rlhf_core.backbone.base_model import ModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.training import SFTConfig
 from tasks.prefect.ui import stage_task
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.steps.stage import do_stage

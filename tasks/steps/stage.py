@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from rlhf_core.config import Section
 from rlhf_core.errors import VerdictsPendingError
-from rlhf_core.judges.config import PEOPLE, JudgeConfig
+from rlhf_core.settings.judge import PEOPLE, JudgeConfig
 from rlhf_core.stages.table import STAGES, StageSpec
 from tasks.prefect.ui import as_waiting, stage_task
 from tasks.record import tags

@@ -5,11 +5,11 @@ from typing import cast
 
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.evaluation.tournament.config import TournamentConfig
 from rlhf_core.evaluation.tournament.result import TournamentResult
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.judges.load import JUDGE
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.tournament import TournamentConfig
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.packing import ATTENTION
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import write_table
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig, SFTConfig
+from rlhf_core.stages.reward_model import train_reward_model
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.work import Work
 
 torch.set_num_threads(1)

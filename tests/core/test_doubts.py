@@ -2,17 +2,13 @@
 
 import pytest
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.doubts import Chosen, doubts
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.prepare import DataConfig, TableConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, TableConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
 
 FILES = {"source": "files", "preferences": TableConfig(path="pairs.jsonl")}
 

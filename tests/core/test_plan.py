@@ -3,25 +3,20 @@
 import pytest
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base, outline
+from rlhf_core.backbone.base_model import load_base, outline
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.validation import TableSummary, Validation
 from rlhf_core.errors import ModelError
-from rlhf_core.evaluation.card.gate import RewardGateConfig
-from rlhf_core.evaluation.tournament.config import TournamentConfig
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.plan import NetworkPlan, Sections, make_plan
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.seeding import generator
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.evaluation import EvaluationConfig
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.report_card import ReportCardConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig, RewardGateConfig
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig
+from rlhf_core.settings.promotion import PromotionConfig
+from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
 
 MODEL = ModelConfig(fresh=FreshModelConfig(layers=3, width=16, heads=2, context=512))
 VOCABULARY = 290

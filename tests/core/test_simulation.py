@@ -10,11 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.data.pairs import with_winners
+from rlhf_core.settings.simulation import AnnotatorsConfig, SimulationConfig
 from rlhf_core.simulation import (
     Annotator,
-    AnnotatorsConfig,
     SimulatedTables,
-    SimulationConfig,
     all_prompts,
     draw_annotators,
     simulate,

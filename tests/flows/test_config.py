@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows.config import PipelineConfig
 from rlhf_core.doubts import doubts
-from rlhf_core.evaluation.tournament.config import TournamentConfig
+from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.stages.prepare import inspect
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -9,16 +9,16 @@ from pydantic import BaseModel, Field, ValidationError
 from flows import stages
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import read_table
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.kl_control import FixedKL
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.report import describe
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.plan import make_plan
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.stages.prepare import inspect
 from rlhf_core.stages.table import STAGES, StageSpec
 from rlhf_core.training.learner import Learner

@@ -22,7 +22,7 @@ from rlhf_core.data.prepared import SPLITS, read_table
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.evaluation.card.findings import verdict
 from rlhf_core.evaluation.card.gate import RewardQuality
-from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.lineage.lineage import saw, seen_by
 from tasks.record.record import Record
 from tasks.record.run import open_run

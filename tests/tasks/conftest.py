@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import ScalarModel
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 
 TINY = ModelConfig(fresh=FreshModelConfig(layers=2, width=32, heads=2, context=48, vocab_size=300))
 CORPUS = ("a fine room with a quiet view", "the film was long and dull", "it works, it is cheap")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_core.backbone.precision.machine import Precision, native_bfloat16
+from rlhf_core.backbone.precision.machine import native_bfloat16
 from rlhf_core.backbone.precision.working_copy import linear_weights
+from rlhf_core.settings.model import Precision
 
 TOKENS = 128  # of a pass
 TRIES = 2

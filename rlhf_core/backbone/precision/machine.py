@@ -6,13 +6,13 @@ recorded of a stage, its key and its checkpoints name the type that it was compu
 
 import logging
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from rlhf_core.config import Section
+from rlhf_core.settings.model import Precision
 
-Precision = Literal["float32", "bfloat16", "auto"]
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of CPUs, on x86 and ARM
 CAPABILITY = (8, 0)  # the first of NVIDIA's GPUs that multiplies bfloat16
 

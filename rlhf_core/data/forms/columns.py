@@ -11,22 +11,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from rlhf_core.data.forms.fields import (
-    find,
-    is_filled,
-    listed,
-    names_in,
-    passed_over,
-    shown,
-    unread_texts,
-)
+from rlhf_core.data.forms.fields import find, is_filled, listed, passed_over, shown, unread_texts
 from rlhf_core.data.forms.messages import parsed, unpacked
 from rlhf_core.data.forms.rows import Reading, SourceRow, read_margin
 from rlhf_core.data.forms.table import Form, entries, in_source, is_present
 from rlhf_core.data.origins.columns import OriginColumns
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import SourceRows
-from rlhf_core.data.vote_details import DETAILS, OF_A_VOTE, Sides, UnlikeError, first_unlike
+from rlhf_core.data.vote_details import Sides, UnlikeError, first_unlike
+from rlhf_core.settings.fields import DETAILS, OF_A_VOTE, TableKind, names_in
 
 _TEXTS = {"prompt", "response", "chosen", "rejected", "response_a", "response_b", "messages"}
 _SAMPLE = 20  # values of a column that are looked at for how it is written

@@ -9,36 +9,14 @@ This module knows names and places, not what a value means.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
-from rlhf_core.data.origins.columns import OF_ANY_ROW
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row, SourceRows
-from rlhf_core.data.vote_details import DETAILS
+from rlhf_core.settings.fields import PLACE, names_in
 
-# The fields that a source may have, each of which can be mapped to another name.
-FIELDS: Mapping[TableKind, tuple[str, ...]] = {
-    "demonstrations": (
-        *("id", "prompt", "system", "response", "messages"),
-        *("parent", "role", "text", "rank", "tree"),
-        *OF_ANY_ROW,
-    ),
-    "preferences": (
-        *("id", "prompt", "system", "chosen", "rejected", "margin", "annotator"),
-        *("response_a", "response_b", "votes", "vote", "preference", "score_a", "score_b"),
-        *("answers", "answer", "response", "score", "rank", "parent", "role", "text", "tree"),
-        *DETAILS,
-        "licence",
-    ),
-    "prompts": ("id", "prompt", "system", *OF_ANY_ROW),
-}
-_NAME = r"\w[\w .\-/]*"
-_PLACE = re.compile(rf"\{{\{{({_NAME})\}}\}}|\{{({_NAME})\}}")  # {{name}} or {name}
 _LISTED = 12  # columns that a message names at most
 _LONGEST = 60  # characters of a name in a message
 
@@ -65,17 +43,6 @@ def has(row: Row, place: str) -> bool:
     return place in row or ("." in place and find(row, place) is not None)
 
 
-def is_template(place: str) -> bool:
-    """Whether a place is a template: a text with a name in braces."""
-    return bool(names_in(place))
-
-
-@lru_cache
-def names_in(template: str) -> tuple[str, ...]:
-    """The columns and paths that a template names, in order; `{{name}}` names none."""
-    return tuple(dict.fromkeys(match[2] for match in _PLACE.finditer(template) if match[2]))
-
-
 def fill(template: str, look: Look) -> str:
     """A template with its names replaced by texts; `{{name}}` becomes `{name}`.
 
@@ -88,7 +55,7 @@ def fill(template: str, look: Look) -> str:
         lines = [[line for line in part.split("\n") if _has_text(line, texts)] for part in kept]
         template = "\n\n".join("\n".join(part) for part in lines)
 
-    return _PLACE.sub(lambda m: texts[m[2]] if m[2] else f"{{{m[1]}}}", template)
+    return PLACE.sub(lambda m: texts[m[2]] if m[2] else f"{{{m[1]}}}", template)
 
 
 def _has_text(part: str, texts: Mapping[str, str]) -> bool:

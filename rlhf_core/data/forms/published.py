@@ -7,7 +7,7 @@ docs/data.md lists the same settings.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf_core.data.prepared import TableKind
+from rlhf_core.settings.fields import TableKind
 
 
 class Published(NamedTuple):

@@ -11,20 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_core.data.encoding import Message, Prompt
 from rlhf_core.data.forms import messages
-from rlhf_core.data.forms.fields import (
-    fill,
-    find,
-    has,
-    is_filled,
-    is_missing,
-    is_template,
-    names_in,
-)
+from rlhf_core.data.forms.fields import fill, find, has, is_filled, is_missing
 from rlhf_core.data.origins.columns import OddNameError, OriginColumns
 from rlhf_core.data.origins.counts import Origin
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row
-from rlhf_core.data.vote_details import OF_A_VOTE, READERS, Sides, UnlikeError, quote
+from rlhf_core.data.vote_details import READERS, Sides, UnlikeError, quote
+from rlhf_core.settings.fields import OF_A_VOTE, TableKind, is_template, names_in
 
 # Where a prompt may end: after a sentence or a colon before white space, or after a line.
 _SAFE = re.compile(r"[.!?:][\"')\]]*(?=\s)|[。！？]|\n+")

@@ -6,24 +6,21 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from rlhf_core.data.forms import examples, trees
-from rlhf_core.data.forms.fields import (
-    FIELDS,
-    find,
-    has,
-    is_template,
-    listed,
-    names_in,
-    shown,
-    unread_texts,
-)
+from rlhf_core.data.forms.fields import find, has, listed, shown, unread_texts
 from rlhf_core.data.forms.messages import begins_a_dialogue, unpacked
 from rlhf_core.data.forms.published import hint
 from rlhf_core.data.forms.rows import Reading, SourceRow
-from rlhf_core.data.origins.columns import OF_ANY_ROW
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row, SourceRows
-from rlhf_core.data.vote_details import OF_A_VOTE, UnlikeError
+from rlhf_core.data.vote_details import UnlikeError
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import (
+    FIELDS,
+    OF_A_VOTE,
+    OF_ANY_ROW,
+    TableKind,
+    is_template,
+    names_in,
+)
 
 Convert: TypeAlias = Callable[[SourceRow], list[Row]]
 Join: TypeAlias = Callable[[list[Row]], tuple[list[Row], Mapping[str, int]]]

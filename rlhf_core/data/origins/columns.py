@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_core.data.origins.counts import Origin
-from rlhf_core.data.prepared import TableKind
 from rlhf_core.data.sources import Row, SourceRows
 from rlhf_core.data.vote_details import UnlikeError
 from rlhf_core.data.vote_details import name as read_name
 from rlhf_core.data.vote_details import source as read_text
+from rlhf_core.settings.fields import OF_ANY_ROW, TableKind
 
-OF_ANY_ROW = ("source", "licence")  # fields that any table may have
 SPELT = {"licence": ("licence", "license"), "source": ("source",)}
 
 

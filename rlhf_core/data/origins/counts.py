@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_core.data.prepared import SPLITS, Split, TableKind, falls_to_eval
+from rlhf_core.data.prepared import SPLITS, Split, falls_to_eval
 from rlhf_core.data.prompts import prompt_key
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import TableKind
 
 FILE = "origins.json"
 FORM = 1

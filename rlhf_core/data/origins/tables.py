@@ -20,7 +20,7 @@ from rlhf_core.data.origins.counts import (
     in_order,
 )
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import TableKind
+from rlhf_core.settings.fields import TableKind
 
 SHOWN = 200  # rows of the table for people
 

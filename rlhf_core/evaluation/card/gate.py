@@ -2,43 +2,15 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.config import Section
 from rlhf_core.errors import RefusedError
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.functional.interval import Interval
 from rlhf_core.rewards.canaries import CanaryResult
+from rlhf_core.settings.evaluation import RewardGateConfig
 
 LONGER = '"prefer the longer"'
-
-
-class RewardGateConfig(Section):
-    """Requirements on a reward model before a policy is trained on it.
-
-    This is a separate section because the settings of `reward_model` identify that training: a new
-    threshold there would retrain the model.
-    """
-
-    min_accuracy: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="The lower bound of the held-out accuracy must exceed this, or the pipeline "
-        "stops before policy training; 0.5 requires better than chance, 0 = off",
-    )
-    beat_longer: bool = Field(
-        False,
-        description="Also stop unless the held-out accuracy is above that of the rule "
-        '"prefer the longer"',
-    )
-    max_canary_share: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Also stop unless the upper bound of the share of real answers that a canary "
-        "beats is at most this, for every canary of the report card; 1 = off",
-    )
 
 
 class RewardQuality(BaseModel):

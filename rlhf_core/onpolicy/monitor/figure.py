@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import figures
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.onpolicy.monitor.rules import PREFIX, RULES, Rule
+from rlhf_core.settings.monitor import MonitorConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_core.onpolicy.monitor.config import MonitorAction, MonitorConfig
 from rlhf_core.onpolicy.monitor.last_good import LastGood
 from rlhf_core.onpolicy.monitor.monitor import Monitor
 from rlhf_core.onpolicy.monitor.rules import halvings, roll_backs
+from rlhf_core.settings.monitor import MonitorAction, MonitorConfig
 from rlhf_core.training.learner import Learner
 
 

@@ -18,7 +18,6 @@ from rlhf_core.data.encoding import encode_prompt
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError
 from rlhf_core.onpolicy.experience import PromptTable
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.onpolicy.monitor.measures import (
     Cloud,
     acceleration,
@@ -31,6 +30,7 @@ from rlhf_core.onpolicy.monitor.rules import PREFIX, RULES, Rule, since_roll_bac
 from rlhf_core.onpolicy.monitor.samples import Samples, Watched
 from rlhf_core.onpolicy.observe import Action, Observation, Observer
 from rlhf_core.seeding import generator
+from rlhf_core.settings.monitor import MonitorConfig
 from rlhf_core.work import Work
 
 LEAST = 0.1  # share of SFT responses that end, below which a change of it says nothing

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rlhf_core.metrics import Alarm
-from rlhf_core.onpolicy.monitor.config import MonitorAction, MonitorConfig
+from rlhf_core.settings.monitor import MonitorAction, MonitorConfig
 
 PREFIX: Final = "monitor/"
 ACTION: Final = f"{PREFIX}action"

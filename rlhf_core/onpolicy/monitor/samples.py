@@ -10,10 +10,11 @@ from torch.nn.functional import pad
 
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import lay_out, response_logprobs, with_shared_states
-from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig, prompt_batch, uniforms
+from rlhf_core.backbone.sampling import PolicySampler, prompt_batch, uniforms
 from rlhf_core.metrics import Between, batch_name
 from rlhf_core.onpolicy.experience import PromptTable
 from rlhf_core.rewards.scoring import Reward
+from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.training.learner import require_finite
 from rlhf_core.training.order import chunks
 from rlhf_core.training.ranks import Ranks

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.backbone.context import context_of
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.formats import parse
 from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.prepared import Split, prompt_key, read_table
 from rlhf_core.data.sources import read_rows
 from rlhf_core.errors import DataError
-from rlhf_core.judges.config import PeopleConfig
 from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.seeding import generator
+from rlhf_core.settings.judge import PeopleConfig
+from rlhf_core.settings.model import SamplingConfig
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.asking.votes import opened

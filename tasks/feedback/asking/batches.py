@@ -20,8 +20,8 @@ from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from rlhf_core.errors import DataError
-from rlhf_core.judges.config import PeopleConfig
 from rlhf_core.judges.judge import Winner
+from rlhf_core.settings.judge import PeopleConfig
 from tasks.feedback.asking.votes import opened
 from tasks.feedback.store import clock
 from tasks.feedback.store.database import Database

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from rlhf_core.data.prepared import canonical_prompt
 from rlhf_core.errors import VerdictsPendingError
-from rlhf_core.judges.config import PEOPLE, PeopleConfig
 from rlhf_core.judges.judge import Pair, Verdict
+from rlhf_core.settings.judge import PEOPLE, PeopleConfig
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store.content import EXCHANGED, digest

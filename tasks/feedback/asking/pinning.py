@@ -7,7 +7,7 @@ or days of waiting it reads the same votes, however many have come since.
 
 import logging
 
-from rlhf_core.stages.prepare import LATEST, DataConfig, PreferencesConfig
+from rlhf_core.settings.data import LATEST, DataConfig, PreferencesConfig
 from tasks.feedback.asking.votes import opened, patiently
 from tasks.feedback.store.records import SnapshotInfo
 from tasks.record import tags

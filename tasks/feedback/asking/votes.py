@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_core.data.origins.of_votes import write_beside
 from rlhf_core.errors import DataError
-from rlhf_core.stages.prepare import LATEST, DataConfig
+from rlhf_core.settings.data import LATEST, DataConfig
 from tasks.registry.refs import SnapshotRef
 from tasks.settings import Settings
 

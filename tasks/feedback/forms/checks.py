@@ -11,8 +11,8 @@ from typing import Any
 from rlhf_core.data.forms.fields import is_filled
 from rlhf_core.data.forms.messages import checked, parsed
 from rlhf_core.data.forms.rows import BadRowError
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.vote_details import UnlikeError, quote
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.store.store import FeedbackProject
 from tasks.feedback.store.tables import Annotator, Judgment, Project, Prompt, Response
 

@@ -3,9 +3,9 @@
 import re
 
 from rlhf_core.data.forms.messages import turns, unpacked
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Row
 from rlhf_core.data.vote_details import UnlikeError
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.forms.stored import StoredPair
 from tasks.feedback.store.judgments import CastVote
 from tasks.feedback.store.records import Answer

@@ -10,8 +10,8 @@ import yaml
 from rlhf_core.data.forms.fields import listed
 from rlhf_core.data.forms.published import PUBLISHED
 from rlhf_core.data.sources import Row, SourceRows
-from rlhf_core.data.vote_details import word
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import word
 
 MARK = "rlhf-votes-1"  # the value of `format` in each row of our own form
 _SAMPLE = 50  # rows that are looked at to tell a form

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from rlhf_core.data.vote_details import word
 from rlhf_core.errors import ConfigError
+from rlhf_core.settings.fields import word
 from tasks.feedback.store.records import Ballot, NewPair
 
 OURS = ("a", "b", "tie", "both_bad", "skip")  # what the values of a vote may mean

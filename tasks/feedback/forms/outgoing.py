@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pyarrow as pa
 from sqlalchemy import func, select
 
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Row
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.forms import files, stored, tables, votes
 from tasks.feedback.forms.dialogues import hh_rlhf, pair_row
 from tasks.feedback.forms.known import WRITTEN, form_named

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.data.formats import Parsing
-from rlhf_core.data.forms.fields import FIELDS, find, is_filled, listed, names_in
+from rlhf_core.data.forms.fields import find, is_filled, listed
 from rlhf_core.data.forms.rows import BadRowError, Reading
 from rlhf_core.data.forms.table import in_source
 from rlhf_core.data.prepared import KEPT, canonical_prompt
 from rlhf_core.data.sources import Fault, Row, SourceRows
-from rlhf_core.data.vote_details import BOTH_BAD, DETAILS, quote, word
+from rlhf_core.data.vote_details import BOTH_BAD, quote
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import DETAILS, FIELDS, names_in, word
 from tasks.feedback.forms import checks
 from tasks.feedback.forms.checks import MOST, Pseudonyms
 from tasks.feedback.forms.options import OURS, Entry, ImportOptions

@@ -30,10 +30,10 @@ import pyarrow as pa
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.forms.messages import messages
 from rlhf_core.data.forms.rows import BadRowError
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.sources import Fault, Row, SourceRows
 from rlhf_core.data.vote_details import UnlikeError, quote
 from rlhf_core.data.vote_details import gold as is_gold
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.forms import checks
 from tasks.feedback.forms.checks import MOST, Pseudonyms
 from tasks.feedback.forms.known import MARK

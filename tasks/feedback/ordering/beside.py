@@ -20,7 +20,7 @@ from typing import IO, TypeAlias
 
 from prefect import task
 
-from rlhf_core.stages.prepare import DataConfig
+from rlhf_core.settings.data import DataConfig
 from tasks.feedback.asking.votes import opened
 from tasks.prefect.ui import SUSPENSION
 from tasks.registry.refs import ModelRef

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_core.config import Section
-from rlhf_core.judges.config import PEOPLE, EndpointConfig, JudgeConfig
+from rlhf_core.settings.judge import PEOPLE, EndpointConfig, JudgeConfig
 
 
 class AskJudgeConfig(Section):

@@ -11,7 +11,6 @@ from torch import Tensor
 from rlhf_core.backbone.context import context_of
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.errors import ModelError
-from rlhf_core.judges.config import ENDPOINT, REWARD_MODEL
 from rlhf_core.judges.judge import Judge, Pair, Verdict, Winner
 from rlhf_core.judges.load import ScoreJudge, by_score, load_judge
 from rlhf_core.judges.orders import BothOrders
@@ -19,6 +18,7 @@ from rlhf_core.labelling.router import Opinion
 from rlhf_core.labelling.verdicts import JudgeHabits
 from rlhf_core.metrics import StageLogger
 from rlhf_core.rewards.models import load_reward_model, score_texts
+from rlhf_core.settings.judge import ENDPOINT, REWARD_MODEL
 from tasks.feedback.ordering.ordering import LONGEST, newest_reward_model
 from tasks.feedback.ordering.outcome import last_order
 from tasks.feedback.routing.config import AskJudgeConfig

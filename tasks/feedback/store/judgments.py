@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.data.prompts import Prompt as PromptText
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.store import clock
 from tasks.feedback.store.content import (
     EXCHANGED,

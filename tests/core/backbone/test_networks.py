@@ -29,7 +29,8 @@ from rlhf_core.backbone.sampling import sample
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ModelError, NumericsError
 from rlhf_core.functional.logprobs import chunked_token_loss
-from rlhf_core.training.learner import Learner, TrainingSection
+from rlhf_core.settings.training import TrainingSection
+from rlhf_core.training.learner import Learner
 from rlhf_core.types import PromptBatch
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [70, 80, 90, 100], [110, 120, 130]]

@@ -10,9 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_core.backbone import sampling
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import lay_out, response_logprobs
-from rlhf_core.backbone.sampling import BLOCK, SamplingConfig, draw, respond, sample, uniforms
+from rlhf_core.backbone.sampling import BLOCK, draw, respond, sample, uniforms
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.types import PromptBatch
 
 PROMPTS = [[20, 30, 40, 50, 60], [70, 80], [90, 100, 110]]

@@ -9,12 +9,12 @@ from decimal import Decimal
 import pytest
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.forms.fields import FIELDS
 from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.forms.table import FORMS
-from rlhf_core.data.prepared import COLUMNS, TABLE_KINDS
+from rlhf_core.data.prepared import COLUMNS
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import FIELDS, TABLE_KINDS
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Air."}]
 ATOMS = [

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.data.formats import parse
 from rlhf_core.data.prepared import digest, read_table
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.errors import DataError
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.stages.prepare import prepare_data, reading_of
 from rlhf_core.work import Work
 
 PAIR = {"prompt": "p", "response_a": "A", "response_b": "B", "vote": "a"}
@@ -19,7 +20,7 @@ PAIR = {"prompt": "p", "response_a": "A", "response_b": "B", "vote": "a"}
 
 def table(*rows, keep=("topic",)):
     source = SourceRows("f.jsonl", "line", list(enumerate(rows, 1)))
-    reading = replace(DataConfig().reading("preferences"), keep=keep)
+    reading = replace(reading_of(DataConfig(), "preferences"), keep=keep)
     return parse(source, "preferences", {}, reading)
 
 
@@ -113,6 +114,6 @@ def test_prepared_prompts_keep_them_and_others_stay_as_they_were(tmp_path):
 
 def test_a_list_is_no_value_beside_a_prompt():
     source = SourceRows("f.jsonl", "line", [(1, {"prompt": "p", "topic": ["a"]})])
-    reading = replace(DataConfig().reading("prompts"), keep=("topic",))
+    reading = replace(reading_of(DataConfig(), "prompts"), keep=("topic",))
     [fault] = parse(source, "prompts", {}, reading).faults
     assert str(fault).endswith("is a list, not a value to keep beside a prompt")

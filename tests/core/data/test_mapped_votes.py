@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from rlhf_core.data.formats import parse
 from rlhf_core.data.sources import SourceRows, read_rows
-from rlhf_core.stages.prepare import DataConfig, TableConfig
+from rlhf_core.settings.data import DataConfig, TableConfig
+from rlhf_core.stages.prepare import reading_of
 
 PAIR = {"prompt": "p", "response_a": "A", "response_b": "B"}
 
@@ -18,7 +19,7 @@ PAIR = {"prompt": "p", "response_a": "A", "response_b": "B"}
 def table(*rows, names=None, votes=None, **reading):
     config = DataConfig(preferences={"votes": votes or {}})
     source = SourceRows("f.jsonl", "line", list(enumerate(rows, 1)))
-    known = replace(config.reading("preferences"), **reading)
+    known = replace(reading_of(config, "preferences"), **reading)
     return parse(source, "preferences", names or {}, known)
 
 

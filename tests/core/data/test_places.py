@@ -3,10 +3,11 @@
 import pytest
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.forms.fields import fill, find, names_in
+from rlhf_core.data.forms.fields import fill, find
 from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import names_in
 
 
 def table(kind, *rows, names=None, **reading):

@@ -11,7 +11,8 @@ from rlhf_core.data.formats import parse
 from rlhf_core.data.forms.published import PUBLISHED
 from rlhf_core.data.sources import read_rows
 from rlhf_core.errors import DataError
-from rlhf_core.stages.prepare import DataConfig
+from rlhf_core.settings.data import DataConfig
+from rlhf_core.stages.prepare import reading_of
 
 DATA_PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 
@@ -251,7 +252,7 @@ def read(path, kind, settings):
     table = yaml.safe_load(f"{{path: {path}, {settings}}}")
     config = DataConfig(source="files", **{kind: table})
     source = read_rows(str(path), split="train", subset="", limit=0)
-    return parse(source, kind, config.table(kind).fields, config.reading(kind))
+    return parse(source, kind, config.table(kind).fields, reading_of(config, kind))
 
 
 @pytest.mark.parametrize(("name", "kind"), SHAPES)

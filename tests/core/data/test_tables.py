@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from rlhf_core.data.assembly import assemble, fill, shared_prompts, split_by_prompt
 from rlhf_core.data.formats import ParsedSource
-from rlhf_core.data.prepared import COLUMNS, TABLE_KINDS, TableKind
+from rlhf_core.data.prepared import COLUMNS
 from rlhf_core.data.sources import Fault
+from rlhf_core.settings.fields import TABLE_KINDS, TableKind
 
 ANSWERS = {
     "demonstrations": {"response": "r"},

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.validation import (
     TableSummary,
@@ -14,6 +14,7 @@ from rlhf_core.data.validation import (
     drop_useless,
     summarise_lengths,
 )
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 
 COLUMNS = ["prompt", "response_a", "response_b", "vote", "annotator", "ballot", "split"]
 COLUMNS += ["shown_first", "gold"]

@@ -6,14 +6,15 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf_core.errors import ModelError
-from rlhf_core.evaluation.card.gate import RewardGateConfig, RewardQuality, require_reward_model
+from rlhf_core.evaluation.card.gate import RewardQuality, require_reward_model
 from rlhf_core.evaluation.intervals import can_show
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.interval import Interval
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
 from rlhf_core.promotion.rules import decide
 from rlhf_core.rewards.canaries import CanaryResult
+from rlhf_core.settings.evaluation import RewardGateConfig
+from rlhf_core.settings.promotion import PromotionConfig
 
 CONFIG = PromotionConfig(
     min_win_rate=0.6,

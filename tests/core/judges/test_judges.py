@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rlhf_core.errors import ConfigError
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.exam import meet_canaries
 from rlhf_core.judges.function import FunctionJudge
 from rlhf_core.judges.judge import Cost, Pair, Verdict
@@ -14,6 +13,7 @@ from rlhf_core.judges.load import ScoreJudge, load_judge
 from rlhf_core.judges.orders import BothOrders
 from rlhf_core.rewards.canaries import BY_SCORE, KINDS
 from rlhf_core.rewards.functions import RewardPlaces
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
 
 MODULE = """
 def shorter(prompts, answers_a, answers_b):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.onpolicy.monitor.measures import (
     SHRINKAGE,
     Cloud,
@@ -27,6 +26,7 @@ from rlhf_core.onpolicy.monitor.rules import (
     since_roll_back,
 )
 from rlhf_core.onpolicy.monitor.samples import Samples
+from rlhf_core.settings.monitor import MonitorConfig
 
 RULE = {rule.measure: rule for rule in RULES}
 

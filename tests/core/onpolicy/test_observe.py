@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.observe import Action, Observation, kl_budget, observe
+from rlhf_core.settings.onpolicy import OnPolicySection
 
 
 def seen(kl, number=1):

@@ -16,20 +16,22 @@ from rlhf_core.backbone import networks
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.responses import lay_out, response_logprobs
-from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.losses import clipped_policy
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy import update as update_module
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.loop import Iteration, require_kl_zero
 from rlhf_core.onpolicy.observe import over_kl_budget
 from rlhf_core.onpolicy.report import describe, group_std
 from rlhf_core.onpolicy.update import optimise_policy, update_policy, went_too_far
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, RewardTerm, load_reward
+from rlhf_core.rewards.scoring import load_reward
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
+from rlhf_core.settings.rewards import PIPELINE_REWARD, RewardTerm
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.order import PromptStream, chunks
 from rlhf_core.training.ranks import Ranks

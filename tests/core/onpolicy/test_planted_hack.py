@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.rloo import RLOOConfig, train_rloo
+from rlhf_core.settings.onpolicy import RLOOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.stages.rloo import train_rloo
 
 CONFIG = RLOOConfig(
     learning_rate=2e-3,

@@ -12,12 +12,12 @@ from rlhf_core.evaluation.scorecard import (
     Scorecard,
 )
 from rlhf_core.functional.interval import Interval
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision, Look
 from rlhf_core.promotion.facts import Facts, Files
 from rlhf_core.promotion.page import page, rows
 from rlhf_core.promotion.rules import apply_rules, decide
 from rlhf_core.rewards.canaries import CanaryResult
+from rlhf_core.settings.promotion import PromotionConfig
 
 N = 100
 

@@ -14,13 +14,14 @@ from rlhf_core.backbone.directory import load_saved_tokenizer, read_card, save_m
 from rlhf_core.backbone.networks import Policy, ScalarModel, load_as_adapter, start_adapter
 from rlhf_core.backbone.packing import pack
 from rlhf_core.errors import ModelError
-from rlhf_core.rewards.ensemble import Ensemble, MemberSection, average_head, average_of
+from rlhf_core.rewards.ensemble import Ensemble, average_head, average_of
 from rlhf_core.rewards.models import (
     load_on_trunk,
     load_reward_model,
     score_texts,
     scores_and_spread,
 )
+from rlhf_core.settings.rewards import MemberSection
 
 TEXTS = [[20, 30, 40, 50, 60], [70, 80], [70, 80, 90, 100], [110, 120, 130]]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -9,14 +9,16 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import load_saved_tokenizer, save_model
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.data.encoding import left_pad, right_pad
 from rlhf_core.errors import ConfigError, ModelError
 from rlhf_core.rewards.functions import load_function
-from rlhf_core.rewards.scoring import Reward, RewardTerm, check_terms, load_reward
+from rlhf_core.rewards.scoring import Reward, load_reward
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.settings.rewards import RewardTerm, check_terms
 from rlhf_core.types import Responses
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

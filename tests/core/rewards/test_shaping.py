@@ -5,7 +5,8 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from rlhf_core.rewards.shaping import Shaping, ShapingSection
+from rlhf_core.rewards.shaping import Shaping
+from rlhf_core.settings.rewards import ShapingSection
 
 SCORES = torch.tensor([1.0, 3.0, 5.0, 7.0])  # mean 4, variance 5
 LENGTHS = torch.tensor([2, 4, 6, 8])

@@ -14,13 +14,15 @@ from transformers import AutoTokenizer
 from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import prompt_numbers, with_winners
-from rlhf_core.data.prepared import GOLD, read_table, write_table
+from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.seeding import generator
+from rlhf_core.settings.evaluation import ReportCardConfig
+from rlhf_core.settings.fields import GOLD
 from rlhf_core.stages import reward_model
 from rlhf_core.stages.held_out import train_held_out
-from rlhf_core.stages.report_card import ReportCardConfig, write_report_card
+from rlhf_core.stages.report_card import write_report_card
 from rlhf_core.training.annotators import Annotators
 from rlhf_core.training.members import bootstrap
 

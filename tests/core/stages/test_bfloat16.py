@@ -25,8 +25,9 @@ from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import generator
+from rlhf_core.settings.evaluation import EvaluationConfig
 from rlhf_core.stages.dpo import leeway
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
+from rlhf_core.stages.evaluation import evaluate
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.work import Work
 

@@ -12,14 +12,16 @@ import torch
 
 from rlhf_core.backbone.directory import load_policy, load_saved_tokenizer, save_model
 from rlhf_core.backbone.networks import ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.data.prepared import SPLITS, read_table, write_table
 from rlhf_core.evaluation.diagnosis import diagnose
 from rlhf_core.evaluation.scorecard import Comparison
 from rlhf_core.functional.ranking import win_rate
-from rlhf_core.judges.config import JudgeConfig
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.training import SFTConfig
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(samples_per_prompt=2, best_of=4, true_reward="toy_worth:worth")

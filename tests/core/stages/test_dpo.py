@@ -17,7 +17,8 @@ from rlhf_core.data.pairs import encode_pairs, with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.dpo import DPOConfig, _accumulate, train_dpo
+from rlhf_core.settings.training import DPOConfig
+from rlhf_core.stages.dpo import _accumulate, train_dpo
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery

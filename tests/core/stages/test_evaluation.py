@@ -11,10 +11,10 @@ import pytest
 import torch
 from plain import plain_logprobs, plain_policy, plain_scores
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, base_of, load_base
+from rlhf_core.backbone.base_model import base_of, load_base
 from rlhf_core.backbone.directory import load_policy, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
@@ -22,11 +22,14 @@ from rlhf_core.evaluation import answers as evaluation_answers
 from rlhf_core.evaluation.answers import Answers
 from rlhf_core.evaluation.comparison import best_of_each, compare, distinct_n, first_of_each
 from rlhf_core.evaluation.scorecard import Arm
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.rewards.functions import load_function
 from rlhf_core.seeding import generator
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(prompts=8, samples_per_prompt=3, best_of=5, sample_rows=4)

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from tiny import first_gradients
 
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.update import optimise_policy
-from rlhf_core.stages.grpo import GRPOConfig, assign_credit, train_grpo
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig
+from rlhf_core.stages.grpo import assign_credit, train_grpo
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery

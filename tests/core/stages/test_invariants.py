@@ -17,7 +17,7 @@ from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import load_policy
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
-from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.encoding import encode_pair, encode_prompt, encode_response, left_pad, right_pad
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import read_table
@@ -25,8 +25,10 @@ from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.onpolicy.update import optimise_policy
-from rlhf_core.rewards.scoring import PIPELINE_REWARD, Reward, load_reward
+from rlhf_core.rewards.scoring import Reward, load_reward
 from rlhf_core.seeding import generator
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.rewards import PIPELINE_REWARD
 from rlhf_core.stages import grpo, ppo, rloo
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks

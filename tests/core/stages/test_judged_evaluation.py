@@ -7,11 +7,12 @@ import pytest
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import ConfigError, VerdictsPendingError
 from rlhf_core.evaluation.judged import Said, position_consistency
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.rewards.canaries import BY_SCORE, KINDS
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
 from rlhf_core.stages import evaluation
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
+from rlhf_core.stages.evaluation import evaluate
 from rlhf_core.work import Work
 
 CONFIG = EvaluationConfig(base=False, prompts=8, samples_per_prompt=2, best_of=4, sample_rows=3)

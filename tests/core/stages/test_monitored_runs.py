@@ -7,14 +7,14 @@ import signal
 import pytest
 from tiny import CONFIGS, MODEL, SAMPLING, World, change, digest, stage_of, work_of
 
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.directory import load_saved_tokenizer
 from rlhf_core.errors import DataError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
 from rlhf_core.onpolicy.monitor.guard import Guard
 from rlhf_core.onpolicy.monitor.rules import Rule
-from rlhf_core.rewards.scoring import RewardTerm
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.monitor import MonitorConfig
+from rlhf_core.settings.rewards import RewardTerm
 from rlhf_core.stages.held_out import train_held_out
 from rlhf_core.stages.sft import train_sft
 from rlhf_core.stages.table import run_stage

@@ -10,15 +10,17 @@ from plain import first_roll_out, plain_policy, plain_scores, plain_values
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.backbone.networks import ScalarModel
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.loop import PromptStream
-from rlhf_core.stages.ppo import PPOConfig, train_ppo
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.ppo import train_ppo
+from rlhf_core.stages.reward_model import train_reward_model
 
 CONFIG = PPOConfig(
     learning_rate=2e-3,

@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.data.prepared import COLUMNS, SPLITS, TABLE_KINDS, digest, prompt_key, read_table
+from rlhf_core.data.prepared import COLUMNS, SPLITS, digest, prompt_key, read_table
 from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.simulation import SimulationConfig
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, inspect, prepare_data
+from rlhf_core.settings.data import DataConfig, LengthLimits, TableConfig
+from rlhf_core.settings.fields import TABLE_KINDS
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.settings.simulation import SimulationConfig
+from rlhf_core.stages.prepare import inspect, prepare_data
 from rlhf_core.work import Work
 
 LIMITS = LengthLimits(prompt=64, sft=128, reward=128, response=48)

@@ -11,9 +11,11 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from rlhf_core.data import validation
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.simulation import SimulationConfig
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
+from rlhf_core.settings.data import DataConfig, LengthLimits, TableConfig
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.simulation import SimulationConfig
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.work import Work
 
 BLOCKS = MODEL.fresh.layers

@@ -21,8 +21,10 @@ from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.evaluation.card.findings import findings, verdict
 from rlhf_core.rewards.canaries import KINDS
 from rlhf_core.rewards.models import load_reward_model, score_texts
-from rlhf_core.stages.report_card import ReportCardConfig, _draw, write_report_card
-from rlhf_core.stages.reward_model import RewardModelConfig, train_reward_model
+from rlhf_core.settings.evaluation import ReportCardConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.report_card import _draw, write_report_card
+from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
 
 CONFIG = ReportCardConfig(samples=24, min_slice_prompts=5, max_length=24)

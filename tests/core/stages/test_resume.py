@@ -23,7 +23,7 @@ from tiny import CONFIGS, MODEL, SAMPLING, World, change, digest, newest, run
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.shaping import ShapingSection
+from rlhf_core.settings.rewards import ShapingSection
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
 

@@ -23,9 +23,11 @@ from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.training import RewardModelConfig
 from rlhf_core.stages import reward_model
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
-from rlhf_core.stages.reward_model import RewardModelConfig
+from rlhf_core.stages.evaluation import evaluate
+from rlhf_core.training.learner import adapt
 from rlhf_core.training.members import MemberBatches, bootstrap
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
@@ -137,7 +139,7 @@ def test_the_first_gradient_of_a_member_is_that_of_its_own_votes(world, tmp_path
     network = ScalarModel.from_policy(world.sft, torch.Generator()).with_new_head(
         generator(0, f"reward/head/{member}")
     )
-    config.adapt(network, f"reward-{member}", seed=0, stream=f"reward/adapter/{member}")
+    adapt(network, config, f"reward-{member}", seed=0, stream=f"reward/adapter/{member}")
     tokenizer = AutoTokenizer.from_pretrained(world.sft)
     pairs, table, _ = encode_pairs(read_table(world.data, "preferences", "train"), tokenizer, 14)
     prompts = prompt_numbers(table)

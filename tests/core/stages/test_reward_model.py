@@ -14,19 +14,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_core.backbone.directory import load_policy, read_card
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.responses import lay_out
-from rlhf_core.backbone.sampling import SamplingConfig, respond
+from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import encode_pair, encode_prompt
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.errors import ConfigError, DataError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.seeding import generator
-from rlhf_core.stages.reward_model import (
-    RewardModelConfig,
-    _sft_scores,
-    scale_of,
-    train_reward_model,
-)
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.reward_model import _sft_scores, scale_of, train_reward_model
 
 CONFIG = RewardModelConfig(
     epochs=2,

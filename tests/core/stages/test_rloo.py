@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from tiny import first_gradients
 
 from rlhf_core.backbone.directory import read_card
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.errors import ConfigError, DataError, ModelError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.rloo import RLOOConfig, assign_credit, train_rloo
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import RLOOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.stages.rloo import assign_credit, train_rloo
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.types import PromptBatch, Responses, Rollout
 

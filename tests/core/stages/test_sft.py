@@ -10,13 +10,15 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from rlhf_core.backbone.base_model import ModelConfig, base_of, load_base
+from rlhf_core.backbone.base_model import base_of, load_base
 from rlhf_core.backbone.directory import load_policy, read_card, save_model
 from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.prepared import read_table, training_texts, write_table
 from rlhf_core.errors import ConfigError, DataError, ModelError, NumericsError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.sft import SFTConfig, perplexity, require_learnt, train_sft
+from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.training import SFTConfig
+from rlhf_core.stages.sft import perplexity, require_learnt, train_sft
 
 CONFIG = SFTConfig(
     epochs=2, learning_rate=1e-2, batch_size=24, micro_batch_size=4, max_length=24, evaluations=4

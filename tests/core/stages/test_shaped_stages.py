@@ -5,7 +5,8 @@ import torch
 from tiny import CONFIGS, World, change, digest, run
 
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.shaping import Shaping, ShapingSection
+from rlhf_core.rewards.shaping import Shaping
+from rlhf_core.settings.rewards import ShapingSection
 from rlhf_core.stages import rloo
 from rlhf_core.types import PromptBatch, Responses, Rollout
 

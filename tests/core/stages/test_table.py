@@ -8,18 +8,19 @@ import tiny
 import torch
 from pydantic import BaseModel
 
-from rlhf_core.backbone.sampling import PolicySampler, SamplingConfig
+from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import read_table
 from rlhf_core.launch import Job, run
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.actors import Actors
-from rlhf_core.onpolicy.config import OnPolicySection
 from rlhf_core.onpolicy.kl_control import FixedKL
 from rlhf_core.onpolicy.loop import iterate
 from rlhf_core.onpolicy.observe import Action
 from rlhf_core.onpolicy.report import describe
 from rlhf_core.onpolicy.update import optimise_policy
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.stages.table import STAGES, StageSpec, algorithms, run_stage
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks

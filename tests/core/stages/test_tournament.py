@@ -7,18 +7,19 @@ import sys
 import pytest
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.backbone.directory import add_facts, load_policy, save_model
 from rlhf_core.data.prepared import read_table, write_table
 from rlhf_core.digests import tree_digest
 from rlhf_core.errors import NumericsError
 from rlhf_core.evaluation.tournament import schedule
-from rlhf_core.evaluation.tournament.config import TournamentConfig
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.judge import Cost, Verdict
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.training import SFTConfig
 from rlhf_core.stages import tournament
-from rlhf_core.stages.sft import SFTConfig, train_sft
+from rlhf_core.stages.sft import train_sft
 from rlhf_core.stages.tournament import hold_tournament
 from rlhf_core.work import Work
 

@@ -14,8 +14,10 @@ from rlhf_core.data.encoding import encode_pair
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import read_table
 from rlhf_core.seeding import generator
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, TableConfig, prepare_data
-from rlhf_core.stages.reward_model import RewardModelConfig, accumulate
+from rlhf_core.settings.data import DataConfig, LengthLimits, TableConfig
+from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages.prepare import prepare_data
+from rlhf_core.stages.reward_model import accumulate
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.work import Work

@@ -10,19 +10,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table
-from rlhf_core.judges.config import JudgeConfig
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.rloo import RLOOConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig, RLOOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
 from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.types import PromptBatch, Report, Responses, Rollout
 from rlhf_core.work import Work

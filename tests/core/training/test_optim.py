@@ -14,12 +14,8 @@ from torch.testing import assert_close
 
 from rlhf_core.errors import NumericsError
 from rlhf_core.seeding import generator, stream_seed
-from rlhf_core.training.learner import (
-    Learner,
-    TrainingSection,
-    learning_rate_factor,
-    require_finite,
-)
+from rlhf_core.settings.training import TrainingSection
+from rlhf_core.training.learner import Learner, learning_rate_factor, require_finite
 from rlhf_core.training.order import Batches, chunks
 
 

@@ -21,8 +21,8 @@ from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
 from rlhf_core.launch import Job, run, start_ranks
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
-from rlhf_core.rewards.scoring import RewardTerm
+from rlhf_core.settings.monitor import MonitorConfig
+from rlhf_core.settings.rewards import RewardTerm
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks

@@ -7,20 +7,15 @@ import pytest
 import torch
 from pydantic import Field
 
-from rlhf_core.backbone.base_model import ModelConfig
 from rlhf_core.backbone.directory import save_model
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.data.prepared import write_table
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.rewards.scoring import RewardTerm
-from rlhf_core.stages.dpo import DPOConfig
-from rlhf_core.stages.grpo import GRPOConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.rloo import RLOOConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig, RLOOConfig
+from rlhf_core.settings.rewards import RewardTerm
+from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
 from rlhf_core.training.order import Batches
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery, run_identity

@@ -17,15 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.backbone.base_model import ModelConfig, load_base
+from rlhf_core.backbone.base_model import load_base
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.evaluation.judged import Said, in_words, position_consistency
 from rlhf_core.evaluation.scorecard import JudgeFacts
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.exam import meet_canaries
 from rlhf_core.judges.judge import Pair
 from rlhf_core.judges.load import load_judge
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
+from rlhf_core.settings.model import ModelConfig
 from tasks.judges.judging import MlflowJudging, try_endpoint
 from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record

@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
-from rlhf_core.backbone.sampling import SamplingConfig
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.evaluation import EvaluationConfig, evaluate
+from rlhf_core.settings.evaluation import EvaluationConfig
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.stages.evaluation import evaluate
 from rlhf_core.work import Work
 from tasks.judges.judging import MlflowJudging
 from tasks.record.record import Record

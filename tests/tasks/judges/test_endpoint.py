@@ -12,10 +12,10 @@ import pytest
 from model_server import KEY, completion, longer, serving
 
 from rlhf_core.errors import ConfigError, UserError
-from rlhf_core.judges.config import TEMPLATE, EndpointConfig
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.judges.orders import BothOrders
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.settings.judge import TEMPLATE, EndpointConfig
 from tasks.judges.endpoint import IN_A_ROW, EndpointJudge
 from tasks.judges.meter import Meter
 

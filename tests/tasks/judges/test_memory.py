@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 from model_server import KEY, longer, serving
 
 from rlhf_core import redaction
-from rlhf_core.judges.config import EndpointConfig, JudgeConfig
 from rlhf_core.judges.judge import Cost, Pair, Verdict
 from rlhf_core.judges.load import load_judge
 from rlhf_core.metrics import MemoryLogger
+from rlhf_core.settings.judge import EndpointConfig, JudgeConfig
 from tasks.judges import memory
 from tasks.judges.judging import MlflowJudging
 from tasks.judges.memory import Memory, RememberedJudge

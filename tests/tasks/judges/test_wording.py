@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_core.judges.config import TEMPLATE
 from rlhf_core.judges.judge import Pair, Verdict
+from rlhf_core.settings.judge import TEMPLATE
 from tasks.judges.wording import question, read_reply
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 from sqlalchemy import select
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.origins.counts import FILE, Origins
 from rlhf_core.data.origins.of_votes import file_beside
 from rlhf_core.data.prepared import digest
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.work import Work
 from tasks.feedback.asking.votes import fetch_snapshot
 from tasks.feedback.store.records import Answer, Ballot, NewPair

@@ -4,8 +4,8 @@ from prefect import flow
 
 from rlhf_core.evaluation.scorecard import Arm, Comparison, Scorecard
 from rlhf_core.functional.interval import Interval
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.prefect.approval import ask_person
 from tasks.record.run import open_run
 from tasks.registry.refs import ModelRef

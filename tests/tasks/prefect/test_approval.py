@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from rlhf_core.errors import UserError
-from rlhf_core.promotion.config import PromotionConfig
 from rlhf_core.promotion.decision import Decision
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.prefect.approval import Answer
 from tasks.record.describe import ensure_experiment
 from tasks.registry.model_store import MlflowModelStore

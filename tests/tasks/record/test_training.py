@@ -18,15 +18,13 @@ from mlflow.entities import Param
 from prefect.exceptions import Pause
 from pydantic import Field
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.config import Section
 from rlhf_core.errors import ConfigError
-from rlhf_core.simulation.tables import SimulationConfig
-from rlhf_core.stages.ppo import PPOConfig
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.onpolicy import PPOConfig
+from rlhf_core.settings.simulation import SimulationConfig
+from rlhf_core.settings.training import RewardModelConfig, SFTConfig
 from rlhf_core.types import Report
 from tasks.record import identity
 from tasks.record.record import Record

@@ -10,7 +10,7 @@ from mlflow.artifacts import download_artifacts
 from safetensors.torch import save_file
 
 from rlhf_core.evaluation.scorecard import JudgeFacts, PromptSlice, Scorecard
-from rlhf_core.promotion.config import PromotionConfig
+from rlhf_core.settings.promotion import PromotionConfig
 from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
 from tasks.registry.evidence import gather

@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.backbone.directory import add_facts, load_policy, load_saved_tokenizer, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
 from rlhf_core.backbone.packing import pack
 from rlhf_core.data.encoding import encode_pair, encode_prompt
 from rlhf_core.errors import ModelError
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
 from tasks.serving.export import SERVED, export_servable

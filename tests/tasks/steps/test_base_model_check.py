@@ -2,9 +2,10 @@
 
 import pytest
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, load_tokenizer
+from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.backbone.directory import save_model
 from rlhf_core.errors import ModelError
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 from tasks.steps.reward_model import check_base_model
 from tests.core.backbone.families import build
 

@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf_core.backbone.precision import machine
-from rlhf_core.stages.prepare import DataConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig
+from rlhf_core.settings.training import SFTConfig
 from tasks.record import tags
 from tasks.record.identity import Definition
 from tasks.record.record import Record

@@ -13,8 +13,9 @@ from typing import Any
 
 from rlhf_core.data.forms.fields import is_filled
 from rlhf_core.data.sources import Row, SourceRows
-from rlhf_core.data.vote_details import BOTH_BAD, word
+from rlhf_core.data.vote_details import BOTH_BAD
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import word
 from tasks.feedback.forms.options import ImportOptions
 from tasks.feedback.forms.stored import StoredPair
 from tasks.feedback.forms.tools.naming import Adapted, answers_in, as_text, person, places

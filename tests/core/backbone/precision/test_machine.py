@@ -6,7 +6,7 @@ import torch
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.precision import gain, machine
 from rlhf_core.backbone.precision.machine import native_bfloat16, resolve, resolved
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.training import SFTConfig
 
 WITH = {"architecture": "x86_64", "avx2": True, "avx512_bf16": True, "amx_bf16": False}
 WITHOUT = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}
@@ -74,7 +74,8 @@ def test_a_network_computes_in_a_type_and_not_in_auto(causal_model):
 
 @pytest.fixture
 def causal_model():
-    from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig, outline
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.settings.model import FreshModelConfig, ModelConfig
 
     fresh = FreshModelConfig(layers=2, width=16, heads=2, context=32, vocab_size=290)
     return outline(ModelConfig(fresh=fresh), 290)

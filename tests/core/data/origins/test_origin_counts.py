@@ -6,7 +6,6 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.formats import parse
 from rlhf_core.data.forms.rows import Reading
 from rlhf_core.data.origins.counts import (
@@ -22,7 +21,9 @@ from rlhf_core.data.pairs import select_votes, with_winners
 from rlhf_core.data.prepared import SPLITS, digest, prompt_key, read_table
 from rlhf_core.data.sources import SourceRows
 from rlhf_core.errors import DataError
-from rlhf_core.stages.prepare import DataConfig, LengthLimits, prepare_data
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.stages.prepare import prepare_data
 from rlhf_core.work import Work
 
 SECTIONS = {

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import ConfigError, DataError, ModelError
-from rlhf_core.simulation import SimulationConfig
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.settings.simulation import SimulationConfig
+from rlhf_core.settings.training import SFTConfig
 from tasks.feedback.asking import ask as asking
 from tasks.feedback.asking import batches
 from tasks.feedback.asking.again import Caller, next_batch

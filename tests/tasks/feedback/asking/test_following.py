@@ -12,7 +12,7 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Running
 
-from rlhf_core.judges.config import PeopleConfig
+from rlhf_core.settings.judge import PeopleConfig
 from tasks.feedback.asking import batches, starting
 from tasks.feedback.asking.starting import Looked, start_ready
 from tasks.feedback.asking.waiting import watch

@@ -7,9 +7,9 @@ from datetime import timedelta
 import pytest
 
 from rlhf_core.errors import VerdictsPendingError
-from rlhf_core.judges.config import JudgeConfig, PeopleConfig
 from rlhf_core.judges.judge import Pair, Panel, Verdict
 from rlhf_core.judges.load import load_judge
+from rlhf_core.settings.judge import JudgeConfig, PeopleConfig
 from tasks.feedback.asking import batches, waiting
 from tasks.feedback.asking.batches import majority, needed, nobody_to_ask
 from tasks.feedback.asking.judge import PeopleJudge

@@ -6,12 +6,12 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import ConfigError, DataError
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig
+from rlhf_core.settings.training import SFTConfig
 from tasks.feedback.asking import votes
 from tasks.feedback.asking.pinning import pin
 from tasks.feedback.asking.votes import opened, patiently, votes_now

@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_core.data.formats import parse
-from rlhf_core.data.prepared import GOLD, known_answers
+from rlhf_core.data.prepared import known_answers
 from rlhf_core.data.sources import read_rows
 from rlhf_core.errors import DataError
+from rlhf_core.settings.fields import GOLD
 from rlhf_core.training.annotators import VoteFacts
 from tasks.feedback.forms.incoming import import_file
 from tasks.feedback.forms.options import ExportOptions, ImportOptions

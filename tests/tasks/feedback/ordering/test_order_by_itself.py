@@ -11,7 +11,7 @@ from prefect import flow
 from flows import retrain
 from flows.feedback import feedback
 from rlhf_core.rewards.models import load_reward_model, score_texts
-from rlhf_core.stages.prepare import DataConfig
+from rlhf_core.settings.data import DataConfig
 from tasks.feedback.asking.config import AskConfig
 from tasks.feedback.ordering import beside
 from tasks.feedback.ordering.outcome import begin, last_order, orders

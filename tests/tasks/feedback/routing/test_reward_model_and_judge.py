@@ -2,13 +2,11 @@
 
 import pytest
 
-from rlhf_core.backbone.base_model import FreshModelConfig, ModelConfig
-from rlhf_core.backbone.sampling import SamplingConfig
 from rlhf_core.labelling.router import RouterConfig
 from rlhf_core.metrics import MemoryLogger
-from rlhf_core.stages.prepare import DataConfig, LengthLimits
-from rlhf_core.stages.reward_model import RewardModelConfig
-from rlhf_core.stages.sft import SFTConfig
+from rlhf_core.settings.data import DataConfig, LengthLimits
+from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
+from rlhf_core.settings.training import RewardModelConfig, SFTConfig
 from tasks.feedback.routing.config import AskJudgeConfig
 from tasks.feedback.routing.judging import pin
 from tasks.feedback.routing.route import judge_batch

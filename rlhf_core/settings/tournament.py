@@ -1,12 +1,12 @@
 """The settings of a tournament of checkpoints."""
 
+from math import comb
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.backbone.precision.machine import Precision
-from rlhf_core.evaluation.tournament.schedule import pairs_of
-from rlhf_core.rewards.ensemble import MemberSection
+from rlhf_core.settings.model import Precision
+from rlhf_core.settings.rewards import MemberSection
 
 VERDICTS_A_PAIR = 20  # at least, so that half of them are on ten prompts
 
@@ -64,7 +64,7 @@ class TournamentConfig(MemberSection):
 
     @model_validator(mode="after")
     def _enough_verdicts(self) -> Self:
-        pairs = len(pairs_of(self.checkpoints + 1))
+        pairs = comb(self.checkpoints + 1, 2)
         if self.on and self.verdicts < (least := VERDICTS_A_PAIR * pairs):
             raise ValueError(
                 f"verdicts {self.verdicts} is less than {VERDICTS_A_PAIR} for each of the {pairs} "

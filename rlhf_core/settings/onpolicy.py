@@ -4,14 +4,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.functional.logprobs import KLKind
-from rlhf_core.functional.rewards import Combination, MissingEOS
-from rlhf_core.onpolicy.kl_control import MAX_ERROR, AdaptiveKL, FixedKL, KLController
-from rlhf_core.onpolicy.monitor.config import MonitorConfig
-from rlhf_core.rewards.ensemble import MemberSection
-from rlhf_core.rewards.scoring import RewardTerm, check_terms
-from rlhf_core.rewards.shaping import ShapingSection
-from rlhf_core.training.learner import TrainingSection
+from rlhf_core.functional.kinds import Combination, KLKind, MissingEOS
+from rlhf_core.settings.monitor import MonitorConfig
+from rlhf_core.settings.rewards import MemberSection, RewardTerm, ShapingSection, check_terms
+from rlhf_core.settings.training import TrainingSection
+
+MAX_ERROR = 0.2
 
 
 class OnPolicySection(TrainingSection, MemberSection):
@@ -130,12 +128,6 @@ class KLSection(OnPolicySection):
             )
         return self
 
-    def kl_controller(self) -> KLController:
-        """The controller that owns β."""
-        if self.kl_control == "fixed":
-            return FixedKL(self.kl_coef)
-        return AdaptiveKL(self.kl_coef, self.kl_target, self.kl_horizon)
-
 
 class GroupSection(OnPolicySection):
     """Settings of algorithms that compare the responses to one prompt."""
@@ -151,3 +143,31 @@ class GroupSection(OnPolicySection):
                     f"{self.group_size}; change one of them"
                 )
         return self
+
+
+class PPOConfig(KLSection):
+    """Settings of PPO."""
+
+    critic_learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the critic")
+    value_clip_range: float = Field(
+        0.2, gt=0, description="New values are clipped to this distance from the old (reward units)"
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards, per token")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
+
+    @property
+    def reward_roles(self) -> tuple[str, ...]:
+        """Those of the reward, and the pipeline's reward model, from which the critic starts."""
+        return tuple(dict.fromkeys(("reward", *super().reward_roles)))
+
+
+class RLOOConfig(KLSection, GroupSection):
+    """Settings of RLOO."""
+
+
+class GRPOConfig(GroupSection):
+    """Settings of GRPO."""
+
+    scale: bool = Field(
+        True, description="Divide by the group's standard deviation; false is Dr. GRPO"
+    )
