@@ -1,17 +1,21 @@
 """The config of a pipeline: what must fit between its sections, in YAML and in a form."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.config import PipelineConfig
+from flows.config import ALGORITHMS, PipelineConfig
 from rlhf_core.doubts import doubts
 from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.stages.prepare import inspect
+from rlhf_core.stages.table import algorithms
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_defaults_fit_together_with_a_hub_model():
@@ -316,3 +320,18 @@ def test_the_truth_of_the_evaluation_is_that_of_the_tournament():
     own = config.model_copy(update={"tournament": TournamentConfig(true_reward="ours:truth")})
     assert own.contest.true_reward == "ours:truth"
     assert ("tournament.true_reward", "ours:truth") in own.reward_functions
+
+
+def test_settings_load_without_torch():
+    code = (
+        "import sys, flows.config; "
+        "print({'torch', 'transformers', 'pandas', 'numpy', 'mlflow', 'prefect'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_the_algorithms_of_the_config_are_those_of_the_table():
+    assert [*ALGORITHMS] == algorithms()
