@@ -116,7 +116,7 @@ def _go_on(
     if config.ask is None:
         return None
     called = called_by(caller.flow_run, config.pipeline.project)
-    found = ask_again(
+    continued = ask_again(
         config.ask,
         of=config.pipeline.project,
         caller=caller,
@@ -126,9 +126,9 @@ def _go_on(
         candidate=candidate,
         run_id=called.run_id if called else "",
     )
-    if found.asked is not None:
+    if continued.asked is not None:
         order_after_asking(config.ask.project)
-    return found
+    return continued
 
 
 def _outcome(result: PipelineResult) -> str:

@@ -167,6 +167,8 @@ def show_validation(validation: "Validation") -> None:
             f"Of the preferences, {validation.known_answers} are known right answers of the "
             "annotator gold, and nobody's votes; with annotators: aware they are taken for such."
         )
+    if validation.machine_votes:
+        line(f"Of the preferences, {validation.machine_votes} are votes of judges, not people's.")
 
 
 def show_plan(plan: "Plan") -> None:

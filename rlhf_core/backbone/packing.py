@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_core.backbone.context import require_rope
+from rlhf_core.backbone.precision import attention as narrow
 from rlhf_core.data.pairs import Pair
 from rlhf_core.errors import ModelError
 
@@ -341,6 +342,8 @@ def _causal(
     """
     length = query.shape[2]
     if window is None or length <= window:
+        if narrow.takes(query):
+            return narrow.attend(query, key, value, options.get("scaling"))
         return cast(Tensor, sdpa_attention_forward(module, query, key, value, None, **options)[0])
     bands = []
     for start in range(0, length, window):

@@ -71,6 +71,7 @@ class Validation(_Facts):
     known_answers: int = Field(
         0, description="Preferences that are known right answers, and nobody's votes"
     )
+    machine_votes: int = Field(0, description="Preferences that are votes of judges, not people's")
     contradictory_pairs: int = Field(
         description="Pairs in which each answer won against the other, by votes of people"
     )

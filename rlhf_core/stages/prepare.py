@@ -58,6 +58,7 @@ from rlhf_core.data.prepared import (
     canonical_prompt,
     known_answers,
     training_texts,
+    votes_of_machines,
     write_table,
 )
 from rlhf_core.data.sources import Fault, SourceRows, read_rows
@@ -366,6 +367,7 @@ class DataReport(Report):
     dropped: int
     ties: int
     known_answers: int  # among the preferences
+    machine_votes: int  # among them too, of judges
     contradictory_pairs: int
     shared_prompts: int
     truncated: int
@@ -657,6 +659,7 @@ def _validate(
         timed=int((preferences["time"] != "").sum()),
         gold=int((preferences["gold"].astype(bool) & ~known).sum()),
         known_answers=int(known.sum()),
+        machine_votes=int(votes_of_machines(preferences).sum()),
         contradictory_pairs=contradictory_pairs(preferences),
         shared_prompts=len(shared_prompts(tables)),
         lengths=summarise_lengths(counts),
@@ -695,6 +698,7 @@ def _report(validation: Validation, lengths: "Figure", origins: pd.DataFrame) ->
         dropped=sum(sum(table.dropped.values()) for table in tables.values()),
         ties=validation.ties,
         known_answers=validation.known_answers,
+        machine_votes=validation.machine_votes,
         contradictory_pairs=validation.contradictory_pairs,
         shared_prompts=validation.shared_prompts,
         truncated=sum(validation.truncated.values()),

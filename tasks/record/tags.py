@@ -44,8 +44,8 @@ APPROVED_AT: Final = "approved_at"
 APPROVAL_REASON: Final = "approval_reason"
 
 # ---- a loop: on the run of the pipeline ----
-ROUND: Final = "round"  # since a person asked
-NEXT: Final = "next"  # what people are asked next, or why they are not
+ROUND: Final = "loop_round"  # since a person asked
+NEXT: Final = "loop_next"  # what people are asked next, or why they are not
 
 # ---- a version ----
 DIGEST: Final = "digest"  # of its files
@@ -57,7 +57,9 @@ ITERATION: Final = "iteration"  # of a milestone
 COPY_OF: Final = "copy_of"  # the version that it is a copy of: a milestone that was chosen
 PROMOTED_AT: Final = "promoted_at"
 REPLACED: Final = "replaced"  # the champion before it
-ERASED: Final = "erased"  # a sentence: it learnt from a person who was erased; also of a run
+ERASED: Final = (
+    "learnt_from_erased"  # a sentence: it learnt from a person who was erased; also of a run
+)
 RETIRED_ALIASES: Final = "retired_aliases"  # that it had until then
 ROLLED_BACK_AT: Final = "rolled_back_at"
 ROLLED_BACK_TO: Final = "rolled_back_to"

@@ -37,8 +37,8 @@ def count_preferences(
 ) -> PreferenceCount:
     """Read the data as the pipeline would, and compare the count with its last finished run.
 
-    Training and evaluation rows count; dropped rows, and known answers, which are nobody's votes,
-    do not.
+    Training and evaluation rows count; dropped rows, known answers and the votes of a judge that is
+    a machine do not: people have not said more.
 
     Raises: ConfigError or DataError, as the data stage does.
     """
@@ -48,7 +48,7 @@ def count_preferences(
     found = validation.tables["preferences"]
     last = record.runs.last_pipeline(project)
     return PreferenceCount(
-        now=found.train + found.eval - validation.known_answers,
+        now=found.train + found.eval - validation.known_answers - validation.machine_votes,
         before=0 if last is None else _preferences_of(record, last),
         last_run="" if last is None else last.info.run_name,
         votes="" if there is None else there.digest,
@@ -81,4 +81,5 @@ def _preferences_of(record: Record, pipeline: Run) -> int:
         return 0
     rows = stages[-1].data.metrics
     votes = sum(int(rows[f"{tags.SUMMARY}preferences_{split}"]) for split in ("train", "eval"))
-    return votes - int(rows.get(f"{tags.SUMMARY}known_answers", 0))
+    nobodys = sum(rows.get(f"{tags.SUMMARY}{of}", 0) for of in ("known_answers", "machine_votes"))
+    return votes - int(nobodys)

@@ -182,7 +182,7 @@ def test_the_report_is_written_beside_the_tables_and_inspect_agrees(tmp_path):
     assert set(report.summary()) == {
         *(f"{kind}_{split}" for kind in TABLE_KINDS for split in SPLITS),
         *("dropped", "ties", "contradictory_pairs", "shared_prompts", "truncated"),
-        *("lost_tokens", "same_after_cut", "known_answers"),
+        *("lost_tokens", "same_after_cut", "known_answers", "machine_votes"),
     }
     assert list(report.tables) == [*("data_rows", "data_lengths", "data_truncated", "data_origins")]
     [figure] = report.figures.values()

@@ -48,8 +48,8 @@ def pair(n: int, **more) -> NewPair:
     return NewPair(f"Review {n}:", Answer(f" fine {n}"), Answer(f" dull {n}"), **more)
 
 
-def cast(project, numbers, vote="a", **more):
-    project.judgments.add((pair(n, **more), [Ballot(vote, "ada", "b")]) for n in numbers)
+def cast(project, numbers, vote="a", by="ada", **more):
+    project.judgments.add((pair(n, **more), [Ballot(vote, by, "b")]) for n in numbers)
 
 
 @pytest.fixture
@@ -202,6 +202,19 @@ def test_what_people_said_as_judges_is_in_no_training(record, project):
         assert found.digest == before.digest
         assert "Review 500" not in path.read_text()
     assert any(vote.prompt == "Review 500:" for vote in project.judgments.stream())
+
+
+def test_votes_of_a_judge_are_data_and_make_no_retraining(record, project):
+    cast(project, range(20))
+    cast(project, range(20, 40), by="judge:rule")
+    found = count_preferences.fn(data(), MODEL, LIMITS, project="shop", seed=0)
+    assert found.now == 20
+    with run_of(record) as run:
+        prepare_data(data(), MODEL, LIMITS, run)
+        record.add_tags(run.run_id, {tags.output_of("policy"): "models:/shop-policy/1"})
+    cast(project, range(40, 50), by="judge:rule")
+    again = count_preferences.fn(data(), MODEL, LIMITS, project="shop", seed=0)
+    assert (again.before, again.new) == (20, 0)
 
 
 def test_known_answers_are_data_and_no_votes(record, project, tmp_path):
