@@ -107,11 +107,6 @@ class Runs:
         experiments = [found.experiment_id for found in self._client.search_experiments()]
         return list(self._search(experiments, _tagged(tags.SNAPSHOT, snapshot), OLDEST_FIRST))
 
-    def of_data(self, digest: str) -> list[Run]:
-        """The runs of all projects that made or read prepared data, by their digest."""
-        experiments = [found.experiment_id for found in self._client.search_experiments()]
-        return list(self._search(experiments, _tagged(tags.DATA_DIGEST, digest), OLDEST_FIRST))
-
     def every_stage(self) -> Iterator[tuple[str, Run]]:
         """All runs of stages and the names of their experiments: those in the trash, and of
         experiments that were deleted, too."""

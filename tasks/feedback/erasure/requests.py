@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from rlhf_core.data.prepared import JUDGE
 from rlhf_core.errors import DataError
 from tasks.feedback.store import audit, clock
 from tasks.feedback.store.store import FeedbackProject, Store
@@ -88,8 +89,14 @@ def begin(store: Store, pseudonym: str, project: str, by: str) -> Request:
 def known(store: Store, pseudonym: str, project: str) -> tuple[FeedbackProject, int | None]:
     """The project and the number of somebody, who may be half erased.
 
-    Raises: DataError when nobody is called so, or somebody in several projects is.
+    Raises: DataError when nobody is called so, or somebody in several projects is, or it is a
+        judge, which is nobody.
     """
+    if pseudonym.startswith(JUDGE):
+        raise DataError(
+            f"'{pseudonym}' is a judge and no person: its votes are answers of a model or a rule, "
+            "and are nobody's to be erased"
+        )
     if project:
         store.project(project)
     with store.database.reading() as session:

@@ -284,6 +284,11 @@ def test_erasing_twice_and_nobody(store, project):
         requests.begin(store, "p01", "", "admin")
 
 
+def test_a_judge_is_nobody_to_be_erased(store, project):
+    with pytest.raises(DataError, match="'judge:rule' is a judge and no person"):
+        requests.begin(store, "judge:rule", "", "admin")
+
+
 def test_a_person_without_votes(store, project):
     _, who = person(store, project)
     erased(store, who.pseudonym)
