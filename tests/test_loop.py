@@ -133,3 +133,9 @@ def test_a_wrong_option_is_named(words, capsys):
         main(words)
     assert ended.value.code == 2
     assert words[0].strip("-") in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_started(capsys):
+    with pytest.raises(SystemExit):
+        main(["--output", "numbers.json"])
+    assert "numbers.json is no picture: it ends with .png, .svg, .pdf" in capsys.readouterr().err

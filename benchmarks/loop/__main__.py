@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from benchmarks.loop.rounds import Round
 
 INTERRUPTED, FAILED, USER_ERROR = 130, 1, 2
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -152,11 +153,21 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--no-refusal", action="store_true", help="no round of spammers")
     parser.add_argument("--stay", action="store_true", help="serve the pages until Ctrl-C")
-    parser.add_argument("--output", type=Path, help="the picture; its numbers are put beside it")
+    parser.add_argument(
+        "--output", type=_picture, help="the picture; its numbers are put beside it"
+    )
     parser.add_argument(
         "--draw", type=Path, nargs="+", metavar="FILE", help="only draw these shows"
     )
     return parser.parse_args(words)
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no picture: it ends with {', '.join(PICTURES)}"
+        )
+    return Path(text)
 
 
 def _count(text: str) -> int:
