@@ -6,8 +6,11 @@ Servers may run meanwhile: a writer waits for its turn.
 """
 
 import json
+import pickle
 import secrets
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +21,17 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from rlhf_core.errors import UserError
-from tasks.feedback.erasure.documents import GONE, without
+from tasks.feedback.erasure.documents import GONE, Look, without
 from tasks.feedback.erasure.names import TEXTS, WHO, Name
 from tasks.feedback.erasure.requests import NOBODY
 
 WAIT_SECONDS = 60.0
+_LOOK = """
+import pickle, sys
+from tasks.feedback.erasure.documents import look
+paths, name = pickle.load(sys.stdin.buffer)
+pickle.dump([tuple(look(path, name)) for path in paths], sys.stdout.buffer)
+"""
 _TEXTUAL = ("CHAR", "TEXT", "CLOB", "JSON", "BLOB", "STRING", "BYTEA")
 
 
@@ -33,6 +42,20 @@ class Cleaned:
     place: str
     cells: dict[str, int] = field(default_factory=dict)  # written anew, by table
     words: int = 0  # cells with the same word that need not be the person
+
+
+def look_apart(paths: Sequence[Path], name: Name) -> dict[Path, Look]:
+    """What is in files that this process may have open as databases, seen by another process."""
+    if not paths:
+        return {}
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOK],
+        input=pickle.dumps((list(paths), name)),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    looks = pickle.loads(done.stdout)
+    return {path: Look(*seen) for path, seen in zip(paths, looks, strict=True)}
 
 
 def clean_file(path: Path, name: Name) -> Cleaned:

@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from tasks.feedback.erasure.names import TEXTS, WHO, Name
 from tasks.feedback.erasure.requests import NOBODY
@@ -39,6 +39,25 @@ def may_have(path: Path, name: Name) -> bool:
         return any(name.may_be_in(part) for part in _blocks(path.open("rb"), name))
     except OSError:
         return False
+
+
+class Look(NamedTuple):
+    """What one sees of a file without opening it as a database."""
+
+    is_sqlite: bool
+    may_have: bool  # the bytes of the pseudonym, even within a longer name
+    has: bool  # the pseudonym
+
+
+def look(path: Path, name: Name) -> Look:
+    """Look into a file. A process that has it open as a database must not: closing it gives up the
+    locks that SQLite holds in the same process (https://sqlite.org/howtocorrupt.html, 2.2)."""
+    try:
+        with path.open("rb") as file:
+            is_sqlite = file.read(16) == b"SQLite format 3\0"
+        return Look(is_sqlite, may_have(path, name), has(path, name))
+    except OSError:
+        return Look(False, False, False)
 
 
 def clean(path: Path, name: Name) -> Outcome:

@@ -1,7 +1,7 @@
 """Where a pseudonym is looked for: the files of the home and the databases of the servers."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,12 @@ from sqlalchemy.engine import make_url
 
 from rlhf_core.errors import UserError
 from tasks.feedback.erasure import backups, databases, documents
+from tasks.feedback.erasure.documents import Look
 from tasks.feedback.erasure.names import Name
 from tasks.record.work_folder import discard
 from tasks.settings import Settings, StoreSettings
 
-DATABASE, SIDES = ".db", (".db-wal", ".db-shm", ".db-journal")
+DATABASES, SIDES = (".db", ".db3", ".sqlite", ".sqlite3"), ("-wal", "-shm", "-journal")
 WORK = "work"
 CERTIFICATES = "erasures"  # under the home
 SHARED = "may be somebody of the same name in another project"
@@ -71,11 +72,13 @@ class Places:
         """
         found = Found()
         self._drop_work(name, found)
-        for path in self._files():
+        files = list(self._files())
+        looks = databases.look_apart(self._databases(files), name)
+        for path in files:
             found.searched += 1
             shown = path.relative_to(self._home).as_posix()
             try:
-                self._clean_file(path, shown, name, found)
+                self._clean_file(path, shown, name, found, looks)
             except FileNotFoundError:
                 continue  # whoever wrote it has removed it
             except OSError as error:
@@ -93,16 +96,22 @@ class Places:
 
     def search(self, name: Name) -> list[str]:
         """The files that have the pseudonym, packed or not."""
-        paths = [path for path in self._files(sides=True) if documents.has(path, name)]
-        return [path.relative_to(self._home).as_posix() for path in paths]
+        files = list(self._files())
+        looks = databases.look_apart(self._databases(files), name)
+        paths = [path for path in files if path not in looks and documents.has(path, name)]
+        paths += [path for path, look in looks.items() if look.has]
+        return sorted(path.relative_to(self._home).as_posix() for path in paths)
 
     def is_own(self, shown: str) -> bool:
         """Whether a path under the home is of the person's project, as far as one can tell."""
         return self._own is None or shown.startswith(tuple(self._own))
 
-    def _clean_file(self, path: Path, shown: str, name: Name, found: Found) -> None:
-        if path.suffix == DATABASE and _is_sqlite(path):
-            if str(path) != self._store and self._is_in_database(path, name):
+    def _clean_file(
+        self, path: Path, shown: str, name: Name, found: Found, looks: Mapping[Path, Look]
+    ) -> None:
+        if path in looks and (looks[path].is_sqlite or str(path) == self._store):
+            around = [looks[path], *(looks[side] for side in _sides(path) if side in looks)]
+            if str(path) != self._store and any(look.may_have for look in around):
                 if self._own is not None:
                     found.left[shown] = SHARED
                     return
@@ -125,9 +134,10 @@ class Places:
         elif outcome:
             found.files[shown] = outcome
 
-    def _is_in_database(self, path: Path, name: Name) -> bool:
-        around = [path, *(path.with_name(path.name + side[3:]) for side in SIDES)]
-        return any(place.is_file() and documents.may_have(place, name) for place in around)
+    def _databases(self, files: Sequence[Path]) -> list[Path]:
+        """Of some files those that may be databases of SQLite, with what lies beside them."""
+        found = [path for path in files if path.suffix in DATABASES or str(path) == self._store]
+        return [*found, *(side for path in found for side in _sides(path) if side.is_file())]
 
     def _drop_work(self, name: Name, found: Found) -> None:
         """Remove the folders of stages that were stopped and have the pseudonym.
@@ -148,12 +158,24 @@ class Places:
                 )
             found.files[shown] = "deleted"
 
-    def _files(self, *, sides: bool = False) -> Iterator[Path]:
+    def _files(self) -> Iterator[Path]:
         for path in _walk(self._home):
             if any(path.is_relative_to(folder) for folder in self._backups):
                 continue  # a back-up that is changed is damaged
-            if not path.is_symlink() and (sides or not path.name.endswith(SIDES)):
+            if not path.is_symlink() and not self._is_side(path):
                 yield path
+
+    def _is_side(self, path: Path) -> bool:
+        """Whether a file belongs to a database beside it."""
+        for end in SIDES:
+            base = path.with_name(path.name.removesuffix(end))
+            if base != path and (base.suffix in DATABASES or str(base) == self._store):
+                return True
+        return False
+
+
+def _sides(path: Path) -> list[Path]:
+    return [path.with_name(path.name + end) for end in SIDES]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -163,11 +185,6 @@ def _walk(folder: Path) -> Iterator[Path]:
             with suppress(OSError):
                 if path.is_file():
                     yield path
-
-
-def _is_sqlite(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(16) == b"SQLite format 3\0"
 
 
 def _is_of_model(path: Path) -> bool:

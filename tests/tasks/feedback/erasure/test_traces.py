@@ -3,8 +3,11 @@
 import gzip
 import json
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import zipfile
+from contextlib import closing
 
 import pandas as pd
 import pytest
@@ -290,3 +293,28 @@ def test_links_lead_nowhere(tmp_path):
     (home / "link.txt").symlink_to(outside)
     assert places(home).clean(P01).files == {}
     assert outside.read_text() == "by p01"
+
+
+VISIT = """
+import sqlite3, sys
+visitor = sqlite3.connect(sys.argv[1])
+visitor.execute("SELECT * FROM votes").fetchall()
+visitor.close()
+"""
+
+
+@pytest.mark.parametrize("file", ["feedback/feedback.db", "mlflow/mlflow.db"])
+def test_a_search_leaves_the_locks_of_databases_that_are_open(tmp_path, file):
+    """SQLite deletes the log of a database when the last one who has it open closes it. Who has
+    given up their locks does not count: the next write would then destroy the file."""
+    path = tmp_path / file
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as base:
+        base.execute("PRAGMA journal_mode=WAL")
+        base.execute("CREATE TABLE votes (annotator TEXT)")
+        base.execute("INSERT INTO votes VALUES ('ada')")
+        base.commit()
+        places(tmp_path).clean(P01)
+        assert places(tmp_path).search(P01) == []
+        subprocess.run([sys.executable, "-c", VISIT, str(path)], check=True)
+        assert path.with_name(f"{path.name}-wal").exists()
