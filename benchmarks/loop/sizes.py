@@ -11,6 +11,6 @@ class Sizes:
     spammers: int = 6  # of the round that ends in a refusal
     prompts: int = 480
     demonstrations: int = 5000
-    first: int = 500  # votes before the first champion, on pairs of the grammar
-    each: int = 240  # prompts of a round: a pair each, but for answers that are equal
+    first: int = 80  # votes before the first policy, on pairs of the grammar
+    each: int = 160  # prompts of a round: a pair each, but for answers that are equal
     rounds: int = 3

@@ -21,7 +21,7 @@ from rlhf_core.settings.simulation import AnnotatorsConfig, SimulationConfig
 from rlhf_core.simulation import Annotator, simulate, write_review
 
 PRESET = Path(__file__).with_name("loop.yaml")
-# Of the logistic noise in a judgment, in units of sentiment; the demo has 0.15. So 500 votes tell
+# Of the logistic noise in a judgment, in units of sentiment; the demo has 0.15. So few votes tell
 # little, as those of real people do, and more of them tell more.
 NOISE = 0.4
 

@@ -2,6 +2,8 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,26 +116,36 @@ def scatter(settings):
         database.execute("DELETE FROM log WHERE id = 3")  # its bytes stay in the file
 
 
+SEARCH = """
+import gzip, json, re, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+
+home, name = Path(sys.argv[1]), sys.argv[2]
+pattern = re.compile(rb"(?<![\\w])" + re.escape(name.encode()) + rb"(?![\\w])")
+found = []
+for path in home.rglob("*"):
+    if not path.is_file():
+        continue
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content += gzip.decompress(content)
+    if path.suffix == ".parquet":
+        content += str(pq.read_table(path).to_pylist()).encode()
+    if pattern.search(content):
+        found.append(path.relative_to(home).as_posix())
+print(json.dumps(found))
+"""
+
+
 def files_with(home: Path, name: str) -> list[str]:
-    """The files that have the name by itself, packed or not; written apart from ours."""
-    import gzip
-    import re
+    """The files that have the name by itself, packed or not; written apart from ours.
 
-    import pyarrow.parquet as pq
-
-    pattern = re.compile(rb"(?<![\w])" + re.escape(name.encode()) + rb"(?![\w])")
-    found = []
-    for path in home.rglob("*"):
-        if not path.is_file():
-            continue
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content += gzip.decompress(content)
-        if path.suffix == ".parquet":
-            content += str(pq.read_table(path).to_pylist()).encode()
-        if pattern.search(content):
-            found.append(path.relative_to(home).as_posix())
-    return found
+    In a process of its own: this one has databases open, and would give up SQLite's locks.
+    """
+    command = [sys.executable, "-c", SEARCH, str(home), name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 def test_a_person_is_erased_from_the_votes_to_the_models(

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, TypeAlias
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.settings.data import DataConfig
 from tasks.feedback.asking.votes import opened
@@ -116,7 +117,8 @@ class _Beside:
         )
 
 
-@task(name="order-queue", task_run_name="order the queue of {project}")
+# Prefect cannot make a key of a function that waits for a process, and would log that as an error.
+@task(name="order-queue", task_run_name="order the queue of {project}", cache_policy=NO_CACHE)
 def report_order(project: str, outcome: Callable[[], str]) -> str:
     """Wait for the process that puts a queue in order, and log what it said."""
     said = outcome()
