@@ -109,7 +109,8 @@ def scatter(settings):
     frame.to_json(exports / "votes.jsonl", orient="records", lines=True)
     (exports / "packed.json.gz").write_bytes(gzip.compress(json.dumps({"by": GONE}).encode()))
     with sqlite3.connect(home / "cache.db") as database:
-        database.execute("CREATE TABLE IF NOT EXISTS log (id INTEGER PRIMARY KEY, message TEXT)")
+        database.execute("DROP TABLE IF EXISTS log")
+        database.execute("CREATE TABLE log (id INTEGER PRIMARY KEY, message TEXT)")
         database.execute("INSERT INTO log (message) VALUES (?)", (f"hello {GONE}",))
         database.execute("INSERT INTO log (message) VALUES ('hello w00421')")
         database.execute("INSERT INTO log (message) VALUES (?)", (f"{GONE} " * 50,))
