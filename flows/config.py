@@ -63,10 +63,16 @@ class RewardModelSection(RewardModelConfig):
     )
 
 
+def _algorithms() -> list[str]:
+    """Those of the table of stages, which loads torch."""
+    from rlhf_core.stages.table import algorithms
+
+    return algorithms()
+
+
 def _is_algorithm(name: str) -> str:
-    if name not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
-        raise ValueError(f"'{name}' is not an algorithm; it must be one of {known}")
+    if name not in ALGORITHMS and name not in (known := _algorithms()):
+        raise ValueError(f"'{name}' is not an algorithm; it must be one of {', '.join(known)}")
     return name
 
 
@@ -76,7 +82,7 @@ Algorithm = Annotated[
     AfterValidator(_is_algorithm),
     Field(
         description="How the policy is optimised; its settings are in the section of that name",
-        json_schema_extra=lambda schema: schema.update(enum=[*ALGORITHMS]),
+        json_schema_extra=lambda schema: schema.update(enum=_algorithms()),
     ),
 ]
 PPOSection = Annotated[

@@ -82,7 +82,7 @@ def test_one_that_is_missing_is_named():
 def test_ctrl_c_at_the_start_is_one_line(tmp_path, seconds):
     (tmp_path / "a.yaml").write_text("project: demo\n")
     process = subprocess.Popen(
-        [sys.executable, "-P", str(ROOT / "rlhf_command.py"), "config", "a.yaml"],
+        [sys.executable, "-P", str(ROOT / "rlhf_command.py"), "validate", "a.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": "", "RLHF_HOME": str(tmp_path / "home")},
         stdout=subprocess.DEVNULL,
