@@ -42,7 +42,7 @@ class Round:
     @property
     def title(self) -> str:
         """What it is called in the table."""
-        return "first champion" if not self.number else f"round {self.number}"
+        return "first policy" if not self.number else f"round {self.number}"
 
 
 def look(
