@@ -93,7 +93,7 @@ def test_a_picture_has_each_candidate_and_who_reigns():
     points = [float(bar.lines[0].get_ydata()[0]) for bar in axes.containers]
     assert points == [0.0, 0.4, 0.3]
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
-    assert labels == ["SFT", "first champion\n480", "round 1\n760"]
+    assert labels == ["SFT", "first policy\n480", "round 1\n760"]
 
 
 def test_a_run_that_failed_is_in_the_table_and_not_in_the_picture():
@@ -112,7 +112,7 @@ def test_drawing_again(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert rows[2:] == [
         "| seed 0 | SFT | 0 | | 0.00 [-0.05, 0.05] | | |",
-        "| seed 0 | first champion | 480 | 12 people | 0.40 [0.35, 0.45] | – | promoted |",
+        "| seed 0 | first policy | 480 | 12 people | 0.40 [0.35, 0.45] | – | promoted |",
         "| seed 0 | round 1 | 760 | 6 spammers | 0.30 [0.25, 0.35] | 0.44 [0.40, 0.48] | refused |",
     ]
     (tmp_path / "b.json").write_text('{"rounds": [{"number": 1}]}')

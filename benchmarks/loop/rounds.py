@@ -23,7 +23,7 @@ Bounds = tuple[float, float, float]  # value, and the ends of its 95 % interval
 class Round:
     """A run of `retrain`, and what it was trained on."""
 
-    number: int  # 0: the first champion
+    number: int  # 0: the first policy
     who: str  # has voted since the round before
     votes: int  # in the snapshot that was trained on
     state: str  # of the flow run

@@ -328,7 +328,7 @@ class Show:
 
 
 def _title(number: int, what: str) -> str:
-    title = "the first champion" if not number else f"round {number}"
+    title = "the first policy" if not number else f"round {number}"
     return f"{title}: {what}" if what else title
 
 
