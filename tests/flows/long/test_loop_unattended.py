@@ -115,7 +115,7 @@ def test_from_a_schedule_to_a_champion_and_two_refusals_and_the_end(servers):
         "where t.key = 'promoted' and s.key = 'stage' and s.value = 'pipeline'"
     )
     assert sorted(value for (value,) in promoted) == ["false", "false", "true"]
-    said = servers.rows("select value from tags where key = 'next'")
+    said = servers.rows("select value from tags where key = 'loop_next'")
     assert sum("round 2 was the last of 2" in value for (value,) in said) == 1
     shown = servers.rlhf("feedback", "loop", NAME)
     assert shown.count("started") == 2
