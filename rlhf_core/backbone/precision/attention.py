@@ -8,8 +8,8 @@ as long on a CPU as in float32, where texts are short; the products below take l
     dQ = s·dS·K,  dK = s·dSᵀ·Q
 
 Products are in bfloat16, and what is between them in float32. The scores come out of a product, so
-they are rounded to bfloat16, which they are not within torch's own pass: of the gradients of a
-training this is a tenth of the error that bfloat16 makes anyway.
+they are rounded to bfloat16, which they are not within torch's own pass. The gradient of
+SmolLM2-135M was 2.2 % off that in float32, and 2.0 % with torch's own pass.
 """
 
 from typing import Any, cast

@@ -185,8 +185,7 @@ def _nobody(session: Session, pseudonym: str, project: str) -> str:
     where = f"in the feedback project '{project}'" if project else "in any feedback project"
     done = session.scalars(select(Erasure.id).where(Erasure.finished_at.is_not(None))).all()
     erased = (
-        f"; {len(done)} people were erased before, which the certificates of RLHF_HOME/erasures "
-        "tell"
+        f"; erasures finished so far: {len(done)}; their certificates are in RLHF_HOME/erasures"
         if done
         else ""
     )

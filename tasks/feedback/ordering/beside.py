@@ -23,6 +23,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.settings.data import DataConfig
 from tasks.feedback.asking.votes import opened
+from tasks.feedback.ordering.task import warn_of_old_order
 from tasks.prefect.ui import SUSPENSION
 from tasks.registry.refs import ModelRef
 from tasks.settings import read_settings
@@ -75,7 +76,7 @@ class _Beside:
                 self._process = _start([self._project, model.uri], said, failed)
             self._until = time.monotonic() + SECONDS
         except Exception as error:
-            self._warn(str(error))
+            warn_of_old_order(self._project, str(error))
 
     def end(self) -> None:
         """Wait for it, and say what came of it."""
@@ -84,7 +85,7 @@ class _Beside:
         try:
             report_order(self._project, self._outcome)
         except Exception as error:
-            self._warn(str(error))
+            warn_of_old_order(self._project, str(error))
 
     def stop(self) -> None:
         """End it if it runs."""
@@ -108,13 +109,6 @@ class _Beside:
             last = failed.strip().splitlines()[-1:] or [f"the process ended with status {code}"]
             raise RuntimeError(last[0])
         return str(json.loads(said.splitlines()[-1])["said"])
-
-    def _warn(self, why: str) -> None:
-        log.warning(
-            "the queue of the project %s keeps the order that it had (%s): `rlhf feedback order "
-            "%s` puts it in order",
-            *(self._project, why.rstrip("."), self._project),
-        )
 
 
 # Prefect cannot make a key of a function that waits for a process, and would log that as an error.

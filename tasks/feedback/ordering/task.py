@@ -69,12 +69,17 @@ def order_by_itself(
         return order() if order is not None else put_in_order(project, settings)
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        log.warning(
-            "the queue of the project %s keeps the order that it had (%s): `rlhf feedback order "
-            "%s` puts it in order",
-            *(project, why.rstrip("."), project),
-        )
+        warn_of_old_order(project, why)
         return None
+
+
+def warn_of_old_order(project: str, why: str) -> None:
+    """Say that a queue was not put in order, why, and how to do it."""
+    log.warning(
+        "the queue of the project %s keeps the order that it had (%s): `rlhf feedback order %s` "
+        "puts it in order",
+        *(project, why.rstrip("."), project),
+    )
 
 
 def order_after_asking(project: str) -> QueueOrder | None:

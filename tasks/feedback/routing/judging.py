@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_core.backbone.context import context_of
 from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.prepared import JUDGE
 from rlhf_core.errors import ModelError
 from rlhf_core.judges.judge import Judge, Pair, Verdict, Winner
 from rlhf_core.judges.load import ScoreJudge, by_score, load_judge
@@ -31,7 +32,6 @@ from tasks.record.describe import ensure_experiment
 from tasks.record.record import Record
 from tasks.reward_places import reward_places
 
-PREFIX = "judge:"  # of a pseudonym
 TABLE = "reward_annotators"  # of a reward model that knows who voted
 _OTHER: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
 _CHANCE: dict[Winner, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -74,7 +74,7 @@ def pin(config: AskJudgeConfig, project: FeedbackProject, record: Record) -> Pin
         source = record.store.resolve(source).uri
     name = config.name or (config.endpoint.model if source == ENDPOINT else "")
     name = name or source.removeprefix("models:/").replace("/", "-")
-    pseudonym = f"{PREFIX}{name}"
+    pseudonym = f"{JUDGE}{name}"
     check_pseudonym(pseudonym)
     return Pinned(source, pseudonym, _habits(pseudonym, project, record))
 

@@ -280,7 +280,7 @@ def test_erasing_twice_and_nobody(store, project):
     first = requests.begin(store, "p01", "", "admin")
     assert requests.begin(store, "p01", "", "admin").id == first.id  # goes on
     erased(store, "p01")
-    with pytest.raises(DataError, match="1 people were erased before"):
+    with pytest.raises(DataError, match="erasures finished so far: 1; their certificates are in"):
         requests.begin(store, "p01", "", "admin")
 
 
