@@ -6,7 +6,6 @@ Servers may run meanwhile: a writer waits for its turn.
 """
 
 import json
-import pickle
 import secrets
 import subprocess
 import sys
@@ -27,10 +26,12 @@ from tasks.feedback.erasure.requests import NOBODY
 
 WAIT_SECONDS = 60.0
 _LOOK = """
-import pickle, sys
+import json, pathlib, sys
 from tasks.feedback.erasure.documents import look
-paths, name = pickle.load(sys.stdin.buffer)
-pickle.dump([tuple(look(path, name)) for path in paths], sys.stdout.buffer)
+from tasks.feedback.erasure.names import Name
+asked = json.load(sys.stdin)
+name = Name(**asked["name"])
+json.dump([look(pathlib.Path(path), name) for path in asked["paths"]], sys.stdout)
 """
 _TEXTUAL = ("CHAR", "TEXT", "CLOB", "JSON", "BLOB", "STRING", "BYTEA")
 
@@ -50,11 +51,12 @@ def look_apart(paths: Sequence[Path], name: Name) -> dict[Path, Look]:
         return {}
     done = subprocess.run(
         [sys.executable, "-c", _LOOK],
-        input=pickle.dumps((list(paths), name)),
+        input=json.dumps({"name": name.spelled(), "paths": list(map(str, paths))}),
+        encoding="ascii",
         stdout=subprocess.PIPE,
         check=True,
     )
-    looks = pickle.loads(done.stdout)
+    looks = json.loads(done.stdout)
     return {path: Look(*seen) for path, seen in zip(paths, looks, strict=True)}
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import tasks
@@ -77,6 +78,10 @@ class Name:
             or any(map(name.stands_in, texts))
         )
         return cls(text, telling=not common, others=others)
+
+    def spelled(self) -> dict[str, Any]:
+        """What `Name` makes it from again, as JSON can hold it."""
+        return {"text": self.text, "telling": self.telling, "others": self._others}
 
     @cached_property
     def written(self) -> list[str]:

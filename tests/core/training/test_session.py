@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and run again ends with the bits of one that was not."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -129,8 +130,9 @@ def uninterrupted(tmp_path_factory):
 def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninterrupted, caplog):
     chance = random.Random(0)
     kills = torn = 0
+    folders = map(tmp_path.joinpath, map(str, itertools.count()))
     while kills < 25:
-        folder = tmp_path / str(kills)
+        folder = next(folders)
         folder.mkdir()
         while run(folder, stop_after=chance.uniform(0, 0.4), every_seconds=0) != 0:
             kills += 1
@@ -144,8 +146,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninte
 def test_killed_or_asked_to_stop_between_timed_saves(tmp_path, uninterrupted):
     chance = random.Random(1)
     stops = []
+    folders = map(tmp_path.joinpath, map(str, itertools.count()))
     while len(stops) < 12:
-        folder = tmp_path / str(len(stops))
+        folder = next(folders)
         folder.mkdir()
         by = chance.choice((signal.SIGKILL, signal.SIGTERM))
         settings = {"every_seconds": 0.05, "pause": 0.02}

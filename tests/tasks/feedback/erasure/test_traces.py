@@ -318,3 +318,17 @@ def test_a_search_leaves_the_locks_of_databases_that_are_open(tmp_path, file):
         assert places(tmp_path).search(P01) == []
         subprocess.run([sys.executable, "-c", VISIT, str(path)], check=True)
         assert path.with_name(f"{path.name}-wal").exists()
+
+
+@pytest.mark.parametrize("text", ["p01", "Zoë\n日本", X)
+def test_another_process_sees_the_same(tmp_path, text):
+    name = Name(text, telling=True, others=[f"{text}-7f3a"])
+    hers, theirs = tmp_path / "hers\udc80 é.txt", tmp_path / "theirs.txt"
+    hers.write_bytes(f"by {text}.".encode(errors="surrogateescape"))
+    theirs.write_text(f"by {text}-7f3a.", errors="surrogateescape")
+    paths = [hers, theirs, tmp_path / "gone.txt"]
+    assert databases.look_apart(paths, name) == {
+        hers: documents.Look(is_sqlite=False, may_have=True, has=True),
+        theirs: documents.Look(is_sqlite=False, may_have=True, has=False),
+        paths[2]: documents.Look(is_sqlite=False, may_have=False, has=False),
+    }

@@ -24,7 +24,7 @@ XSS = [
     "\"><iframe src=javascript:alert(1)>",
     "' onmouseover='alert(1)",
     "javascript:alert(1)",
-    "{{ 7 * 191 }}{% raw %}",
+    "{{ 90001 * 90001 }}{% raw %}",
     "<!--",
     "]]><script>alert(1)</script>",
     "\u202ereversed\u202c \x1b[2J",
@@ -233,7 +233,7 @@ def test_texts_of_strangers_stay_texts(store, project, boss, no_extras):
             parser.feed(answer.text)
             parser.found.remove(("a", "href", "#main"))
             assert parser.found == [], (page, evil)
-            assert "1337" not in answer.text  # a template in a template
+            assert "8100180001" not in answer.text  # a template in a template
         found = [(said.note, said.reason) for said in writings(project, search=evil)]
         assert {(evil, ""), ("", evil)} <= set(found)
 
