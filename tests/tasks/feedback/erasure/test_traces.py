@@ -320,7 +320,7 @@ def test_a_search_leaves_the_locks_of_databases_that_are_open(tmp_path, file):
         assert path.with_name(f"{path.name}-wal").exists()
 
 
-@pytest.mark.parametrize("text", ["p01", "Zoë\n日本", X)
+@pytest.mark.parametrize("text", ["p01", "Zoë\n日本", 'quote"d'])
 def test_another_process_sees_the_same(tmp_path, text):
     name = Name(text, telling=True, others=[f"{text}-7f3a"])
     hers, theirs = tmp_path / "hers\udc80 é.txt", tmp_path / "theirs.txt"
