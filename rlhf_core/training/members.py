@@ -69,6 +69,7 @@ class MemberBatches(Iterator[MemberStep]):
         self._seed = seed
         self._taken = 0
         self._at: tuple[int, int] | None = None  # epoch and block of the last step
+        self._order: tuple[int, Tensor] | None = None  # of all rows, and its epoch
         self._block: list[list[list[int]]] = []
 
     def __next__(self) -> MemberStep:
@@ -82,9 +83,8 @@ class MemberBatches(Iterator[MemberStep]):
         return MemberStep(self._block[step % BLOCK], self._block, new)
 
     def _plan(self, epoch: int, block: int) -> list[list[list[int]]]:
-        order = torch.randperm(self._rows, generator=self._draws(f"{epoch}")).tolist()
         size = BLOCK * self._batch_size
-        rows = order[block * size : (block + 1) * size]
+        rows = self._order_of(epoch)[block * size : (block + 1) * size].tolist()
         steps = math.ceil(len(rows) / self._batch_size)
         members = []
         for number, weights in enumerate(self._weights, start=1):
@@ -93,6 +93,11 @@ class MemberBatches(Iterator[MemberStep]):
             mine = mine[torch.randperm(len(mine), generator=draws)]
             members.append([part.tolist() for part in mine.tensor_split(steps)])
         return [list(step) for step in zip(*members, strict=True)]
+
+    def _order_of(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, torch.randperm(self._rows, generator=self._draws(f"{epoch}"))
+        return self._order[1]
 
     def _draws(self, purpose: str) -> torch.Generator:
         return generator(self._seed, f"reward/order/{purpose}")

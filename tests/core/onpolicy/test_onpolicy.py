@@ -371,6 +371,26 @@ def test_prompts_go_round_and_go_on_from_any_place(prompts, size, done):
         assert sorted(drawn[start : start + prompts]) == list(range(prompts))
 
 
+@given(st.integers(1, 9), st.integers(1, 14), st.integers(0, 6))
+def test_prompts_are_those_of_earlier_versions_and_go_on_from_their_checkpoints(prompts, size, done):
+    order, waiting, then = torch.Generator().manual_seed(3), [], []
+    for _ in range(done + 4):
+        if len(then) == done:
+            state = {"waiting": list(waiting), "order": order.get_state()}
+        while len(waiting) < size:
+            waiting += torch.randperm(prompts, generator=order).tolist()
+        then.append(waiting[:size])
+        waiting = waiting[size:]
+    ours = PromptStream(prompts, size, torch.Generator().manual_seed(3))
+    assert [next(ours) for _ in range(done + 4)] == then
+    resumed = PromptStream(prompts, size, torch.Generator().manual_seed(4))
+    resumed.load_state_dict(state)
+    assert [next(resumed) for _ in range(2)] == then[done : done + 2]
+    again = PromptStream(prompts, size, torch.Generator().manual_seed(5))
+    again.load_state_dict(copy.deepcopy(resumed.state_dict()))
+    assert [next(again) for _ in range(2)] == then[done + 2 :]
+
+
 # --- an iteration ---
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 from collections import Counter
 
 import pytest
@@ -287,6 +288,45 @@ def test_batches_go_on_from_any_place(in_order, size, batch_size, epochs, data):
     next(again)
     again.load_state_dict(copy.deepcopy(batches.state_dict()))
     assert list(again) == list(batches) == whole[done:]
+
+
+def _waiting_then(size, batch_size, epochs, seed, done, *, in_order=False):
+    """The state of earlier versions after some batches, and the batches that were taken."""
+    draws = torch.Generator().manual_seed(seed)
+    waiting, left, batches = list(range(size)) if in_order else [], epochs - in_order, []
+    state = None
+    while waiting or left:
+        if len(batches) == done:
+            state = {"waiting": list(waiting), "epochs": left, "generator": draws.get_state()}
+        if not waiting:
+            left, waiting = left - 1, torch.randperm(size, generator=draws).tolist()
+        batches.append(waiting[:batch_size])
+        waiting = waiting[batch_size:]
+    return state, batches
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.data())
+def test_batches_are_those_of_earlier_versions_and_go_on_from_their_checkpoints(
+    in_order, size, batch_size, epochs, data
+):
+    done = data.draw(st.integers(0, epochs * math.ceil(size / batch_size) - 1))
+    state, then = _waiting_then(size, batch_size, epochs, 3, done, in_order=in_order)
+    draws = torch.Generator().manual_seed(3)
+    assert list(Batches(size, batch_size, epochs, draws, first_in_order=in_order)) == then
+    resumed = Batches(size, batch_size, epochs, torch.Generator().manual_seed(4))
+    resumed.load_state_dict(state)
+    again = Batches(size, batch_size, epochs, torch.Generator().manual_seed(5))
+    more = data.draw(st.integers(0, len(then) - done))
+    assert [next(resumed) for _ in range(more)] == then[done : done + more]
+    again.load_state_dict(copy.deepcopy(resumed.state_dict()))
+    assert list(again) == list(resumed) == then[done + more :]
+
+
+def test_position_in_a_million_rows_is_small():
+    batches = Batches(1_000_000, 4, 2, torch.Generator().manual_seed(0))
+    next(batches)
+    assert len(pickle.dumps(batches.state_dict())) < 20_000  # two states of a generator
 
 
 def test_chunks():

@@ -1,0 +1,117 @@
+"""How time and memory of the data grow with their rows: places, tokens, preparation.
+
+    python -m benchmarks.scale places --rows 1000000
+    python -m benchmarks.scale make --rows 100000 --to pairs.jsonl
+    python -m benchmarks.scale prepare --source pairs.jsonl --to prepared
+    python -m benchmarks.scale train --data prepared --model DIRECTORY
+
+Each prints a line of JSON: rows, seconds, and the most memory that the process and its children had
+in use (MB, by getrusage). The pairs are drawn from a list of words, some 150 tokens an answer, and
+are no more than that: what is measured is the way, and not what is learnt.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+WORDS = 20_000  # different ones
+PROMPT, ANSWER = 50, 120  # words on average
+
+
+def places(rows: int) -> dict[str, float]:
+    """What a safe point pays for the position in the order (milliseconds, median of 9)."""
+    import torch
+
+    from rlhf_core.training.order import Batches, PromptStream
+
+    found = {}
+    for name, order in (
+        ("batches", Batches(rows, 16, 2, torch.Generator().manual_seed(0))),
+        ("prompts", PromptStream(rows, 16, torch.Generator().manual_seed(0))),
+    ):
+        next(order)
+        times = []
+        for _ in range(9):
+            start = time.process_time()
+            next(order)
+            copy.deepcopy(order.state_dict())
+            times.append(time.process_time() - start)
+        found[f"{name}_ms"] = 1000 * statistics.median(times)
+    return found
+
+
+def pairs(rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Made preferences; one prompt in ten has two pairs, and one pair in a thousand is there twice."""
+    draws = random.Random(seed)
+    words = ["".join(draws.choices("abcdefghijklmnoprstuvw", k=draws.randint(2, 9))) for _ in range(WORDS)]
+
+    def text(mean: int) -> str:
+        return " ".join(draws.choices(words, k=draws.randint(mean // 2, mean * 3 // 2)))
+
+    row: dict[str, str] = {}
+    for number in range(rows):
+        prompt = row["prompt"] if row and draws.random() < 0.1 else text(PROMPT)
+        if not row or draws.random() >= 0.001:
+            row = {"prompt": prompt, "chosen": text(ANSWER), "rejected": text(ANSWER)}
+        yield {**row, "annotator": f"p{number % 50}"} if number % 7 else row
+
+
+def make(rows: int, to: Path) -> dict[str, float]:
+    """Write made pairs as JSON lines."""
+    with to.open("w", encoding="utf-8") as file:
+        for row in pairs(rows):
+            print(json.dumps(row), file=file)
+    return {"megabytes": to.stat().st_size / 1e6}
+
+
+def prepare(source: Path, to: Path, model: str) -> dict[str, float]:
+    """Prepare the data with the tokenizer of a model."""
+    from rlhf_core.metrics import SilentLogger
+    from rlhf_core.settings.data import DataConfig, LengthLimits
+    from rlhf_core.settings.model import ModelConfig
+    from rlhf_core.stages.prepare import prepare_data
+    from rlhf_core.work import Work
+
+    config = DataConfig(source="files", preferences={"path": str(source)}, eval_fraction=0.01)
+    limits = LengthLimits(prompt=256, sft=1024, reward=1024, response=512)
+    sections = {"model": ModelConfig(source=model), "limits": limits}
+    report = prepare_data(
+        config, Work(outputs={"data": to}, sections=sections, logger=SilentLogger())
+    )
+    return {"train": report.preferences_train, "eval": report.preferences_eval}
+
+
+def used() -> dict[str, float]:
+    """The most memory in use so far (MB)."""
+    who = {"self": resource.RUSAGE_SELF, "child": resource.RUSAGE_CHILDREN}
+    return {f"{name}_mb": resource.getrusage(of).ru_maxrss / 1024 for name, of in who.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["places", "make", "prepare"])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--source", type=Path)
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--model", default="")
+    given = parser.parse_args()
+    start, cpu = time.monotonic(), time.process_time()
+    if given.what == "places":
+        found = places(given.rows)
+    elif given.what == "make":
+        found = make(given.rows, given.to)
+    else:
+        found = prepare(given.source, given.to, given.model)
+    spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
+    print(json.dumps({"what": given.what, "rows": given.rows, **found, **spent, **used()}))
+
+
+if __name__ == "__main__":
+    main()
