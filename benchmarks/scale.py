@@ -13,7 +13,6 @@ are no more than that: what is measured is the way, and not what is learnt.
 import argparse
 import copy
 import json
-import os
 import random
 import resource
 import statistics
@@ -48,9 +47,10 @@ def places(rows: int) -> dict[str, float]:
 
 
 def pairs(rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Made preferences; one prompt in ten has two pairs, and one pair in a thousand is there twice."""
+    """Made preferences; one prompt in ten has two pairs, one pair in a thousand is twice there."""
     draws = random.Random(seed)
-    words = ["".join(draws.choices("abcdefghijklmnoprstuvw", k=draws.randint(2, 9))) for _ in range(WORDS)]
+    letters = "abcdefghijklmnoprstuvw"
+    words = ["".join(draws.choices(letters, k=draws.randint(2, 9))) for _ in range(WORDS)]
 
     def text(mean: int) -> str:
         return " ".join(draws.choices(words, k=draws.randint(mean // 2, mean * 3 // 2)))
@@ -95,7 +95,7 @@ def used() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["places", "make", "prepare"])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--source", type=Path)

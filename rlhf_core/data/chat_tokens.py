@@ -105,8 +105,8 @@ def encode_response(
 
     Raises: TextError for a tokenizer that makes a control token of plain text.
     """
-    if chat and tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE):
-        response = " " + response.lstrip()  # the plain template writes "Assistant: " and the text
+    if chat:
+        response = _spaced(response, tokenizer)
     ids = _as_text(response, tokenizer)
     end = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
     return [*ids, end] if ended else ids
@@ -129,6 +129,76 @@ def fit(
     chat = not isinstance(prompt, str)
     head = _encode_whole(prompt, tokenizer)
     tails = [encode_response(text, tokenizer, chat=chat) for text in responses]
+    return _fit(prompt, head, tails, tokenizer, max_length, ended=ended)
+
+
+def fit_all(
+    rows: Sequence[tuple[Prompt, Sequence[str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Fitted]:
+    """As `fit` for each prompt and its responses, but the tokenizer gets all texts at once, which a
+    fast one spreads over the cores."""
+    try:
+        heads = encode_prompts(tokenizer, [prompt for prompt, _ in rows])
+        texts = [
+            (_spaced(text, tokenizer) if not isinstance(prompt, str) else text)
+            for prompt, responses in rows
+            for text in responses
+        ]
+        found = iter(_as_texts(texts, tokenizer))
+    except TextError:
+        # One at a time, the first that is wrong is the one that is named.
+        return [fit(prompt, responses, tokenizer, max_length) for prompt, responses in rows]
+    ends = {False: tokenizer.eos_token_id, True: end_of_turn(tokenizer)}
+    return [
+        _fit(
+            prompt,
+            head,
+            [[*next(found), ends[not isinstance(prompt, str)]] for _ in responses],
+            tokenizer,
+            max_length,
+            ended=True,
+        )
+        for head, (prompt, responses) in zip(heads, rows, strict=True)
+    ]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int | None = None
+) -> list[list[int]]:
+    """As `encode_prompt` for each prompt, but the tokenizer gets all texts at once.
+
+    Raises: TextError as `encode_prompt` does.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    simple = _without_controls(tokenizer)
+    chats = [p for p in prompts if not isinstance(p, str) and simple(p)]
+    as_text = iter(_as_texts(texts, tokenizer))
+    rendered = [render_prompt(chat, tokenizer) for chat in chats]
+    as_chat = iter(_tokenised(rendered, tokenizer))
+    begin, found = _begin(tokenizer), []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = next(as_text)
+        elif simple(prompt):
+            ids = next(as_chat)
+        else:
+            ids = _encode_whole(prompt, tokenizer)
+        ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
+        found.append(ids if max_length is None else _cut(ids, prompt, tokenizer, max_length))
+    return found
+
+
+def _fit(
+    prompt: Prompt,
+    head: list[int],
+    tails: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    ended: bool,
+) -> Fitted:
     longest = max(map(len, tails))
     cut = len(head) + longest > max_length
     if cut:
@@ -265,6 +335,51 @@ def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ).input_ids
     refuse_controls(ids, tokenizer)
     return ids
+
+
+def _as_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text, in which nothing is a special token."""
+    found = _tokenised(texts, tokenizer, split_special_tokens=True)
+    special = _traits(tokenizer).special
+    for ids in found:
+        if not special.isdisjoint(ids):
+            refuse_controls(ids, tokenizer)
+    return found
+
+
+def _tokenised(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> list[list[int]]:
+    if not texts:
+        return []
+    different = list(dict.fromkeys(texts))
+    found = tokenizer(
+        different,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+        **options,
+    ).input_ids
+    ids = dict(zip(different, found, strict=True))
+    return [ids[text] for text in texts]
+
+
+def _without_controls(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Message]], bool]:
+    """Whether messages have nothing in them that could be taken for a control token."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    pattern = re.compile("|".join(map(re.escape, [*added, *_MARKS])))
+
+    def holds(messages: Sequence[Message]) -> bool:
+        return not any(pattern.search(value) for m in messages for value in m.values())
+
+    return holds
+
+
+def _spaced(response: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer in a chat: the plain template writes "Assistant: " and the text."""
+    plain = tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
+    return " " + response.lstrip() if plain else response
 
 
 def refuse_controls(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:

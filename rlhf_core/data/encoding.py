@@ -4,6 +4,7 @@ The work is done in `chat_tokens`, which serving shares; here its errors become 
 and rows become batches.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from rlhf_core.errors import DataError
 from rlhf_core.types import PromptBatch
 
 PAD_TOKEN = "<|pad|>"
+_PARALLEL = "TOKENIZERS_PARALLELISM"  # read by the package tokenizers at each call
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -82,6 +84,30 @@ def encode_pair(
     return found.prompt + found.responses[0], len(found.prompt), found.cut
 
 
+def encode_all_answers(
+    rows: Sequence[tuple[Prompt, Sequence[str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Fitted]:
+    """As `encode_answers` for many prompts with their responses, on all cores.
+
+    Raises: DataError as `encode_prompt` and `encode_response` do.
+    """
+    with _for_the_user(), _on_all_cores():
+        return chat_tokens.fit_all(rows, tokenizer, max_length)
+
+
+def encode_all_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """As `encode_prompt` for many prompts, on all cores.
+
+    Raises: DataError as `encode_prompt` does.
+    """
+    with _for_the_user(), _on_all_cores():
+        return chat_tokens.encode_prompts(tokenizer, prompts, max_length)
+
+
 def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """(B, R) tokens and their mask -> the texts, without special tokens."""
     rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
@@ -121,6 +147,17 @@ def encode_prompts(
     """Prompts as one batch, padded on the left."""
     rows = [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts]
     return left_pad(rows, tokenizer.pad_token_id, max_length)
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Let fast tokenizers use all cores. Not for good: their threads do not survive a fork."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLEL] = "false" if before is None else before
 
 
 @contextmanager

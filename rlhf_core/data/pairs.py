@@ -1,17 +1,20 @@
 """Preferences as tokens, for the reward model and DPO."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_core.data.encoding import encode_answers
+from rlhf_core.data.chat_tokens import Fitted
+from rlhf_core.data.encoding import Prompt, encode_all_answers
 from rlhf_core.data.prepared import falls_to_eval, prompt_key
 from rlhf_core.errors import DataError
 from rlhf_core.settings.training import Votes
+
+BATCH = 1000  # rows that the tokenizer gets at once
 
 
 class Pair(NamedTuple):
@@ -41,6 +44,13 @@ def with_winners(votes: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def with_lengths(votes: pd.DataFrame) -> pd.DataFrame:
+    """`with_winners` with the added columns `chosen_length` and `rejected_length` (characters)."""
+    voted = with_winners(votes)
+    lengths = {f"{name}_length": voted[name].str.len() for name in ("chosen", "rejected")}
+    return voted.assign(**lengths)
+
+
 def select_votes(votes: pd.DataFrame, which: Votes) -> pd.DataFrame:
     """All votes of a table, or those on one half of the prompts.
 
@@ -52,14 +62,70 @@ def select_votes(votes: pd.DataFrame, which: Votes) -> pd.DataFrame:
     """
     if which == "all":
         return votes
-    second = votes["prompt"].map(lambda prompt: falls_to_eval(f"half/{prompt_key(prompt)}", 0, 0.5))
-    found = votes[second.astype(bool) == (which == "second_half")]
+    found = votes[votes["prompt"].map(lambda prompt: in_half(prompt, which)).astype(bool)]
     if found.empty:
-        raise DataError(
-            f"none of the {len(votes)} votes is on a prompt of the {which.replace('_', ' ')}; add "
-            "votes on more prompts, or train on all of them"
-        )
+        raise DataError(none_in_half(len(votes), which))
     return found.reset_index(drop=True)
+
+
+def in_half(prompt: Prompt, which: Votes) -> bool:
+    """Whether the votes on a prompt are among those that `select_votes` takes."""
+    if which == "all":
+        return True
+    second = falls_to_eval(f"half/{prompt_key(prompt)}", 0, 0.5)
+    return second == (which == "second_half")
+
+
+def none_in_half(votes: int, which: Votes) -> str:
+    """Why a half of the votes cannot be used."""
+    return (
+        f"none of the {votes} votes is on a prompt of the {which.replace('_', ' ')}; add votes on "
+        "more prompts, or train on all of them"
+    )
+
+
+class VoteTexts(NamedTuple):
+    """The texts of a vote, and who won by how much."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    tie: bool
+    margin: float
+
+    @property
+    def lead(self) -> float:
+        """The margin; a tie has none, whatever the row has for its other votes."""
+        return 0.0 if self.tie else float(self.margin)
+
+
+def vote_texts(row: Mapping[str, Any]) -> VoteTexts:
+    """The texts of a row of the preferences, by `with_winners`."""
+    answers = row["response_a"], row["response_b"]
+    chosen, rejected = answers[::-1] if row["vote"] == "b" else answers
+    return VoteTexts(row["prompt"], chosen, rejected, row["vote"] == "tie", row["margin"])
+
+
+def encode_votes(
+    votes: Sequence[VoteTexts], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[int, VoteTexts, Fitted]]:
+    """The place and the tokens of each vote whose two texts are not the same tokens."""
+    for start in range(0, len(votes), BATCH):
+        part = votes[start : start + BATCH]
+        asked = [(vote.prompt, (vote.chosen, vote.rejected)) for vote in part]
+        found = encode_all_answers(asked, tokenizer, max_length)
+        for place, (vote, tokens) in enumerate(zip(part, found, strict=True), start):
+            if tokens.responses[0] != tokens.responses[1]:
+                yield place, vote, tokens
+
+
+def pair_of(
+    prompt: list[int], answers: Sequence[list[int]], *, tie: bool, margin: float, cut: bool
+) -> Pair:
+    """A pair of the tokens of a prompt and of its two answers."""
+    chosen, rejected = (prompt + answer for answer in answers)
+    start = max(len(prompt), 1)
+    return Pair(chosen, rejected, (start, start), tie, margin, cut)
 
 
 class EncodedPairs(NamedTuple):
@@ -88,18 +154,13 @@ def encode_pairs(
             "the preferences have no rows for training or for evaluation; add rows, or change "
             "data.eval_fraction"
         )
+    columns = (with_winners(table)[name] for name in VoteTexts._fields)
+    votes = [VoteTexts(*row) for row in zip(*columns, strict=True)]
     pairs, kept = [], []
-    voted = with_winners(table)
-    columns = (voted[name] for name in ("prompt", "chosen", "rejected", "tie", "margin"))
-    for row, (prompt, winner, loser, tie, margin) in enumerate(zip(*columns, strict=True)):
-        found = encode_answers(prompt, [winner, loser], tokenizer, max_length)
-        chosen, rejected = (found.prompt + response for response in found.responses)
-        if chosen == rejected:
-            continue
-        # A tie has no margin, whatever the row has for its other votes.
-        lead = 0.0 if tie else float(margin)
-        start = max(len(found.prompt), 1)
-        pairs.append(Pair(chosen, rejected, (start, start), bool(tie), lead, found.cut))
+    for row, vote, found in encode_votes(votes, tokenizer, max_length):
+        tie = bool(vote.tie)
+        made = pair_of(found.prompt, found.responses, tie=tie, margin=vote.lead, cut=found.cut)
+        pairs.append(made)
         kept.append(row)
     if not pairs:
         raise DataError(all_the_same(len(table), max_length, setting))
@@ -117,9 +178,8 @@ def all_the_same(
     )
 
 
-def smoothing(pairs: Sequence[Pair], label_smoothing: float, device: torch.device) -> Tensor:
+def smoothing(ties: Tensor, label_smoothing: float) -> Tensor:
     """(B,) probability that each vote is the wrong way round: 0.5 for a tie."""
-    ties = torch.tensor([pair.tie for pair in pairs], device=device)
     return torch.where(ties, 0.5, label_smoothing)
 
 

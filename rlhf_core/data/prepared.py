@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 
+from rlhf_core.data.prompts import Prompt
 from rlhf_core.data.prompts import canonical_prompt as canonical_prompt
 from rlhf_core.data.prompts import prompt_key as prompt_key
 from rlhf_core.data.prompts import writable as writable
@@ -74,9 +75,13 @@ def falls_to_eval(key: str, seed: int, fraction: float) -> bool:
 
 def training_texts(demonstrations: pd.DataFrame) -> Iterator[str]:
     """Prompts and responses as plain texts, for training a fresh tokenizer."""
-    for prompt, response in zip(demonstrations["prompt"], demonstrations["response"], strict=True):
-        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
-        yield "\n".join([*(message["content"] for message in messages), response])
+    return map(training_text, demonstrations["prompt"], demonstrations["response"])
+
+
+def training_text(prompt: Prompt, response: str) -> str:
+    """A prompt and its response as plain text."""
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    return "\n".join([*(message["content"] for message in messages), response])
 
 
 def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:
@@ -95,21 +100,28 @@ def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
 
     Raises: DataError when the directory does not have it.
     """
-    path = _file(directory, kind, split)
-    if not path.is_file():
-        raise DataError(f"there is no prepared table {path}; prepare the data first")
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        records = [json.loads(line) for line in lines]
+    with table_file(directory, kind, split).open(encoding="utf-8", newline="\n") as lines:
+        records = [to_columns(json.loads(line), kind) for line in lines]
     kept = [KEPT] if any(KEPT in record for record in records) else []
-    if kind == "preferences":
-        records = [_as_cast(record) for record in records]
     frame = pd.DataFrame(records, columns=[*COLUMNS[kind], *kept], dtype=object)
     return frame.astype({"gold": bool, "margin": float}) if kind == "preferences" else frame
 
 
-def _as_cast(record: dict[str, Any]) -> dict[str, Any]:
-    """A vote in the current columns; version 0.1.0 wrote `chosen`, `rejected` and `tie`."""
-    if "chosen" not in record:
+def table_file(directory: Path, kind: TableKind, split: Split) -> Path:
+    """The file of a prepared table.
+
+    Raises: DataError when the directory does not have it.
+    """
+    path = _file(directory, kind, split)
+    if not path.is_file():
+        raise DataError(f"there is no prepared table {path}; prepare the data first")
+    return path
+
+
+def to_columns(record: dict[str, Any], kind: TableKind) -> dict[str, Any]:
+    """A row of a prepared file in the current columns; version 0.1.0 wrote `chosen`, `rejected` and
+    `tie` for a vote."""
+    if kind != "preferences" or "chosen" not in record:
         return record
     answers = {"response_a": record["chosen"], "response_b": record["rejected"]}
     vote = "tie" if record["tie"] else "a"

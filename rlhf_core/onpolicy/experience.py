@@ -17,8 +17,8 @@ from rlhf_core.backbone.responses import (
     with_shared_states,
 )
 from rlhf_core.backbone.sampling import PolicySampler, Sampler, prompt_batch, uniforms
-from rlhf_core.data.encoding import Prompt, encode_prompt
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.mapped.training import Place, prompts_of
 from rlhf_core.errors import DataError
 from rlhf_core.metrics import Between, batch_name, uncounted
 from rlhf_core.rewards.scoring import Reward
@@ -35,25 +35,32 @@ from rlhf_core.types import PromptBatch, Responses, Rollout
 class PromptTable:
     """The prompts to train on, as text and as tokens."""
 
-    prompts: list[Prompt]
-    tokens: list[list[int]]
-    numbers: list[int]  # in the whole table
+    prompts: Sequence[Prompt]
+    tokens: Sequence[list[int]]
+    numbers: Sequence[int]  # in the whole table
 
     @classmethod
-    def read(cls, data: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Self:
+    def read(
+        cls,
+        data: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        folder: Path | None = None,
+    ) -> Self:
         """The training prompts of prepared data, of at most `max_length` tokens.
+
+        Args:
+            folder: where the tokens are kept; None = until the process ends.
 
         Raises: DataError when there are none.
         """
-        table = read_table(data, "prompts", "train")
-        if table.empty:
+        prompts, tokens = prompts_of(Place(data, tokenizer, folder), "prompts", "train", max_length)
+        if not len(prompts):
             raise DataError(
                 "there are no prompts to train on; add rows to data.prompts, or lower "
                 "data.eval_fraction"
             )
-        prompts = list(table["prompt"])
-        tokens = [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts]
-        return cls(prompts, tokens, list(range(len(prompts))))
+        return cls(prompts, tokens, range(len(prompts)))
 
     def pick(self, numbers: Sequence[int]) -> "PromptTable":
         """Some of the prompts."""
@@ -107,7 +114,7 @@ class Collector:
         if self.shaping is None:
             return rollout
         lengths = rollout.responses.mask.sum(-1)
-        return replace(rollout, shaped=self.shaping(rollout.scores, lengths, prompts.numbers))
+        return replace(rollout, shaped=self.shaping(rollout.scores, lengths, list(prompts.numbers)))
 
     def _add_references(self, prompts: PromptTable, shaping: Shaping) -> None:
         """Have the reference policy answer the prompts that are new, and keep the rewards."""
@@ -152,7 +159,7 @@ class Collector:
             between()
             index = torch.tensor([index_of[row] for row in rows])
             part = unscored.rows(index.to(unscored.responses.tokens.device))
-            scored.append(self._score(part, prompts.pick(rows).prompts))
+            scored.append(self._score(part, list(prompts.pick(rows).prompts)))
         return scored
 
     def _respond(

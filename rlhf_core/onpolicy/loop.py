@@ -162,7 +162,9 @@ def iterate(
     sampling = work.section(SamplingConfig)
     require_context(actors.policy.model, sampling.max_length, SAMPLING_LENGTH)
     work.logger.phase("encoding the prompts")
-    table = PromptTable.read(work.inputs["data"], actors.tokenizer, sampling.max_prompt_length)
+    table = PromptTable.read(
+        work.inputs["data"], actors.tokenizer, sampling.max_prompt_length, work.recovery.tokens
+    )
     group = config.group_size if isinstance(config, GroupSection) else 1
     order = generator(work.seed, f"{stage}/prompts")
     stream = PromptStream(len(table.tokens), config.rollout_size // group, order)

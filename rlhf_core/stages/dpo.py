@@ -15,11 +15,10 @@ Deliberate deviations from the papers (details in docs/algorithms/dpo.md):
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -27,15 +26,9 @@ from rlhf_core import figures
 from rlhf_core.backbone.context import require_context
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import pack_pairs
-from rlhf_core.data.pairs import (
-    Pair,
-    encode_pairs,
-    half_for_ties,
-    prompt_numbers,
-    require_decided,
-    smoothing,
-)
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.mapped.training import Place, StoredPairs, pairs_of
+from rlhf_core.data.pairs import Pair, half_for_ties, require_decided, smoothing
+from rlhf_core.data.prepared import SPLITS
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional import losses, ranking
 from rlhf_core.functional.chunked_head import ChunkedLoss
@@ -88,10 +81,8 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     adapt(policy, config, "policy", seed=seed, stream="policy/adapter")
     logger.phase("encoding the preferences")
     limit = (config.max_length, "dpo.max_length")
-    train, _, same = encode_pairs(read_table(data, "preferences", "train"), tokenizer, *limit)
-    held_out, held_out_table, also_same = encode_pairs(
-        read_table(data, "preferences", "eval"), tokenizer, *limit
-    )
+    place = Place(data, tokenizer, work.recovery.tokens, logger)
+    train, held_out = (pairs_of(place, split, *limit) for split in SPLITS)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(policy, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "dpo/order"))
@@ -123,10 +114,8 @@ def train_dpo(config: DPOConfig, work: Work) -> DPOReport:
     save_policy(policy, tokenizer, output, facts, sft=sft, ranks=ranks)
     sums = _sums_of_all(policy, held_out, config, ranks, tell, "held-out votes")
     return _report(
-        held_out_table,
         train,
         held_out,
-        same + also_same,
         sums,
         held_out_reference,
         config,
@@ -151,7 +140,8 @@ def _accumulate(
         share = len(rows) * micro.weight / len(pairs)
         with learner.accumulate(last=micro.last):
             logprobs = _sums(learner, rows, learner.network.model.device)
-            out = _loss(logprobs, reference[micro.rows].to(logprobs.device), rows, config)
+            ties = torch.tensor([pair.tie for pair in rows])
+            out = _loss(logprobs, reference[micro.rows].to(logprobs.device), ties, config)
             learner.backward(out.loss * share, "the DPO loss")
         gap = out.chosen_rewards - out.rejected_rewards
         sums["loss"] += out.loss.item() * share
@@ -173,7 +163,7 @@ def _sums(policy: Callable[..., ChunkedLoss], pairs: list[Pair], device: torch.d
 @torch.no_grad()
 def _sums_of_all(
     policy: Policy,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     config: DPOConfig,
     ranks: Ranks,
     between: Between,
@@ -188,14 +178,12 @@ def _sums_of_all(
     )
 
 
-def _loss(
-    logprobs: Tensor, reference: Tensor, pairs: list[Pair], config: DPOConfig
-) -> losses.DPOLoss:
+def _loss(logprobs: Tensor, reference: Tensor, ties: Tensor, config: DPOConfig) -> losses.DPOLoss:
     return losses.dpo(
         *logprobs.unbind(1),
         *reference.unbind(1),
         beta=config.beta,
-        label_smoothing=smoothing(pairs, config.label_smoothing, logprobs.device),
+        label_smoothing=smoothing(ties.to(logprobs.device), config.label_smoothing),
     )
 
 
@@ -222,23 +210,21 @@ def _require_log_two(loss: float, pairs: list[Pair], config: DPOConfig) -> None:
 
 
 def _report(
-    table: pd.DataFrame,
-    train: list[Pair],
-    held_out: list[Pair],
-    same: int,
+    train: StoredPairs,
+    held_out: StoredPairs,
     logprobs: Tensor,
     reference: Tensor,
     config: DPOConfig,
     history: list[tuple[int, dict[str, float]]],
     seed: int,
 ) -> DPOReport:
-    out = _loss(logprobs, reference, held_out, config)
+    out = _loss(logprobs, reference, held_out.ties, config)
     gap = out.chosen_rewards - out.rejected_rewards
-    decided = torch.tensor([not pair.tie for pair in held_out])
+    decided = ~held_out.ties
     require_decided(decided)
     accuracy = ranking.clustered_share(
         half_for_ties(gap[decided]),
-        prompt_numbers(table)[decided],
+        held_out.prompts[decided],
         generator=generator(seed, "dpo/bootstrap"),
     )
     return DPOReport(
@@ -250,8 +236,8 @@ def _report(
         chosen_reward=out.chosen_rewards.mean().item(),
         train_pairs=len(train),
         held_out_pairs=len(held_out),
-        truncated=sum(pair.truncated for pair in [*train, *held_out]),
-        same_after_cut=same,
+        truncated=train.truncated + held_out.truncated,
+        same_after_cut=train.same + held_out.same,
         figures={
             "dpo_training": figures.preference_curves(history),
             "dpo_rewards": figures.score_histogram(

@@ -15,6 +15,7 @@ Deliberate deviations from the literature:
    may have learnt only length.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,19 +38,10 @@ from rlhf_core.backbone.networks import Network, Policy, ScalarModel
 from rlhf_core.backbone.packing import Packed, pack_pairs
 from rlhf_core.backbone.responses import lay_out
 from rlhf_core.backbone.sampling import respond
-from rlhf_core.data.encoding import Prompt, encode_prompt
-from rlhf_core.data.pairs import (
-    EncodedPairs,
-    Pair,
-    encode_pairs,
-    half_for_ties,
-    prompt_numbers,
-    require_decided,
-    select_votes,
-    smoothing,
-    with_winners,
-)
-from rlhf_core.data.prepared import Split, read_table
+from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.mapped.rows import PreparedRows
+from rlhf_core.data.mapped.training import Place, StoredPairs, distinct_prompts, pairs_of
+from rlhf_core.data.pairs import Pair, half_for_ties, in_half, require_decided, smoothing
 from rlhf_core.functional import ranking
 from rlhf_core.functional.losses import bradley_terry, pointwise_mse
 from rlhf_core.metrics import StageLogger, counted
@@ -87,6 +79,7 @@ _COMPARED = (
 _LEAST_SPREAD = 0.01  # of the samples' scores, as a share of the usual gap between answers
 
 _HALF = 0.5  # of the mean reliability
+_SHOWN = 200  # held-out votes in the table
 _NAMED = 10  # annotators in a line of the log
 
 _log = logging.getLogger(__name__)
@@ -144,8 +137,8 @@ class AwareEnsembleReport(EnsembleReport, AwareReport):
 class _Votes(NamedTuple):
     """The votes to learn from and those held out, encoded."""
 
-    train: EncodedPairs
-    held_out: EncodedPairs
+    train: StoredPairs
+    held_out: StoredPairs
 
     @property
     def same(self) -> int:
@@ -177,7 +170,7 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         return _train_ensemble(config, work, reward_model, tokenizer, votes)
 
     adapt(reward_model, config, "reward", seed=seed, stream="reward/adapter")
-    train, held_out = votes.train.pairs, votes.held_out.pairs
+    train, held_out = votes
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
     learner = Learner(reward_model, config, steps, ranks=ranks)
     batches = Batches(len(train), config.batch_size, config.epochs, generator(seed, "reward/order"))
@@ -201,8 +194,9 @@ def train_reward_model(config: RewardModelConfig, work: Work) -> RewardModelRepo
         for _ in optimizer_steps(session, learner, batches, add, config, ranks, total=steps):
             pass
 
-    prompts = _train_table(config, work)["prompt"]
-    samples = _sft_scores(reward_model, sft, prompts, config, sampling, seed, logger)
+    prompts = _train_prompts(config, work)
+    kept = _kept(config, work)
+    samples = _sft_scores(reward_model, sft, prompts, config, sampling, seed, logger, kept)
     chosen, rejected = _scores(reward_model, held_out, config, ranks, logger).squeeze(0)
     require_finite("the reward-model score", torch.cat([samples.cpu(), chosen, rejected]))
     mean, std = samples.mean().item(), scale_of(samples, chosen - rejected)
@@ -231,7 +225,7 @@ def _annotators(
     """
     if config.annotators == "pooled":
         return []
-    facts = VoteFacts.of(votes.train.table, config.gold_annotator)
+    facts = VoteFacts.of(votes.train.votes(), config.gold_annotator)
     if len(facts.names) < 3:
         who = "have no annotator" if facts.names[1:] == (ANONYMOUS,) else "are of one annotator"
         _log.warning(
@@ -242,21 +236,25 @@ def _annotators(
     return [Annotators(facts, ranks, times) for times in bootstraps]
 
 
-def _table(work: Work, split: Split) -> pd.DataFrame:
-    return read_table(work.inputs["data"], "preferences", split)
-
-
-def _train_table(config: RewardModelConfig, work: Work) -> pd.DataFrame:
-    return select_votes(_table(work, "train"), config.votes)
+def _train_prompts(config: RewardModelConfig, work: Work) -> Iterator[Prompt]:
+    rows = PreparedRows(work.inputs["data"], "preferences", "train")
+    return (row["prompt"] for row in rows if in_half(row["prompt"], config.votes))
 
 
 def _encode(config: RewardModelConfig, work: Work, tokenizer: PreTrainedTokenizerBase) -> _Votes:
+    place = Place(work.inputs["data"], tokenizer, work.recovery.tokens, work.logger)
     limit = (config.max_length, "reward_model.max_length")
-    train, held_out = _train_table(config, work), _table(work, "eval")
     return _Votes(
-        encode_pairs(train, tokenizer, *limit),
-        encode_pairs(with_winners(held_out), tokenizer, *limit),
+        pairs_of(place, "train", *limit, which=config.votes), pairs_of(place, "eval", *limit)
     )
+
+
+def _kept(config: RewardModelConfig, work: Work) -> Path | None:
+    """Where the tokens of the normaliser's prompts are kept."""
+    if work.recovery.tokens is None:
+        return None
+    key = hashlib.sha256(repr(_identity(config, work)).encode()).hexdigest()
+    return work.recovery.tokens / f"normaliser-{key[:16]}"
 
 
 def _identity(config: RewardModelConfig, work: Work) -> dict[str, str]:
@@ -342,21 +340,22 @@ def _train_ensemble(
     annotators = _learn_together(config, work, members, votes)
 
     average = average_of(members, "reward-average")
-    prompts = _train_table(config, work)["prompt"]
+    prompts = _train_prompts(config, work)
     sampling = work.section(SamplingConfig)
     sampled, states = [], []
     with torch.no_grad():
-        for packed in _sft_samples(sft, trunk, prompts, config, sampling, seed, logger):
+        kept = _kept(config, work)
+        for packed in _sft_samples(sft, trunk, prompts, config, sampling, seed, logger, kept):
             sampled.append(ensemble.member_scores(packed))
             states.append(average.last_states(packed))
     samples = torch.cat(sampled, 1).cpu()
-    scores = _scores(ensemble, votes.held_out.pairs, config, ranks, logger)
+    scores = _scores(ensemble, votes.held_out, config, ranks, logger)
     require_finite("the reward-model score", torch.cat([samples.flatten(), scores.flatten()]))
     for member, its_samples, (chosen, rejected) in zip(members, samples, scores, strict=True):
         member.mean = its_samples.mean().item()
         member.std = scale_of(its_samples, chosen - rejected)
     average_head(average, members)
-    averaged = _scores(average, votes.held_out.pairs, config, ranks, logger)[0]
+    averaged = _scores(average, votes.held_out, config, ranks, logger)[0]
     its_samples = average.head(torch.cat(states)).squeeze(-1).detach().cpu()
     require_finite("the score of the weight average", its_samples)
     average.mean = its_samples.mean().item()
@@ -381,10 +380,10 @@ def _learn_together(
 
     Returns: what each member has learnt of the annotators; nothing when their votes are pooled.
     """
-    ranks, size, train = work.ranks, config.micro_batch_size, votes.train.pairs
+    ranks, size, train = work.ranks, config.micro_batch_size, votes.train
     total = config.epochs * math.ceil(len(train) / config.batch_size)
     learners = [Learner(member, config, total, ranks=ranks) for member in members]
-    prompts = prompt_numbers(votes.train.table)
+    prompts = train.prompts
     weights = [
         bootstrap(prompts, generator(work.seed, f"reward/votes/{number}"))
         for number in range(1, config.members + 1)
@@ -547,9 +546,10 @@ def _sft_scores(
     sampling: SamplingConfig,
     seed: int,
     logger: StageLogger,
+    kept: Path | None = None,
 ) -> Tensor:
     """(normalization_samples,) raw scores of SFT samples."""
-    texts = _sft_samples(sft, reward_model, prompts, config, sampling, seed, logger)
+    texts = _sft_samples(sft, reward_model, prompts, config, sampling, seed, logger, kept)
     return torch.cat([reward_model.scores(packed) for packed in texts])
 
 
@@ -562,16 +562,21 @@ def _sft_samples(
     sampling: SamplingConfig,
     seed: int,
     logger: StageLogger,
+    kept: Path | None,
 ) -> Iterator[Packed]:
-    """SFT samples to normalise with; each prompt is used once before any repeats."""
+    """SFT samples to normalise with; each prompt is used once before any repeats.
+
+    Args:
+        kept: a folder for the tokens of the prompts; None = until the process ends.
+    """
     logger.phase("normaliser: loading the SFT policy")
     device = str(network.model.device)
     policy, tokenizer = Policy.load(sft, device, config.precision)
     # Distinct prompts, since a pair with several votes repeats its prompt.
     longest = sampling.max_prompt_length
-    distinct = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer, longest)) for p in prompts))
+    distinct = distinct_prompts(prompts, tokenizer, longest, kept)
     order = torch.randperm(len(distinct), generator=generator(seed, "reward/prompts")).tolist()
-    rows = [list(distinct[i]) for i in islice(cycle(order), config.normalization_samples)]
+    rows = [distinct[i] for i in islice(cycle(order), config.normalization_samples)]
     draws = generator(seed, "reward/normalization")
     between = partial(counted, logger)
     what = "normaliser: sampling"
@@ -584,15 +589,14 @@ def _report(
     votes: _Votes, chosen: Tensor, rejected: Tensor, mean: float, std: float, seed: int
 ) -> RewardModelReport:
     """Accuracy, baseline and calibration on the held-out votes; the scores are raw logits."""
-    train, held_out, table = votes.train.pairs, votes.held_out.pairs, votes.held_out.table
-    decided = torch.tensor([not pair.tie for pair in held_out])
+    train, held_out = votes
+    shown = held_out.shown(_SHOWN)
+    decided = ~held_out.ties
     require_decided(decided)
-    prompts = prompt_numbers(table)
+    prompts = held_out.prompts
     gap = (chosen - rejected)[decided]
     correct = half_for_ties(gap)
-    longer = half_for_ties(
-        torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in held_out])[decided]
-    )
+    longer = half_for_ties(held_out.gaps[decided])
     accuracy = ranking.clustered_share(
         correct, prompts[decided], generator=generator(seed, "reward/bootstrap")
     )
@@ -600,7 +604,7 @@ def _report(
     probabilities = torch.sigmoid(torch.cat([gap, -gap]))
     outcomes = torch.cat([torch.ones_like(gap), torch.zeros_like(gap)])
     calibration = ranking.expected_calibration_error(probabilities, outcomes)
-    ties = torch.tensor([0.5 if pair.tie else 0.0 for pair in held_out])
+    ties = torch.where(held_out.ties, 0.5, 0.0)
     return RewardModelReport(
         accuracy=accuracy.value,
         accuracy_low=accuracy.low,
@@ -614,7 +618,7 @@ def _report(
         held_out_pairs=len(held_out),
         held_out_votes=len(gap),
         held_out_prompts=len(prompts[decided].unique()),
-        truncated=sum(pair.truncated for pair in [*train, *held_out]),
+        truncated=train.truncated + held_out.truncated,
         same_after_cut=votes.same,
         figures={
             "reward_calibration": figures.calibration(
@@ -629,13 +633,13 @@ def _report(
         tables={
             "reward_held_out": pd.DataFrame(
                 {
-                    "prompt": table["prompt"].map(_as_text),
-                    "chosen": table["chosen"],
-                    "rejected": table["rejected"],
-                    "chosen_reward": ((chosen - mean) / std).tolist(),
-                    "rejected_reward": ((rejected - mean) / std).tolist(),
+                    "prompt": shown["prompt"].map(_as_text),
+                    "chosen": shown["chosen"],
+                    "rejected": shown["rejected"],
+                    "chosen_reward": ((chosen[:_SHOWN] - mean) / std).tolist(),
+                    "rejected_reward": ((rejected[:_SHOWN] - mean) / std).tolist(),
                 }
-            ).head(200)
+            )
         },
     )
 
@@ -658,7 +662,7 @@ def _aware_report(
     table, values, voted = habits_table(facts, habits, gap), habits.values, facts.annotator > 0
     means = values[facts.annotator[voted]].mean(0).tolist() if voted.any() else [1.0, 0.0, 0.0]
     unknown = (facts.side[voted] == 0).double().mean().item() if voted.any() else 0.0
-    held_out = VoteFacts.of(votes.held_out.table, config.gold_annotator, facts)
+    held_out = VoteFacts.of(votes.held_out.votes(), config.gold_annotator, facts)
     logits = torch.stack(
         [p.predict(held_out, gap) for p, gap in zip(annotators, gaps, strict=True)]
     )
@@ -746,7 +750,9 @@ def _loss(chosen: Tensor, rejected: Tensor, pairs: list[Pair], config: RewardMod
         chosen,
         rejected,
         margin=torch.tensor([pair.margin for pair in pairs], device=chosen.device),
-        label_smoothing=smoothing(pairs, config.label_smoothing, chosen.device),
+        label_smoothing=smoothing(
+            torch.tensor([pair.tie for pair in pairs], device=chosen.device), config.label_smoothing
+        ),
         center_coef=config.center_coef,
     )
 
@@ -754,7 +760,7 @@ def _loss(chosen: Tensor, rejected: Tensor, pairs: list[Pair], config: RewardMod
 @torch.no_grad()
 def _scores(
     reward_model: RewardModel,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     config: RewardModelConfig,
     ranks: Ranks,
     logger: StageLogger,

@@ -12,12 +12,10 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import base_facts, load_base
@@ -26,9 +24,17 @@ from rlhf_core.backbone.directory import CARD
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import Packed, pack
 from rlhf_core.data.chat_tokens import set_date
-from rlhf_core.data.encoding import encode_pair
-from rlhf_core.data.prepared import date_of, read_table, training_texts
-from rlhf_core.errors import CheckpointError, DataError, NumericsError
+from rlhf_core.data.mapped.rows import PreparedRows
+from rlhf_core.data.mapped.training import (
+    Example,
+    Examples,
+    Place,
+    examples_of,
+    has_chats,
+    training_dialogues,
+)
+from rlhf_core.data.prepared import SPLITS, date_of
+from rlhf_core.errors import CheckpointError, NumericsError
 from rlhf_core.functional.losses import token_nll
 from rlhf_core.metrics import StageLogger, counted
 from rlhf_core.seeding import generator
@@ -55,18 +61,6 @@ class SFTReport(Report):
     steps: int
     train_examples: int
     truncated: int  # training texts cut to max_length
-
-
-class Example(NamedTuple):
-    """A training text: its tokens, and how many at the start are not targets, at least 1."""
-
-    ids: list[int]
-    untrained: int
-
-    @property
-    def targets(self) -> int:
-        """The number of tokens in the loss."""
-        return len(self.ids) - self.untrained
 
 
 @dataclass
@@ -98,17 +92,20 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
     data, output, seed, ranks = work.inputs["data"], work.outputs["sft"], work.seed, work.ranks
     model, logger = work.section(ModelConfig), work.logger
     logger.phase("loading the model")
-    train_table = read_table(data, "demonstrations", "train")
-    base, tokenizer = load_base(model, training_texts(train_table), seed)
+    shown = PreparedRows(data, "demonstrations", "train")
+    base, tokenizer = load_base(model, training_dialogues(shown), seed)
     set_date(tokenizer, date_of(data))
     require_context(base, config.max_length, "sft.max_length")
     policy = Policy(base.to(work.device), precision=config.precision)
     adapt(policy, config, "sft", seed=seed, stream="sft/adapter")
     logger.phase("encoding the demonstrations")
-    train, truncated = _encode(train_table, tokenizer, config)
-    held_out, _ = _encode(read_table(data, "demonstrations", "eval"), tokenizer, config)
+    place = Place(data, tokenizer, work.recovery.tokens, logger)
+    train, held_out = (
+        examples_of(place, split, config.max_length, with_prompt=config.train_on_prompt)
+        for split in SPLITS
+    )
     facts = {
-        "chat": any(not isinstance(prompt, str) for prompt in train_table["prompt"]),
+        "chat": has_chats(shown),
         **base_facts(model, seed),
     }
 
@@ -156,7 +153,7 @@ def train_sft(config: SFTConfig, work: Work) -> SFTReport:
         best_step=best.step,
         steps=steps,
         train_examples=len(train),
-        truncated=truncated,
+        truncated=train.cut,
         figures={"sft_loss": figures.loss_curves(losses, best.measured)},
     )
 
@@ -189,27 +186,6 @@ def require_learnt(measured: Sequence[tuple[int, float]]) -> None:
         )
 
 
-def _encode(
-    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
-) -> tuple[list[Example], int]:
-    """The examples of a table, and how many of them were cut."""
-    if table.empty:
-        raise DataError(
-            "the demonstrations have no rows for training or for evaluation; add rows, or change "
-            "data.eval_fraction"
-        )
-    encoded = [
-        encode_pair(prompt, response, tokenizer, config.max_length)
-        for prompt, response in zip(table["prompt"], table["response"], strict=True)
-    ]
-    examples = [
-        # The first token of a text is predicted from nothing, so it is never trained on.
-        Example(ids, 1 if config.train_on_prompt else max(in_prompt, 1))
-        for ids, in_prompt, _ in encoded
-    ]
-    return examples, sum(cut for *_, cut in encoded)
-
-
 def accumulate(
     learner: Learner,
     examples: list[Example],
@@ -236,13 +212,13 @@ def accumulate(
 @torch.no_grad()
 def _mean_nll(
     policy: Policy,
-    examples: list[Example],
+    examples: Examples,
     config: SFTConfig,
     ranks: Ranks,
     logger: StageLogger,
 ) -> float:
     """Mean loss over held-out examples, nats a token."""
-    nll, targets = 0.0, sum(example.targets for example in examples)
+    nll, targets = 0.0, examples.targets
     micros = ranks.micro_batches(range(len(examples)), config.micro_batch_size)
     between = counted(logger, "held-out loss", len(micros))
     for micro in micros:

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rlhf_core.data.pairs import with_winners
+from rlhf_core.data.pairs import with_lengths
 from rlhf_core.functional.annotators import CastVotes, Habits, fit_habits, vote_logits, vote_nll
 from rlhf_core.training.ranks import Ranks
 
@@ -45,14 +45,14 @@ class VoteFacts:
 
     @classmethod
     def of(cls, table: pd.DataFrame, gold: str, known: "VoteFacts | None" = None) -> Self:
-        """The facts of the votes of a prepared table.
+        """The facts of the votes of a prepared table, or of what `StoredPairs` knows of them.
 
         Args:
             gold: the annotator whose votes are known answers, where the row is marked as gold.
             known: of other votes, for the numbers of their annotators and their unit; who is not
                 among them gets a number behind them.
         """
-        votes = with_winners(table)
+        votes = table if "chosen_length" in table else with_lengths(table)
         persons = votes["annotator"].astype(str).replace("", ANONYMOUS)
         is_gold = (votes["annotator"] == gold) & votes["gold"].astype(bool)
         found = sorted(set(persons[~is_gold]))
@@ -62,10 +62,10 @@ class VoteFacts:
         who = [
             0 if right else number[person] for person, right in zip(persons, is_gold, strict=True)
         ]
-        chosen_side = votes["vote"].replace("tie", "a")
-        first = votes["shown_first"]
+        chosen_side = votes["vote"].astype(str).replace("tie", "a")
+        first = votes["shown_first"].astype(str)
         side = (first == chosen_side).astype(float) - ((first != chosen_side) & (first != ""))
-        gap = votes["chosen"].str.len() - votes["rejected"].str.len()
+        gap = votes["chosen_length"] - votes["rejected_length"]
         lengths = torch.tensor(gap.tolist(), dtype=torch.float64)
         unit = lengths.square().mean().sqrt().item() if known is None else known.unit
         return cls(

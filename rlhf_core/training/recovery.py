@@ -26,6 +26,11 @@ class Recovery:
     every_seconds: float = 60.0
     keep: int = 2
 
+    @property
+    def tokens(self) -> Path | None:
+        """Where encoded texts are kept, beside the checkpoints; None = until the process ends."""
+        return None if self.directory is None else self.directory.with_name("tokens")
+
     def open(
         self,
         logger: StageLogger,

@@ -5,6 +5,7 @@
     ├── run.json       the MLflow run that a later process may resume
     ├── inputs/        fetched inputs, which can be fetched again
     ├── checkpoints/   checkpoints that a training resumes from
+    ├── tokens/        encoded texts, which all ranks map
     ├── answers/       what was sampled for people to judge
     └── ...            outputs of the stage
 

@@ -119,7 +119,7 @@ def test_chosen_and_rejected_lie_in_turn_and_share_their_prompt():
 
 def test_a_tie_is_as_likely_either_way():
     votes = [pair([1], [2]), pair([1], [2], tie=True)]
-    found = smoothing(votes, 0.125, torch.device("cpu"))
+    found = smoothing(torch.tensor([vote.tie for vote in votes]), 0.125)
     assert found.tolist() == [0.125, 0.5]
 
 

@@ -372,7 +372,7 @@ def test_prompts_go_round_and_go_on_from_any_place(prompts, size, done):
 
 
 @given(st.integers(1, 9), st.integers(1, 14), st.integers(0, 6))
-def test_prompts_are_those_of_earlier_versions_and_go_on_from_their_checkpoints(prompts, size, done):
+def test_prompts_are_those_of_earlier_versions_whose_checkpoints_go_on(prompts, size, done):
     order, waiting, then = torch.Generator().manual_seed(3), [], []
     for _ in range(done + 4):
         if len(then) == done:
