@@ -5,7 +5,7 @@ This module knows nothing about files and settings.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -18,23 +18,35 @@ from rlhf_core.data.prepared import KEPT, SPLITS, Split, falls_to_eval, prompt_k
 from rlhf_core.data.validation import drop_useless
 from rlhf_core.settings.fields import TABLE_KINDS, TableKind
 
-_LISTED = 20  # bad rows of a table that the report names
+ORDER = "order"  # a column of the tables while they are prepared: where a row is among all
+PART = 2**48  # by which the numbers of the second source of a table are higher
+LISTED = 20  # bad rows of a table that the report names
+_BEHIND = 2**60  # by which those of demonstrations are, among the prompts
 
 
 @dataclass(frozen=True)
 class CleanTable:
-    """One cleaned table: the prepared columns, `split`, the `key` of each prompt, and ORIGIN."""
+    """One cleaned table: the prepared columns, `split`, the `key` of each prompt, ORIGIN, ORDER."""
 
     frame: pd.DataFrame
     source: str
     rows: int  # of the source
     dropped: Counter[str]
-    bad_rows: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
 
     def side(self, split: Split) -> pd.DataFrame:
         """The rows of one side of the split."""
         return self.frame[self.frame["split"] == split]
+
+
+@dataclass(frozen=True)
+class ParsedFacts:
+    """What is known of the sources of one table as a whole."""
+
+    source: str
+    rows: int
+    dropped: Counter[str]  # bad rows and those that were skipped, by reason
+    bad_rows: tuple[str, ...] = ()  # the first ones
+    unread: tuple[str, ...] = ()
 
 
 CleanTables: TypeAlias = dict[TableKind, CleanTable]
@@ -45,25 +57,43 @@ def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
 
     `parts` maps a split to its source: "train", "eval", or "" when the prompts decide.
     """
-    frames = [_with_origins(table).assign(split=split) for split, table in parts.items()]
+    frames = [
+        _with_origins(table, number).assign(split=split)
+        for number, (split, table) in enumerate(parts.items())
+    ]
     kept, dropped = drop_useless(pd.concat(frames, ignore_index=True), kind)
-    faults = [fault for table in parts.values() for fault in table.faults]
-    dropped.update(fault.category for fault in faults)
-    for table in parts.values():
-        dropped.update(table.skipped)
+    facts = facts_of(parts.values())
     return CleanTable(
-        frame=kept.assign(key=kept["prompt"].map(prompt_key)),
-        source=" and ".join(table.source for table in parts.values()),
-        rows=sum(table.rows for table in parts.values()),
-        dropped=dropped,
-        bad_rows=tuple(map(str, faults[:_LISTED])),
-        unread=tuple(note for table in parts.values() for note in table.unread),
+        frame=kept.assign(key=kept["prompt"].map(prompt_key).astype(object)),
+        source=facts.source,
+        rows=facts.rows,
+        dropped=dropped + facts.dropped,
     )
 
 
-def _with_origins(table: ParsedSource) -> pd.DataFrame:
-    origins: list[object] = [*table.origins] or [NOWHERE] * len(table.frame)
-    return table.frame.assign(**{ORIGIN: pd.Series(origins, table.frame.index, dtype=object)})
+def facts_of(sources: Collection[ParsedSource]) -> ParsedFacts:
+    """What is known of the sources of one table beside their rows."""
+    faults = [fault for source in sources for fault in source.faults]
+    dropped = Counter(fault.category for fault in faults)
+    for source in sources:
+        dropped.update(source.skipped)
+    return ParsedFacts(
+        source=" and ".join(source.source for source in sources),
+        rows=sum(source.rows for source in sources),
+        dropped=dropped,
+        bad_rows=tuple(map(str, faults[:LISTED])),
+        unread=tuple(note for source in sources for note in source.unread),
+    )
+
+
+def _with_origins(table: ParsedSource, part: int) -> pd.DataFrame:
+    frame = table.frame
+    if ORIGIN not in frame:
+        origins: list[object] = [*table.origins] or [NOWHERE] * len(frame)
+        frame = frame.assign(**{ORIGIN: pd.Series(origins, frame.index, dtype=object)})
+    if ORDER not in frame:
+        frame = frame.assign(**{ORDER: range(part * PART, part * PART + len(frame))})
+    return frame
 
 
 def split_by_prompt(tables: CleanTables, fraction: float, seed: int) -> CleanTables:
@@ -102,7 +132,9 @@ def fill(tables: CleanTables) -> CleanTables:
         answers = decided.assign(response=decided["chosen"])
         filled["demonstrations"] = _derived(answers, CHOSEN_ANSWERS, "response")
     if "prompts" not in filled:
-        both = pd.concat([preferences, filled["demonstrations"].frame])
+        answers = filled["demonstrations"].frame
+        behind = answers.assign(**{ORDER: answers[ORDER] + _BEHIND})
+        both = pd.concat([preferences, behind])
         filled["prompts"] = _derived(both, OTHER_PROMPTS)
     return {kind: filled[kind] for kind in TABLE_KINDS}
 

@@ -141,27 +141,29 @@ def fit_all(
     fast one spreads over the cores."""
     try:
         heads = encode_prompts(tokenizer, [prompt for prompt, _ in rows])
-        texts = [
-            (_spaced(text, tokenizer) if not isinstance(prompt, str) else text)
-            for prompt, responses in rows
-            for text in responses
-        ]
-        found = iter(_as_texts(texts, tokenizer))
+        texts = [(text, not isinstance(prompt, str)) for prompt, found in rows for text in found]
+        tails = iter(encode_responses(texts, tokenizer))
     except TextError:
         # One at a time, the first that is wrong is the one that is named.
         return [fit(prompt, responses, tokenizer, max_length) for prompt, responses in rows]
-    ends = {False: tokenizer.eos_token_id, True: end_of_turn(tokenizer)}
     return [
-        _fit(
-            prompt,
-            head,
-            [[*next(found), ends[not isinstance(prompt, str)]] for _ in responses],
-            tokenizer,
-            max_length,
-            ended=True,
-        )
+        _fit(prompt, head, [next(tails) for _ in responses], tokenizer, max_length, ended=True)
         for head, (prompt, responses) in zip(heads, rows, strict=True)
     ]
+
+
+def encode_responses(
+    responses: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """As `encode_response` for each text and whether it is in a chat, but the tokenizer gets all
+    texts at once.
+
+    Raises: TextError as `encode_response` does.
+    """
+    texts = [_spaced(text, tokenizer) if chat else text for text, chat in responses]
+    ends = {False: tokenizer.eos_token_id, True: end_of_turn(tokenizer)}
+    found = _as_texts(texts, tokenizer)
+    return [[*ids, ends[chat]] for ids, (_, chat) in zip(found, responses, strict=True)]
 
 
 def encode_prompts(

@@ -98,7 +98,7 @@ def encode_all_answers(
 
 
 def encode_all_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[list[int]]:
     """As `encode_prompt` for many prompts, on all cores.
 
@@ -106,6 +106,17 @@ def encode_all_prompts(
     """
     with _for_the_user(), _on_all_cores():
         return chat_tokens.encode_prompts(tokenizer, prompts, max_length)
+
+
+def encode_all_responses(
+    responses: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """As `encode_response` for many texts, each with whether it is in a chat, on all cores.
+
+    Raises: DataError as `encode_response` does.
+    """
+    with _for_the_user(), _on_all_cores():
+        return chat_tokens.encode_responses(responses, tokenizer)
 
 
 def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -86,11 +86,16 @@ def training_text(prompt: Prompt, response: str) -> str:
 
 def write_table(frame: pd.DataFrame, directory: Path, kind: TableKind, split: Split) -> None:
     """Write one prepared table as JSON lines."""
-    kept = [KEPT] if KEPT in frame else []
-    records = frame[[*COLUMNS[kind], *kept]].to_dict("records")
+    with table_path(directory, kind, split).open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(table_lines(frame, kind))
+
+
+def table_lines(frame: pd.DataFrame, kind: TableKind) -> Iterator[str]:
+    """The lines of a prepared table."""
+    names = [*COLUMNS[kind], *([KEPT] if KEPT in frame else [])]
     # Not DataFrame.to_json, which rounds numbers to ten digits.
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _file(directory, kind, split).write_text(text, encoding="utf-8", newline="\n")
+    for values in zip(*(frame[name] for name in names), strict=True):
+        yield json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n"
 
 
 def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
@@ -112,7 +117,7 @@ def table_file(directory: Path, kind: TableKind, split: Split) -> Path:
 
     Raises: DataError when the directory does not have it.
     """
-    path = _file(directory, kind, split)
+    path = table_path(directory, kind, split)
     if not path.is_file():
         raise DataError(f"there is no prepared table {path}; prepare the data first")
     return path
@@ -147,5 +152,6 @@ def digest(directory: Path) -> str:
     return tree_digest(directory, "*.jsonl")[:16]
 
 
-def _file(directory: Path, kind: TableKind, split: Split) -> Path:
+def table_path(directory: Path, kind: TableKind, split: Split) -> Path:
+    """Where the file of a prepared table is, or is to be."""
     return directory / f"{kind}.{split}.jsonl"

@@ -159,6 +159,24 @@ def reread_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows
     return read_rows(path, split=split, subset=subset, limit=limit)
 
 
+def size_of(path: str) -> int:
+    """About how many bytes of text a source has; 0 when nobody knows before it is read."""
+    try:
+        local = expanded(path)
+    except UnreadableError:
+        return 0
+    if not exists(local):
+        return 0
+    files = [local] if local.is_file() else [file for file in local.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size * _unpacked(file) for file in files)
+
+
+def _unpacked(path: Path) -> int:
+    """By how much a file is larger as text, about."""
+    packed = 5 if path.suffix.lower() == ".gz" else 1
+    return packed * (3 if _format(path) is _read_parquet else 1)
+
+
 def _format(path: Path) -> Callable[[Path, int], SourceRows] | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return _FORMATS.get(suffixes[-1]) if suffixes else None

@@ -4,15 +4,14 @@ This module knows prepared columns and tokenizers, but not files.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.chat_tokens import Fitted, written_controls
-from rlhf_core.data.encoding import encode_answers, encode_prompt, encode_response
+from rlhf_core.data.encoding import encode_all_prompts, encode_all_responses, encode_answers
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import canonical_prompt, known_answers, votes_of_machines
 from rlhf_core.metrics import Between, uncounted
@@ -87,6 +86,7 @@ class Validation(_Facts):
         "", description="What the chat template takes for today; empty = it does not ask"
     )
     vocabulary: int = Field(description="Vocabulary size of the model's tokenizer")
+    shards: int = Field(1, description="Parts of the prompts that were prepared one after another")
 
     def rows_table(self) -> pd.DataFrame:
         """One row for each table and outcome: train, eval, or the reason for being dropped."""
@@ -177,18 +177,20 @@ def count_tokens(
         for name in ANSWERS[kind]
         for prompt, text in zip(frame["prompt"], frame[name], strict=True)
     )
-    steps = range(0, len(prompts) + len(answers), _BATCH)
-    tell, done = between("tokenising", len(steps)), count()
-
-    def length(ids: list[int]) -> int:
-        if next(done) % _BATCH == 0:
-            tell()
-        return len(ids)
-
-    of_prompt = {name: length(encode_prompt(p, tokenizer)) for name, p in prompts.items()}
-    of_answer = {
-        (text, chat): length(encode_response(text, tokenizer, chat=chat)) for text, chat in answers
-    }
+    steps = [range(0, len(texts), _BATCH) for texts in (prompts, answers)]
+    tell = between("tokenising", sum(map(len, steps)))
+    of_prompt: dict[str, int] = {}
+    of_answer: dict[tuple[str, bool], int] = {}
+    names, keys = list(prompts), list(answers)
+    for start in steps[0]:
+        tell()
+        part = names[start : start + _BATCH]
+        found = encode_all_prompts([prompts[name] for name in part], tokenizer)
+        of_prompt |= zip(part, map(len, found), strict=True)
+    for start in steps[1]:
+        tell()
+        some = keys[start : start + _BATCH]
+        of_answer |= zip(some, map(len, encode_all_responses(some, tokenizer)), strict=True)
     return {
         kind: pd.DataFrame(
             {"prompt": [of_prompt[canonical_prompt(prompt)] for prompt in frame["prompt"]]}
@@ -237,15 +239,17 @@ def measure_cut(
     return lost, same
 
 
-def count_written_controls(
+def with_written_controls(
     tables: Mapping[TableKind, pd.DataFrame], tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """Distinct prompts and answers that have a control token of the model written out."""
+) -> Iterator[str]:
+    """Distinct prompts and answers that have a control token of the model written out; each begins
+    with what it is."""
     find = written_controls(tokenizer)
     prompts = {canonical_prompt(p): p for frame in tables.values() for p in frame["prompt"]}
     columns = [frame[name] for kind, frame in tables.items() for name in ANSWERS[kind]]
     answers = dict.fromkeys(text for column in columns for text in column)
-    return sum(bool(find(text)) for text in (*prompts.values(), *answers))
+    yield from (f"prompt {name}" for name, prompt in prompts.items() if find(prompt))
+    yield from (f"answer {text}" for text in answers if find(text))
 
 
 def summarise_lengths(counts: Mapping[TableKind, pd.DataFrame]) -> list[LengthSummary]:

@@ -8,15 +8,19 @@
    the other two tables.
 5. Measure lengths with the model's tokenizer, and count the texts that later stages will cut.
 6. Write the tables and `validation.json`.
+
+All this is about one prompt at a time, so large data are prepared in shards, by a hash of the
+prompt. The number of shards changes how much memory it takes, and nothing that is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from itertools import compress
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -24,48 +28,29 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core import figures
 from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.data.assembly import (
-    CleanTable,
     CleanTables,
+    ParsedFacts,
     assemble,
+    facts_of,
     fill,
-    shared_prompts,
     split_by_prompt,
 )
-from rlhf_core.data.chat_tokens import (
-    TextError,
-    asks_for_the_date,
-    encode_prompt,
-    encode_response,
-    set_date,
-)
-from rlhf_core.data.encoding import Prompt
-from rlhf_core.data.formats import ParsedSource, parse
+from rlhf_core.data.chat_tokens import TextError, encode_prompt, encode_response, set_date
+from rlhf_core.data.encoding import Prompt, encode_all_prompts, encode_all_responses
+from rlhf_core.data.formats import ParsedSource, Parsing
 from rlhf_core.data.forms.rows import Reading
-from rlhf_core.data.origins.counts import Origin
+from rlhf_core.data.mapped.rows import PreparedRows
+from rlhf_core.data.mapped.training import training_dialogues
+from rlhf_core.data.origins.counts import ORIGIN, Origin, Origins
 from rlhf_core.data.origins.of_votes import OriginsOfVotes
-from rlhf_core.data.origins.tables import origins_of, shown
-from rlhf_core.data.pairs import all_the_same, with_winners
-from rlhf_core.data.prepared import (
-    COLUMNS,
-    SPLITS,
-    Split,
-    canonical_prompt,
-    known_answers,
-    training_texts,
-    votes_of_machines,
-    write_table,
-)
-from rlhf_core.data.sources import Fault, SourceRows, read_rows
-from rlhf_core.data.validation import (
-    TableSummary,
-    Validation,
-    contradictory_pairs,
-    count_tokens,
-    count_truncated,
-    count_written_controls,
-    measure_cut,
-    summarise_lengths,
-)
+from rlhf_core.data.origins.tables import shown
+from rlhf_core.data.pairs import BATCH, all_the_same
+from rlhf_core.data.prepared import COLUMNS, SPLITS, Split, canonical_prompt, table_path
+from rlhf_core.data.shards.parts import Parts, Shelf
+from rlhf_core.data.shards.spill import Spill, shards_for
+from rlhf_core.data.shards.totals import Measures, TableTotals, Totals
+from rlhf_core.data.sources import Fault, Row, SourceRows, reread_rows, size_of
+from rlhf_core.data.validation import Validation
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.settings.data import SNAPSHOT, DataConfig, LengthLimits, TableConfig
@@ -128,23 +113,22 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     Raises: ConfigError or DataError naming file, line and field, before anything is written.
     """
     output, logger = work.outputs["data"], work.logger
-    logger.progress(0, 3, "reading the data")
     model, limits = work.section(ModelConfig), work.section(LengthLimits)
-    tables = _assemble(config, model, work.seed, logger, work.inputs.get(SNAPSHOT))
-    logger.progress(1, 3, "measuring lengths")
-    counts, validation = _validate(tables, model, limits, logger)
-    logger.progress(2, 3, "writing the tables")
-    output.mkdir(parents=True, exist_ok=True)
-    for kind, table in tables.items():
-        logger.phase(f"writing the {kind}")
-        for split in SPLITS:
-            write_table(table.side(split), output, kind, split)
-    text = validation.model_dump_json(indent=2) + "\n"
+    snapshot = work.inputs.get(SNAPSHOT)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+        found = _prepare(config, model, limits, work.seed, logger, snapshot, Path(name))
+        logger.progress(2, 3, "writing the tables")
+        output.mkdir(parents=True, exist_ok=True)
+        for kind in TABLE_KINDS:
+            logger.phase(f"writing the {kind}")
+            for split in SPLITS:
+                table_path(Path(name), kind, split).replace(table_path(output, kind, split))
+    text = found.validation.model_dump_json(indent=2) + "\n"
     (output / "validation.json").write_text(text, encoding="utf-8")
-    origins = origins_of(tables)
-    origins.write(output)
+    found.origins.write(output)
     logger.progress(3, 3, "data prepared")
-    return _report(validation, _length_histograms(counts), shown(origins))
+    return _report(found.validation, _length_histograms(found.lengths), shown(found.origins))
 
 
 def inspect(
@@ -155,7 +139,7 @@ def inspect(
     logger: StageLogger | None = None,
     snapshot: Path | None = None,
 ) -> Validation:
-    """Compute only the validation report; nothing is written.
+    """Compute only the validation report; no table is kept.
 
     Args:
         snapshot: as the input preferences of `prepare_data`.
@@ -163,59 +147,105 @@ def inspect(
     Raises: ConfigError or DataError, as `prepare_data` does.
     """
     logger = logger or SilentLogger()
-    tables = _assemble(config, model, seed, logger, snapshot)
-    return _validate(tables, model, limits, logger)[1]
+    with TemporaryDirectory(prefix="rlhf-") as name:
+        return _prepare(config, model, limits, seed, logger, snapshot, Path(name)).validation
 
 
-def _assemble(
+class _Prepared(NamedTuple):
+    """What is known of tables that were prepared."""
+
+    validation: Validation
+    lengths: Mapping[TableKind, pd.DataFrame]
+    origins: Origins
+
+
+class _Sources(NamedTuple):
+    """The sources of all tables, parsed, shard by shard."""
+
+    facts: Mapping[TableKind, ParsedFacts]
+    shards: int
+    take: Callable[[int], CleanTables]  # each once
+
+
+def _prepare(
     config: DataConfig,
     model: ModelConfig,
+    limits: LengthLimits,
     seed: int,
     logger: StageLogger,
     snapshot: Path | None,
-) -> CleanTables:
+    folder: Path,
+) -> _Prepared:
+    """Write the tables into a folder, a shard of the prompts at a time."""
+    logger.progress(0, 3, "reading the data")
     if config.source == "simulated":
         sources = _simulated(config, seed)
     else:
-        sources = _from_files(config, model, logger, snapshot)
-    logger.phase("splitting by prompt")
-    tables = fill(split_by_prompt(sources, config.eval_fraction, seed))
-    _check_sides(tables, config)
-    _check_shared(tables, config)
-    return tables
+        sources = _from_files(config, model, logger, snapshot, folder)
+    totals, parts, kept = Totals(sources.facts), Parts(folder), Shelf(folder, sources.shards)
+    for shard in range(sources.shards):
+        logger.phase("splitting by prompt", shard, sources.shards)
+        tables = fill(split_by_prompt(sources.take(shard), config.eval_fraction, seed))
+        totals.add(tables)
+        parts.write(shard, tables)
+        kept.put(shard, tables)
+        del tables
+    totals.close()
+    _check_sides(totals, config)
+    _check_shared(totals, config)
+    parts.merge(folder)
+    logger.progress(1, 3, "measuring lengths")
+    logger.phase("loading the tokenizer")
+    shown_first = PreparedRows(folder, "demonstrations", "train")
+    tokenizer = load_tokenizer(model, training_dialogues(shown_first))
+    day = date.today()
+    set_date(tokenizer, day)
+    measures = Measures(sources.facts, tokenizer, limits)
+    for shard in range(sources.shards):
+        measures.add(kept.take(shard), partial(counted, logger))
+    for split in SPLITS:
+        votes = totals.tables["preferences"].kept[split]
+        if measures.same[split] == votes:
+            setting = "reward_model.max_length"
+            raise DataError(all_the_same(votes, limits.reward, setting, _PURPOSE[split]))
+    validation = measures.report(totals, day, sources.shards)
+    return _Prepared(validation, measures.lengths(), totals.origins())
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _simulated(config: DataConfig, seed: int) -> CleanTables:
+def _simulated(config: DataConfig, seed: int) -> _Sources:
     drawn = simulate(config.simulation, seed)
     frames: dict[TableKind, pd.DataFrame] = {
         "demonstrations": drawn.demonstrations,
         "preferences": drawn.preferences,
         "prompts": drawn.prompts,
     }
-    return {
-        kind: assemble(
-            kind,
-            {
-                "": ParsedSource(
-                    frame.astype(object).assign(ballot=0),
-                    "simulated",
-                    len(frame),
-                    (),
-                    {},
-                    origins=[Origin.of(("simulated",), ())] * len(frame),
-                )
-            },
+    parsed = {
+        kind: ParsedSource(
+            frame.astype(object).assign(ballot=0),
+            "simulated",
+            len(frame),
+            (),
+            {},
+            origins=[Origin.of(("simulated",), ())] * len(frame),
         )
         for kind, frame in frames.items()
     }
+    facts = {kind: facts_of([source]) for kind, source in parsed.items()}
+    return _Sources(
+        facts, 1, lambda _: {kind: assemble(kind, {"": found}) for kind, found in parsed.items()}
+    )
 
 
 def _from_files(
-    config: DataConfig, model: ModelConfig, logger: StageLogger, snapshot: Path | None
-) -> CleanTables:
+    config: DataConfig,
+    model: ModelConfig,
+    logger: StageLogger,
+    snapshot: Path | None,
+    folder: Path,
+) -> _Sources:
     if not config.preferences.named:
         raise ConfigError(
             "data.source is 'files' but there are no preferences; set "
@@ -228,37 +258,48 @@ def _from_files(
         )
     # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
     tokenizer = load_tokenizer(model, ()) if model.source else None
-    parts: dict[TableKind, dict[str, ParsedSource]] = {}
-    for kind in TABLE_KINDS:
-        found = snapshot if kind == "preferences" and config.preferences.store else None
-        if config.table(kind).path or found:
+    files = {kind: _files(config, kind, snapshot) for kind in TABLE_KINDS}
+    size = sum(size_of(file.path) for parts in files.values() for file in parts.values())
+    spill = Spill(folder, shards_for(size))
+    parsed: dict[TableKind, list[ParsedSource]] = {}
+    for kind, parts in files.items():
+        for split, file in parts.items():
             logger.phase(f"reading the {kind}")
-            parts[kind] = _read(config, kind, tokenizer, found)
-    _check_template(config, [source for found in parts.values() for source in found.values()])
-    tables = {kind: assemble(kind, found) for kind, found in parts.items()}
-    for kind, table in tables.items():
-        if table.frame.empty:  # before other tables are derived from it
-            raise DataError(_nothing_left(kind, table, "train", config))
-    return tables
+            spill.begin(kind, split, kept=bool(config.table(kind).keep))
+            found = _parse(config, kind, file, tokenizer, partial(spill.add, kind, split))
+            parsed.setdefault(kind, []).append(found)
+    _check_template(config, [source for found in parsed.values() for source in found])
+    facts = {kind: facts_of(found) for kind, found in parsed.items()}
+    return _Sources(facts, spill.shards, partial(_take, spill))
 
 
-def _read(
-    config: DataConfig,
-    kind: TableKind,
-    tokenizer: PreTrainedTokenizerBase | None,
-    snapshot: Path | None,
-) -> dict[str, ParsedSource]:
+def _take(spill: Spill, shard: int) -> CleanTables:
+    return {
+        kind: assemble(
+            kind, {split: ParsedSource(frame, "", 0, (), {}) for split, frame in parts.items()}
+        )
+        for kind, parts in spill.take(shard).items()
+    }
+
+
+class _File(NamedTuple):
+    """A source of a table."""
+
+    path: str
+    split: str
+    named: str = ""  # what messages call it instead of its path
+
+
+def _files(config: DataConfig, kind: TableKind, snapshot: Path | None) -> dict[str, _File]:
     """The sources of a table by their split, "" where the prompts decide."""
     settings = config.table(kind)
+    train = _File(settings.path, settings.split)
+    if kind == "preferences" and config.preferences.store:
+        train = _File(str(snapshot), settings.split, config.preferences.named)
+    if not train.path:
+        return {}
     evaluation = settings.evaluation()
-    if snapshot is None:
-        train = _parse(config, kind, settings.path, settings.split, tokenizer)
-    else:
-        named = config.preferences.named
-        train = _parse(config, kind, str(snapshot), settings.split, tokenizer, named)
-    if evaluation is None:
-        return {"": train}
-    return {"train": train, "eval": _parse(config, kind, *evaluation, tokenizer)}
+    return {"": train} if evaluation is None else {"train": train, "eval": _File(*evaluation)}
 
 
 def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None:
@@ -273,57 +314,102 @@ def _check_template(config: DataConfig, sources: Sequence[ParsedSource]) -> None
 def _parse(
     config: DataConfig,
     kind: TableKind,
-    path: str,
-    split: str,
+    file: _File,
     tokenizer: PreTrainedTokenizerBase | None,
-    named: str = "",
+    put: Callable[[Row, int], None],
 ) -> ParsedSource:
-    """The votes or texts of a source; `named` is what messages call it instead of its path."""
+    """Put in the votes or texts of a source, one after the other; return what else is known."""
     settings = config.table(kind)
-    source = read_rows(path, split=split, subset=settings.subset, limit=settings.limit)
-    if named:
-        source = replace(source, source=named)
-    table = parse(source, kind, settings.fields, reading_of(config, kind))
-    if named and (known := OriginsOfVotes.beside(Path(path))):
-        table = replace(table, origins=known.of(table.frame, table.origins))
-    if tokenizer is not None:
-        table = _without_unreadable(table, source, kind, settings, tokenizer)
-    if table.faults and config.on_bad_row == "error":
-        count = len(table.faults)
-        them = "it" if count == 1 else f"all {count} bad rows of this source"
+    source = reread_rows(file.path, split=file.split, subset=settings.subset, limit=settings.limit)
+    if file.named:
+        source = replace(source, source=file.named)
+    parsing = Parsing(source, kind, settings.fields, reading_of(config, kind))
+    known = OriginsOfVotes.beside(Path(file.path)) if file.named else None
+    rejected: list[Fault] = []
+    numbers = count()
+    for examples in _by_row(parsing.examples(), whole=parsing.form.join is not None):
+        if tokenizer is not None:
+            faults = _unreadable(examples, source, kind, settings, tokenizer)
+            rejected += faults.values()
+            examples = [example for example in examples if example.get("row", 0) not in faults]
+        if known is not None:
+            origins = known.of(pd.DataFrame(examples), [example[ORIGIN] for example in examples])
+            examples = [{**e, ORIGIN: o} for e, o in zip(examples, origins, strict=True)]
+        for example in examples:
+            put(example, next(numbers))
+    parsing.columns.note_unused_template()
+    every = sorted([*parsing.faults, *rejected], key=lambda fault: fault.number)
+    if every and config.on_bad_row == "error":
+        them = "it" if len(every) == 1 else f"all {len(every)} bad rows of this source"
         raise DataError(
-            f"{table.faults[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
+            f"{every[0]}; fix the row, or set data.on_bad_row to 'drop' to leave {them} out"
         )
-    return table
+    return ParsedSource(
+        pd.DataFrame(),
+        source.source,
+        len(source.rows) + len(source.unreadable),
+        every,
+        parsing.skipped,
+        parsing.columns.lacks,
+        parsing.columns.notes,
+    )
 
 
-def _without_unreadable(
-    table: ParsedSource,
+def _by_row(examples: Iterable[Row], *, whole: bool) -> Iterator[list[Row]]:
+    """Examples, many at a time; all that a row became are together.
+
+    Args:
+        whole: an example may be made of several rows, so all of them are.
+    """
+    held: list[Row] = []
+    for example in examples:
+        if len(held) >= BATCH and not whole and example.get("row") != held[-1].get("row"):
+            yield held
+            held = []
+        held.append(example)
+    if held:
+        yield held
+
+
+def _unreadable(
+    examples: Sequence[Row],
     source: SourceRows,
     kind: TableKind,
     settings: TableConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> ParsedSource:
-    """The source without the rows that the model's template or tokenizer rejects, which are bad
-    rows like others."""
+) -> dict[int, Fault]:
+    """The rows with a text that the model's template or tokenizer rejects, by their numbers: they
+    are bad rows like others."""
+    fields = ("prompt", *(name for name in COLUMNS[kind] if name.startswith("response")))
+    if _all_readable(examples, fields[1:], tokenizer):
+        return {}
     columns = source.columns()
     seen: dict[str, str] = {}  # text -> why it is rejected; empty if it is not
     faults: dict[int, Fault] = {}
-    for number, record in zip(table.numbers, table.frame.to_dict("records"), strict=True):
-        chat = not isinstance(record["prompt"], str)
-        for field in ("prompt", *(name for name in COLUMNS[kind] if name.startswith("response"))):
-            key = canonical_prompt(record[field])
+    for example in examples:
+        number, chat = example.get("row", 0), not isinstance(example["prompt"], str)
+        for field in fields:
+            key = canonical_prompt(example[field])
             if key not in seen:
-                seen[key] = _why_rejected(record[field], field, chat, tokenizer)
+                seen[key] = _why_rejected(example[field], field, chat, tokenizer)
             if seen[key]:
                 place = settings.fields.get(field, field)
                 where = (source.source, source.unit, number, place if place in columns else "")
                 faults.setdefault(number, Fault(*where, "rejected by the template", seen[key]))
-    kept = [number not in faults for number in table.numbers]
-    every = sorted([*table.faults, *faults.values()], key=lambda fault: fault.number)
-    left = [number for number in table.numbers if number not in faults]
-    origins = list(compress(table.origins, kept))
-    return replace(table, frame=table.frame[kept], numbers=left, faults=every, origins=origins)
+    return faults
+
+
+def _all_readable(
+    examples: Sequence[Row], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    try:
+        encode_all_prompts([example["prompt"] for example in examples], tokenizer)
+        asked = [(example, not isinstance(example["prompt"], str)) for example in examples]
+        texts = [(str(example[name]), chat) for example, chat in asked for name in answers]
+        encode_all_responses(texts, tokenizer)
+    except DataError:
+        return False
+    return True
 
 
 def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -340,31 +426,34 @@ def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTok
 # --- checking ------------------------------------------------------------------------------------
 
 
-def _check_sides(tables: CleanTables, config: DataConfig) -> None:
-    for kind, table in tables.items():
+def _check_sides(totals: Totals, config: DataConfig) -> None:
+    for kind, table in totals.parsed():  # before those that are derived from them
+        if not table.kept.total():
+            raise DataError(_nothing_left(kind, table, "train", config))
+    for kind, table in totals.tables.items():
         for split in SPLITS:
-            if table.side(split).empty:
+            if not table.kept[split]:
                 raise DataError(_nothing_left(kind, table, split, config))
 
 
-def _nothing_left(kind: TableKind, table: CleanTable, split: Split, config: DataConfig) -> str:
+def _nothing_left(kind: TableKind, table: TableTotals, split: Split, config: DataConfig) -> str:
     start = f"no {kind} are left for {_PURPOSE[split]}: of {table.rows} rows ({table.source}) "
-    if table.frame.empty:
+    if not table.kept.total():
         reasons = ", ".join(f"{reason} {count}" for reason, count in table.dropped.items())
         return f"{start}all were dropped ({reasons}); check the fields and the data"
-    prompts = table.frame["key"].nunique()
     return (
-        f"{start}{len(table.frame)} with {prompts} distinct prompts are all on the "
+        f"{start}{table.kept.total()} with {table.distinct} distinct prompts are all on the "
         f"other side; change data.eval_fraction ({config.eval_fraction}) or the seed, or add "
         f"separate evaluation data (data.{kind}.eval_path or eval_split)"
     )
 
 
-def _check_shared(tables: CleanTables, config: DataConfig) -> None:
-    shared = shared_prompts(tables)
+def _check_shared(totals: Totals, config: DataConfig) -> None:
+    shared = totals.shared
     if shared and not config.allow_shared_prompts:
-        examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in shared[:3])
-        count = "1 prompt is" if len(shared) == 1 else f"{len(shared)} prompts are"
+        first = totals.shared_first
+        examples = ", ".join(repr(key if len(key) <= 60 else f"{key[:59]}…") for key in first)
+        count = "1 prompt is" if shared == 1 else f"{shared} prompts are"
         raise DataError(
             f"{count} in both training and evaluation data, for example {examples}; remove "
             "them from one of the two, or set data.allow_shared_prompts to true"
@@ -372,60 +461,6 @@ def _check_shared(tables: CleanTables, config: DataConfig) -> None:
 
 
 # --- reporting -----------------------------------------------------------------------------------
-
-
-def _validate(
-    tables: CleanTables, model: ModelConfig, limits: LengthLimits, logger: StageLogger
-) -> tuple[dict[TableKind, pd.DataFrame], Validation]:
-    """The length of every text in tokens, and the report."""
-    logger.phase("loading the tokenizer")
-    tokenizer = load_tokenizer(model, training_texts(tables["demonstrations"].side("train")))
-    day = date.today()
-    set_date(tokenizer, day)
-    preferences = with_winners(tables["preferences"].frame)
-    known = known_answers(preferences)
-    frames = {kind: table.frame for kind, table in tables.items()} | {"preferences": preferences}
-    counts = count_tokens(frames, tokenizer, partial(counted, logger))
-    logger.phase("measuring what is cut")
-    lost, same = measure_cut(frames, counts, tokenizer, sft=limits.sft, reward=limits.reward)
-    for split in SPLITS:
-        side = same[preferences["split"] == split]
-        if side.all():
-            setting = "reward_model.max_length"
-            raise DataError(all_the_same(len(side), limits.reward, setting, _PURPOSE[split]))
-    validation = Validation(
-        tables={kind: _summary(table) for kind, table in tables.items()},
-        bad_rows=[fault for table in tables.values() for fault in table.bad_rows],
-        unread=[note for table in tables.values() for note in table.unread],
-        ties=int(preferences["tie"].sum()),
-        known_sides=int((preferences["shown_first"] != "").sum()),
-        timed=int((preferences["time"] != "").sum()),
-        gold=int((preferences["gold"].astype(bool) & ~known).sum()),
-        known_answers=int(known.sum()),
-        machine_votes=int(votes_of_machines(preferences).sum()),
-        contradictory_pairs=contradictory_pairs(preferences),
-        shared_prompts=len(shared_prompts(tables)),
-        lengths=summarise_lengths(counts),
-        truncated=count_truncated(counts, **limits.model_dump()),
-        lost=lost,
-        same_after_cut=int(same.sum()),
-        written_controls=count_written_controls(frames, tokenizer),
-        template_date=day.isoformat() if asks_for_the_date(tokenizer) else "",
-        vocabulary=len(tokenizer),
-    )
-    return counts, validation
-
-
-def _summary(table: CleanTable) -> TableSummary:
-    return TableSummary(
-        source=table.source,
-        rows=table.rows,
-        examples=len(table.frame) + table.dropped.total(),
-        train=len(table.side("train")),
-        eval=len(table.side("eval")),
-        eval_prompts=table.side("eval")["key"].nunique(),
-        dropped=dict(sorted(table.dropped.items())),
-    )
 
 
 def _report(validation: Validation, lengths: "Figure", origins: pd.DataFrame) -> DataReport:

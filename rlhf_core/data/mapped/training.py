@@ -275,7 +275,7 @@ class StoredPairs(Sequence[Pair]):
         facts = self._facts
 
         def named(name: str, values: Sequence[str]) -> pd.Series:
-            return pd.Series(pd.Categorical.from_codes(facts[name].tolist(), list(values)))
+            return pd.Series(np.array(values, dtype=object)[facts[name]]).astype("category")
 
         return pd.DataFrame(
             {

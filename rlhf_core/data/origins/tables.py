@@ -1,23 +1,22 @@
 """The counts of the tables that are being prepared, and the table of them for people."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from rlhf_core.data.assembly import CleanTable, CleanTables
+from rlhf_core.data.assembly import CleanTables
 from rlhf_core.data.origins.counts import (
     DERIVED,
     ORIGIN,
+    Count,
     Origins,
-    Table,
     TextRow,
     VoteRow,
     count_asked,
     count_chosen,
     count_texts,
     count_votes,
-    in_order,
 )
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.settings.fields import TableKind
@@ -25,34 +24,23 @@ from rlhf_core.settings.fields import TableKind
 SHOWN = 200  # rows of the table for people
 
 
-def origins_of(tables: CleanTables) -> Origins:
-    """The counts of all tables. Of tables that were made of the votes, the votes are counted that
-    they were made of, since many people may have chosen the same answer."""
+def counts_of(tables: CleanTables) -> Iterator[Iterable[Count]]:
+    """The counts of all tables, of several shards as many each. Of tables that were made of the
+    votes, the votes are counted that they were made of, since many people may have chosen the same
+    answer."""
     votes = list(_votes(tables["preferences"].frame))
-    counts = [*count_votes(votes)]
+    yield count_votes(votes)
     demonstrations, prompts = tables["demonstrations"], tables["prompts"]
     if demonstrations.source in DERIVED:
-        counts += count_chosen(votes)
+        yield count_chosen(votes)
     else:
-        counts += count_texts("demonstrations", _texts(demonstrations.frame))
+        yield count_texts("demonstrations", _texts(demonstrations.frame))
     if prompts.source in DERIVED:
-        counts += count_asked(votes)
+        yield count_asked(votes)
         if demonstrations.source not in DERIVED:
-            counts += count_texts("prompts", _distinct(demonstrations.frame))
+            yield count_texts("prompts", _distinct(demonstrations.frame))
     else:
-        counts += count_texts("prompts", _texts(prompts.frame))
-    return Origins(
-        tables={kind: _table(table) for kind, table in tables.items()}, counts=in_order(counts)
-    )
-
-
-def _table(table: CleanTable) -> Table:
-    return Table(
-        source=table.source,
-        derived=table.source in DERIVED,
-        train=len(table.side("train")),
-        eval=len(table.side("eval")),
-    )
+        yield count_texts("prompts", _texts(prompts.frame))
 
 
 def _votes(frame: pd.DataFrame) -> Iterator[VoteRow]:

@@ -1,0 +1,1 @@
+"""Data that are prepared a part of the prompts at a time."""
