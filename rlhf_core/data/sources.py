@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ Unit = Literal["line", "row"]
 
 REREAD_FROM = 32 * MIB  # smaller files are kept in memory
 LONGEST_ROW = 64 * MIB  # of a .jsonl file, which is read line by line
-LARGEST_TEXT = 2_048 * MIB  # a .json or .csv file, which is read in one piece
+LARGEST_TEXT = 2_048 * MIB  # a .json file, which is read in one piece, or a line of a .csv file
 DEEPEST = 100  # lists and objects within each other
 
 
@@ -136,27 +137,39 @@ def read_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
             return _read_file(local, limit)
         except (UnreadableError, DamagedError) as error:
             raise DataError(f"{local}: {error}; check the file, or write it again") from error
-    if _format(local) is not None or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
+    if not _is_hub_id(local, path):
         raise DataError(f"there is no file {path}{_nearest(local)}")
     return _read_hub(path, split, subset, limit)
 
 
 def reread_rows(path: str, *, split: str, subset: str, limit: int) -> SourceRows:
-    """As `read_rows`, for a source that need not fit in memory: the rows of a large .jsonl or
-    .parquet file are read each time that they are looked at.
+    """As `read_rows`, for a source that need not fit in memory: the rows of a large .jsonl, .csv or
+    .parquet file, plain or as .gz, of a `save_to_disk` folder and of a hub data set are read each
+    time that they are looked at. A .json file is read in one piece.
 
     Raises: DataError when `path` does not exist or cannot be read.
     """
     try:
         local = expanded(path)
-        large = exists(local) and local.is_file() and file_size(local) >= REREAD_FROM
-        if large and _format(local) is _read_json_lines:
-            return _reread_json_lines(local, limit)
-        if large and local.suffix.lower() == ".parquet":
-            return _reread_parquet(local, limit)
+    except UnreadableError:
+        return read_rows(path, split=split, subset=subset, limit=limit)  # says what is wrong
+    try:
+        if exists(local):
+            large = size_of(path) >= REREAD_FROM
+            if large and local.is_dir():
+                return _read_folder(local, split, limit, again=True)
+            if large and (read := _AGAIN.get(_format(local) or read_rows)):
+                file_size(local)
+                return read(local, limit)
+        elif _is_hub_id(local, path):
+            return _read_hub(path, split, subset, limit, again=True)
     except (UnreadableError, DamagedError) as error:
         raise DataError(f"{path}: {error}; check the file, or write it again") from error
     return read_rows(path, split=split, subset=subset, limit=limit)
+
+
+def _is_hub_id(local: Path, path: str) -> bool:
+    return _format(local) is None and bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path))
 
 
 def size_of(path: str) -> int:
@@ -167,7 +180,7 @@ def size_of(path: str) -> int:
         return 0
     if not exists(local):
         return 0
-    files = [local] if local.is_file() else [file for file in local.rglob("*") if file.is_file()]
+    files = [*local.glob("*.arrow"), *local.glob("*/*.arrow")] if local.is_dir() else [local]
     return sum(file.stat().st_size * _unpacked(file) for file in files)
 
 
@@ -278,10 +291,24 @@ def _read_json_lines(path: Path, limit: int) -> SourceRows:
 
 
 def _reread_json_lines(path: Path, limit: int) -> SourceRows:
-    """The first time the lines are checked, then they are only read."""
+    return _reread(path, limit, _json_lines)
+
+
+def _reread_csv(path: Path, limit: int) -> SourceRows:
+    return _reread(path, limit, _csv_rows)
+
+
+def _reread(
+    path: Path, limit: int, numbered: Callable[[Path], Iterator[tuple[int, Any, str]]]
+) -> SourceRows:
+    """The first time the lines are checked, then they are only read.
+
+    Args:
+        numbered: the number of each line or record, and its value or why it has none.
+    """
     checked = _Collector(path, "line", limit)
     count = 0
-    for number, row, reason in _json_lines(path):
+    for number, row, reason in numbered(path):
         if reason:
             checked.reject(number, reason)
         else:
@@ -293,7 +320,7 @@ def _reread_json_lines(path: Path, limit: int) -> SourceRows:
     bad = {fault.number for fault in checked.unreadable}
 
     def read() -> Iterator[tuple[int, Row]]:
-        good = ((n, row) for n, row, _ in _json_lines(path) if n not in bad)
+        good = ((n, row) for n, row, _ in numbered(path) if n not in bad)
         return islice(good, count)
 
     return SourceRows(checked.name, "line", Reread(read, count), checked.unreadable)
@@ -369,36 +396,66 @@ def _why(error: Exception) -> str:
 
 
 def _read_csv(path: Path, limit: int) -> SourceRows:
-    """Every cell stays text: "NA" and "001" are what the author wrote."""
     found = _Collector(path, "line", limit)
-    records = _csv_records(path, _text(path))
+    for number, row, reason in _csv_rows(path):
+        if found.full():
+            break
+        if reason:
+            found.reject(number, reason)
+        else:
+            found.add(number, row)
+    return found.finish()
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row, str]]:
+    """The number of the line of each record, and its cells by column or why it has none. Every cell
+    stays text: "NA" and "001" are what the author wrote."""
+    records = _csv_records(path)
     _, header = next(records, (1, []))
     if len(set(header)) < len(header):
         raise DataError(f"{path}, line 1: a column name occurs twice in the header; rename one")
     for number, cells in records:
-        if found.full():
-            break
         if len(cells) == len(header):
-            found.add(number, dict(zip(header, cells, strict=True)))
+            yield number, dict(zip(header, cells, strict=True)), ""
         else:
-            found.reject(number, f"has {len(cells)} cells, but the header has {len(header)}")
-    return found.finish()
+            yield number, {}, f"has {len(cells)} cells, but the header has {len(header)}"
 
 
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Each record with the line on which it begins, since a quoted cell may span lines."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(_text_lines(path), strict=True)
     begins = 1
-    with _long_cells():
+    while True:
         try:
-            for cells in reader:
-                if cells:
-                    yield begins, cells
-                begins = reader.line_num + 1
+            with _long_cells():  # not while somebody else has the record
+                cells = next(reader, None)
         except csv.Error as error:
             raise DataError(
                 f"{path}, line {begins}: not valid CSV ({error}); check the quotes of this record"
             ) from error
+        if cells is None:
+            return
+        if cells:
+            yield begins, cells
+        begins = reader.line_num + 1
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends, which may be those of any system."""
+    with opened(path) as file:
+        number = 1
+        while data := file.readline(LARGEST_TEXT + 1):
+            if len(data) > LARGEST_TEXT:
+                raise DataError(
+                    f"{path}, line {number}: is longer than {LARGEST_TEXT // MIB:,} MiB, which is "
+                    "too much to read"
+                )
+            line = _decode(path, data, number)
+            number += 1
+            if "\r" in line:
+                yield from io.StringIO(line, newline="")
+            else:
+                yield line
 
 
 @contextmanager
@@ -421,9 +478,25 @@ def _read_parquet(path: Path, limit: int) -> SourceRows:
 
 
 def _reread_parquet(path: Path, limit: int) -> SourceRows:
-    read, faults, count = reread_columnar([path], limit)
-    rows = Reread(lambda: ((number + 1, row) for number, row in read()), count)
-    return SourceRows(str(path), "row", rows, _unreadable(str(path), faults))
+    if path.suffix.lower() != ".gz":
+        return _columnar_again(str(path), [path], limit)
+    unpacked = tempfile.NamedTemporaryFile(suffix=".parquet")  # noqa: SIM115, as long as the rows
+    with opened(path) as file:
+        shutil.copyfileobj(file, unpacked, MIB)
+    unpacked.flush()
+    return _columnar_again(str(path), [Path(unpacked.name)], limit, held=unpacked)
+
+
+def _columnar_again(
+    name: str, files: Sequence[Path], limit: int, held: object = None
+) -> SourceRows:
+    """As `_columnar`, but the rows are read each time; `held` lives as long as they can be."""
+    read, faults, count = reread_columnar(files, limit)
+
+    def rows(_: object = held) -> Iterator[tuple[int, Row]]:
+        return ((number + 1, row) for number, row in read())
+
+    return SourceRows(name, "row", Reread(rows, count), _unreadable(name, faults))
 
 
 def _columnar(name: str, files: Sequence[Path], limit: int) -> SourceRows:
@@ -439,10 +512,15 @@ def _unreadable(name: str, bad: Iterable[tuple[int, str, str]]) -> list[Fault]:
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_NOTE = 64 * MIB
+_HUB_ROWS = 10_000  # read at once
 
 
-def _read_folder(path: Path, split: str, limit: int) -> SourceRows:
-    """A `save_to_disk` folder, without the package datasets, which trusts every byte of it."""
+def _read_folder(path: Path, split: str, limit: int, *, again: bool = False) -> SourceRows:
+    """A `save_to_disk` folder, without the package datasets, which trusts every byte of it.
+
+    Args:
+        again: whether the rows are read each time that they are looked at.
+    """
     state = path / _STATE
     if state.is_file():
         splits, folder = [str(_note(state).get("_split") or "train")], path
@@ -458,7 +536,8 @@ def _read_folder(path: Path, split: str, limit: int) -> SourceRows:
         )
     if split not in splits:
         raise DataError(f"{path} has no split '{split}'; it has: {', '.join(splits)}")
-    found = _columnar(f"{path} ({split})", _arrow_files(folder), limit)
+    read = _columnar_again if again else _columnar
+    found = read(f"{path} ({split})", _arrow_files(folder), limit)
     return _with_json_columns(found, folder)
 
 
@@ -513,18 +592,28 @@ def _with_json_columns(found: SourceRows, folder: Path) -> SourceRows:
     from datasets.utils.json import get_json_field_paths_from_feature, json_decode_field
 
     try:
-        for column, *inner in get_json_field_paths_from_feature(Features.from_dict(features)):
-            for _, row in found.rows:
-                row[column] = json_decode_field(row[column], inner)
+        places = list(get_json_field_paths_from_feature(Features.from_dict(features)))
     except Exception as error:  # a damaged note can lead these functions anywhere
-        raise DataError(
-            f"{folder / _INFO} does not fit the data ({_first_line(error)}); save the data set "
-            "again"
-        ) from error
-    return found
+        raise _unfit(folder, error) from error
+
+    def decoded(number: int, row: Row) -> list[tuple[int, Row]]:
+        try:
+            for column, *inner in places:
+                row[column] = json_decode_field(row[column], inner)
+        except Exception as error:
+            raise _unfit(folder, error) from error
+        return [(number, row)]
+
+    return found.mapped(decoded)
 
 
-def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
+def _unfit(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder / _INFO} does not fit the data ({_first_line(error)}); save the data set again"
+    )
+
+
+def _read_hub(path: str, split: str, subset: str, limit: int, *, again: bool = False) -> SourceRows:
     import datasets
 
     datasets.disable_progress_bars()
@@ -536,19 +625,26 @@ def _read_hub(path: str, split: str, subset: str, limit: int) -> SourceRows:
             f"hub ({_first_line(error)}); check the name, the split '{split}' and the subset, and "
             "that this machine reaches the hub or has the data set in its cache"
         ) from error
-    return _from_dataset(f"{path} ({split})", dataset, limit)
+    return _from_dataset(f"{path} ({split})", dataset, limit, again=again)
 
 
-def _from_dataset(name: str, dataset: Any, limit: int) -> SourceRows:
+def _from_dataset(name: str, dataset: Any, limit: int, *, again: bool = False) -> SourceRows:
     count = min(limit or len(dataset), len(dataset))
-    try:
-        rows = dataset.select(range(count)).to_list()
-    except Exception as error:  # a value that Python cannot hold, such as a date after 9999
-        raise DataError(
-            f"{name}: a value cannot be read ({_first_line(error)}); use another data set, or save "
-            "the columns that you need"
-        ) from error
-    return SourceRows(name, "row", list(enumerate(rows, start=1)))
+
+    def read() -> Iterator[tuple[int, Row]]:
+        try:
+            for start in range(0, count, _HUB_ROWS):
+                part = dataset.select(range(start, min(start + _HUB_ROWS, count)))
+                yield from enumerate(part.to_list(), start=start + 1)
+        except Exception as error:  # a value that Python cannot hold, such as a date after 9999
+            raise DataError(
+                f"{name}: a value cannot be read ({_first_line(error)}); use another data set, or "
+                "save the columns that you need"
+            ) from error
+
+    if again and count > _HUB_ROWS:
+        return SourceRows(name, "row", Reread(read, count))
+    return SourceRows(name, "row", list(read()))
 
 
 def _first_line(error: Exception) -> str:
@@ -560,4 +656,10 @@ _FORMATS = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+}
+# Of these, large files are read each time that somebody looks at their rows.
+_AGAIN: dict[object, Callable[[Path, int], SourceRows]] = {
+    _read_json_lines: _reread_json_lines,
+    _read_csv: _reread_csv,
+    _read_parquet: _reread_parquet,
 }

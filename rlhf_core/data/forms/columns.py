@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.data.forms.fields import find, is_filled, listed, passed_over, shown, unread_texts
 from rlhf_core.data.forms.messages import parsed, unpacked
 from rlhf_core.data.forms.rows import Reading, SourceRow, read_margin
 from rlhf_core.data.forms.table import Form, entries, in_source, is_present
 from rlhf_core.data.origins.columns import OriginColumns
-from rlhf_core.data.sources import SourceRows
+from rlhf_core.data.sources import Row, SourceRows
 from rlhf_core.data.vote_details import Sides, UnlikeError, first_unlike
 from rlhf_core.settings.fields import DETAILS, OF_A_VOTE, TableKind, names_in
 
@@ -95,24 +96,30 @@ class Columns:
         for field in DETAILS:
             if field in self.names or field in self.names.values():  # mapped, in one way or another
                 continue
-            values = [(number, row[field]) for number, row in source.rows if field in row]
-            if field in OF_A_VOTE:
-                cast = entries(source, self.names, "votes")
-                values += [(n, vote[field]) for n, vote in cast if field in vote]
-            if field == "shown_first":
-                values = [(n, self.sides.named(value) or value) for n, value in values]
-            if not values:
+            if next(self._values(field), None) is None:
                 continue
             if field == "shown_first" and not self.form.sided:
                 self.notes.append(
                     f"{source.source}: chosen and rejected have no sides, so the field "
                     "'shown_first' is not read"
                 )
-            elif odd := first_unlike(field, values):
+            elif odd := first_unlike(field, self._values(field)):
                 self._is_another(field, *odd)
             else:
                 read.add(field)
         return frozenset(read)
+
+    def _values(self, field: str) -> Iterator[tuple[int, Any]]:
+        """What the rows, and the votes in them, have in the column of a detail."""
+        found: Iterator[tuple[int, Any]] = iter(())
+        if field in self.source.columns():
+            found = ((n, row[field]) for n, row in self.source.rows if field in row)
+        if field in OF_A_VOTE:
+            cast = entries(self.source, self.names, "votes")
+            found = chain(found, ((n, vote[field]) for n, vote in cast if field in vote))
+        if field == "shown_first":
+            return ((n, self.sides.named(value) or value) for n, value in found)
+        return found
 
     def _is_another(self, field: str, number: int, reason: str) -> None:
         self.notes.append(
@@ -146,13 +153,18 @@ class Columns:
             return True
         if "system" not in self.form.reads or "system" in self.names.values():
             return False
-        values = [(n, row["system"]) for n, row in self.source.rows if is_filled(row.get("system"))]
-        odd = [number for number, value in values if not isinstance(value, str)]
+        if "system" not in self.source.columns():
+            return False
+        values, odd = 0, 0  # the number of the first row whose value is no text
+        for number, row in self.source.rows:
+            if is_filled(row.get("system")):
+                values += 1
+                odd = odd or (0 if isinstance(row["system"], str) else number)
         if odd:
-            self._is_another("system", odd[0], "is not text")
+            self._is_another("system", odd, "is not text")
         elif values and "system" not in names_in(self.reading.template):
             self.notes.append(
-                f"{self.source.source}: the column 'system' ({self._filled(len(values))}) is put "
+                f"{self.source.source}: the column 'system' ({self._filled(values)}) is put "
                 "before the prompt as its system message; if it is something else, name it in "
                 f"data.{self.kind}.ignore"
             )
@@ -175,16 +187,19 @@ class Columns:
         unread = unread_texts(source, read, {*self.reading.ignore, *self.reading.keep, *noted})
         if unread:
             yield self._unread_note(unread)
-        inside = [
-            e for field in ("votes", "answers") for _, e in entries(source, self.names, field)
-        ]
-        for rows, what in (([row for _, row in source.rows], "rows"), (inside, "objects")):
-            for place, count in passed_over(rows, read).items():
+        for numbered, what in ((lambda: source.rows, "rows"), (self._inside, "objects")):
+            for place, count in passed_over((row for _, row in numbered()), read).items():
+                total = sum(1 for _ in numbered())
                 yield (
                     f"{source.source}: the list {shown(place)} has more entries than "
-                    f"data.{self.kind}.fields reads in {count} of {len(rows)} {what}; the others "
+                    f"data.{self.kind}.fields reads in {count} of {total} {what}; the others "
                     "are not read"
                 )
+
+    def _inside(self) -> Iterator[tuple[int, Row]]:
+        """The objects in lists of votes or answers."""
+        lists = ("votes", "answers")
+        return chain.from_iterable(entries(self.source, self.names, field) for field in lists)
 
     def _brackets(self) -> Iterator[str]:
         """Notes on columns whose texts are lists or objects that were written as text."""

@@ -1,9 +1,12 @@
 """Large files are read again and again instead of kept: the same rows, in little memory."""
 
+import csv
+import gzip
 import json
 import subprocess
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from rlhf_core.data import sources
 from rlhf_core.data.formats import Parsing, parse
 from rlhf_core.data.sources import Reread, read_rows, reread_rows
+from rlhf_core.errors import DataError
 
 ROWS = [
     {"prompt": f"P{n}", "response_a": "x", "response_b": "y", "vote": "ab"[n % 2], "gold": n == 3}
@@ -21,13 +25,55 @@ WHERE = {"split": "", "subset": ""}
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The same rows in both formats, all of them large."""
+    """The same rows in all formats, all of them large."""
     monkeypatch.setattr(sources, "REREAD_FROM", 1)
     text = [json.dumps(row) for row in ROWS]
     text[7:7] = ["{", "[1]", ""]
     (tmp_path / "v.jsonl").write_text("\n".join(text))
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "v.parquet")
-    return [str(tmp_path / name) for name in ("v.jsonl", "v.parquet")]
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "v.parquet", row_group_size=100)
+    with (tmp_path / "v.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        for number, row in enumerate(ROWS):
+            writer.writerow({**row, "response_a": "two\nlines" if number % 9 else 'a "quote", é'})
+            file.write("\n" if number == 5 else "one,cell\r\n" if number == 7 else "")
+    names = ["v.jsonl", "v.parquet", "v.csv"]
+    for name in [*names]:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        names.append(f"{name}.gz")
+    return [str(tmp_path / name) for name in names]
+
+
+def test_a_saved_data_set_is_read_again_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "REREAD_FROM", 1)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "set")
+    where = {"split": "train", "subset": ""}
+    for limit in (0, 7):
+        again, kept = (
+            read(str(tmp_path / "set"), **where, limit=limit) for read in (reread_rows, read_rows)
+        )
+        assert isinstance(again.rows, Reread)
+        assert list(again.rows) == list(again.rows) == list(kept.rows)
+        assert [row for _, row in kept.rows] == ROWS[: limit or None]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_csv_may_have_the_ends_of_lines_of_any_system(tmp_path, end, mark):
+    path = tmp_path / "v.csv"
+    path.write_bytes(f'{mark}prompt,response{end}P,"a{end}b"{end}Q,c{end}x{end}'.encode())
+    found = read_rows(str(path), **WHERE, limit=0)
+    rows = [(2, {"prompt": "P", "response": f"a{end}b"}), (4, {"prompt": "Q", "response": "c"})]
+    assert found.rows == rows
+    assert [(fault.number, fault.reason) for fault in found.unreadable] == [
+        (5, "has 1 cells, but the header has 2")
+    ]
+
+
+def test_csv_that_is_not_utf8_is_named_by_its_line(tmp_path):
+    (tmp_path / "v.csv").write_bytes(b"prompt,response\nP,a\nQ,\xff\n")
+    with pytest.raises(DataError, match="line 3: byte 0xff is not UTF-8"):
+        read_rows(str(tmp_path / "v.csv"), **WHERE, limit=0)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 8, 200, 10_000])
