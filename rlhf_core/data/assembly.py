@@ -15,7 +15,7 @@ from rlhf_core.data.formats import ParsedSource
 from rlhf_core.data.origins.counts import CHOSEN_ANSWERS, NOWHERE, ORIGIN, OTHER_PROMPTS
 from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import KEPT, SPLITS, Split, falls_to_eval, prompt_key
-from rlhf_core.data.validation import drop_useless
+from rlhf_core.data.validation import LENGTHS, drop_useless
 from rlhf_core.settings.fields import TABLE_KINDS, TableKind
 
 ORDER = "order"  # a column of the tables while they are prepared: where a row is among all
@@ -32,6 +32,8 @@ class CleanTable:
     source: str
     rows: int  # of the source
     dropped: Counter[str]
+    bad_rows: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def side(self, split: Split) -> pd.DataFrame:
         """The rows of one side of the split."""
@@ -68,6 +70,8 @@ def assemble(kind: TableKind, parts: Mapping[str, ParsedSource]) -> CleanTable:
         source=facts.source,
         rows=facts.rows,
         dropped=dropped + facts.dropped,
+        bad_rows=facts.bad_rows,
+        unread=facts.unread,
     )
 
 
@@ -141,7 +145,9 @@ def fill(tables: CleanTables) -> CleanTables:
 
 def _derived(frame: pd.DataFrame, source: str, *distinct: str) -> CleanTable:
     # What is kept beside a vote belongs to the vote.
-    kept = frame.drop_duplicates(["split", "key", *distinct]).drop(columns=KEPT, errors="ignore")
+    kept = frame.drop_duplicates(["split", "key", *distinct]).drop(
+        columns=[KEPT, LENGTHS], errors="ignore"
+    )
     return CleanTable(kept, source, len(kept), Counter())
 
 

@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -98,15 +99,22 @@ def table_lines(frame: pd.DataFrame, kind: TableKind) -> Iterator[str]:
         yield json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n"
 
 
-def read_table(directory: Path, kind: TableKind, split: Split) -> pd.DataFrame:
+def read_table(
+    directory: Path, kind: TableKind, split: Split, *, limit: int | None = None
+) -> pd.DataFrame:
     """One prepared table. Texts and messages are objects, `gold` is bool, `margin` float.
 
-    Votes prepared by version 0.1.0, with the winner first, are converted to the current columns.
+    Of a table that may be large, `rlhf_core.data.mapped` has the rows without all of them in
+    memory. Votes prepared by version 0.1.0, with the winner first, are converted to the current
+    columns.
+
+    Args:
+        limit: only the first rows; None = all.
 
     Raises: DataError when the directory does not have it.
     """
     with table_file(directory, kind, split).open(encoding="utf-8", newline="\n") as lines:
-        records = [to_columns(json.loads(line), kind) for line in lines]
+        records = [to_columns(json.loads(line), kind) for line in islice(lines, limit)]
     kept = [KEPT] if any(KEPT in record for record in records) else []
     frame = pd.DataFrame(records, columns=[*COLUMNS[kind], *kept], dtype=object)
     return frame.astype({"gold": bool, "margin": float}) if kind == "preferences" else frame

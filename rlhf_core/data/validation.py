@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_all_prompts, encode_all_responses, encode_answers
 from rlhf_core.data.pairs import with_winners
-from rlhf_core.data.prepared import canonical_prompt, known_answers, votes_of_machines
+from rlhf_core.data.prepared import COLUMNS, canonical_prompt, known_answers, votes_of_machines
 from rlhf_core.metrics import Between, uncounted
 from rlhf_core.settings.fields import TableKind
 
@@ -22,6 +22,7 @@ ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
     "preferences": ("chosen", "rejected"),
     "prompts": (),
 }
+LENGTHS = "lengths"  # a column of tables while they are prepared: tokens of prompt and answers
 _BATCH = 1000  # texts tokenised between two words of progress
 
 
@@ -177,11 +178,11 @@ def count_tokens(
         for name in ANSWERS[kind]
         for prompt, text in zip(frame["prompt"], frame[name], strict=True)
     )
-    steps = [range(0, len(texts), _BATCH) for texts in (prompts, answers)]
+    of_prompt, of_answer = _known_lengths(tables)
+    names = [name for name in prompts if name not in of_prompt]
+    keys = [key for key in answers if key not in of_answer]
+    steps = [range(0, len(texts), _BATCH) for texts in (names, keys)]
     tell = between("tokenising", sum(map(len, steps)))
-    of_prompt: dict[str, int] = {}
-    of_answer: dict[tuple[str, bool], int] = {}
-    names, keys = list(prompts), list(answers)
     for start in steps[0]:
         tell()
         part = names[start : start + _BATCH]
@@ -205,6 +206,28 @@ def count_tokens(
         )
         for kind, frame in tables.items()
     }
+
+
+def _known_lengths(
+    tables: Mapping[TableKind, pd.DataFrame],
+) -> tuple[dict[str, int], dict[tuple[str, bool], int]]:
+    """The token counts that rows have in LENGTHS, of prompts and of answers in a chat or not."""
+    of_prompt: dict[str, int] = {}
+    of_answer: dict[tuple[str, bool], int] = {}
+    for kind, frame in tables.items():
+        if LENGTHS not in frame:
+            continue
+        columns = [frame[name] for name in (LENGTHS, "prompt", *answer_columns(kind))]
+        for lengths, prompt, *texts in zip(*columns, strict=True):
+            of_prompt[canonical_prompt(prompt)] = lengths[0]
+            chat = not isinstance(prompt, str)
+            of_answer |= zip(((text, chat) for text in texts), lengths[1:], strict=True)
+    return of_prompt, of_answer
+
+
+def answer_columns(kind: TableKind) -> list[str]:
+    """The prepared columns with answers."""
+    return [name for name in COLUMNS[kind] if name.startswith("response")]
 
 
 def measure_cut(

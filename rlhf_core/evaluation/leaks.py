@@ -6,8 +6,10 @@ that was edited a little, or two answers that are compared with each other under
 The accuracy on such votes is partly memory.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,10 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rlhf_core.data.encoding import Prompt
+from rlhf_core.data.mapped.rows import PreparedRows
 from rlhf_core.data.near import NEAR, jaccard, min_hash, near_index, shingles_of
 from rlhf_core.data.prepared import prompt_key
 from rlhf_core.evaluation.scorecard import PromptLeaks
 
+_ANSWERS = ("response_a", "response_b")
 SEARCHED = 10_000  # training prompts that are searched for nearly equal ones
 
 
@@ -38,25 +42,27 @@ class Leaks(BaseModel):
     of: int  # training votes
 
 
-def find_leaks(train: pd.DataFrame, held_out: pd.DataFrame, most: int) -> tuple[Leaks, Tensor]:
+def find_leaks(
+    train: pd.DataFrame | PreparedRows, held_out: pd.DataFrame, most: int
+) -> tuple[Leaks, Tensor]:
     """Compare the texts of held-out votes with those of training votes.
 
     Equal texts, in which runs of white space count as one space, are found among all; nearly equal
     ones, whose sets of three-word sequences have a Jaccard similarity of at least 0.8, among the
-    first `most` training votes, by MinHash and then exactly.
+    first `most` training votes, by MinHash and then exactly. The training votes are read and not
+    kept: memory is that of the held-out votes and of the first `most`.
 
     Returns: the counts, and (N,) bool for each held-out vote whether its prompt is one of training,
     or its two answers were compared there.
 
     Reference: Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900.
     """
-    asked, ask = (table["prompt"].map(prompt_key) for table in (train, held_out))
-    ours, theirs = (
-        [table[name].map(_plain) for name in ("response_a", "response_b")]
-        for table in (train, held_out)
-    )
-    prompts, answers = _repeated([asked], [ask], most), _repeated(ours, theirs, most)
-    compared = {frozenset(pair) for pair in zip(*ours, strict=True)}
+    ask = [prompt_key(prompt) for prompt in held_out["prompt"]]
+    theirs = [[_plain(text) for text in held_out[name]] for name in _ANSWERS]
+    prompts = _repeated(([key] for key, *_ in _texts(train)), [ask], most)
+    answers = _repeated((pair for _, *pair in _texts(train)), theirs, most)
+    found = set(chain.from_iterable(answers.values()))
+    compared = {frozenset(pair) for _, *pair in _texts(train) if found.issuperset(pair)}
 
     def seen(prompt: str, one: str, other: str) -> bool:
         pairs = product(answers[one], answers[other])
@@ -77,8 +83,20 @@ def find_leaks(train: pd.DataFrame, held_out: pd.DataFrame, most: int) -> tuple[
     return leaks, torch.tensor(known, dtype=torch.bool)
 
 
+def _texts(train: pd.DataFrame | PreparedRows) -> Iterator[tuple[str, str, str]]:
+    """The prompt and the two answers of each vote."""
+    rows: Iterable[Any] = train
+    if isinstance(train, pd.DataFrame):
+        names = ("prompt", *_ANSWERS)
+        columns = zip(*(train[name] for name in names), strict=True)
+        rows = (dict(zip(names, row, strict=True)) for row in columns)
+    for row in rows:
+        a, b = (_plain(row[name]) for name in _ANSWERS)
+        yield prompt_key(row["prompt"]), a, b
+
+
 def find_prompt_leaks(
-    train: Sequence[Prompt], held_out: Sequence[Prompt], most: int = SEARCHED
+    train: Iterable[Prompt], held_out: Sequence[Prompt], most: int = SEARCHED
 ) -> PromptLeaks:
     """Compare the prompts of an evaluation with those of training, as `find_leaks` does.
 
@@ -86,23 +104,55 @@ def find_prompt_leaks(
         train: of all tables; a prompt may be there many times.
         most: distinct training prompts that are searched for nearly equal ones.
     """
-    known = pd.Series(list(dict.fromkeys(map(prompt_key, train))), dtype=object)
-    found = _repeated([known], [pd.Series(list(map(prompt_key, held_out)), dtype=object)], most)
+    known = _Distinct(map(prompt_key, train))
+    found = _repeated(([key] for key in known), [list(map(prompt_key, held_out))], most)
     return PromptLeaks(
         prompts=len(found),
         equal=_equal(found),
         near=_near(found),
-        compared=min(len(known), most),
-        of=len(known),
+        compared=min(known.count, most),
+        of=known.count,
     )
 
 
+class _Distinct(Iterator[str]):
+    """Each text once, of which only a hash is kept."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = iter(texts)
+        self._seen: set[bytes] = set()
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return len(self._seen)
+
+    def __next__(self) -> str:
+        for text in self._texts:
+            key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if key not in self._seen:
+                self._seen.add(key)
+                return text
+        raise StopIteration
+
+
 def _repeated(
-    train: Sequence["pd.Series[str]"], held_out: Sequence["pd.Series[str]"], most: int
+    train: Iterable[Sequence[str]], held_out: Sequence[Sequence[str]], most: int
 ) -> dict[str, list[str]]:
-    """The texts of training that each distinct held-out text equals, or else nearly equals."""
-    known = set(chain(*train))
-    searched = dict.fromkeys(chain(*(texts.head(most) for texts in train)))
+    """The texts of training that each distinct held-out text equals, or else nearly equals.
+
+    Args:
+        train: texts of each row; the first `most` rows are searched for nearly equal ones.
+        held_out: columns of texts.
+    """
+    wanted = set(chain(*held_out))
+    known: set[str] = set()
+    columns: list[list[str]] = []
+    for number, texts in enumerate(train):
+        known.update(wanted.intersection(texts))
+        if number < most:
+            columns.append(list(texts))
+    searched = dict.fromkeys(chain(*zip(*columns, strict=True)))
     index = near_index()
     sets = {text: shingles_of(text) for text in searched}
     for text, shingles in sets.items():

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import pandas as pd
 from torch import Tensor
@@ -23,6 +23,7 @@ from rlhf_core import figures
 from rlhf_core.backbone.base_model import base_of
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.data.encoding import Prompt, render_prompt
+from rlhf_core.data.mapped.rows import PreparedRows
 from rlhf_core.data.prepared import read_table
 from rlhf_core.errors import DataError, ModelError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
@@ -129,12 +130,12 @@ def evaluate(config: EvaluationConfig, work: Work) -> EvaluationReport:
     Raises: ModelError, DataError, ConfigError for errors that a user can fix.
     """
     sampling, logger, device = work.section(SamplingConfig), work.logger, work.device
-    table = read_table(work.inputs["data"], "prompts", "eval")
+    table = read_table(work.inputs["data"], "prompts", "eval", limit=config.prompts)
     if table.empty:
         raise DataError("there are no held-out prompts; raise data.eval_fraction")
-    table = table.iloc[: config.prompts]
-    trained_on = (read_table(work.inputs["data"], kind, "train")["prompt"] for kind in TABLE_KINDS)
-    leaks = find_prompt_leaks(list(chain(*trained_on)), list(table["prompt"]))
+    tables = (PreparedRows(work.inputs["data"], kind, "train") for kind in TABLE_KINDS)
+    trained_on = (row["prompt"] for rows in tables for row in rows)
+    leaks = find_prompt_leaks(trained_on, list(table["prompt"]))
     logger.progress(0, 5, "SFT policy")
     logger.phase("loading the models")
     sft_policy, tokenizer = Policy.load(work.inputs["sft"], device, config.precision)

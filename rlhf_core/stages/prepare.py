@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +35,13 @@ from rlhf_core.data.assembly import (
     fill,
     split_by_prompt,
 )
-from rlhf_core.data.chat_tokens import TextError, encode_prompt, encode_response, set_date
+from rlhf_core.data.chat_tokens import (
+    TextError,
+    asks_for_the_date,
+    encode_prompt,
+    encode_response,
+    set_date,
+)
 from rlhf_core.data.encoding import Prompt, encode_all_prompts, encode_all_responses
 from rlhf_core.data.formats import ParsedSource, Parsing
 from rlhf_core.data.forms.rows import Reading
@@ -45,12 +51,12 @@ from rlhf_core.data.origins.counts import ORIGIN, Origin, Origins
 from rlhf_core.data.origins.of_votes import OriginsOfVotes
 from rlhf_core.data.origins.tables import shown
 from rlhf_core.data.pairs import BATCH, all_the_same
-from rlhf_core.data.prepared import COLUMNS, SPLITS, Split, canonical_prompt, table_path
+from rlhf_core.data.prepared import KEPT, SPLITS, Split, canonical_prompt, table_path
 from rlhf_core.data.shards.parts import Parts, Shelf
 from rlhf_core.data.shards.spill import Spill, shards_for
 from rlhf_core.data.shards.totals import Measures, TableTotals, Totals
 from rlhf_core.data.sources import Fault, Row, SourceRows, reread_rows, size_of
-from rlhf_core.data.validation import Validation
+from rlhf_core.data.validation import LENGTHS, Validation, answer_columns
 from rlhf_core.errors import ConfigError, DataError
 from rlhf_core.metrics import SilentLogger, StageLogger, counted
 from rlhf_core.settings.data import SNAPSHOT, DataConfig, LengthLimits, TableConfig
@@ -258,6 +264,8 @@ def _from_files(
         )
     # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
     tokenizer = load_tokenizer(model, ()) if model.source else None
+    # The tokens of a template with a date are counted when the date is known.
+    measured = tokenizer is not None and not asks_for_the_date(tokenizer)
     files = {kind: _files(config, kind, snapshot) for kind in TABLE_KINDS}
     size = sum(size_of(file.path) for parts in files.values() for file in parts.values())
     spill = Spill(folder, shards_for(size))
@@ -265,7 +273,8 @@ def _from_files(
     for kind, parts in files.items():
         for split, file in parts.items():
             logger.phase(f"reading the {kind}")
-            spill.begin(kind, split, kept=bool(config.table(kind).keep))
+            more = {KEPT: config.table(kind).keep, LENGTHS: measured}
+            spill.begin(kind, split, [name for name, has in more.items() if has])
             found = _parse(config, kind, file, tokenizer, partial(spill.add, kind, split))
             parsed.setdefault(kind, []).append(found)
     _check_template(config, [source for found in parsed.values() for source in found])
@@ -329,9 +338,8 @@ def _parse(
     numbers = count()
     for examples in _by_row(parsing.examples(), whole=parsing.form.join is not None):
         if tokenizer is not None:
-            faults = _unreadable(examples, source, kind, settings, tokenizer)
-            rejected += faults.values()
-            examples = [example for example in examples if example.get("row", 0) not in faults]
+            examples, faults = _readable(examples, source, kind, settings, tokenizer)
+            rejected += faults
         if known is not None:
             origins = known.of(pd.DataFrame(examples), [example[ORIGIN] for example in examples])
             examples = [{**e, ORIGIN: o} for e, o in zip(examples, origins, strict=True)]
@@ -371,18 +379,46 @@ def _by_row(examples: Iterable[Row], *, whole: bool) -> Iterator[list[Row]]:
         yield held
 
 
-def _unreadable(
-    examples: Sequence[Row],
+def _readable(
+    examples: list[Row],
     source: SourceRows,
     kind: TableKind,
     settings: TableConfig,
     tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[Row], list[Fault]]:
+    """The examples with their lengths, without those with a text that the model's template or
+    tokenizer rejects, which are bad rows like others."""
+    answers = answer_columns(kind)
+    try:
+        return _measured(examples, answers, tokenizer), []
+    except DataError:
+        faults = _rejected(examples, ("prompt", *answers), source, settings, tokenizer)
+    left = [example for example in examples if example.get("row", 0) not in faults]
+    return _measured(left, answers, tokenizer), list(faults.values())
+
+
+def _measured(
+    examples: list[Row], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """The examples with the tokens of their texts, as `count_tokens` counts them."""
+    prompts = encode_all_prompts([example["prompt"] for example in examples], tokenizer)
+    asked = [(example, not isinstance(example["prompt"], str)) for example in examples]
+    texts = [(str(example[name]), chat) for example, chat in asked for name in answers]
+    found = map(len, encode_all_responses(texts, tokenizer))
+    return [
+        {**example, LENGTHS: (len(prompt), *islice(found, len(answers)))}
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+
+
+def _rejected(
+    examples: Sequence[Row],
+    fields: Sequence[str],
+    source: SourceRows,
+    settings: TableConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[int, Fault]:
-    """The rows with a text that the model's template or tokenizer rejects, by their numbers: they
-    are bad rows like others."""
-    fields = ("prompt", *(name for name in COLUMNS[kind] if name.startswith("response")))
-    if _all_readable(examples, fields[1:], tokenizer):
-        return {}
+    """Why rows are rejected, by their numbers."""
     columns = source.columns()
     seen: dict[str, str] = {}  # text -> why it is rejected; empty if it is not
     faults: dict[int, Fault] = {}
@@ -397,19 +433,6 @@ def _unreadable(
                 where = (source.source, source.unit, number, place if place in columns else "")
                 faults.setdefault(number, Fault(*where, "rejected by the template", seen[key]))
     return faults
-
-
-def _all_readable(
-    examples: Sequence[Row], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> bool:
-    try:
-        encode_all_prompts([example["prompt"] for example in examples], tokenizer)
-        asked = [(example, not isinstance(example["prompt"], str)) for example in examples]
-        texts = [(str(example[name]), chat) for example, chat in asked for name in answers]
-        encode_all_responses(texts, tokenizer)
-    except DataError:
-        return False
-    return True
 
 
 def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -25,6 +25,7 @@ from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.packing import pack_pairs
 from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import Prompt, decode_responses, encode_prompt
+from rlhf_core.data.mapped.rows import PreparedRows
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import canonical_prompt, read_table
 from rlhf_core.evaluation.card import page as card_page
@@ -128,7 +129,8 @@ def write_report_card(config: ReportCardConfig, work: Work) -> ReportCardReport:
     votes = _vote_scores(exam, drawn)
     logger.progress(1, _STEPS, "texts seen in training")
     logger.phase("comparing with the texts of training")
-    leaks, seen = find_leaks(read_table(data, "preferences", "train"), votes.table, config.votes)
+    trained_on = PreparedRows(data, "preferences", "train")
+    leaks, seen = find_leaks(trained_on, votes.table, config.votes)
     logger.progress(2, _STEPS, "samples of the SFT policy")
     samples = _sample(exam, list(read_table(data, "prompts", "eval")["prompt"]))
     logger.progress(3, _STEPS, "canaries")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_core.backbone.directory import read_card, weights_digest
 from rlhf_core.backbone.networks import Policy
-from rlhf_core.data.prepared import read_table
+from rlhf_core.data.mapped.rows import PreparedRows
 from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.evaluation.answers import Answers, Bench, answer
 from rlhf_core.evaluation.comparison import verdicts_on
@@ -187,11 +187,11 @@ def entrants_of(config: TournamentConfig, inputs: Mapping[str, Path]) -> list[st
 def _bench(config: TournamentConfig, work: Work) -> Bench:
     """The models and settings that all answers are made and measured with, on prompts of training
     that the seed draws."""
-    table = read_table(work.inputs["data"], "prompts", "train")
-    if table.empty:
+    table = PreparedRows(work.inputs["data"], "prompts", "train")
+    if not len(table):
         raise DataError("there are no training prompts; lower data.eval_fraction")
     order = torch.randperm(len(table), generator=generator(work.seed, "tournament/prompts"))
-    prompts = list(table["prompt"].iloc[order[: config.prompts].tolist()])
+    prompts = [row["prompt"] for row in table.pick(order[: config.prompts].tolist())]
     work.logger.phase("loading the models")
     sft, tokenizer = Policy.load(work.inputs[SFT], work.device, config.precision)
     reward_model, reward_tokenizer = load_reward_model(

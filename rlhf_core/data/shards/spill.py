@@ -8,7 +8,7 @@ shard is prepared as if it were all there is. Beyond one shard they wait on disk
 import hashlib
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from rlhf_core.data.assembly import ORDER, PART
 from rlhf_core.data.origins.counts import ORIGIN
-from rlhf_core.data.prepared import COLUMNS, KEPT, prompt_key
+from rlhf_core.data.prepared import COLUMNS, prompt_key
 from rlhf_core.settings.fields import TableKind
 
 Row: TypeAlias = dict[str, Any]
@@ -39,9 +39,9 @@ class Spill:
         self._count = 0
         self._columns: dict[TableKind, dict[str, list[str]]] = {}
 
-    def begin(self, kind: TableKind, split: str, *, kept: bool) -> None:
-        """Announce a source of a table, also one that may have no rows."""
-        columns = [*COLUMNS[kind], "ballot", *([KEPT] if kept else []), ORIGIN, ORDER]
+    def begin(self, kind: TableKind, split: str, more: Sequence[str]) -> None:
+        """Announce a source of a table, also one that may have no rows, and its own columns."""
+        columns = [*COLUMNS[kind], "ballot", *more, ORIGIN, ORDER]
         self._columns.setdefault(kind, {})[split] = columns
 
     def add(self, kind: TableKind, split: str, row: Mapping[str, Any], number: int) -> None:
