@@ -3,7 +3,8 @@
     python -m benchmarks.scale places --rows 1000000
     python -m benchmarks.scale make --rows 100000 --to pairs.jsonl
     python -m benchmarks.scale prepare --source pairs.jsonl --to prepared
-    python -m benchmarks.scale train --data prepared --model DIRECTORY
+    python -m benchmarks.scale encode --source prepared --to tokens --model DIRECTORY
+    python -m benchmarks.scale encode --source prepared --model DIRECTORY --as-lists
 
 Each prints a line of JSON: rows, seconds, and the most memory that the process and its children had
 in use (MB, by getrusage). The pairs are drawn from a list of words, some 150 tokens an answer, and
@@ -88,6 +89,47 @@ def prepare(source: Path, to: Path, model: str) -> dict[str, float]:
     return {"train": report.preferences_train, "eval": report.preferences_eval}
 
 
+def encode(data: Path, to: Path | None, model: str, *, as_lists: bool) -> dict[str, float]:
+    """Encode the training pairs, and take 1,000 of them in a random order.
+
+    Args:
+        as_lists: as Python lists in this process, as trainings did before they were mapped.
+    """
+    import torch
+
+    from rlhf_core.backbone.base_model import load_tokenizer
+    from rlhf_core.data.pairs import encode_pairs
+    from rlhf_core.data.prepared import read_table
+    from rlhf_core.settings.model import ModelConfig
+
+    tokenizer = load_tokenizer(ModelConfig(source=model), ())
+    before = memory()
+    start = time.process_time()
+    if as_lists:
+        found = encode_pairs(read_table(data, "preferences", "train"), tokenizer, 1024).pairs
+    else:
+        from rlhf_core.data.mapped.training import Place, pairs_of
+
+        found = pairs_of(Place(data, tokenizer, to), "train", 1024, "max_length")
+    encoded = time.process_time() - start
+    draws = torch.Generator().manual_seed(0)
+    places = torch.randint(len(found), (1000,), generator=draws).tolist()
+    start = time.process_time()
+    tokens = sum(len(found[place].chosen) for place in places)
+    taken = time.process_time() - start
+    after = memory()
+    grown = {f"{name}_mb": after[name] - before[name] for name in after}
+    return {"encode_cpu": encoded, "pair_us": taken * 1000, "tokens": tokens / 1000, **grown}
+
+
+def memory() -> dict[str, float]:
+    """What this process has of its own, and of files that it shares with others (MB)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    found = dict(line.split(":", 1) for line in status)
+    names = {"own": "RssAnon", "files": "RssFile"}
+    return {name: int(found[key].split()[0]) / 1024 for name, key in names.items()}
+
+
 def used() -> dict[str, float]:
     """The most memory in use so far (MB)."""
     who = {"self": resource.RUSAGE_SELF, "child": resource.RUSAGE_CHILDREN}
@@ -96,17 +138,20 @@ def used() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["places", "make", "prepare"])
+    parser.add_argument("what", choices=["places", "make", "prepare", "encode"])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--source", type=Path)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--model", default="")
+    parser.add_argument("--as-lists", action="store_true")
     given = parser.parse_args()
     start, cpu = time.monotonic(), time.process_time()
     if given.what == "places":
         found = places(given.rows)
     elif given.what == "make":
         found = make(given.rows, given.to)
+    elif given.what == "encode":
+        found = encode(given.source, given.to, given.model, as_lists=given.as_lists)
     else:
         found = prepare(given.source, given.to, given.model)
     spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}

@@ -292,7 +292,8 @@ class StoredPairs(Sequence[Pair]):
     def shown(self, most: int) -> pd.DataFrame:
         """The first votes as text: prompt, chosen, rejected."""
         found = map(vote_texts, self._rows.pick(self._facts["row"][:most].tolist()))
-        return pd.DataFrame([vote[:3] for vote in found], columns=["prompt", "chosen", "rejected"])
+        names = ["prompt", "chosen", "rejected"]
+        return pd.DataFrame([vote[:3] for vote in found], columns=names, dtype=object)
 
 
 def pairs_of(
