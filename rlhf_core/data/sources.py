@@ -64,7 +64,13 @@ class Reread(Sequence[tuple[int, Row]]):
         self._length = length
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        return self.read()
+        try:
+            yield from self.read()
+        except (UnreadableError, DamagedError) as error:
+            raise DataError(
+                f"the data have changed while they were read ({error}); leave their file as it is, "
+                "and start again"
+            ) from error
 
     def __len__(self) -> int:
         if self._length < 0:
@@ -172,8 +178,9 @@ def _is_hub_id(local: Path, path: str) -> bool:
     return _format(local) is None and bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path))
 
 
-def size_of(path: str) -> int:
-    """About how many bytes of text a source has; 0 when nobody knows before it is read."""
+def size_of(path: str, limit: int = 0) -> int:
+    """About how many bytes of text the first `limit` rows of a source have, 0 = all of them; 0 when
+    nobody knows before it is read, as of a hub data set."""
     try:
         local = expanded(path)
     except UnreadableError:
@@ -181,7 +188,8 @@ def size_of(path: str) -> int:
     if not exists(local):
         return 0
     files = [*local.glob("*.arrow"), *local.glob("*/*.arrow")] if local.is_dir() else [local]
-    return sum(file.stat().st_size * _unpacked(file) for file in files)
+    size = sum(file.stat().st_size * _unpacked(file) for file in files)
+    return min(size, limit * _LARGE_ROW) if limit else size
 
 
 def _unpacked(path: Path) -> int:
@@ -512,6 +520,7 @@ def _unreadable(name: str, bad: Iterable[tuple[int, str, str]]) -> list[Fault]:
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_NOTE = 64 * MIB
+_LARGE_ROW = 16 * 1024  # bytes
 _HUB_ROWS = 10_000  # read at once
 
 

@@ -267,7 +267,11 @@ def _from_files(
     # The tokens of a template with a date are counted when the date is known.
     measured = tokenizer is not None and not asks_for_the_date(tokenizer)
     files = {kind: _files(config, kind, snapshot) for kind in TABLE_KINDS}
-    size = sum(size_of(file.path) for parts in files.values() for file in parts.values())
+    size = sum(
+        size_of(file.path, config.table(kind).limit)
+        for kind, parts in files.items()
+        for file in parts.values()
+    )
     spill = Spill(folder, shards_for(size))
     parsed: dict[TableKind, list[ParsedSource]] = {}
     for kind, parts in files.items():

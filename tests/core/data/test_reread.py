@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -111,6 +112,16 @@ def test_examples_may_be_read_twice(files):
     assert first == second
     assert len(parsing.faults) == 2
     assert first[0]["values"] == ROWS[0]
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v.jsonl.gz"])
+def test_a_file_that_changes_while_it_is_read_is_said(files, name):
+    (path,) = (path for path in files if path.endswith(name))
+    rows = reread_rows(path, **WHERE, limit=0).rows
+    with Path(path).open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(DataError, match="have changed while they were read"):
+        list(rows)
 
 
 def test_small_files_are_kept(tmp_path):

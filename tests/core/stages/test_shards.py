@@ -131,6 +131,8 @@ def test_size_is_that_of_the_text(tmp_path):
     assert prepare.size_of(plain) == length
     assert prepare.size_of(str(packed)) == 5 * packed.stat().st_size
     assert prepare.size_of("owner/name") == 0
+    assert prepare.size_of(plain, 1) == min(length, 16 * 1024)
+    assert prepare.size_of(plain, 10_000) == length
 
 
 def test_digest_of_one_shard_is_that_of_earlier_versions(tmp_path):
