@@ -13,6 +13,8 @@ All this is about one prompt at a time, so large data are prepared in shards, by
 prompt. The number of shards changes how much memory it takes, and nothing that is written.
 """
 
+import glob
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -122,7 +124,10 @@ def prepare_data(config: DataConfig, work: Work) -> DataReport:
     model, limits = work.section(ModelConfig), work.section(LengthLimits)
     snapshot = work.inputs.get(SNAPSHOT)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+    prefix = f".{output.name}.preparing-"
+    for left in output.parent.glob(f"{glob.escape(prefix)}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=prefix, dir=output.parent) as name:
         found = _prepare(config, model, limits, work.seed, logger, snapshot, Path(name))
         logger.progress(2, 3, "writing the tables")
         output.mkdir(parents=True, exist_ok=True)

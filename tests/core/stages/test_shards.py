@@ -106,6 +106,16 @@ def test_bad_rows_are_named_as_in_one_piece(monkeypatch, tmp_path):
     assert len(one[1]["bad_rows"]) >= 1
 
 
+def test_what_a_killed_process_left_is_removed(monkeypatch, tmp_path):
+    left = tmp_path / ".data-3.preparing-abcdefgh"
+    left.mkdir()
+    (left / "rows.0.pickle").write_bytes(b"half")
+    rows = [{"prompt": f"Q{n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(40)]
+    preferences = {"path": lines(tmp_path / "votes.jsonl", rows)}
+    config = DataConfig(source="files", eval_fraction=0.5, preferences=preferences)
+    assert prepared(monkeypatch, tmp_path, 3, config)[1]["tables"]["preferences"]["rows"] == 40
+
+
 def test_prompts_that_ask_the_same_are_in_one_shard():
     chat = [{"role": "user", "content": "Why  so?"}]
     assert shard_of("Why so?", 97) == shard_of(chat, 97) == shard_of(" Why\nso? ", 97)
