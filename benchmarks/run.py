@@ -104,6 +104,7 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         vocabulary,
         arguments.seed,
     )
+    clock.tokens_of = lambda _: arguments.batch * arguments.response_length
     for start in range(0, len(rows), arguments.batch):
         batch = rows[start : start + arguments.batch]
         clock.begin("generate")
@@ -149,6 +150,7 @@ def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         lora_layers=arguments.lora_layers,
     )
     learner = learner_of(policy, config, "sft")
+    clock.tokens_of = lambda step: sum(len(example.ids) for example in batches[step])
     for batch in batches:
         clock.begin("update")
         sft.accumulate(learner, batch, config, Ranks(), lambda: None)
@@ -187,6 +189,10 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         lora_layers=arguments.lora_layers,
     )
     learner = learner_of(model, config, "reward")
+    clock.tokens_of = lambda step: sum(
+        len(2 * prompt) + len(chosen) + len(rejected)
+        for prompt, chosen, rejected in rows[step * arguments.batch :][: arguments.batch]
+    )
     for start in range(0, len(rows), arguments.batch):
         batch = [
             Pair(p + chosen, p + rejected, (len(p), len(p)), False, 0.0, False)
@@ -235,13 +241,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peer:
         run_peer(arguments.work)
+    if arguments.dtype == "autocast":
+        parser.error("--dtype autocast is the peer's; ours has float32 and bfloat16")
     torch.set_num_threads(arguments.threads)
-    clock = Clock("generate" if arguments.work == "ppo" else "update")
+    clock = Clock("generate" if arguments.work == "ppo" else "update", arguments.turns)
+    version = f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
+    clock.about = {"program": version, "work": arguments.work, "dtype": arguments.dtype}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.work == "ppo" and arguments.lora_rank:
             arguments.reward = adapter_reward(arguments, Path(folder) / "reward")
         tokens = list(works[arguments.work](arguments, clock))
-    version = f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
     report(version, arguments.work, arguments, clock, tokens)
 
 
