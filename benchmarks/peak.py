@@ -26,16 +26,20 @@ def fastest(work: Callable[[], Any]) -> float:
     for _ in range(TRIES + 1):
         begun = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return min(times[1:])
 
 
-def products(dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> dict[str, float]:
+def products(
+    dtype: torch.dtype, sizes: tuple[int, ...] = SIZES, device: str = "cpu"
+) -> dict[str, float]:
     """GFLOP/s by size."""
     found = {}
     for size in sizes:
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        out = torch.empty(size, size, dtype=dtype)
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(size, size, dtype=dtype, device=device)
         seconds = fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
         found[str(size)] = 2 * size**3 / seconds / 1e9
     return found

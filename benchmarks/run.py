@@ -9,6 +9,7 @@ and reference, values, rewards, advantages); update (the epochs of policy and cr
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import tempfile
@@ -117,6 +118,18 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
                 optimise(rollout, targets, picked, first=epoch == number == 0)
         clock.begin(None)
         yield int(rollout.responses.mask.sum())
+    if arguments.deterministic:
+        clock.about["digest"] = weights_digest(networks.policy, networks.critic)
+
+
+def weights_digest(*networks: Network) -> str:
+    """SHA-256 of all weights, to the bit."""
+    sha = hashlib.sha256()
+    for network in networks:
+        for name, weight in sorted(network.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 class TimedCollector(Collector):
@@ -236,6 +249,11 @@ def main() -> None:
     for work in works:
         sub = subparsers.add_parser(work)
         add_arguments(sub, work)
+        sub.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="torch's deterministic mode, and a digest of the weights (PPO) at the end",
+        )
         sub.add_argument("--peer", action="store_true", help="run TRL on the same work instead")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -244,6 +262,9 @@ def main() -> None:
     if arguments.dtype == "autocast":
         parser.error("--dtype autocast is the peer's; ours has float32 and bfloat16")
     torch.set_num_threads(arguments.threads)
+    if arguments.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
     clock = Clock("generate" if arguments.work == "ppo" else "update", arguments.turns)
     version = f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
     clock.about = {"program": version, "work": arguments.work, "dtype": arguments.dtype}
@@ -251,7 +272,7 @@ def main() -> None:
         if arguments.work == "ppo" and arguments.lora_rank:
             arguments.reward = adapter_reward(arguments, Path(folder) / "reward")
         tokens = list(works[arguments.work](arguments, clock))
-    report(version, arguments.work, arguments, clock, tokens)
+    report(version, arguments.work, arguments, clock, tokens, digest=clock.about.get("digest"))
 
 
 if __name__ == "__main__":
