@@ -23,8 +23,9 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peer_defaults import Defaults
 from peer_lora import adapters
-from report import Clock, changed, report
+from report import Clock, report
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -69,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, "ppo")
     arguments = parser.parse_args()
+    defaults = Defaults(PPOConfig)
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision(arguments.products)
     if arguments.dtype == "autocast":
@@ -129,7 +131,7 @@ def main() -> None:
             "work": "ppo",
             "dtype": arguments.dtype,
             "mixed_precision": trainer.accelerator.mixed_precision,
-            "changed": changed(trainer.args),
+            "changed": defaults.changed(trainer.args),
         }
         time_phases(trainer, clock, length + arguments.response_length)
         trainer.train()

@@ -13,9 +13,10 @@ import tempfile
 import torch
 import trl
 from datasets import Dataset
+from peer_defaults import Defaults
 from peer_lora import adapters
 from peer_steps import StepClock
-from report import Clock, changed, report
+from report import Clock, report
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 from work import add_arguments, pairs
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, "reward")
     arguments = parser.parse_args()
+    defaults = Defaults(RewardConfig)
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision(arguments.products)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -70,7 +72,7 @@ def main() -> None:
             "program": f"trl {trl.__version__}",
             "work": "reward",
             "dtype": arguments.dtype,
-            "changed": changed(trainer.args),
+            "changed": defaults.changed(trainer.args),
         }
         trainer.train()
     about = clock.about

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peer_defaults import Defaults
 from peer_lora import adapters
 from peer_steps import StepClock
-from report import Clock, changed, report
+from report import Clock, report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from work import COMPLETION, PROMPT, add_arguments, sft_rows
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, "sft")
     arguments = parser.parse_args()
+    defaults = Defaults(SFTConfig)
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision(arguments.products)
     model = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +94,7 @@ def main() -> None:
             "program": f"trl {trl.__version__}",
             "work": "sft",
             "dtype": arguments.dtype,
-            "changed": changed(trainer.args),
+            "changed": defaults.changed(trainer.args),
         }
         collate = trainer.data_collator
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
 from work import Work
 
 
@@ -111,13 +110,6 @@ def versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def changed(settings: TrainingArguments) -> dict[str, Any]:
-    """The settings of a Hugging Face trainer that differ from its defaults."""
-    plain = type(settings)(output_dir=settings.output_dir, use_cpu=settings.use_cpu)
-    ours, theirs = settings.to_dict(), plain.to_dict()
-    return {name: value for name, value in ours.items() if value != theirs.get(name)}
 
 
 def peak_memory_mb() -> float:

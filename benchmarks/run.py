@@ -109,7 +109,9 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
     for start in range(0, len(rows), arguments.batch):
         batch = rows[start : start + arguments.batch]
         clock.begin("generate")
-        rollout = collector.timed(clock).roll_out(PromptTable([""] * len(batch), batch))
+        rollout = collector.timed(clock).roll_out(
+            PromptTable([""] * len(batch), batch, list(range(len(batch))))
+        )
         targets, _ = ppo.assign_credit(rollout, config.kl_coef, config=config)
         clock.begin("update")
         for epoch in range(arguments.epochs):
