@@ -143,10 +143,10 @@ class TimedCollector(Collector):
         object.__setattr__(self, "clock", clock)
         return self
 
-    def _measure(self, *inputs: Any) -> Any:
+    def _score(self, *inputs: Any) -> Any:
         if self.clock.phase == "generate":
             self.clock.begin("score")
-        return super()._measure(*inputs)
+        return super()._score(*inputs)
 
 
 def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
