@@ -21,17 +21,21 @@ q + r, in E epochs:
 SFT: 3·(blocks(n) + head(m)) of a text with m labelled tokens. Reward model: 3·blocks(n) of each
 text; chosen and rejected are two texts.
 
-With LoRA in the last K of L blocks the weights there get no gradient, so that the backward pass
-goes through them once and not twice, and it ends at the first adapter. The adapters of rank R
-themselves have R·(in + out) weights a layer: a forward pass and twice that backward. What each side
-has to compute differs. Ours, whose critic and reward model are adapters too and whose blocks below
-the first adapter are computed once for each sample and then kept:
+With LoRA in the last K of L blocks there are no gradients of their weights, and none at all below
+the first adapter. So a forward and backward pass of these K blocks is, with n tokens again,
 
-    update     E·(2·(K/L)·2·blocks(n) + 2·head(r)) + 3·E·2·adapters(n)
+    frozen(n)   = K·(2·2·W·n + 3·2·A·n·(n + 1))
 
-The peer trains an adapter of the policy and all of the critic:
+and adapters of rank R, which train, need 3·adapters(n), with adapters(n) = 2·R·(inputs + outputs)·n
+of all their layers. What each side has to compute differs. Ours, whose critic and reward model are
+adapters too, and whose states below the first adapter are computed once for a sample and kept:
 
-    update     E·((1 + K/L)·blocks(n) + 2·head(r) + 3·blocks(n)) + 3·E·adapters(n)
+    score      blocks(n) below, 3 times blocks(n) of K, head(r), 2·adapters(n)
+    update     E·(2·frozen(n) + 2·head(r) + 2·3·adapters(n))
+
+The peer trains adapters of the policy and all of the critic, and its reward model has no adapter:
+
+    update     E·(blocks(n) below + frozen(n) + 2·head(r) + 3·adapters(n) + 3·blocks(n))
 
 `tests/test_benchmarks.py` compares the formulas with what torch counts while it runs a model.
 """
@@ -83,10 +87,22 @@ class Sizes:
         weights = sum(a * b for a, b in shapes)
         return cls(width, blocks, weights, attention, vocabulary, sum(map(sum, shapes)))
 
+    def linear(self, n: int, blocks: int) -> int:
+        """A forward pass of n tokens through the linear layers of so many blocks."""
+        return blocks * 2 * self.weights * n
+
+    def scores(self, n: int, blocks: int) -> int:
+        """The causal attention of a text of n tokens in so many blocks."""
+        return blocks * 2 * self.attention * n * (n + 1)
+
     def trunk(self, n: int, blocks: int | None = None) -> int:
         """A forward pass of a text of n tokens through the blocks, or through so many of them."""
         number = self.blocks if blocks is None else blocks
-        return number * (2 * self.weights * n + 2 * self.attention * n * (n + 1))
+        return self.linear(n, number) + self.scores(n, number)
+
+    def frozen(self, n: int, blocks: int) -> int:
+        """Forward and backward pass through blocks whose weights get no gradient."""
+        return 2 * self.linear(n, blocks) + 3 * self.scores(n, blocks)
 
     def head(self, m: int) -> int:
         """The logits of m positions."""
@@ -107,14 +123,14 @@ def of_ppo(sizes: Sizes, arguments: Namespace, side: Literal["ours", "peer"]) ->
         update = 3 * epochs * (2 * trunk + head)
         return arguments.batch * (generate + score + update)
     adapted = arguments.lora_layers or sizes.blocks
-    upper = sizes.trunk(n, adapted)
+    below, upper = sizes.trunk(n, sizes.blocks - adapted), sizes.trunk(n, adapted)
     adapter = sizes.adapters(n, arguments.lora_rank, adapted)
+    through = sizes.frozen(n, adapted)
     if side == "ours":  # three networks on one trunk; what lies below the adapters is kept
-        lower = trunk - upper
-        score = lower + 3 * upper + head + 2 * adapter
-        update = epochs * (2 * 2 * upper + 2 * head + 3 * 2 * adapter)
+        score = below + 3 * upper + head + 2 * adapter
+        update = epochs * (2 * through + 2 * head + 2 * 3 * adapter)
     else:
-        update = epochs * (trunk + upper + 2 * head + 3 * adapter + 3 * trunk)
+        update = epochs * (below + through + 2 * head + 3 * adapter + 3 * trunk)
     return arguments.batch * (generate + adapter + score + update)
 
 
