@@ -34,21 +34,26 @@ class Row:
 
 
 WORKS = {  # title, work, model, options, iterations of a turn
-    "ppo-gpt2": ("PPO, gpt2", "ppo", "gpt2", "", 2),
+    "ppo-gpt2": ("PPO, gpt2", "ppo", "gpt2", "", 1),
     "ppo-smol": ("PPO, smol, 8 samples", "ppo", "smol", "--batch 8", 1),
-    "sft-gpt2": ("SFT, gpt2", "sft", "gpt2", "", 4),
+    "sft-gpt2": ("SFT, gpt2", "sft", "gpt2", "", 3),
     "sft-smol": ("SFT, smol", "sft", "smol", "", 1),
-    "reward-gpt2": ("reward model, gpt2", "reward", "gpt2", "", 4),
+    "reward-gpt2": ("reward model, gpt2", "reward", "gpt2", "", 3),
     "reward-smol": ("reward model, smol", "reward", "smol", "", 1),
     "ppo-smol-lora": (
         "PPO, smol, 8 samples, LoRA rank 16 in the last 8 of 30 blocks",
         *("ppo", "smol", "--batch 8 --lora-rank 16 --lora-layers 8", 1),
     ),
 }
-# What of the peer was fastest, see "The peer's best settings" in README.md: in any number format,
-# which stands beside our bfloat16; and in float32, which stands beside our float32.
-BEST = dict.fromkeys(WORKS, ("--dtype bfloat16", "bfloat16 throughout"))
-BEST_FLOAT32: dict[str, tuple[str, str]] = {}
+# What of the peer was fastest, see "TRL's best settings" in README.md: in any number format, which
+# stands beside our bfloat16; and in float32, which stands beside our float32.
+BEST = dict.fromkeys(WORKS, ("--dtype bfloat16 --attention eager", "bfloat16 throughout, eager"))
+for _name in ("sft-gpt2", "sft-smol"):
+    BEST[_name] = (
+        "--dtype bfloat16 --attention eager --padding-free",
+        "bfloat16 throughout, eager, padding-free",
+    )
+BEST_FLOAT32 = dict.fromkeys(("sft-gpt2", "sft-smol"), ("--padding-free", "padding-free"))
 
 
 def _rows() -> dict[str, Row]:
