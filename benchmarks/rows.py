@@ -49,10 +49,7 @@ WORKS = {  # title, work, model, options, iterations of a turn
 # stands beside our bfloat16; and in float32, which stands beside our float32.
 BEST = dict.fromkeys(WORKS, ("--dtype bfloat16 --attention eager", "bfloat16 throughout, eager"))
 for _name in ("sft-gpt2", "sft-smol"):
-    BEST[_name] = (
-        "--dtype bfloat16 --attention eager --padding-free",
-        "bfloat16 throughout, eager, padding-free",
-    )
+    BEST[_name] = ("--dtype bfloat16 --padding-free", "bfloat16 throughout, padding-free")
 BEST_FLOAT32 = dict.fromkeys(("sft-gpt2", "sft-smol"), ("--padding-free", "padding-free"))
 
 

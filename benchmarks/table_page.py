@@ -178,7 +178,7 @@ def circumstances(entries: Sequence[Line], rows: dict[str, list[Line]]) -> str:
         f"{all_of(rounds, 'date')}, commit {all_of(rounds, 'commit')}; {all_of(rounds, 'cpu')} "
         f"({all_of(rounds, 'family')}) with {all_of(rounds, 'features')}"
         f"{f', without {lacking}' if lacking else ''}; {all_of(rounds, 'cores')} cores, caches "
-        f"{all_of(rounds, 'caches')}; {all_of(told, 'threads')} threads; {all_of(blas, 'blas')}; "
+        f"{all_of(rounds, 'caches')}; threads: {all_of(told, 'threads')}; {all_of(blas, 'blas')}; "
         f"torch {all_of(told, 'torch')}, transformers {all_of(told, 'transformers')}, "
         f"{' and '.join(dict.fromkeys(peers))}. Peak by `peak.py`: {peaks}. The rounds took "
         f"{minutes:.0f} minutes, starting and warming up included. Tokens a second and ratios: "

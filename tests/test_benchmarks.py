@@ -169,7 +169,7 @@ def test_the_machine_is_described(page):
     text = page.render([peak, told("ppo-gpt2"), *rounds("ppo-gpt2", ours=[30] * 4, tuned=[10] * 4)])
     for said in (
         "A CPU (family 1, model 2) with avx2, without amx_bf16; 2 cores, caches L1 1K",
-        "2 threads; MKL; torch 2, transformers 5",
+        "threads: 2; MKL; torch 2, transformers 5",
         "1 thread: 100 GFLOP/s in float32, 200 in bfloat16, copies at 20 GB/s; 2 threads: 100",
         "took 2 minutes",
     ):
