@@ -26,6 +26,7 @@ TRAINED = {
     "float32": "",
     "float32, eager": "--attention eager",
     "autocast": "--dtype autocast",
+    "autocast, eager": "--dtype autocast --attention eager",
     "bfloat16": "--dtype bfloat16",
     "bfloat16, eager": "--dtype bfloat16 --attention eager",
 }
