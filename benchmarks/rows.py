@@ -50,6 +50,11 @@ WORKS = {  # title, work, model, options, iterations of a turn
 BEST = dict.fromkeys(WORKS, ("--dtype bfloat16 --attention eager", "bfloat16 throughout, eager"))
 for _name in ("sft-gpt2", "sft-smol"):
     BEST[_name] = ("--dtype bfloat16 --padding-free", "bfloat16 throughout, padding-free")
+for _name in ("ppo-gpt2", "ppo-smol", "ppo-smol-lora"):
+    BEST[_name] = (
+        "--dtype bfloat16 --attention eager --no-cache",
+        "bfloat16 throughout, eager, no cache in training",
+    )
 BEST_FLOAT32 = dict.fromkeys(("sft-gpt2", "sft-smol"), ("--padding-free", "padding-free"))
 
 
