@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import PipelineConfig
+from flows.local import allocator
 from rlhf_core.config import Section
 from rlhf_core.settings.judge import ENDPOINT, PEOPLE, JudgeConfig
 from rlhf_core.settings.onpolicy import OnPolicySection
@@ -54,6 +55,7 @@ def estimate_run(
         seed=config.seed,
         snapshot=snapshot,
         sft_is_trained=not config.sft.reuse,
+        environment=allocator.ENVIRONMENT,
     )
 
 

@@ -62,7 +62,9 @@ def _meminfo() -> dict[str, int]:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+    return {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1
+    }
 
 
 def _cgroups() -> Iterator[tuple[int, int]]:
@@ -75,7 +77,10 @@ def _cgroups() -> Iterator[tuple[int, int]]:
     for group in (folder, *folder.parents):
         if not group.is_relative_to(_CGROUP):
             return
-        for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        for most, used in (
+            ("memory.max", "memory.current"),
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ):
             try:
                 limit = (group / most).read_text(encoding="ascii").strip()
                 if limit != "max" and int(limit) < 2**60:

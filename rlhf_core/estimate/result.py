@@ -91,8 +91,8 @@ def misfits(
             yield f"{stage.stage} does not fit: it needs {least}, and {most}. {advice}"
         elif free is not None and (stage.memory or 0) > free:
             yield (
-                f"{stage.stage} does not fit now: it needs {least}, and {gibibytes(free)} are free. "
-                f"End other programs, or: {advice[0].lower()}{advice[1:]}"
+                f"{stage.stage} does not fit now: it needs {least}, and {gibibytes(free)} are "
+                f"free. End other programs, or: {advice[0].lower()}{advice[1:]}"
             )
     kept = sum(stage.kept for stage in stages)
     working = max((stage.working for stage in stages), default=0)
@@ -138,6 +138,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s" if minutes < 10 else f"{minutes} min"
+        return (
+            f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+            if minutes < 10
+            else f"{minutes} min"
+        )
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"

@@ -6,7 +6,7 @@ in a step is multiplied; what a stage does once in all is taken as it is.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -120,7 +120,9 @@ class _Passes:
     micro: tuple[float, float]  # micro-batches of a step: trial, run
 
 
-def _passes(section: TrainingSection, rows: int, epochs: int, tokens: float, facts: Facts) -> _Passes:
+def _passes(
+    section: TrainingSection, rows: int, epochs: int, tokens: float, facts: Facts
+) -> _Passes:
     size, part = section.batch_size, section.micro_batch_size
     steps = epochs * math.ceil(rows / size)
     # A step of the run, on average: the last of an epoch may be short.
@@ -180,7 +182,9 @@ def _reward_model(
     found = _passes(config, train, config.epochs, tokens * members, facts)
     # Votes on one half of the prompts: twice as many rows have to be there.
     halves = 2 if config.votes != "all" else 1
-    scored = _kept(held_out, config.micro_batch_size, 0.2 * facts.seconds, members * facts.guess(tokens))
+    scored = _kept(
+        held_out, config.micro_batch_size, 0.2 * facts.seconds, members * facts.guess(tokens)
+    )
     asked = config.normalization_samples
     answer = facts.guess(facts.prompt_tokens + DECODING * facts.answer_tokens)
     samples = max(2, _kept(asked, sampling.batch_size, 0.3 * facts.seconds, answer))
@@ -248,7 +252,12 @@ def _on_policy(config: OnPolicySection, sampling: SamplingConfig, facts: Facts) 
     often = 2  # iterations: one to warm up
     if seconds(rows, epochs) * often > facts.seconds:
         epochs = 1
-    parts = (min(rows, sampling.batch_size), size, 2 * config.micro_batch_size, config.micro_batch_size)
+    parts = (
+        min(rows, sampling.batch_size),
+        size,
+        2 * config.micro_batch_size,
+        config.micro_batch_size,
+    )
     for smaller in parts:
         if seconds(rows, epochs) * often <= facts.seconds:
             break
@@ -256,7 +265,11 @@ def _on_policy(config: OnPolicySection, sampling: SamplingConfig, facts: Facts) 
         rows = min(rows, smaller)
     size = min(size, rows)
     each = seconds(rows, epochs)
-    tried = 1 if each > 3 * facts.seconds else min(1 + max(1, min(4, int(facts.seconds / each))), config.iterations)
+    tried = (
+        1
+        if each > 3 * facts.seconds
+        else min(1 + max(1, min(4, int(facts.seconds / each))), config.iterations)
+    )
     monitor = config.monitor
     watched = monitor.prompts if monitor.on else 0
     if monitor.on and seconds(watched, 0) > facts.seconds:
@@ -276,7 +289,10 @@ def _on_policy(config: OnPolicySection, sampling: SamplingConfig, facts: Facts) 
     }
     updates = config.updates / config.iterations
     tried_updates = epochs * math.ceil(rows / size)
-    here, there = math.ceil(size / config.micro_batch_size), math.ceil(config.batch_size / config.micro_batch_size)
+    here, there = (
+        math.ceil(size / config.micro_batch_size),
+        math.ceil(config.batch_size / config.micro_batch_size),
+    )
     of_watch = _ratio(looks, config.iterations) * _ratio(monitor.prompts, watched)
     more = _ratio(config.rollout_size, rows)
     prompts = facts.train["prompts"]
@@ -414,7 +430,9 @@ def run_seconds(plan: Trial, spans: Sequence[Span], *, cpu: bool = False) -> flo
     return total
 
 
-def _longer(micro: tuple[float, float], spans: Sequence[Span], took: Any) -> float:
+def _longer(
+    micro: tuple[float, float], spans: Sequence[Span], took: Callable[[Span], float]
+) -> float:
     """How much longer a step of the run is than one of the trial, which has fewer micro-batches:
     the last micro-batch has the optimizer step in it, and the others have not."""
     here, there = micro

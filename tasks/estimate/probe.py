@@ -38,9 +38,12 @@ def estimate(
     seed: int,
     snapshot: Path | None,
     sft_is_trained: bool,
-    notes: Sequence[str] = (),
+    environment: Mapping[str, str],
 ) -> Estimate:
     """Try each stage, and multiply.
+
+    Args:
+        environment: variables with which a run starts its processes.
 
     Everything is written to a temporary folder, which is removed however this ends.
 
@@ -60,7 +63,7 @@ def estimate(
             tracking_uri=settings.mlflow_uri,
             sft_is_trained=sft_is_trained,
         )
-        imported, tried = _trials(job, logger)
+        imported, tried = _trials(job, logger, environment)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     made = [_estimate(one) for one in tried]
@@ -74,7 +77,7 @@ def estimate(
         stages=made,
         start_seconds=START_BY_IMPORTS * imported,
         took=time.monotonic() - begun,
-        notes=[*notes, *others],
+        notes=others,
         misfits=list(
             misfits(
                 made,
@@ -123,7 +126,9 @@ def _estimate(tried: Tried) -> StageEstimate:
     )
 
 
-def _trials(job: Job, logger: StageLogger) -> tuple[float, list[Tried]]:
+def _trials(
+    job: Job, logger: StageLogger, environment: Mapping[str, str]
+) -> tuple[float, list[Tried]]:
     """Seconds of the imports, and what the trial of each stage found."""
     path = job.folder / "job.json"
     path.write_text(job.model_dump_json(), encoding="utf-8")
@@ -135,6 +140,7 @@ def _trials(job: Job, logger: StageLogger) -> tuple[float, list[Tried]]:
         # A session of its own: Ctrl-C reaches only this process, which ends the whole group.
         process = subprocess.Popen(
             command,
+            env={**environment, **os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -159,8 +165,9 @@ def _trials(job: Job, logger: StageLogger) -> tuple[float, list[Tried]]:
         said = log.read_text(encoding="utf-8", errors="replace").strip()[-WORDS_OF_LOG:]
         last = said.splitlines()[-1] if said else f"status {process.returncode}"
         if not found and process.returncode not in (-signal.SIGKILL, 0):
-            raise UserError(f"the time of a run cannot be estimated: {brief(last)}; --no-probe "
-                            "skips that")
+            raise UserError(
+                f"the time of a run cannot be estimated: {brief(last)}; --no-probe skips that"
+            )
         found += [
             Tried(stage=stage.stage, problem="the process of the trials was killed")
             for stage in job.stages[len(found) :]
@@ -173,7 +180,7 @@ def enough_room(need: int) -> str:
     folder = Path(tempfile.gettempdir())
     if (free := room(folder)) < need:
         return (
-            f"a trial writes about {gibibytes(need)} to {folder}, where {gibibytes(free)} are free; "
-            "set TMPDIR to a folder on a larger disk"
+            f"trials write about {gibibytes(need)} to {folder}, where {gibibytes(free)} are "
+            "free; set TMPDIR to a folder on a larger disk"
         )
     return ""

@@ -26,7 +26,6 @@ from rlhf_core.estimate.clock import Clock, Span
 from rlhf_core.estimate.lengths import AnswerLengths, answers_end
 from rlhf_core.estimate.trial import STEP, Trial, run_seconds, trial
 from rlhf_core.settings.data import SNAPSHOT
-from rlhf_core.settings.fields import TABLE_KINDS
 from rlhf_core.settings.model import ModelConfig
 from tasks.estimate.job import Job, StageJob, Tried
 from tasks.settings import QUIET, Settings
@@ -45,9 +44,9 @@ def main(path: Path) -> None:
     job = Job.model_validate_json(path.read_bytes())
     _end_with(job.folder)
     _settle(job)
-    import tasks.steps.promotion  # noqa: F401 - what a run imports, too
+    import tasks.steps.promotion
     import tasks.steps.report
-    import tasks.steps.stage  # noqa: F401
+    import tasks.steps.stage  # noqa: F401 - a run imports all of these
 
     _say(lines, {"imported": time.monotonic() - begun, "cpu": time.process_time()})
     for number, stage in enumerate(job.stages):
@@ -116,7 +115,9 @@ def _child(job: Job, stage: StageJob, folder: Path) -> None:
         if _is_memory(error):
             found = _failed(stage, "memory ran out", no_memory=True)
         elif isinstance(error, OSError):
-            found = _failed(stage, brief(f"{error.strerror or error} ({error.filename or 'a file'})"))
+            found = _failed(
+                stage, brief(f"{error.strerror or error} ({error.filename or 'a file'})")
+            )
         else:
             traceback.print_exc()
             found = _failed(stage, brief(f"{type(error).__name__}: {error}"))
@@ -241,7 +242,9 @@ def _dump(folder: Path, spans: list[Span]) -> None:
 
 def _measured(plan: Trial, seconds: float) -> str:
     if not plan.units:
-        return f"all of it in {seconds:.1f} s" if plan.unit == "step" else f"a part in {seconds:.1f} s"
+        return (
+            f"all of it in {seconds:.1f} s" if plan.unit == "step" else f"a part in {seconds:.1f} s"
+        )
     counted = plan.tried - plan.warm
     name = plan.unit + ("" if counted == 1 else "s")
     after = " after one to warm up" if plan.warm else ""
