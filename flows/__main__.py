@@ -379,6 +379,8 @@ def validate(
     """
     settings = read_settings()
     apply_environment(settings)
+    if as_json is not None:
+        _require_writable(as_json, probe)
     pipeline = _load(config, overrides)
     load(
         "rlhf_core.plan",
@@ -432,6 +434,20 @@ def validate(
     if probe:
         parameters = sum(weight.numel() for weight in network.parameters())
         _estimate(pipeline, found, parameters, settings, as_json)
+
+
+def _require_writable(path: Path, probe: bool) -> None:
+    """Look before minutes are spent on what goes there."""
+    if not probe:
+        raise UserError("--json writes the estimate, and --no-probe makes none: leave one out.")
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--json {path}: it cannot be written ({reason}); name a file in a folder that exists."
+        ) from None
 
 
 def _estimate(

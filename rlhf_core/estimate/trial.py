@@ -379,11 +379,11 @@ def _tournament(config: TournamentConfig, sampling: SamplingConfig, facts: Facts
     entrants = config.checkpoints + 1
     seconds = entrants * config.samples_per_prompt * facts.guess(answer)
     tried = min(config.prompts, max(10, min(prompts, int(facts.seconds / max(seconds, 1e-9)))))
-    # SFT and the last policy play in the trial, all checkpoints in the run.
+    # SFT and the last policy play in the trial, which has no milestone; all of them in the run.
     more = _ratio(prompts, min(prompts, tried))
     asked = ("answers", "scoring", "KL to SFT", "perplexity under SFT", "true reward")
     return Trial(
-        config=sized(config, prompts=tried, checkpoints=1, verdicts=min(config.verdicts, 200)),
+        config=sized(config, prompts=tried, checkpoints=2, verdicts=min(config.verdicts, 200)),
         rows={("prompts", "train"): max(tried, 10)},
         once={
             **{f"sft: {what}": more for what in asked},

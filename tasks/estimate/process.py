@@ -6,6 +6,7 @@ each stage. What is on its standard input is not read: when that ends, whoever a
 is everything here.
 """
 
+import errno
 import json
 import os
 import resource
@@ -33,6 +34,8 @@ from tasks.settings import QUIET, Settings
 LENGTHS, MADE, RESULT = "lengths.json", "made.json", "result.json"
 MOST_LENGTHS = 2000  # demonstrations whose lengths are looked at
 CHECKPOINTS_KEPT = 3  # two, and the one that is being written
+FULL = 28  # exit status of a trial that could not even write what it found
+NO_ROOM = "there is no room left in the temporary folder; set TMPDIR to a larger disk"
 ADAM = 3  # a weight and its two moments, in a checkpoint
 
 
@@ -99,7 +102,8 @@ def _outcome(stage: StageJob, folder: Path, status: int) -> Tried:
         killed = os.WTERMSIG(status) == signal.SIGKILL
         why = "the system ended it with SIGKILL, as it does when memory runs out"
         return Tried(**left, problem=why if killed else f"it ended with {name}", no_memory=killed)
-    return Tried(**left, problem=f"it ended with status {os.WEXITSTATUS(status)}")
+    code = os.WEXITSTATUS(status)
+    return Tried(**left, problem=NO_ROOM if code == FULL else f"it ended with status {code}")
 
 
 def _child(job: Job, stage: StageJob, folder: Path) -> None:
@@ -112,7 +116,9 @@ def _child(job: Job, stage: StageJob, folder: Path) -> None:
     except UserError as error:
         found = _failed(stage, brief(str(error)))
     except Exception as error:
-        if _is_memory(error):
+        if _is_disk(error):
+            found = _failed(stage, NO_ROOM)
+        elif _is_memory(error):
             found = _failed(stage, "memory ran out", no_memory=True)
         elif isinstance(error, OSError):
             found = _failed(
@@ -126,7 +132,7 @@ def _child(job: Job, stage: StageJob, folder: Path) -> None:
     try:
         (folder / RESULT).write_text(found.model_dump_json(), encoding="utf-8")
     except OSError:
-        code = 1
+        code = FULL
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -140,6 +146,14 @@ def _failed(stage: StageJob, problem: str, *, no_memory: bool = False) -> Tried:
         no_memory=no_memory,
         memory=peak,
         left_out=stage.left_out,
+    )
+
+
+def _is_disk(error: Exception) -> bool:
+    """Whether the temporary folder is full."""
+    said = str(error).lower()
+    return getattr(error, "errno", 0) == errno.ENOSPC or any(
+        words in said for words in ("no space left", "disk is full", "disk full")
     )
 
 
