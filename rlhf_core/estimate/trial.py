@@ -13,8 +13,10 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from rlhf_core.config import Section
+from rlhf_core.data.prepared import Split
 from rlhf_core.estimate.clock import Span
 from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig
+from rlhf_core.settings.fields import TableKind
 from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.settings.onpolicy import GroupSection, OnPolicySection
 from rlhf_core.settings.tournament import TournamentConfig
@@ -65,7 +67,7 @@ class Trial:
     """
 
     config: Section
-    rows: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    rows: Mapping[tuple[TableKind, Split], int] = field(default_factory=dict)
     units: float = 0
     tried: int = 0
     of_a_unit: Mapping[str, float] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from rlhf_core.estimate.lengths import AnswerLengths, answers_end
 from rlhf_core.estimate.trial import STEP, Trial, run_seconds, trial
 from rlhf_core.settings.data import SNAPSHOT
 from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.training import TrainingSection
 from tasks.estimate.job import Job, StageJob, Tried
 from tasks.settings import QUIET, Settings
 
@@ -167,6 +168,7 @@ def _is_memory(error: Exception) -> bool:
 
 def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
     from rlhf_core.stages.table import STAGES
+    from tasks.estimate.rows import less_data
     from tasks.record.record import Record
     from tasks.record.run import open_run
     from tasks.registry.refs import DatasetRef, ModelRef
@@ -190,7 +192,9 @@ def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
     if stage.stage == "prepare" and job.snapshot is not None:
         given[SNAPSHOT] = job.snapshot
     if "data" in inputs:
-        given["data"] = _less_data(job, plan, folder)
+        given["data"] = folder / "data"
+        section = config if isinstance(config, TrainingSection) else None
+        less_data(_data(job), folder / "data", plan, stage.stage, section, job.seed)
     extra = 0.0
     if stage.stage == "sft" and not sections["model"].source:  # type: ignore[attr-defined]
         extra, sections["model"] = _fresh(job, sections["model"], folder)
@@ -309,20 +313,6 @@ def _data(job: Job) -> Path:
         ref = DatasetRef.model_validate(_made(job)["data"])
         fetch_dataset(Record.open(patient=False).client, ref, folder)
     return folder
-
-
-def _less_data(job: Job, plan: Trial, folder: Path) -> Path:
-    """The data with as many rows as the trial needs, drawn at random."""
-    from rlhf_core.data.prepared import read_table, write_table
-
-    source, to = _data(job), folder / "data"
-    shutil.copytree(source, to)
-    for (kind, split), most in plan.rows.items():
-        table = read_table(source, kind, split)  # type: ignore[arg-type]
-        if len(table) > most:
-            drawn = table.sample(most, random_state=job.seed % 2**32)
-            write_table(drawn, to, kind, split)  # type: ignore[arg-type]
-    return to
 
 
 def _fresh(job: Job, model: Any, folder: Path) -> tuple[float, ModelConfig]:

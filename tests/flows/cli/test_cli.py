@@ -300,7 +300,9 @@ def test_validate_names_a_judge_that_cannot_work(rlhf, settings, said):
 
 def test_validate_says_what_an_endpoint_is_asked(rlhf):
     overrides = ("--set", "judge.source=endpoint", "--set", "judge.endpoint.model=m")
-    result = rlhf("validate", "tiny.yaml", "--no-probe", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1")
+    result = rlhf(
+        "validate", "tiny.yaml", "--no-probe", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1"
+    )
     assert result.exit_code == 0, result.output
     assert "Judge: at most " in result.stdout
     assert " requests to m, two for each of " in result.stdout

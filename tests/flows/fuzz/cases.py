@@ -468,7 +468,12 @@ def environment(rng: random.Random, folder: Path) -> Case:
     names = rng.sample(VARIABLES, rng.choice((1, 1, 2)))
     env = {name: rng.choice(ODD) for name in names}
     argv = rng.choice(
-        (["config", str(path)], ["validate", "--no-probe", str(path)], ["sign-in"], ["config", str(path)])
+        (
+            ["config", str(path)],
+            ["validate", "--no-probe", str(path)],
+            ["sign-in"],
+            ["config", str(path)],
+        )
     )
     return {"argv": argv, "env": env}
 
