@@ -56,6 +56,7 @@ def estimate_run(
         snapshot=snapshot,
         sft_is_trained=not config.sft.reuse,
         environment=allocator.ENVIRONMENT,
+        imports=("flows.__main__", "flows.rlhf"),
     )
 
 

@@ -35,6 +35,7 @@ class Job(BaseModel):
     snapshot: Path | None = None  # votes of the preference store
     home: Path  # of the installation, where registered models are found
     tracking_uri: str
+    imports: Sequence[str] = ()  # modules that a run imports, so that a trial has its memory
     sft_is_trained: bool = True  # else the policy answers as it does
 
 

@@ -15,7 +15,13 @@ from typing import Any, TextIO, cast
 
 from rlhf_core.errors import UserError, brief
 from rlhf_core.estimate.machine import memory_free, memory_limit, room
-from rlhf_core.estimate.result import Estimate, StageEstimate, gibibytes, misfits
+from rlhf_core.estimate.result import (
+    Estimate,
+    StageEstimate,
+    duration,
+    gibibytes,
+    misfits,
+)
 from rlhf_core.estimate.trial import Facts
 from rlhf_core.metrics import StageLogger
 from tasks.estimate.job import Job, StageJob, Tried
@@ -26,6 +32,7 @@ PREFIX = "rlhf-estimate-"
 # does: process time of both, as a multiple of that of the imports.
 START_BY_IMPORTS = 2.0
 WORDS_OF_LOG = 2000
+WAITING = 1.5  # time on the clock by that of the process, from which on it is mentioned
 
 
 def estimate(
@@ -39,11 +46,13 @@ def estimate(
     snapshot: Path | None,
     sft_is_trained: bool,
     environment: Mapping[str, str],
+    imports: Sequence[str],
 ) -> Estimate:
     """Try each stage, and multiply.
 
     Args:
         environment: variables with which a run starts its processes.
+        imports: modules that a run imports.
 
     Everything is written to a temporary folder, which is removed however this ends.
 
@@ -62,6 +71,7 @@ def estimate(
             home=settings.home,
             tracking_uri=settings.mlflow_uri,
             sft_is_trained=sft_is_trained,
+            imports=imports,
         )
         imported, tried = _trials(job, logger, environment)
     finally:
@@ -71,6 +81,8 @@ def estimate(
     others = [f"{one.stage}: {what}" for one in tried for what in one.left_out]
     if settings.processes > 1:
         others.append(_of_processes(settings, device))
+    if device == "cpu":
+        others += _waited(made)
     chosen = {one.stage: _settings_of(one) for one in stages}
     free = memory_free() if device == "cpu" else None
     return Estimate(
@@ -89,6 +101,19 @@ def estimate(
             )
         ),
     )
+
+
+def _waited(stages: Sequence[StageEstimate]) -> list[str]:
+    """A note when the time on the clock is far above that of the process."""
+    seconds = sum(stage.seconds or 0 for stage in stages)
+    busy = sum(stage.cpu_seconds or 0 for stage in stages)
+    if seconds < WAITING * busy:
+        return []
+    return [
+        f"the trials waited {1 - busy / seconds:.0%} of their time, for other programs on this "
+        f"machine or for a reward function; without waiting the stages would take "
+        f"{duration(busy)} in all"
+    ]
 
 
 def _of_processes(settings: Settings, device: str) -> str:

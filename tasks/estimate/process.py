@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,10 +49,10 @@ def main(path: Path) -> None:
     job = Job.model_validate_json(path.read_bytes())
     _end_with(job.folder)
     _settle(job)
-    import tasks.steps.promotion
-    import tasks.steps.report
-    import tasks.steps.stage  # noqa: F401 - a run imports all of these
+    import tasks.steps.stage  # noqa: F401 - before the forks
 
+    for module in job.imports:
+        import_module(module)
     _say(lines, {"imported": time.monotonic() - begun, "cpu": time.process_time()})
     for number, stage in enumerate(job.stages):
         folder = job.folder / f"{number:02d}-{stage.stage}"

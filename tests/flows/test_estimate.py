@@ -131,27 +131,30 @@ def raising(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("function", ["deadly", "raising"])
-def test_a_stage_that_dies_is_told_and_the_others_are_tried(
-    settings, tmp_path, monkeypatch, function
-):
+def test_a_stage_that_dies_is_told_and_the_others_are_tried(settings, tmp_path, monkeypatch):
     (tmp_path / "rewards_that_end.py").write_text(REWARD)
     monkeypatch.setenv("RLHF_CONFIG_FOLDER", str(tmp_path))
-    reward = {"rewards": [{"source": f"rewards_that_end:{function}"}]}
-    given = config(algorithm="rloo", rloo={**TINY["ppo"], **reward, "group_size": 2})
-    wanted = ("prepare", "sft", "rloo", "tournament")
-    monkeypatch.setattr(
-        "flows.estimate.stage_jobs",
-        lambda _: [job for job in stage_jobs(given) if job.stage in wanted],
-    )
+
+    def rewarded(algorithm, function):
+        reward = {"rewards": [{"source": f"rewards_that_end:{function}"}], "group_size": 2}
+        return config(algorithm=algorithm, **{algorithm: {**TINY["ppo"], **reward}})
+
+    given = rewarded("rloo", "deadly")
+    jobs = [stages(given)[name] for name in ("prepare", "sft", "report_card", "rloo")]
+    jobs.append(stages(rewarded("grpo", "raising"))["grpo"])
+    monkeypatch.setattr("flows.estimate.stage_jobs", lambda _: jobs)
     estimate, _ = tried(given, settings)
     by_name = {stage.stage: stage for stage in estimate.stages}
     assert by_name["sft"].seconds > 0
-    said = {"deadly": "SIGKILL", "raising": "no such answer"}[function]
-    assert said in by_name["rloo"].problem
+    assert by_name["report_card"].problem == (
+        "it needs what an earlier stage makes (reward), which was not tried"
+    )
+    assert "SIGKILL" in by_name["rloo"].problem
     assert by_name["rloo"].seconds is None
+    assert by_name["rloo"].no_memory
+    assert "no such answer" in by_name["grpo"].problem
+    assert not by_name["grpo"].no_memory
     assert not estimate.complete
-    assert by_name["rloo"].no_memory == (function == "deadly")
     assert left_behind() == []
 
 
