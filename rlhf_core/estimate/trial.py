@@ -23,6 +23,8 @@ from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig, TrainingSection
 
 STEP: Final = "between two steps"
+ANSWERING = ("answers", "scoring", "KL to SFT", "perplexity under SFT", "true reward")
+MOST_VERDICTS = 200  # of the trial of a tournament
 UPDATES = ("updating", "updating the critic")
 # Guesses, which only decide how much a trial does; what it took is measured.
 CPU_SPEED, GPU_SPEED = 4e10, 1e14  # floating-point operations a second
@@ -99,11 +101,11 @@ def trial(stage: str, config: Section, sections: Mapping[str, Section], facts: F
     if isinstance(config, DPOConfig):
         return _dpo(config, facts)
     if isinstance(config, EvaluationConfig):
-        return _evaluation(config, sampling or SamplingConfig(), facts)
+        return _evaluation(config, facts)
     if isinstance(config, ReportCardConfig):
         return _report_card(config, sampling or SamplingConfig(), facts)
     if isinstance(config, TournamentConfig):
-        return _tournament(config, sampling or SamplingConfig(), facts)
+        return _tournament(config, facts)
     return Trial(config=config)
 
 
@@ -144,8 +146,11 @@ def _passes(
 
 
 def _kept(available: int, part: int, seconds: float, each: float) -> int:
-    """How many rows a pass without gradients reads in a time: whole micro-batches."""
-    return max(1, min(available, part * max(2, int(seconds / max(each * part, 1e-9)))))
+    """How many rows a pass without gradients reads in a time: two batches or more, or, where one
+    takes too long, a part of it."""
+    batches = int(seconds / max(each * part, 1e-9))
+    rows = part * max(2, batches) if batches else max(2, int(seconds / each))
+    return max(1, min(available, rows))
 
 
 def _ratio(run: float, tried: float) -> float:
@@ -327,25 +332,38 @@ def _on_policy(config: OnPolicySection, sampling: SamplingConfig, facts: Facts) 
     )
 
 
-def _evaluation(config: EvaluationConfig, sampling: SamplingConfig, facts: Facts) -> Trial:
+def _evaluation(config: EvaluationConfig, facts: Facts) -> Trial:
     prompts = min(config.prompts, facts.eval["prompts"])
     each, pool = config.samples_per_prompt, max(config.samples_per_prompt, config.best_of)
-    answers = pool + each * (2 if config.base else 1)
-    answer = facts.prompt_tokens + DECODING * facts.answer_tokens
-    answer += 4 * (facts.prompt_tokens + facts.answer_tokens)
-    seconds = answers * facts.guess(answer)
-    tried = max(2, min(prompts, int(facts.seconds / max(seconds, 1e-9))))
-    tried = min(prompts, max(tried, min(4, prompts)))
-    more = _ratio(prompts, tried)
-    arms = ("SFT policy", "policy", "champion", "base model")
-    asked = ("answers", "scoring", "KL to SFT", "perplexity under SFT", "true reward")
+    others = 2 if config.base else 1
+    seconds = facts.guess(_read_and_scored(facts))
+    tried = min(prompts, max(4, int(facts.seconds / (seconds * (pool + others * each)))))
+    few, few_pool = each, pool
+    if seconds * tried * (pool + others * each) > 3 * facts.seconds:
+        tried, few, few_pool = min(prompts, 2), 1, 1
+    once: dict[str, float] = {}
+    for arm in ("SFT policy", "policy", "base model"):
+        ran, here = (pool, few_pool) if arm == "SFT policy" else (each, few)
+        more = _ratio(prompts * ran, tried * here)
+        once |= {f"{arm}: {what}": more for what in ANSWERING}
     return Trial(
-        config=sized(config, prompts=max(2, tried)),
+        config=sized(
+            config,
+            prompts=max(2, tried),
+            samples_per_prompt=few,
+            best_of=min(config.best_of, few_pool),
+        ),
         rows={("prompts", "eval"): max(tried, 2)},
-        once={f"{arm}: {what}": more for arm in arms for what in asked},
-        says=f"{prompts:,} prompts, {prompts * answers:,} answers",
+        once=once,
+        says=f"{prompts:,} prompts, {prompts * (pool + others * each):,} answers",
         unit="",
     )
+
+
+def _read_and_scored(facts: Facts) -> float:
+    """Tokens that are read for an answer which is sampled, scored and compared with SFT."""
+    answer = facts.prompt_tokens + DECODING * facts.answer_tokens
+    return answer + 4 * (facts.prompt_tokens + facts.answer_tokens)
 
 
 def _report_card(config: ReportCardConfig, sampling: SamplingConfig, facts: Facts) -> Trial:
@@ -374,24 +392,22 @@ def _report_card(config: ReportCardConfig, sampling: SamplingConfig, facts: Fact
     )
 
 
-def _tournament(config: TournamentConfig, sampling: SamplingConfig, facts: Facts) -> Trial:
+def _tournament(config: TournamentConfig, facts: Facts) -> Trial:
     prompts = min(config.prompts, facts.train["prompts"])
-    answer = facts.prompt_tokens + DECODING * facts.answer_tokens
-    answer += 4 * (facts.prompt_tokens + facts.answer_tokens)
     entrants = config.checkpoints + 1
-    seconds = entrants * config.samples_per_prompt * facts.guess(answer)
-    tried = min(config.prompts, max(10, min(prompts, int(facts.seconds / max(seconds, 1e-9)))))
     # SFT and the last policy play in the trial, which has no milestone; all of them in the run.
+    seconds = 2 * config.samples_per_prompt * facts.guess(_read_and_scored(facts))
+    tried = min(config.prompts, max(10, min(prompts, int(facts.seconds / seconds))))
     more = _ratio(prompts, min(prompts, tried))
-    asked = ("answers", "scoring", "KL to SFT", "perplexity under SFT", "true reward")
+    verdicts = min(config.verdicts, MOST_VERDICTS)
     return Trial(
-        config=sized(config, prompts=tried, checkpoints=2, verdicts=min(config.verdicts, 200)),
+        config=sized(config, prompts=tried, checkpoints=2, verdicts=verdicts),
         rows={("prompts", "train"): max(tried, 10)},
         once={
-            **{f"sft: {what}": more for what in asked},
-            **{f"policy: {what}": more * config.checkpoints for what in asked},
+            **{f"sft: {what}": more for what in ANSWERING},
+            **{f"policy: {what}": more * config.checkpoints for what in ANSWERING},
             "policy: loading policy": config.checkpoints,
-            "verdicts: asking the judge": _ratio(config.verdicts, min(config.verdicts, 200)),
+            "verdicts: asking the judge": _ratio(config.verdicts, verdicts),
         },
         says=f"{entrants} policies, {prompts * entrants * config.samples_per_prompt:,} answers",
         unit="",
