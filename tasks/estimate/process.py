@@ -265,9 +265,7 @@ def _measured(plan: Trial, seconds: float) -> str:
             f"all of it in {seconds:.1f} s" if plan.unit == "step" else f"a part in {seconds:.1f} s"
         )
     counted = plan.tried - plan.warm
-    name = plan.unit + ("" if counted == 1 else "s")
-    after = " after one to warm up" if plan.warm else ""
-    return f"{counted} {name}{after}"
+    return f"mean of {counted} {plan.unit}{'' if counted == 1 else 's'}"
 
 
 def _peak(device: str) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.cli.printing import show_estimate
 from flows.config import PipelineConfig
 from flows.estimate import estimate_run, stage_jobs
 from rlhf_core.estimate.machine import Limit
-from rlhf_core.estimate.result import gibibytes
+from rlhf_core.estimate.result import Estimate, StageEstimate, gibibytes
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.stages.prepare import inspect
@@ -178,6 +179,35 @@ def test_whoever_is_killed_leaves_nothing(tmp_path):
     while list(temporary.glob("rlhf-estimate-*")):
         assert time.monotonic() < deadline, "its folder is still there"
         time.sleep(0.1)
+
+
+def test_the_table_says_what_is_known_and_what_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    common = {"kept": 0, "working": 0, "measured": "mean of 3 steps", "cpu_seconds": 1.0}
+    show_estimate(
+        Estimate(
+            stages=[
+                StageEstimate(stage="sft", work="9 steps", seconds=125, memory=3 << 30, **common),
+                StageEstimate(
+                    stage="ppo", work="", seconds=None, memory=None, problem="no luck", **common
+                ),
+            ],
+            start_seconds=20,
+            took=61,
+            notes=["ppo: nobody was asked"],
+            misfits=["sft does not fit: it needs 3.0 GiB."],
+        )
+    )
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if "sft " in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        *("sft", "9 steps", "2 min 05 s", "3.0 GiB", "–", "mean of 3 steps")
+    ]
+    assert "no luck" in said
+    assert "The whole run: at least 2 min 25 s, 3.0 GiB of memory at most" in said
+    assert "Tried in 61 s." in said
+    assert "Note: ppo: nobody was asked." in said
+    assert "Warning: sft does not fit: it needs 3.0 GiB." in said
 
 
 def test_a_full_disk_is_told_before_anything_is_tried(settings, monkeypatch):

@@ -308,6 +308,14 @@ def test_validate_says_what_an_endpoint_is_asked(rlhf):
     assert " requests to m, two for each of " in result.stdout
 
 
+def test_validate_looks_whether_it_can_write_an_estimate_before_it_makes_one(rlhf):
+    said = sentence(rlhf("validate", "tiny.yaml", "--json", "no/such.json"))
+    assert "--json no/such.json: it cannot be written" in said
+    said = sentence(rlhf("validate", "tiny.yaml", "--no-probe", "--json", "a.json"))
+    assert "--no-probe makes none" in said
+    assert not Path("a.json").exists()
+
+
 def test_validate_runs_in_a_process_of_its_own_without_prefect(tmp_path):
     code = (
         "import sys; from flows.__main__ import app\n"
