@@ -146,7 +146,7 @@ def _failed(stage: StageJob, problem: str, *, no_memory: bool = False) -> Tried:
         stage=stage.stage,
         problem=problem,
         no_memory=no_memory,
-        memory=peak,
+        memory=peak if no_memory else 0,
         left_out=stage.left_out,
     )
 
