@@ -29,7 +29,8 @@ schema is the file, the form in the Prefect UI and the parameters of the MLflow 
 
 * `rlhf run my.yaml --set ppo.kl_coef=0.1` changes single settings. A value is read as YAML.
 * `rlhf config my.yaml` prints the file with every default filled in.
-* `rlhf validate my.yaml` checks the settings and the data, and trains nothing.
+* `rlhf validate my.yaml` checks the settings and the data, and [estimates](estimate.md) what a
+  run will take; it keeps nothing.
 * An unknown key, a wrong type or a value out of bounds is an error that names file and line.
 * Settings that contradict each other are an error too: for example `ppo.batch_size` above
   `ppo.rollout_size`, or texts longer than the model reads.

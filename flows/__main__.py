@@ -5,6 +5,7 @@ an answer about lineage has gaps, 130 interrupted by Ctrl-C, 143 by SIGTERM. Eac
 its own slow dependencies, so that `--help` is fast.
 """
 
+import json
 import math
 import os
 import sys
@@ -27,6 +28,7 @@ from flows.cli.printing import (
     secret_line,
     show_comparison,
     show_error,
+    show_estimate,
     show_links,
     show_plan,
     show_report,
@@ -36,13 +38,23 @@ from flows.cli.printing import (
     show_validation,
     warn_on_terminal,
 )
-from flows.cli.process import Command, Commands, load, own_prefect, run_here, stoppable
+from flows.cli.process import (
+    Command,
+    Commands,
+    ended_by_sigterm,
+    load,
+    own_prefect,
+    run_here,
+    stoppable,
+)
 from flows.local import allocator, find, serve
 from rlhf_core.errors import UserError, printable
 from tasks.settings import StoreSettings, apply_environment, read_settings
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
+    from rlhf_core.data.validation import Validation
+    from tasks.settings import Settings
 
 app = typer.Typer(
     cls=Commands,
@@ -336,17 +348,39 @@ def deploy(
 
 
 @command(epilog="Example: rlhf validate my.yaml --set data.preferences.path=pairs.jsonl")
-def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Try each stage on this machine for a few steps, and estimate time, memory and "
+            "disk of a run.",
+        ),
+    ] = True,
+    as_json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the estimate to a file as JSON, too."),
+    ] = None,
+) -> None:
     """Check a config and its data, and print what a run would do with them; nothing is trained.
 
     The command validates every setting and reads the data as the pipeline would. It reports rows
     kept and dropped with reasons, duplicates, contradictions, lengths and truncation, then the
     steps and trainable parameters of each stage, and whether there are enough held-out prompts to
     detect a difference. It imports the reward functions and looks up the registered models that
-    the config names. It loads no weights, and needs and starts no server.
+    the config names.
+
+    Then it tries every stage for a few steps on this machine, in a process and a folder of its own,
+    and says how long a run will take, what memory and disk it needs, and what does not fit. That
+    takes about a minute or two; `--no-probe` leaves it out, and then no weights are loaded. No
+    server is needed or started, nothing is registered, and no endpoint is asked.
     """
     settings = read_settings()
     apply_environment(settings)
+    if as_json is not None:
+        _require_writable(as_json, probe)
     pipeline = _load(config, overrides)
     load(
         "rlhf_core.plan",
@@ -397,6 +431,48 @@ def validate(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B0
         line(f"Warning: {sentence}.")
     for sentence in filter(None, (narrow, nobody, unchecked)):
         line(sentence)
+    if probe:
+        parameters = sum(weight.numel() for weight in network.parameters())
+        _estimate(pipeline, found, parameters, settings, as_json)
+
+
+def _require_writable(path: Path, probe: bool) -> None:
+    """Look before minutes are spent on what goes there."""
+    if not probe:
+        raise UserError("--json writes the estimate, and --no-probe makes none: leave one out.")
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--json {path}: it cannot be written ({reason}); name a file in a folder that exists."
+        ) from None
+
+
+def _estimate(
+    pipeline: "PipelineConfig",
+    found: "Validation",
+    parameters: int,
+    settings: "Settings",
+    as_json: Path | None,
+) -> None:
+    """Try the stages, and print what a run will take."""
+    from flows.estimate import estimate_run
+    from tasks.feedback.asking.votes import votes_now
+    from tasks.record.terminal import on_terminal
+
+    with (
+        ended_by_sigterm(),
+        on_terminal("estimate") as logger,
+        votes_now(pipeline.data, settings) as (votes, _),
+    ):
+        estimate = estimate_run(
+            pipeline, found, settings, logger, parameters=parameters, snapshot=votes
+        )
+    show_estimate(estimate)
+    if as_json is not None:
+        as_json.write_text(json.dumps(estimate.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 @command(name="config", epilog="Example: rlhf config configs/demo.yaml --set ppo.kl_coef=0.1")

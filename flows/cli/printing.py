@@ -19,6 +19,7 @@ from tasks.servers import sign_in
 if TYPE_CHECKING:
     from flows.local.find import Services
     from rlhf_core.data.validation import Validation
+    from rlhf_core.estimate.result import Estimate
     from rlhf_core.plan import NetworkPlan, Plan
     from tasks.feedback.store.records import SnapshotInfo
     from tasks.history.comparison import Measure, RunComparison, Value
@@ -182,6 +183,42 @@ def show_plan(plan: "Plan") -> None:
         line(text)
     for text in plan.warnings:
         line(f"Warning: {text}")
+
+
+def show_estimate(estimate: "Estimate") -> None:
+    """Print what each stage of a run will take on this machine, and what does not fit."""
+    from rlhf_core.estimate.result import duration, gibibytes
+
+    def size(number: int | None) -> str:
+        return gibibytes(number) if number else ABSENT
+
+    rows = [
+        (
+            stage.stage,
+            stage.work,
+            ABSENT if stage.seconds is None else duration(stage.seconds),
+            size(stage.memory),
+            size(stage.kept),
+            stage.problem or stage.measured,
+        )
+        for stage in estimate.stages
+    ]
+    start = ("start and report", "", duration(estimate.start_seconds), ABSENT, ABSENT, "imports")
+    _table(
+        "What a run takes on this machine",
+        ("Stage", "Work", "Time", "Memory", "Stores", "Measured"),
+        [*rows, start],
+    )
+    most = max((stage.memory or 0 for stage in estimate.stages), default=0)
+    least = "" if estimate.complete else "at least "
+    line(
+        f"The whole run: {least}{duration(estimate.seconds)}, {size(most)} of memory at most, "
+        f"{size(estimate.kept)} stored. Tried in {duration(estimate.took)}."
+    )
+    for note in estimate.notes:
+        line(f"Note: {note}.")
+    for misfit in estimate.misfits:
+        line(f"Warning: {misfit}")
 
 
 def _learnt(network: "NetworkPlan") -> str:

@@ -151,3 +151,19 @@ def stoppable() -> Iterator[None]:
         raise end(f"Terminated; {how_to_resume}", TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the block as Ctrl-C does, so that it leaves nothing behind."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Terminated:
+        raise end("Terminated.", TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

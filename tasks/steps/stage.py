@@ -39,6 +39,8 @@ def do_stage(
     sections: Mapping[str, Section],
     returns: Callable[[StageOutputs], T],
     reuse: Literal["own", "any"] | None = None,
+    given: Mapping[str, Path] = {},
+    watch: Callable[[Stage], Stage] = lambda stage: stage,
 ) -> T:
     """Run a stage of the table, or reuse a finished run of it.
 
@@ -48,6 +50,8 @@ def do_stage(
         returns: selects the return value from the outputs.
         reuse: for a stage that trains nothing, whether a finished run of this pipeline run alone
             may be reused, or any; None = any if it has inputs.
+        given: directories by role that are used in place of what is stored, or without it.
+        watch: what is made of the open stage before its work.
     """
     spec = STAGES[name]
     record = Record.open(patient=True)
@@ -69,7 +73,7 @@ def do_stage(
     try:
         with opened as stage:
             if not stage.cached:
-                _do(stage, spec, inputs)
+                _do(watch(stage), spec, inputs, given)
             result = None if spec.result is None else stage.kept(spec.result)
             return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
     except VerdictsPendingError as pending:
@@ -81,10 +85,13 @@ def _asks_people(sections: Mapping[str, Section]) -> bool:
     return any(judge.source == PEOPLE for judge in judges)
 
 
-def _do(stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref]) -> None:
+def _do(
+    stage: Stage, spec: StageSpec, inputs: Mapping[str, Ref], given: Mapping[str, Path]
+) -> None:
     kinds = spec.outputs + spec.optional_outputs
     outputs = {kind: stage.work / kind for kind in kinds}
-    report = stage.call({role: stage.fetch(ref) for role, ref in inputs.items()}, outputs)
+    fetched = {role: stage.fetch(ref) for role, ref in inputs.items() if role not in given}
+    report = stage.call({**fetched, **given}, outputs)
     stage.record(report)
     if isinstance(report.result, BaseModel):
         stage.keep(report.result)

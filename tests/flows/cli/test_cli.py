@@ -251,7 +251,7 @@ def test_config_prints_a_config_that_means_the_same(rlhf):
 
 
 def test_validate_prints_the_report_and_the_plan_and_trains_nothing(rlhf, tmp_path):
-    result = rlhf("validate", "tiny.yaml", "--set", "evaluation.prompts=3")
+    result = rlhf("validate", "tiny.yaml", "--no-probe", "--set", "evaluation.prompts=3")
     assert result.exit_code == 0, result.output
     assert re.search(r"demonstrations │ simulated\s+│\s+200 │", result.stdout)
     assert "0 prompts shared by training and evaluation" in result.stdout
@@ -277,7 +277,7 @@ def test_validate_and_config_need_no_server_and_make_nothing(rlhf, tmp_path):
         "PREFECT_API_URL": "http://127.0.0.1:1/api",
     }
     assert rlhf("config", "tiny.yaml", **away).exit_code == 0
-    result = rlhf("validate", "tiny.yaml", "--set", "sft.reuse=models:/x/1", **away)
+    result = rlhf("validate", "tiny.yaml", "--no-probe", "--set", "sft.reuse=models:/x/1", **away)
     assert result.exit_code == 0, result.output
     last = result.stdout.splitlines()[-1]
     assert last.startswith("Not checked: models:/x/1, because the MLflow server at http://me:***@")
@@ -300,16 +300,26 @@ def test_validate_names_a_judge_that_cannot_work(rlhf, settings, said):
 
 def test_validate_says_what_an_endpoint_is_asked(rlhf):
     overrides = ("--set", "judge.source=endpoint", "--set", "judge.endpoint.model=m")
-    result = rlhf("validate", "tiny.yaml", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1")
+    result = rlhf(
+        "validate", "tiny.yaml", "--no-probe", *overrides, RLHF_JUDGE_URL="http://127.0.0.1:1/v1"
+    )
     assert result.exit_code == 0, result.output
     assert "Judge: at most " in result.stdout
     assert " requests to m, two for each of " in result.stdout
 
 
+def test_validate_looks_whether_it_can_write_an_estimate_before_it_makes_one(rlhf):
+    said = sentence(rlhf("validate", "tiny.yaml", "--json", "no/such.json"))
+    assert "--json no/such.json: it cannot be written" in said
+    said = sentence(rlhf("validate", "tiny.yaml", "--no-probe", "--json", "a.json"))
+    assert "--no-probe makes none" in said
+    assert not Path("a.json").exists()
+
+
 def test_validate_runs_in_a_process_of_its_own_without_prefect(tmp_path):
     code = (
         "import sys; from flows.__main__ import app\n"
-        "try: app(['validate', sys.argv[1]])\n"
+        "try: app(['validate', '--no-probe', sys.argv[1]])\n"
         "finally: print({'prefect', 'mlflow'} & {*sys.modules}, file=sys.stderr)"
     )
     done = subprocess.run(
@@ -334,7 +344,7 @@ def test_a_config_runs_from_another_folder_with_its_data_and_its_function(rlhf, 
     text = TINY.read_text().replace("rlhf_core.simulation:true_reward", "rules_of_test_cli:score")
     data = "data: {source: files, preferences: {path: pairs.jsonl}, eval_fraction: 0.3}\n"
     (folder / "my.yaml").write_text(re.sub(r"data:\n.*\n", data, text))
-    result = rlhf("validate", "configs/my.yaml")
+    result = rlhf("validate", "configs/my.yaml", "--no-probe")
     assert result.exit_code == 0, result.output
     Path("pairs.jsonl").write_text("")
     Path("other.yaml").write_text((folder / "my.yaml").read_text())

@@ -54,7 +54,7 @@ def data(rng: random.Random, folder: Path) -> Case:
     if rng.random() < 0.2:
         section["prompt_style"] = "chat"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return {"argv": ["validate", str(folder / "config.yaml")]}
+    return {"argv": ["validate", "--no-probe", str(folder / "config.yaml")]}
 
 
 def _file(rng: random.Random, folder: Path) -> Path:
@@ -365,7 +365,7 @@ def model(rng: random.Random, folder: Path) -> Case:
         found["model"] = {"source": str(path)}
         found["data"]["prompt_style"] = "chat" if chat else "text"
         (folder / "config.yaml").write_text(yaml.safe_dump(found))
-        return {"argv": ["validate", str(folder / "config.yaml")]}
+        return {"argv": ["validate", "--no-probe", str(folder / "config.yaml")]}
     argv = ["generate", "--model", str(path), "--max-new-tokens", "2", *chat, "Hello"]
     return {"argv": argv}
 
@@ -468,7 +468,12 @@ def environment(rng: random.Random, folder: Path) -> Case:
     names = rng.sample(VARIABLES, rng.choice((1, 1, 2)))
     env = {name: rng.choice(ODD) for name in names}
     argv = rng.choice(
-        (["config", str(path)], ["validate", str(path)], ["sign-in"], ["config", str(path)])
+        (
+            ["config", str(path)],
+            ["validate", "--no-probe", str(path)],
+            ["sign-in"],
+            ["config", str(path)],
+        )
     )
     return {"argv": argv, "env": env}
 
