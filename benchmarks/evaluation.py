@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--reward", type=Path, help="its neighbour NAME-reward")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--prompts", type=int, default=128, help="at most; SmolLM2 has 16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--once", help=argparse.SUPPRESS)
@@ -53,6 +54,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     task = smol(arguments) if arguments.model else demo(arguments)
     task |= {"threads": arguments.threads, "precision": arguments.precision}
+    task["config"] |= {"prompts": arguments.prompts}
     task["sampling"] |= {"temperature": arguments.temperature}
     if arguments.profile:
         print(json.dumps(measure(task | {"profile": True})))
@@ -103,7 +105,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     inputs = {role: Path(folder) for role, folder in task["inputs"].items()}
     arguments = work(inputs=inputs, sections=sections, seed=1)
     # The stages before it have drawn figures and read models in the process of a pipeline too.
-    stage.evaluate(config.model_copy(update={"prompts": 2}), arguments)
+    stage.evaluate(config.model_copy(update={"prompts": 2, "best_of": 1}), arguments)
     passes |= {"texts": 0, "calls": 0}
     if task.get("profile"):
         profile(lambda: stage.evaluate(config, arguments))
@@ -143,7 +145,7 @@ def compared(sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The evaluation of configs/demo.yaml, with SFT policy, reward model and policy of its world."""
+    """The evaluation of configs/demo.yaml, with models of its world."""
     import regimes
 
     world = regimes.World(arguments.work, "clean", 0)

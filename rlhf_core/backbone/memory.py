@@ -91,18 +91,21 @@ class _KeyValues(Memory):
         """
         if len(rows) > len(self._seen):
             self._seen = self._seen[rows]
-            for layer, pair in self._buffers.items():
+            for layer, (keys, values) in self._buffers.items():
                 end = self._filled[layer]
-                self._buffers[layer] = tuple(self._spread(x, rows, end) for x in pair)
+                self._buffers[layer] = (
+                    self._spread(keys, rows, end),
+                    self._spread(values, rows, end),
+                )
             return
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         come_from = rows[moved]
         self._seen = self._seen[rows]
-        for layer, pair in self._buffers.items():
+        for layer, (keys, values) in self._buffers.items():
             end = self._filled[layer]
-            for x in pair:
+            for x in (keys, values):
                 x[moved, :, :end] = x[come_from, :, :end]
-            self._buffers[layer] = tuple(x[: len(rows)] for x in pair)
+            self._buffers[layer] = keys[: len(rows)], values[: len(rows)]
 
     def _room(self, states: Tensor, rows: int) -> Tensor:
         """(rows, H, T, D) for the states of whole texts, like (B, H, n, D) of some tokens."""
