@@ -83,9 +83,9 @@ def answer(
 ) -> Answers:
     """k answers of a policy to each prompt, measured; the name decides the random draws.
 
-    A text is read once by the reward model and once by the SFT policy. In float32 its
-    log-probability under the policy that wrote it is the one that sampling has found: that of
-    reading it again is the same but for rounding, 1e-5 nats a token. In bfloat16 the two differ by
+    A text is read once by the reward model, and once by the SFT policy unless that wrote it. In
+    float32 its log-probability under the policy that wrote it is what sampling has found: reading
+    it again would give the same but for rounding, 1e-5 nats a token. In bfloat16 the two differ by
     more, so there the KL compares two policies that have both read the text.
     """
     require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
@@ -103,6 +103,7 @@ def answer(
         tokenizer,
         max_length=bench.sampling.max_length,
     )
+    is_sft = comparable and _same_weights(policy, bench.sft)
     draws, between = generator(bench.seed, f"evaluation/{name}"), partial(counted, bench.logger)
     for batch, responses, drawn in respond_with_logprobs(
         policy, rows, bench.sampling, generator=draws, between=between, what="answers"
@@ -112,9 +113,9 @@ def answer(
         batch_prompts = prompts[len(texts) : len(texts) + len(batch_texts)]
         response_rows = lay_out(batch, responses)
         proxy.append(reward(batch_prompts, response_rows, responses).total)
-        is_sft, known_sft = policy is bench.sft, None
+        known_sft = None
         ours = drawn.sum(-1) if policy.precision == "float32" else None
-        if comparable and is_sft:
+        if is_sft:
             kl.append(torch.zeros_like(drawn[:, 0]))
             known_sft = ours if at == 1 else None
         elif comparable:
@@ -142,6 +143,18 @@ def answer(
         kl=torch.cat(kl).cpu() if comparable else None,
         sft_logprob=torch.cat(sft_logprob).cpu(),
         finished=torch.cat(finished).cpu(),
+    )
+
+
+def _same_weights(ours: Policy, theirs: Policy) -> bool:
+    """Whether two policies are one: of the same class, with the same weights to the bit."""
+    if ours is theirs:
+        return True
+    if type(ours.model) is not type(theirs.model):
+        return False
+    mine, others = ours.model.state_dict(), theirs.model.state_dict()
+    return mine.keys() == others.keys() and all(
+        torch.equal(weight, others[name]) for name, weight in mine.items()
     )
 
 

@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from rlhf_core.backbone import sampling
-from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.memory import continuation
+from rlhf_core.backbone.networks import Policy, start_adapter
 from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import (
     BLOCK,
@@ -379,3 +387,77 @@ def test_equal_prompts_are_read_once_and_answered_as_if_each_were_read(
     assert read[0] == 9
     for name in ("tokens", "mask", "finished"):
         assert torch.equal(getattr(shared, name), getattr(single, name))
+
+
+def family(name):
+    """A small model with one of the ways in which layers remember."""
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+        "pad_token_id": 299,
+    }
+    torch.manual_seed(0)
+    if name == "grouped queries":
+        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1)).eval()
+    return MistralForCausalLM(
+        MistralConfig(**shape, num_key_value_heads=2, sliding_window=16)
+    ).eval()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["grouped queries", "sliding window"])
+def test_shared_prompts_change_no_bit_whatever_the_layers_remember(monkeypatch, name, adapted):
+    policy = Policy(family(name))
+    if adapted:
+        start_adapter(policy, "policy", rank=4, alpha=8, seed=0)
+        draws = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in policy.learnable().values():
+                weight.normal_(0, 0.1, generator=draws)
+    # Groups of several sizes, prompts of several lengths, as long as the context allows.
+    groups = [(70, 5), (33, 1), (84, 8), (12, 3)]
+    texts = [list(range(100, 100 + n)) for n, count in groups for _ in range(count)]
+    prompts, draws = left_pad(texts, 299, 84), numbers(len(texts))
+    ends = {"eos_token_id": list(range(0, 60)), "pad_token_id": 299}
+
+    def called():
+        return sample_with_logprobs(policy, prompts, draws, temperature=1.0, **ends)
+
+    shared, of_shared = called()
+    monkeypatch.setattr(sampling, "SHARED", 10**9)
+    single, of_single = called()
+    assert shared.mask.sum(-1).unique().numel() > 3
+    assert torch.equal(shared.tokens, single.tokens)
+    assert torch.equal(shared.mask, single.mask)
+    assert torch.equal(of_shared, of_single)
+
+
+def test_a_shared_prompt_needs_no_second_copy_of_what_the_layers_remember():
+    memory = continuation(family("grouped queries").model, torch.ones(2, 40, dtype=torch.bool), 8)
+    with torch.no_grad():
+        memory.read(torch.arange(80).view(2, 40), torch.arange(40).expand(2, 40))
+    memory.keep(torch.tensor([0, 0, 0, 1, 1]))
+    buffers = [x for pair in memory._buffers.values() for x in pair]
+    assert {x.shape for x in buffers} == {(5, 1, 48, 16)}
+    places = [x.data_ptr() for x in buffers]
+    kept = [x[:, :, :40].clone() for x in buffers]
+    memory.keep(torch.tensor([0, 4, 2]))  # two texts have ended: one row moves, in place
+    now = [x for pair in memory._buffers.values() for x in pair]
+    assert [x.data_ptr() for x in now] == places
+    for old, new in zip(kept, now, strict=True):
+        assert torch.equal(new[:, :, :40], old[[0, 4, 2]])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 40])
+def test_logits_are_those_of_the_head(rows):
+    policy = Policy(family("grouped queries"))
+    hidden = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
+    with torch.no_grad():
+        found = policy.logits(hidden)
+        exact = hidden.double() @ policy.model.lm_head.weight.double().T
+    assert found.is_contiguous()
+    assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)
