@@ -437,7 +437,8 @@ def test_shared_prompts_change_no_bit_whatever_the_layers_remember(monkeypatch, 
 
 
 def test_a_shared_prompt_needs_no_second_copy_of_what_the_layers_remember():
-    memory = continuation(family("grouped queries").model, torch.ones(2, 40, dtype=torch.bool), 8)
+    body = Policy(family("grouped queries")).model.base_model
+    memory = continuation(body, torch.ones(2, 40, dtype=torch.bool), 8)
     with torch.no_grad():
         memory.read(torch.arange(80).view(2, 40), torch.arange(40).expand(2, 40))
     memory.keep(torch.tensor([0, 0, 0, 1, 1]))
