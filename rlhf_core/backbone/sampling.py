@@ -86,8 +86,10 @@ def respond(
 
     Each batch is a phase named `what`, whose parts are tokens.
     """
-    options = {"generator": generator, "between": between, "what": what}
-    for batch, responses, _ in respond_with_logprobs(policy, prompts, config, **options):
+    found = respond_with_logprobs(
+        policy, prompts, config, generator=generator, between=between, what=what
+    )
+    for batch, responses, _ in found:
         yield batch, responses
 
 
