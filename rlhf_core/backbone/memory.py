@@ -76,11 +76,7 @@ class _KeyValues(Memory):
         start = self._filled.get(layer, 0)
         end = self._filled[layer] = start + key.shape[2]
         if layer not in self._buffers:
-            room = (*key.shape[:2], self._seen.shape[1])
-            self._buffers[layer] = (
-                key.new_empty(*room, key.shape[3]),
-                value.new_empty(*room, value.shape[3]),
-            )
+            self._buffers[layer] = (self._room(key, len(key)), self._room(value, len(value)))
         keys, values = self._buffers[layer]
         keys[:, :, start:end], values[:, :, start:end] = key, value
         narrow = window is not None and window < end
@@ -88,9 +84,38 @@ class _KeyValues(Memory):
         return keys[:, :, :end], values[:, :, :end], mask
 
     def keep(self, rows: Tensor) -> None:
-        """Select rows."""
+        """Select rows.
+
+        Those that stay where they are are not copied. More rows than before get buffers of their
+        own, layer by layer, so that only one layer has both.
+        """
+        if len(rows) > len(self._seen):
+            self._seen = self._seen[rows]
+            for layer, (keys, values) in self._buffers.items():
+                end = self._filled[layer]
+                self._buffers[layer] = (
+                    self._spread(keys, rows, end),
+                    self._spread(values, rows, end),
+                )
+            return
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        come_from = rows[moved]
         self._seen = self._seen[rows]
-        self._buffers = {n: (k[rows], v[rows]) for n, (k, v) in self._buffers.items()}
+        for layer, (keys, values) in self._buffers.items():
+            end = self._filled[layer]
+            for x in (keys, values):
+                x[moved, :, :end] = x[come_from, :, :end]
+            self._buffers[layer] = keys[: len(rows)], values[: len(rows)]
+
+    def _room(self, states: Tensor, rows: int) -> Tensor:
+        """(rows, H, T, D) for the states of whole texts, like (B, H, n, D) of some tokens."""
+        return states.new_empty(rows, states.shape[1], self._seen.shape[1], states.shape[3])
+
+    def _spread(self, states: Tensor, rows: Tensor, end: int) -> Tensor:
+        """The first `end` tokens of selected rows, in a new buffer."""
+        buffer = self._room(states, len(rows))
+        buffer[:, :, :end] = states[:, :, :end].index_select(0, rows)
+        return buffer
 
     def _mask(self, start: int, end: int, window: int | None) -> Tensor:
         """(B, 1, end - start, end): attend back to the first unmasked token; padding to itself."""

@@ -62,6 +62,9 @@ from rlhf_core.settings.model import Precision
 ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
 HEAD = "score.weight"  # of a scalar model, in its model directory
 CHUNK = 128  # tokens whose logits exist at a time
+# Rows from which on the two layouts of a product with the vocabulary have the same bits, where it
+# was measured.
+TALL = 16
 
 
 class Network(nn.Module):
@@ -216,7 +219,13 @@ class Policy(Network):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, d) last hidden states -> (B, V) logits of the next token."""
-        raw: Tensor = self.model.get_output_embeddings()(hidden)
+        head = self.model.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None and self.precision == "float32"
+        if plain and hidden.device.type == "cpu" and len(hidden) >= TALL:
+            # In the layout (V, B) it is 1.1 times as fast with 32 rows, and 1.2 times with 128.
+            raw = torch.mm(head.weight, hidden.T).T.contiguous()
+        else:
+            raw = head(hidden)
         return raw if self.logit_scale == 1 else raw * self.logit_scale
 
     def save(

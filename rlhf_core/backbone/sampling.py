@@ -55,8 +55,14 @@ class PolicySampler:
         self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = lambda: None
     ) -> Responses:
         """See `sample`."""
+        return self.with_logprobs(prompts, draws, between=between)[0]
+
+    def with_logprobs(
+        self, prompts: PromptBatch, draws: Tensor, *, between: Callable[[], None] = lambda: None
+    ) -> tuple[Responses, Tensor]:
+        """See `sample_with_logprobs`."""
         model = self.policy.model
-        return sample(
+        return sample_with_logprobs(
             self.policy,
             prompts,
             draws,
@@ -80,6 +86,23 @@ def respond(
 
     Each batch is a phase named `what`, whose parts are tokens.
     """
+    found = respond_with_logprobs(
+        policy, prompts, config, generator=generator, between=between, what=what
+    )
+    for batch, responses, _ in found:
+        yield batch, responses
+
+
+def respond_with_logprobs(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    config: SamplingConfig,
+    *,
+    generator: torch.Generator,
+    between: Between = uncounted,
+    what: str = "sampling",
+) -> Iterator[tuple[PromptBatch, Responses, Tensor]]:
+    """Like `respond`, with the (B, R) log-probabilities of `sample_with_logprobs`."""
     sampler = PolicySampler(policy, config.temperature)
     starts = range(0, len(prompts), config.batch_size)
     for number, start in enumerate(starts):
@@ -88,7 +111,8 @@ def respond(
         )
         draws = uniforms(len(batch.mask), config.max_new_tokens, generator)
         name = batch_name(what, number, len(starts))
-        yield batch, sampler(batch, draws, between=between(name, config.max_new_tokens))
+        counted = between(name, config.max_new_tokens)
+        yield batch, *sampler.with_logprobs(batch, draws, between=counted)
 
 
 def prompt_batch(policy: Policy, prompts: Sequence[list[int]], max_length: int) -> PromptBatch:
@@ -106,7 +130,6 @@ def uniforms(rows: int, steps: int, generator: torch.Generator) -> Tensor:
     return torch.rand(rows, steps, generator=generator, device=generator.device)
 
 
-@torch.no_grad()
 def sample(
     policy: Policy,
     prompts: PromptBatch,
@@ -127,6 +150,35 @@ def sample(
     Shapes: prompts (B, P); draws (B, steps) in [0, 1) -> tokens, mask (B, R), R <= steps;
     finished (B,). `between` is called before each token and may raise.
     """
+    return sample_with_logprobs(
+        policy,
+        prompts,
+        draws,
+        temperature=temperature,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        between=between,
+    )[0]
+
+
+@torch.no_grad()
+def sample_with_logprobs(
+    policy: Policy,
+    prompts: PromptBatch,
+    draws: Tensor,
+    *,
+    temperature: float,
+    eos_token_id: int | Sequence[int],
+    pad_token_id: int,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[Responses, Tensor]:
+    """`sample`, with the (B, R) log-probability in nats of each token under the distribution that
+    it was drawn from; 0 where masked.
+
+    A forward pass over the whole text has other products, and so other rounding: in float32 some
+    1e-5 nats a token, in bfloat16 much more (docs/architecture.md, Numbers). What is compared with
+    another policy's has to be computed as that is.
+    """
     policy.switch()
     model = policy.model
     rows, steps = draws.shape
@@ -134,8 +186,9 @@ def sample(
     draws = draws.to(prompts.mask.device)
     tokens = torch.full((rows, steps), pad_token_id, device=draws.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logprobs = torch.zeros_like(tokens, dtype=torch.float32)
     finished = mask.new_zeros(rows)
-    alive = torch.arange(rows, device=draws.device)  # the unfinished rows
+    alive = torch.arange(rows, device=draws.device)  # the unfinished rows, in any order
     read, said_by = _distinct(prompts)
     memory = continuation(model.base_model, read.mask, steps)
     step_ids, positions = read.input_ids, position_ids(read.mask)
@@ -146,19 +199,30 @@ def sample(
             if t == 0 and len(hidden) < rows:
                 hidden, positions = hidden[said_by], positions[said_by]
                 memory.keep(said_by)
-            token = draw(policy.logits(hidden), draws[alive, t], temperature)
-            tokens[alive, t], mask[alive, t] = token, True
+            token, logprob = draw(policy.logits(hidden), draws[alive, t], temperature)
+            tokens[alive, t], mask[alive, t], logprobs[alive, t] = token, True, logprob
             ended = torch.isin(token, ends)
             finished[alive] = ended
-            going = (~ended).nonzero().squeeze(1)
             step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
             if bool(ended.any()):
+                going = _closed_up(ended)
                 if not len(going):
                     break
                 alive, step_ids, positions = alive[going], step_ids[going], positions[going]
                 memory.keep(going)
     length = int(mask.any(0).sum())
-    return Responses(tokens[:, :length], mask[:, :length], finished)
+    responses = Responses(tokens[:, :length], mask[:, :length], finished)
+    return responses, logprobs[:, :length]
+
+
+def _closed_up(ended: Tensor) -> Tensor:
+    """(n,) the rows that go on. The last of them take the places of those that ended, and the
+    others stay where they are, so that little of what the layers remember moves."""
+    going = (~ended).nonzero().squeeze(1)
+    left = len(going)
+    rows = torch.arange(left, device=ended.device)
+    rows[ended[:left]] = going[going >= left]
+    return rows
 
 
 def _distinct(prompts: PromptBatch) -> tuple[PromptBatch, Tensor]:
@@ -174,8 +238,8 @@ def _distinct(prompts: PromptBatch) -> tuple[PromptBatch, Tensor]:
     return PromptBatch(ids[first], mask[first]), first.cumsum(0) - 1
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """The token at which the distribution function exceeds u.
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The token at which the distribution function exceeds u, and its log-probability.
 
     It sums over blocks of the vocabulary and then within one block, which is faster than one sum
     over all of it, and more exact in float32. A token of probability 0 is never drawn.
@@ -183,19 +247,22 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     Args:
         logits: (B, V).
         uniform: (B,) in [0, 1).
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token, whose probability is then 1.
 
-    Returns: (B,) token ids.
+    Returns: (B,) token ids, and (B,) float32 nats.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(token, dtype=torch.float32)
     weights = logits.float().sub(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     of_block = blocks.sum(-1)
-    block, rest = _pass(of_block, uniform.unsqueeze(-1) * of_block.sum(-1, keepdim=True))
+    total = of_block.sum(-1, keepdim=True)
+    block, rest = _pass(of_block, uniform.unsqueeze(-1) * total)
     chosen = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
     within, _ = _pass(chosen, rest)
-    return (block * BLOCK + within).squeeze(-1)
+    logprob = chosen.gather(1, within).log() - total.log()
+    return (block * BLOCK + within).squeeze(-1), logprob.squeeze(-1)
 
 
 def _pass(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

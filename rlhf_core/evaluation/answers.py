@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_core.backbone.context import SAMPLING_LENGTH, context_of, require_context
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.responses import ResponseRows, lay_out, response_logprobs
-from rlhf_core.backbone.sampling import respond
+from rlhf_core.backbone.sampling import respond_with_logprobs
 from rlhf_core.data.encoding import (
     Prompt,
     decode_responses,
@@ -81,11 +81,18 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     k: int,
 ) -> Answers:
-    """k answers of a policy to each prompt, measured; the name decides the random draws."""
+    """k answers of a policy to each prompt, measured; the name decides the random draws.
+
+    A text is read once by the reward model, and once by the SFT policy unless that wrote it. In
+    float32 its log-probability under the policy that wrote it is what sampling has found: reading
+    it again would give the same but for rounding, 1e-5 nats a token. In bfloat16 the two differ by
+    more, so there the KL compares two policies that have both read the text.
+    """
     require_context(policy.model, bench.sampling.max_length, SAMPLING_LENGTH)
     prompts = [prompt for prompt in bench.prompts for _ in range(k)]
-    longest = bench.sampling.max_prompt_length
-    rows = [encode_prompt(prompt, tokenizer, longest) for prompt in prompts]
+    longest, at = bench.sampling.max_prompt_length, bench.sampling.temperature
+    encoded = [encode_prompt(prompt, tokenizer, longest) for prompt in bench.prompts]
+    rows = [prompt for prompt in encoded for _ in range(k)]
     comparable = same_tokens(tokenizer, bench.tokenizer)
     texts: list[str] = []
     tokens, finished, proxy, sft_logprob, kl = [], [], [], [], []
@@ -96,8 +103,9 @@ def answer(
         tokenizer,
         max_length=bench.sampling.max_length,
     )
+    is_sft = comparable and _same_weights(policy, bench.sft)
     draws, between = generator(bench.seed, f"evaluation/{name}"), partial(counted, bench.logger)
-    for batch, responses in respond(
+    for batch, responses, drawn in respond_with_logprobs(
         policy, rows, bench.sampling, generator=draws, between=between, what="answers"
     ):
         bench.logger.phase("scoring", len(texts), len(rows))
@@ -105,21 +113,27 @@ def answer(
         batch_prompts = prompts[len(texts) : len(texts) + len(batch_texts)]
         response_rows = lay_out(batch, responses)
         proxy.append(reward(batch_prompts, response_rows, responses).total)
-        if comparable:
+        known_sft = None
+        ours = drawn.sum(-1) if policy.precision == "float32" else None
+        if is_sft:
+            kl.append(torch.zeros_like(drawn[:, 0]))
+            known_sft = ours if at == 1 else None
+        elif comparable:
             bench.logger.phase("KL to SFT", len(texts), len(rows))
-            at = bench.sampling.temperature
-            ours = _sums(policy, response_rows, at)
-            theirs = ours if policy is bench.sft else _sums(bench.sft, response_rows, at)
+            ours = _sums(policy, response_rows, at) if ours is None else ours
+            theirs = _sums(bench.sft, response_rows, at)
             kl.append(ours - theirs)
+            known_sft = theirs if at == 1 else None
         else:
             batch, responses = _reencode(bench, batch_prompts, batch_texts, responses)
             response_rows = lay_out(batch, responses)
-        bench.logger.phase("perplexity under SFT", len(texts), len(rows))
+        if known_sft is None:
+            bench.logger.phase("perplexity under SFT", len(texts), len(rows))
+            known_sft = _sums(bench.sft, response_rows, 1.0)
         texts += batch_texts
         tokens.append(responses.mask.sum(-1).float())
         finished.append(responses.finished)
-        known = comparable and bench.sampling.temperature == 1
-        sft_logprob.append(theirs if known else _sums(bench.sft, response_rows, 1.0))
+        sft_logprob.append(known_sft)
     return Answers(
         texts=texts,
         prompt=torch.arange(len(bench.prompts)).repeat_interleave(k),
@@ -129,6 +143,18 @@ def answer(
         kl=torch.cat(kl).cpu() if comparable else None,
         sft_logprob=torch.cat(sft_logprob).cpu(),
         finished=torch.cat(finished).cpu(),
+    )
+
+
+def _same_weights(ours: Policy, theirs: Policy) -> bool:
+    """Whether two policies are one: of the same class, with the same weights to the bit."""
+    if ours is theirs:
+        return True
+    if type(ours.model) is not type(theirs.model):
+        return False
+    mine, others = ours.model.state_dict(), theirs.model.state_dict()
+    return mine.keys() == others.keys() and all(
+        torch.equal(weight, others[name]) for name, weight in mine.items()
     )
 
 

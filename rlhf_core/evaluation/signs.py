@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 import numpy as np
@@ -85,7 +85,7 @@ class _Reading:
     ended: bool  # as far as the policy says
 
     @cached_property
-    def words(self) -> list[str]:
+    def words(self) -> tuple[str, ...]:
         """Its words in small letters without marks around them; characters where words are not set
         apart."""
         return _plain_words(self.text)
@@ -178,9 +178,10 @@ def more_than(arm: Arm, other: Arm) -> dict[str, tuple[Interval, Interval]]:
     }
 
 
-def _plain_words(text: str) -> list[str]:
+@lru_cache(maxsize=4096)  # a prompt comes with each of its answers
+def _plain_words(text: str) -> tuple[str, ...]:
     pieces, _ = pieces_of(text)
-    return [re.sub(r"^\W+|\W+$", "", piece.lower()) or piece for piece in pieces]
+    return tuple(re.sub(r"^\W+|\W+$", "", piece.lower()) or piece for piece in pieces)
 
 
 def _thrice(words: Sequence[str]) -> int:

@@ -335,8 +335,11 @@ def question(prompt: Prompt) -> str:
 
 def script_of(text: str) -> str:
     """The script of most letters, as the names of Unicode begin."""
-    names = (unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
-    counts = Counter(_SCRIPT_OF.get(name, name) for name in names)
+    counts: Counter[str] = Counter()
+    for letter, times in Counter(text).items():
+        if letter.isalpha():
+            name = unicodedata.name(letter, "").partition(" ")[0]
+            counts[_SCRIPT_OF.get(name, name)] += times
     return max(sorted(counts), key=lambda name: counts[name], default="LATIN")
 
 

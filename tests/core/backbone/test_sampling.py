@@ -5,12 +5,27 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from rlhf_core.backbone import sampling
-from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.memory import continuation
+from rlhf_core.backbone.networks import Policy, start_adapter
 from rlhf_core.backbone.responses import lay_out, response_logprobs
-from rlhf_core.backbone.sampling import BLOCK, draw, respond, sample, uniforms
+from rlhf_core.backbone.sampling import (
+    BLOCK,
+    draw,
+    respond,
+    sample,
+    sample_with_logprobs,
+    uniforms,
+)
 from rlhf_core.data.encoding import left_pad
 from rlhf_core.seeding import generator
 from rlhf_core.settings.model import SamplingConfig
@@ -83,7 +98,7 @@ def test_frequencies_are_the_softmax_over_the_temperature(size):
     temperature, n = 1.7, 40_000
     draws = torch.Generator().manual_seed(size)
     logits = 2 * torch.randn(size, generator=draws)
-    found = draw(logits.expand(n, -1), torch.rand(n, generator=draws), temperature)
+    found, _ = draw(logits.expand(n, -1), torch.rand(n, generator=draws), temperature)
     counts = torch.bincount(found, minlength=size).float()
     for tried, matches in ((temperature, True), (1.3, False)):
         statistic, k = chi_square(counts, n * (logits / tried).softmax(-1))
@@ -95,12 +110,15 @@ def test_token_is_where_the_distribution_function_passes_u(size):
     # Against the running sum of probabilities in float64.
     draws = torch.Generator().manual_seed(size)
     logits, u = 3 * torch.randn(100, size, generator=draws), torch.rand(100, generator=draws)
-    found = draw(logits, u, 0.8).unsqueeze(-1)
+    found, logprobs = draw(logits, u, 0.8)
+    found = found.unsqueeze(-1)
     probabilities = (logits.double() / 0.8).softmax(-1)
     after = probabilities.cumsum(-1).gather(1, found).squeeze(-1)
     before = after - probabilities.gather(1, found).squeeze(-1)
     assert (before - 1e-6 <= u).all()
     assert (u <= after + 1e-6).all()
+    exact = probabilities.log().gather(1, found).squeeze(-1).float()
+    assert_close(logprobs, exact, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 1 - 2**-10, LARGEST])
@@ -109,8 +127,8 @@ def test_impossible_token_is_never_drawn(u):
     logits = torch.full((4 * BLOCK + 9,), -math.inf)
     possible = torch.tensor([BLOCK + 3, BLOCK + 200, 3 * BLOCK, 3 * BLOCK + 17])
     logits[possible] = torch.tensor([1.0, -20.0, 3.0, 0.0])
-    assert draw(logits.unsqueeze(0), torch.tensor([u]), 1.0).item() in possible
-    ends = draw(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0)
+    assert draw(logits.unsqueeze(0), torch.tensor([u]), 1.0)[0].item() in possible
+    ends, _ = draw(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0)
     assert ends[0] == possible[0]
     assert ends[1] == possible[-1]
 
@@ -121,25 +139,27 @@ def test_every_u_finds_a_token_whatever_the_rounding(size):
     # below 1 may lie behind the latter.
     logits = torch.randn(200, size, generator=torch.Generator().manual_seed(0))
     logits[:, -2:] = -math.inf
-    found = draw(logits, torch.full((200,), LARGEST), 1.0)
+    found, _ = draw(logits, torch.full((200,), LARGEST), 1.0)
     assert (found < size - 2).all()
     reached = logits.double().softmax(-1).cumsum(-1).gather(1, found.unsqueeze(1))
     assert (reached > 1 - 1e-6).all()
     for weight in (0.0, 88.0, -1e4):
         flat = torch.full((1, size), weight)
-        assert draw(flat, torch.tensor([0.0]), 1.0).item() == 0
-        last = draw(flat, torch.tensor([LARGEST]), 1.0).item()
+        assert draw(flat, torch.tensor([0.0]), 1.0)[0].item() == 0
+        last = draw(flat, torch.tensor([LARGEST]), 1.0)[0].item()
         assert size - 2 - size // 10_000 <= last < size
 
 
 def test_temperature_0_is_the_likeliest_token():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 4.9, 4.9]])
-    assert draw(logits, torch.tensor([LARGEST, 0.9]), 0).tolist() == [1, 0]
+    token, logprob = draw(logits, torch.tensor([LARGEST, 0.9]), 0)
+    assert token.tolist() == [1, 0]
+    assert logprob.tolist() == [0, 0]
 
 
 def test_half_precision_logits_are_summed_in_float32():
     # bfloat16 stops counting at 256: a sum in it would never come near the last of 1,000 tokens.
-    assert draw(torch.zeros(1, 1000).bfloat16(), torch.tensor([LARGEST]), 1.0).item() == 999
+    assert draw(torch.zeros(1, 1000).bfloat16(), torch.tensor([LARGEST]), 1.0)[0].item() == 999
 
 
 # --- whole texts ---
@@ -241,18 +261,14 @@ def test_a_text_depends_on_its_prompt_and_its_numbers_alone(chatty):
     assert said(write(chatty, wide, draws)[1]) == together
 
 
-def test_logits_of_sampling_are_those_of_a_plain_forward_pass(chatty, plain):
-    # A hook on the head reports what sampling saw: neither cache nor padding may change it.
-    seen = []
-    handle = chatty.model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, out: seen.append(out.log_softmax(-1))
+def test_logprobs_of_sampling_are_those_of_a_plain_forward_pass(chatty, plain):
+    # Neither cache nor padding nor the order in which rows go on may change what a token is drawn
+    # from; the rows end at different tokens.
+    batch = left_pad(PROMPTS * 3, PAD, 99)
+    found, sampled = sample_with_logprobs(
+        chatty, batch, numbers(9), temperature=1.0, eos_token_id=EOS, pad_token_id=PAD
     )
-    batch, found = write(chatty, PROMPTS * 3, numbers(9))
-    handle.remove()
-    sampled = torch.zeros(found.mask.shape)
-    for t, logprobs in enumerate(seen):
-        alive = found.mask[:, t]
-        sampled[alive, t] = logprobs.gather(1, found.tokens[alive, t : t + 1]).squeeze(1)
+    assert found.mask.sum(-1).unique().numel() > 3
     eager = plain(chatty.model)
     alone = torch.zeros(found.mask.shape)
     with torch.no_grad():
@@ -263,6 +279,7 @@ def test_logits_of_sampling_are_those_of_a_plain_forward_pass(chatty, plain):
         ours = response_logprobs(chatty, lay_out(batch, found), temperature=1.0)
     assert_close(sampled, alone, rtol=1e-5, atol=1e-4)
     assert_close(ours, alone, rtol=1e-5, atol=1e-4)
+    assert (sampled[~found.mask] == 0).all()
 
 
 def test_between_is_called_before_each_token_and_may_stop(sharp):
@@ -370,3 +387,78 @@ def test_equal_prompts_are_read_once_and_answered_as_if_each_were_read(
     assert read[0] == 9
     for name in ("tokens", "mask", "finished"):
         assert torch.equal(getattr(shared, name), getattr(single, name))
+
+
+def family(name):
+    """A small model with one of the ways in which layers remember."""
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+        "pad_token_id": 299,
+    }
+    torch.manual_seed(0)
+    if name == "grouped queries":
+        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1)).eval()
+    return MistralForCausalLM(
+        MistralConfig(**shape, num_key_value_heads=2, sliding_window=16)
+    ).eval()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["grouped queries", "sliding window"])
+def test_shared_prompts_change_no_bit_whatever_the_layers_remember(monkeypatch, name, adapted):
+    policy = Policy(family(name))
+    if adapted:
+        start_adapter(policy, "policy", rank=4, alpha=8, seed=0)
+        draws = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in policy.learnable().values():
+                weight.normal_(0, 0.1, generator=draws)
+    # Groups of several sizes, prompts of several lengths, as long as the context allows.
+    groups = [(70, 5), (33, 1), (84, 8), (12, 3)]
+    texts = [list(range(100, 100 + n)) for n, count in groups for _ in range(count)]
+    prompts, draws = left_pad(texts, 299, 84), numbers(len(texts))
+    ends = {"eos_token_id": list(range(0, 60)), "pad_token_id": 299}
+
+    def called():
+        return sample_with_logprobs(policy, prompts, draws, temperature=1.0, **ends)
+
+    shared, of_shared = called()
+    monkeypatch.setattr(sampling, "SHARED", 10**9)
+    single, of_single = called()
+    assert shared.mask.sum(-1).unique().numel() > 3
+    assert torch.equal(shared.tokens, single.tokens)
+    assert torch.equal(shared.mask, single.mask)
+    assert torch.equal(of_shared, of_single)
+
+
+def test_a_shared_prompt_needs_no_second_copy_of_what_the_layers_remember():
+    body = Policy(family("grouped queries")).model.base_model
+    memory = continuation(body, torch.ones(2, 40, dtype=torch.bool), 8)
+    with torch.no_grad():
+        memory.read(torch.arange(80).view(2, 40), torch.arange(40).expand(2, 40))
+    memory.keep(torch.tensor([0, 0, 0, 1, 1]))
+    buffers = [x for pair in memory._buffers.values() for x in pair]
+    assert {x.shape for x in buffers} == {(5, 1, 48, 16)}
+    places = [x.data_ptr() for x in buffers]
+    kept = [x[:, :, :40].clone() for x in buffers]
+    memory.keep(torch.tensor([0, 4, 2]))  # two texts have ended: one row moves, in place
+    now = [x for pair in memory._buffers.values() for x in pair]
+    assert [x.data_ptr() for x in now] == places
+    for old, new in zip(kept, now, strict=True):
+        assert torch.equal(new[:, :, :40], old[[0, 4, 2]])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 40])
+def test_logits_are_those_of_the_head(rows):
+    policy = Policy(family("grouped queries"))
+    hidden = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
+    with torch.no_grad():
+        found = policy.logits(hidden)
+        exact = hidden.double() @ policy.model.lm_head.weight.double().T
+    assert found.is_contiguous()
+    assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)

@@ -231,10 +231,10 @@ def test_sampler_draws_from_what_the_update_computes_but_for_rounding(
     said = []
 
     def draw(logits, uniform, temperature, *, really=sampling.draw):
-        token = really(logits, uniform, temperature)
+        token, logprob = really(logits, uniform, temperature)
         logprobs = (logits.float() / temperature).log_softmax(-1)
         said.append(logprobs.gather(1, token.unsqueeze(1))[:, 0])
-        return token
+        return token, logprob
 
     monkeypatch.setattr(sampling, "draw", draw)
     prompts = left_pad([[10, 20, 30]] * 4, tokenizer.pad_token_id, 6)

@@ -5,15 +5,16 @@ import json
 import math
 import shutil
 import sys
-from collections import Counter
 
 import pytest
 import torch
 from plain import plain_logprobs, plain_policy, plain_scores
+from torch.testing import assert_close
 
 from rlhf_core.backbone.base_model import base_of, load_base
 from rlhf_core.backbone.directory import load_policy, save_model
 from rlhf_core.backbone.networks import Policy, ScalarModel
+from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import respond
 from rlhf_core.data.encoding import encode_prompt, encode_response
 from rlhf_core.data.prepared import read_table, write_table
@@ -28,6 +29,7 @@ from rlhf_core.settings.evaluation import EvaluationConfig
 from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.settings.model import FreshModelConfig, ModelConfig, SamplingConfig
 from rlhf_core.settings.training import RewardModelConfig
+from rlhf_core.stages import evaluation as stage
 from rlhf_core.stages.evaluation import evaluate
 from rlhf_core.stages.reward_model import train_reward_model
 from rlhf_core.work import Work
@@ -312,24 +314,80 @@ def test_champion_with_another_tokenizer_is_measured_by_its_texts(run, truth, fo
     assert Arm.model_validate_json(champion.model_dump_json()) == champion
 
 
-@pytest.mark.parametrize(("temperature", "arm", "times"), [(1.0, 1, 2), (0.8, 2, 3)])
-def test_a_log_probability_is_computed_once_where_it_is_asked_for_twice(
-    run, toy_sampling, monkeypatch, temperature, arm, times
+@pytest.mark.parametrize(
+    ("precision", "temperature", "of_sft", "of_policy"),
+    [
+        # float32: sampling knows what a text has under its own policy at its own temperature
+        ("float32", 1.0, [], [("sft", 1.0)]),
+        ("float32", 0.8, [("sft", 1.0)], [("sft", 0.8), ("sft", 1.0)]),
+        ("bfloat16", 1.0, [("sft", 1.0)], [("policy", 1.0), ("sft", 1.0)]),
+    ],
+)
+def test_no_text_is_read_twice_for_the_same_log_probability(
+    run, toy_sampling, monkeypatch, precision, temperature, of_sft, of_policy
 ):
-    asked = []
-    really = evaluation_answers.response_logprobs
+    readers, asked = {}, {}
+    really, answer = evaluation_answers.response_logprobs, evaluation_answers.answer
+
+    def named(bench, name, policy, tokenizer, k):
+        readers[id(policy)] = name
+        return answer(bench, name, policy, tokenizer, k)
 
     def counted(policy, rows, *, temperature):
-        asked.append(rows)
+        arm = list(readers.values())[-1]
+        asked.setdefault((arm, id(rows)), []).append((readers[id(policy)], temperature))
+        rows_kept.append(rows)
         return really(policy, rows, temperature=temperature)
 
+    rows_kept = []  # so that no identity is used twice
     sampling = type(toy_sampling)(**dict(toy_sampling) | {"temperature": temperature})
-    config = change(base=False)
+    monkeypatch.setattr(stage, "answer", named)
     monkeypatch.setattr(evaluation_answers, "response_logprobs", counted)
-    report = run(config, sampling=sampling)
-    passes = Counter(map(id, asked))  # by the rows of a batch
-    assert set(passes.values()) == {arm, times}  # SFT by itself, and the policy
+    report = run(change(base=False, precision=precision), sampling=sampling)
+    found = {"sft": [], "policy": []}
+    for (arm, _), passes in asked.items():
+        found[arm] = passes if not found[arm] else found[arm]
+        assert passes == found[arm]  # of each batch
+    assert found == {"sft": of_sft, "policy": of_policy}
     assert report.scorecard.arm("sft").kl == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_log_probabilities_of_sampling_are_those_of_reading_the_text(
+    run, toy_sampling, toy_sft, toy_policy, monkeypatch, temperature
+):
+    arms, batches = {}, {}
+    answer, respond = evaluation_answers.answer, evaluation_answers.respond_with_logprobs
+
+    def named(bench, name, *others):
+        batches[name] = []
+
+        def kept(*arguments, **options):
+            for batch, responses, drawn in respond(*arguments, **options):
+                batches[name].append(lay_out(batch, responses))
+                yield batch, responses, drawn
+
+        monkeypatch.setattr(evaluation_answers, "respond_with_logprobs", kept)
+        arms[name] = answer(bench, name, *others)
+        return arms[name]
+
+    monkeypatch.setattr(stage, "answer", named)
+    sampling = type(toy_sampling)(**dict(toy_sampling) | {"temperature": temperature})
+    run(change(base=False), sampling=sampling)
+    policies = {"sft": Policy.load(toy_sft, "cpu")[0], "policy": Policy.load(toy_policy, "cpu")[0]}
+
+    @torch.no_grad()
+    def read(reader, arm, at):
+        sums = (
+            response_logprobs(policies[reader], b, temperature=at).sum(-1) for b in batches[arm]
+        )
+        return torch.cat(list(sums))
+
+    for arm, said in arms.items():
+        kl = read(arm, arm, temperature) - read("sft", arm, temperature)
+        assert_close(said.kl, kl, rtol=0, atol=1e-4)
+        assert_close(said.sft_logprob, read("sft", arm, 1.0), rtol=0, atol=1e-4)
+    assert arms["policy"].kl.abs().max() > 0.1
 
 
 def test_texts_of_another_tokenizer_are_cut_to_what_sft_can_read(run, toy_corpus, tmp_path):
