@@ -1,6 +1,7 @@
 """The only reader of environment variables: where data are kept, and which device computes."""
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -294,7 +295,7 @@ class Settings(BaseSettings):
         if not whole or parts.netloc != address:
             raise ValueError("it is not HOST:PORT, as 10.0.0.5:6379")
         host = str(parts.hostname)
-        here = host in ("localhost", "::1") or host.startswith("127.")
+        here = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host)
         if here or others.data.get("cluster_open") or os.environ.get("RAY_AUTH_MODE") == "token":
             return address
         raise ValueError(

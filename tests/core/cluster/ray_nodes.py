@@ -41,10 +41,11 @@ class Nodes:
             "--disable-usage-stats",
             "--object-store-memory=100000000",
         ]
-        log = (self._folder.parent / f"node-{len(self._running)}.log").open("w")
-        node = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True
-        )
+        with (self._folder.parent / f"node-{len(self._running)}.log").open("w") as log:
+            environment = os.environ | ENVIRONMENT
+            node = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         self._running.append(node)
         return node
 
