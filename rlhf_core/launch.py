@@ -1,12 +1,12 @@
-"""Run one training stage on several processes of this machine.
+"""Run one stage on several processes of this machine, or of a Ray cluster.
 
     python -m rlhf_core.launch JOB.json
 
 starts the ranks and waits for them. The main rank reports progress on stdout as lines of JSON:
 `{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}`,
 `{"phase": "...", "done": 3, "total": 9}` or `{"alarm": {...}}`. At the end it writes its report,
-or the error, beside the job. `launch` does all this from Python; on several machines that share a
-disk, torchrun starts the same command as its ranks.
+or the error, beside the job. `launch` does all this from Python. The ranks of a job that names a
+cluster are started by Ray Train (`rlhf_core.cluster`).
 """
 
 import json
@@ -73,12 +73,27 @@ class Job(Section):
     rewards_from: RewardPlaces | None = Field(
         None, description="Where reward functions may come from; null = anywhere"
     )
+    cluster: str = Field("", description="HOST:PORT of a Ray cluster; empty = this machine")
+    cluster_retries: int = Field(3, ge=0, description="How often lost ranks are started again")
+    cluster_cpus: int = Field(1, ge=1, description="CPU cores of each process on the cluster")
+    folder: Path = Field(Path(), description="On a cluster: a folder that all its machines share")
 
     @classmethod
     def of(
-        cls, stage: str, config: Section, work: "Work", *, processes: int, strategy: Strategy
+        cls,
+        stage: str,
+        config: Section,
+        work: "Work",
+        *,
+        processes: int,
+        strategy: Strategy,
+        **cluster: Any,
     ) -> Self:
-        """The same call as a job for other processes."""
+        """The same call as a job for other processes.
+
+        Args:
+            cluster: the fields about a cluster.
+        """
         sections = {name: part.model_dump(mode="json") for name, part in work.sections.items()}
         return cls(
             stage=stage,
@@ -93,6 +108,7 @@ class Job(Section):
             strategy=strategy,
             processes=processes,
             rewards_from=work.rewards_from,
+            **cluster,
         )
 
 
@@ -108,7 +124,8 @@ def launch(job: Job, logger: StageLogger) -> "Report":
         folder = Path(name)
         path = folder / "job.json"
         path.write_text(job.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "rlhf_core.launch", str(path)]
+        module = "rlhf_core.cluster" if job.cluster else "rlhf_core.launch"
+        command = [sys.executable, "-P", "-m", module, str(path)]
         # A new session, so that Ctrl-C reaches only this process, which forwards it once.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -187,31 +204,38 @@ def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
     return run_stage(job.stage, spec.config.model_validate(job.config), work)
 
 
-class _Lines:
-    """A logger that writes lines of JSON."""
+class Lines:
+    """A logger that writes what it gets as JSON objects; what else it writes with is given."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+        self._write = write
         self._phase = ""
         self._next = 0.0
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Write named values at a step."""
         self._write({"metrics": dict(values), "step": step})
 
     def progress(self, done: int, total: int, note: str = "") -> None:
+        """Write that `done` of `total` units of work are finished."""
         self._write({"done": done, "total": total, "note": note})
 
     def phase(self, what: str, done: int = 0, total: int = 0) -> None:
-        # Every new phase, then at most once a second: there may be a call for each token.
+        """Write every new phase, and then at most once a second: each token may have a call."""
         if what != self._phase or time.monotonic() >= self._next:
             self._phase, self._next = what, time.monotonic() + PHASE_SECONDS
             self._write({"phase": what, "done": done, "total": total})
 
     def alarm(self, alarm: Alarm) -> None:
+        """Write an alarm of the monitor."""
         self._write({"alarm": asdict(alarm)})
 
-    def _write(self, line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=self._file, flush=True)
+
+def only_lines_on_stdout() -> Callable[[dict[str, Any]], None]:
+    """Writes lines of JSON to what is stdout now; other output goes to stderr from now on."""
+    file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return lambda line: print(json.dumps(line), file=file, flush=True)
 
 
 def _forward(logger: StageLogger, line: dict[str, Any]) -> None:
@@ -227,26 +251,30 @@ def _forward(logger: StageLogger, line: dict[str, Any]) -> None:
 
 def _rank(path: Path) -> None:
     """Run as one of the processes that share the work."""
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # keep other output out of the lines of JSON
+    write = only_lines_on_stdout()
     try:
         job = Job.model_validate_json(path.read_bytes())
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
         ranks, device = Ranks.meet(cpu=job.device == "cpu", strategy=job.strategy)
-        report = run(job, _Lines(lines) if ranks.main else SilentLogger(), ranks, device)
+        report = run(job, Lines(write) if ranks.main else SilentLogger(), ranks, device)
         if ranks.main:
-            new = path.with_name("report.new")
-            new.write_bytes(pickle.dumps(report))
-            new.rename(path.with_name(REPORT))
+            keep_report(path, pickle.dumps(report))
         if ranks.world > 1:
             destroy_process_group()
     except (UserError, Interrupted) as error:
-        _fail(path, type(error).__name__, str(error))
+        fail(path, type(error).__name__, str(error))
     except Exception:
-        _fail(path, "", traceback.format_exc())
+        fail(path, "", traceback.format_exc())
 
 
-def _fail(path: Path, kind: str, message: str) -> None:
+def keep_report(path: Path, report: bytes) -> None:
+    """Write the pickled report of the main rank beside the job."""
+    new = path.with_name("report.new")
+    new.write_bytes(report)
+    new.rename(path.with_name(REPORT))
+
+
+def fail(path: Path, kind: str, message: str) -> None:
     """Write the reason beside the job and end this rank, and so all ranks."""
     failure = {"kind": kind, "message": message}
     path.with_name(FAILURE.format(os.getpid())).write_text(json.dumps(failure), encoding="utf-8")
@@ -280,7 +308,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(128 + signal.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _fail(path, "", f"rank {rank} failed: {failure.message}")
+        fail(path, "", f"rank {rank} failed: {failure.message}")
 
 
 if __name__ == "__main__":

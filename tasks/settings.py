@@ -1,6 +1,7 @@
 """The only reader of environment variables: where data are kept, and which device computes."""
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,14 @@ from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from rlhf_core import redaction
@@ -31,6 +39,7 @@ QUIET: Mapping[str, str] = MappingProxyType(
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Do not import a `tasks.py` in the working folder instead of this package.
         "PYTHONSAFEPATH": "1",
         # Retry while a tracking server restarts: the pauses double, four minutes in all.
@@ -157,6 +166,31 @@ class Settings(BaseSettings):
         validation_alias="RLHF_STRATEGY",
         description="With several processes: each holds all weights (ddp) or a shard (fsdp)",
     )
+    cluster_open: bool = Field(
+        False,
+        validation_alias="RLHF_CLUSTER_OPEN",
+        description="Use a cluster without RAY_AUTH_MODE=token on another machine: whoever reaches "
+        "its ports runs code there, so nobody else may reach them",
+    )
+    cluster: str = Field(
+        "",
+        validation_alias="RLHF_CLUSTER",
+        description="HOST:PORT of a Ray cluster's head, whose machines run the stages that compute "
+        "with models; empty = this machine. RLHF_HOME has to be on a disk that they share",
+    )
+    cluster_retries: int = Field(
+        3,
+        validation_alias="RLHF_CLUSTER_RETRIES",
+        ge=0,
+        description="How often the processes of a stage are started again on the cluster after one "
+        "of them, or its machine, was lost",
+    )
+    cluster_cpus: int = Field(
+        1,
+        validation_alias="RLHF_CLUSTER_CPUS",
+        ge=1,
+        description="CPU cores that each process takes on the cluster, which are its threads too",
+    )
     reward_packages: str = Field(
         "",
         validation_alias="RLHF_REWARD_PACKAGES",
@@ -247,6 +281,29 @@ class Settings(BaseSettings):
             raise ValueError(f"it is not an address ({error})") from None
         return address
 
+    @field_validator("cluster")
+    @classmethod
+    def _closed_cluster(cls, address: str, others: ValidationInfo) -> str:
+        """HOST:PORT, of this machine or of a cluster that not everybody may use."""
+        if not address:
+            return address
+        try:
+            parts = urlsplit(f"//{address}")
+            whole = bool(parts.hostname and parts.port) and "@" not in address
+        except ValueError:
+            whole = False
+        if not whole or parts.netloc != address:
+            raise ValueError("it is not HOST:PORT, as 10.0.0.5:6379")
+        host = str(parts.hostname)
+        here = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host)
+        if here or others.data.get("cluster_open") or os.environ.get("RAY_AUTH_MODE") == "token":
+            return address
+        raise ValueError(
+            "whoever reaches the ports of a cluster without RAY_AUTH_MODE=token runs code on it; "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on all its machines, or "
+            "RLHF_CLUSTER_OPEN=1 if nobody else reaches them"
+        )
+
     @field_validator("judge_url")
     @classmethod
     def _endpoint(cls, address: str) -> str:
@@ -314,8 +371,17 @@ class Settings(BaseSettings):
     def training_device(self) -> str:
         """The device of a training: with several processes, `cuda` means one GPU for each.
 
+        On a cluster it is one of its machines, so `auto` stays `auto`: the cluster decides.
+
         Raises: ConfigError if one GPU is set for several processes, or there are too few GPUs.
         """
+        if self.cluster:
+            if ":" in self.device_name:
+                raise ConfigError(
+                    f"RLHF_DEVICE is '{self.device_name}', a GPU of this machine, but RLHF_CLUSTER "
+                    "is set; set RLHF_DEVICE to auto, cpu or cuda"
+                )
+            return self.device_name
         device = self.device
         if self.processes == 1 or device == "cpu":
             return device

@@ -370,7 +370,7 @@ def test_every_dependency_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = chain(*project["project"]["optional-dependencies"].values())
     wanted = [*project["project"]["dependencies"], *extras, *project["build-system"]["requires"]]
-    names = {re.split(r"[<>=]", requirement)[0] for requirement in wanted}
+    names = {re.split(r"[<>=\[]", requirement)[0] for requirement in wanted}
     page = DOCS / "decisions" / "0001-dependencies.md"
     rows = re.findall(r"^\| `([\w-]+)` \| .+ \| .+ \|$", page.read_text(encoding="utf-8"), re.M)
     assert sorted(rows) == sorted(names)

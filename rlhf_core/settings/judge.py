@@ -138,6 +138,11 @@ class JudgeConfig(Section):
         """Whether the judge is a Python function."""
         return bool(_FUNCTION.fullmatch(self.source))
 
+    @property
+    def asks_outside(self) -> bool:
+        """Whether the judge is no code and no model of ours: somebody has to be reached."""
+        return self.source in (ENDPOINT, PEOPLE)
+
     @field_validator("source")
     @classmethod
     def _source_is_known(cls, source: str) -> str:

@@ -157,6 +157,11 @@ class Checkpoints:
         return state
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint in a folder, intact or not; 0 if there is none."""
+    return max((int(path.name[5:]) for path in directory.glob("step-" + 8 * "[0-9]")), default=0)
+
+
 class _HashingWriter(io.BufferedWriter):
     """A new file that computes size and SHA-256 while it is written."""
 

@@ -52,15 +52,26 @@ class Micro(NamedTuple):
 class Ranks:
     """This process among those that share the work; without a group it is the only one."""
 
-    def __init__(self, device: torch.device | None = None, strategy: Strategy = "ddp") -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        strategy: Strategy = "ddp",
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.stopping = stopping  # whether whoever started the ranks wants them to stop
         self._device = device  # of this rank; None without a group
         self._strategy = strategy
         self.rank = 0 if device is None else dist.get_rank()
         self.world = 1 if device is None else dist.get_world_size()
 
     @classmethod
-    def meet(cls, *, cpu: bool, strategy: Strategy = "ddp") -> tuple[Self, str]:
+    def meet(
+        cls, *, cpu: bool, strategy: Strategy = "ddp", stopping: Callable[[], bool] = lambda: False
+    ) -> tuple[Self, str]:
         """Join the processes that a launcher such as torchrun started.
+
+        Args:
+            stopping: whether they shall stop, for a launcher that cannot send a signal.
 
         Returns: the ranks, and the device of this one.
         """
@@ -70,13 +81,13 @@ class Ranks:
             device = torch.device(found.type, dist.get_node_local_rank(fallback_rank=0))
             torch.accelerator.set_device_index(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(), str(device)
+            return cls(stopping=stopping), str(device)
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(device)
             dist.init_process_group(
                 backend, timeout=PATIENCE, device_id=None if found is None else device
             )
-        return cls(device, strategy), str(device)
+        return cls(device, strategy, stopping), str(device)
 
     @property
     def main(self) -> bool:
@@ -218,7 +229,7 @@ class Ranks:
         for micro in self.micro_batches(range(rows), size):
             between()
             results.append((micro, compute(micro.rows).cpu()))
-        return torch.cat(self._all([tensor for micro, tensor in results if micro.weight]))
+        return torch.cat(self.from_all([tensor for micro, tensor in results if micro.weight]))
 
     def gather(
         self, parts: Sequence[Part], rows: Sequence[int], join: Callable[[Sequence[Part]], Part]
@@ -229,8 +240,8 @@ class Ranks:
         """
         if self._device is None:
             return join(parts)
-        whole = join(self._all([part.to("cpu") for part in parts]))
-        order = torch.tensor(self._all(list(rows))).argsort()
+        whole = join(self.from_all([part.to("cpu") for part in parts]))
+        order = torch.tensor(self.from_all(list(rows))).argsort()
         return whole.rows(order).to(str(self._device))
 
     def from_main(self, value: Item) -> Item:
@@ -241,8 +252,8 @@ class Ranks:
         dist.broadcast_object_list(found, src=0, device=self._device)
         return cast(Item, found[0])
 
-    def _all(self, items: list[Item]) -> list[Item]:
-        """The items of every rank, in the order of the ranks."""
+    def from_all(self, items: list[Item]) -> list[Item]:
+        """The items of every rank, in the order of the ranks; all ranks have to call this."""
         if self._device is None:
             return items
         found: list[list[Item]] = [[] for _ in range(self.world)]

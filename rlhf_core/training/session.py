@@ -160,7 +160,7 @@ class Session:
     ) -> None:
         """Restore the signal handlers; handle a request that came after the last `check`."""
         self._request.__exit__()
-        if error is None and self._any(self._request.number is not None):
+        if error is None and self._any(self._asked()):
             self._end()
 
     def resume(self) -> bool:
@@ -238,7 +238,7 @@ class Session:
                 self._logged = len(self.history)
             if self._any(self._ranks.main and self._due()):
                 self._save(self._checkpoints)
-        if self._any(self._request.number is not None):
+        if self._any(self._asked()):
             self._end()
 
     def check(self) -> None:
@@ -248,8 +248,12 @@ class Session:
 
         Raises: whatever the previous handler of the signal raises, else Interrupted.
         """
-        if self._ranks.world == 1 and self._request.number is not None:
+        if self._ranks.world == 1 and self._asked():
             self._end()
+
+    def _asked(self) -> bool:
+        """Whether this process got a signal, or its launcher wants the ranks to stop."""
+        return self._request.number is not None or self._ranks.stopping()
 
     def _end(self) -> NoReturn:
         if self._checkpoints is not None and self._saved < self.step:

@@ -39,8 +39,9 @@ class MlflowLogger:
     first. If MLflow rejects a batch, it stays first in the queue and is retried with the next one,
     so the order is kept and nothing is lost; if it still fails, `flush` and `close` raise.
 
-    A resumed run replays its history; values in `logged`, by name and step, are in MLflow already
-    and are not written twice.
+    A resumed run replays its history, and so do ranks that a cluster has started again, whose
+    logger this still is. No value is written twice: neither those in `logged`, by name and step,
+    which are in MLflow already, nor those that came before.
 
     An alarm of the monitor becomes a tag of the run, which waits for MLflow as metrics do, and is
     passed to `announce`.
@@ -64,6 +65,7 @@ class MlflowLogger:
         self._run_id = run_id
         self._displays = displays
         self._logged = logged
+        self._came: dict[str, set[int]] = {}  # steps by name
         self._flush_steps = flush_steps
         self._flush_seconds = flush_seconds
         self._announce = announce
@@ -92,7 +94,7 @@ class MlflowLogger:
         Raises: ValueError for an invalid metric name: here, not later in the thread.
         """
         now = int(time.time() * 1000)
-        new = {name: value for name, value in values.items() if (name, step) not in self._logged}
+        new = {name: value for name, value in values.items() if self._is_new(name, step)}
         batch = [self._metric(name, float(value), now, step) for name, value in new.items()]
         with self._wake:
             if self._closed:
@@ -101,6 +103,13 @@ class MlflowLogger:
             self._calls += 1
             if self._calls >= self._flush_steps:
                 self._wake.notify()
+
+    def _is_new(self, name: str, step: int) -> bool:
+        came = self._came.setdefault(name, set())
+        if step in came or (name, step) in self._logged:
+            return False
+        came.add(step)
+        return True
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Report that `done` of `total` units of work are finished."""

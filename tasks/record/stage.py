@@ -33,6 +33,7 @@ from pydantic import BaseModel
 from rlhf_core import launch
 from rlhf_core.config import Section
 from rlhf_core.errors import VerdictsPendingError
+from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
@@ -159,16 +160,18 @@ class Stage:
         """Call the function of the stage; a training starts from its last checkpoint.
 
         A training waits for an accelerator slot and runs on `RLHF_PROCESSES` processes, whose
-        number changes results only by rounding.
+        number changes results only by rounding. With a cluster, its free places are waited for
+        instead, and other stages that compute with a model run there too, in one process.
         """
         settings, trains = self._settings, STAGES[self.name].trains
+        leaves = bool(settings.cluster) and self._may_leave()
         config, *_ = self._sections.values()
         work = Work(
             inputs=inputs,
             outputs=outputs,
             sections={name: self._sections[name] for name in STAGES[self.name].sections},
             seed=self.run.seed,
-            device=settings.training_device if trains else settings.device,
+            device=settings.training_device if trains or leaves else settings.device,
             logger=self.logger,
             recovery=self.recovery,
             rewards_from=reward_places(settings),
@@ -190,6 +193,8 @@ class Stage:
                 answers = self.work / ANSWERS
                 self._record.client.log_artifacts(self.run_id, str(answers), ANSWERS)
                 raise
+        if leaves:
+            return self._elsewhere(config, work, processes=settings.processes if trains else 1)
         if not trains:
             return run_stage(self.name, config, work)
         self.logger.phase("waiting for an accelerator slot")
@@ -205,6 +210,28 @@ class Stage:
                 strategy=settings.strategy,
             )
             return launch.launch(job, self.logger)
+
+    def _may_leave(self) -> bool:
+        """Whether machines of a cluster can run the stage: it computes with a model, and asks
+        nobody whom only this machine reaches."""
+        judges = [part for part in self._sections.values() if isinstance(part, JudgeConfig)]
+        return bool(STAGES[self.name].inputs) and not any(part.asks_outside for part in judges)
+
+    def _elsewhere(self, config: Section, work: Work, *, processes: int) -> Report:
+        """Run the stage on the cluster; its placement is the queue, so it takes no slot."""
+        settings = self._settings
+        job = launch.Job.of(
+            self.name,
+            config,
+            work,
+            processes=processes,
+            strategy=settings.strategy,
+            cluster=settings.cluster,
+            cluster_retries=settings.cluster_retries,
+            cluster_cpus=settings.cluster_cpus,
+            folder=self.work,
+        )
+        return launch.launch(job, self.logger)
 
     @property
     def _key(self) -> str:

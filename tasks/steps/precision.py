@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 from rlhf_core.backbone.precision.machine import resolve
 from rlhf_core.config import Section
+from rlhf_core.errors import ConfigError
 from rlhf_core.settings.model import Precision
 from tasks.record import tags
 from tasks.record.record import Record
@@ -26,6 +27,11 @@ def with_precision(config: S, record: Record, run: PipelineRun, *, trains: bool)
     if setting != "auto":
         return config
     settings = record.settings
+    if settings.cluster:
+        raise ConfigError(
+            "precision is auto, which is decided by this machine, but RLHF_CLUSTER is set and its "
+            "machines compute; set precision to float32 or bfloat16"
+        )
     here = resolve("auto", settings.training_device if trains else settings.device)
     kept = record.runs.tags(run.run_id).get(tags.AUTO_PRECISION)
     if kept not in ("float32", "bfloat16"):

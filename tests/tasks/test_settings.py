@@ -50,6 +50,10 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_DEVICE": "cpu",
         "RLHF_PROCESSES": "4",
         "RLHF_STRATEGY": "fsdp",
+        "RLHF_CLUSTER": "10.0.0.5:6379",
+        "RLHF_CLUSTER_RETRIES": "5",
+        "RLHF_CLUSTER_CPUS": "8",
+        "RLHF_CLUSTER_OPEN": "true",
         "RLHF_REWARD_PACKAGES": "rules, judges",
         "RLHF_CONFIG_FOLDER": "/srv/configs",
         "RLHF_CHECKPOINT_SECONDS": "0.5",
@@ -75,6 +79,9 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.prefect_public_url == "https://prefect.example.org"
     assert settings.device == "cpu"
     assert (settings.processes, settings.strategy) == (4, "fsdp")
+    assert (settings.cluster, settings.cluster_open) == ("10.0.0.5:6379", True)
+    assert (settings.cluster_retries, settings.cluster_cpus) == (5, 8)
+    assert settings.training_device == "cpu"
     assert settings.reward_packages == "rules, judges"
     assert settings.config_folder == "/srv/configs"
     assert settings.checkpoint_seconds == 0.5
@@ -108,6 +115,10 @@ def test_what_is_given_by_hand_comes_first(monkeypatch, tmp_path):
         ("RLHF_DEVICE", "gpu"),
         ("RLHF_PROCESSES", "0"),
         ("RLHF_STRATEGY", "zero"),
+        *(("RLHF_CLUSTER", bad) for bad in ("head", "head:", ":6379", "head:x", "head:99999")),
+        *(("RLHF_CLUSTER", bad) for bad in ("ray://head:10001", "a@head:6379", "head:6379/x")),
+        ("RLHF_CLUSTER_RETRIES", "-1"),
+        ("RLHF_CLUSTER_CPUS", "0"),
         ("RLHF_CHECKPOINT_SECONDS", "nan"),
         ("RLHF_OUTAGE_SECONDS", "inf"),
         ("RLHF_HOME", "~nosuch/home"),
@@ -118,6 +129,41 @@ def test_a_bad_value_names_its_variable(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=re.escape(f"environment variable {name} is '{value}'")):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("address", "others", "allowed"),
+    [
+        ("127.0.0.1:6379", {}, True),
+        ("localhost:6379", {}, True),
+        ("[::1]:6379", {}, True),
+        ("10.0.0.5:6379", {}, False),
+        ("127.example.org:6379", {}, False),
+        ("10.0.0.5:6379", {"RLHF_CLUSTER_OPEN": "1"}, True),
+        ("10.0.0.5:6379", {"RAY_AUTH_MODE": "token"}, True),
+        ("10.0.0.5:6379", {"RAY_AUTH_MODE": "disabled"}, False),
+    ],
+)
+def test_an_open_cluster_of_other_machines_is_refused(monkeypatch, address, others, allowed):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name, value in {"RLHF_CLUSTER": address, **others}.items():
+        monkeypatch.setenv(name, value)
+    if allowed:
+        assert read_settings().cluster == address
+    else:
+        with pytest.raises(ConfigError, match=r"RLHF_CLUSTER .*RAY_AUTH_MODE=token runs code"):
+            read_settings()
+
+
+def test_the_device_of_a_cluster_is_not_that_of_this_machine(monkeypatch):
+    monkeypatch.setenv("RLHF_CLUSTER", "localhost:6379")
+    monkeypatch.setenv("RLHF_PROCESSES", "16")
+    for name in ("auto", "cpu", "cuda"):
+        monkeypatch.setenv("RLHF_DEVICE", name)
+        assert read_settings().training_device == name
+    monkeypatch.setenv("RLHF_DEVICE", "cuda:1")
+    with pytest.raises(ConfigError, match="a GPU of this machine, but RLHF_CLUSTER is set"):
+        _ = read_settings().training_device
 
 
 @pytest.mark.parametrize("name", VARIABLES)

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "stages"))
 import tiny
 
 from rlhf_core.errors import DataError
-from rlhf_core.launch import Job, _forward, _Lines, launch, run
+from rlhf_core.launch import Job, Lines, _forward, launch, run
 from rlhf_core.metrics import Alarm, MemoryLogger
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
@@ -149,7 +149,7 @@ def test_an_error_of_the_stage_arrives_as_it_is(data, tmp_path, no_process_left)
 
 def test_an_alarm_passes_through_the_lines(capfd):
     alarm = Alarm("gap", 3, 1.25, 1.0, "roll_back", "the reward runs ahead of « votes »")
-    _Lines(sys.stdout).alarm(alarm)
+    Lines(lambda line: print(json.dumps(line))).alarm(alarm)
     told = MemoryLogger()
     _forward(told, json.loads(capfd.readouterr().out))
     assert told.alarms == [alarm]

@@ -1,0 +1,1 @@
+"""A stage on a Ray cluster, through Ray Train: the only place that imports ray."""
