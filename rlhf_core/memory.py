@@ -61,5 +61,6 @@ def _of_groups(root: Path) -> Iterator[int]:
                 break
             with suppress(OSError, ValueError):  # "max", or no such file
                 limit, taken = (int((place / name).read_text()) for name in (most, used))
-                facts = dict(line.split() for line in (place / "memory.stat").open())
+                told = (place / "memory.stat").read_text().splitlines()
+                facts = dict(line.split() for line in told)
                 yield max(0, limit - taken + int(facts.get(cache, 0)))
