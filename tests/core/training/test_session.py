@@ -524,7 +524,8 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, held):
     assert [folder.name for folder in held.directory.iterdir()] == ["step-00000002"]
 
 
-def test_a_full_disk_is_told_at_the_next_safe_point(held, caplog):
+def test_a_full_disk_is_told_at_the_next_safe_point(held, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "SAVING_SHARE", 1e9)
     held.error = OSError(28, "No space left on device")
     with begun(held, mutable()) as session:
         assert not caplog.records
