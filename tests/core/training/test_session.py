@@ -50,7 +50,14 @@ class Order:
 
 
 def train(
-    folder, steps=30, pause=0.0, checkpoints=True, at_step=None, started=None, share=None, **settings
+    folder,
+    steps=30,
+    pause=0.0,
+    checkpoints=True,
+    at_step=None,
+    started=None,
+    share=None,
+    **settings,
 ):
     """A small training with every kind of randomness; its end goes to `result.pt`."""
     if share is not None:
