@@ -3,9 +3,9 @@
     python benchmarks/startup.py [--against CHECKOUT] [--runs 5]
 
 Start-up is what `rlhf run configs/demo.yaml` does in an empty home before its first stage begins
-to read data: imports, the temporary Prefect server, the databases of Prefect and MLflow. The clock
-stops at the first line of progress of a stage, which this script waits for, and the run is ended.
-With another checkout of this repository the two take turns, each starting as often in an empty home.
+to read data: imports, the temporary Prefect server, the two databases. The clock stops at the
+first line of progress of a stage, which this script waits for, and the run is ended. With another
+checkout of this repository the two take turns, and each start has an empty home.
 """
 
 import argparse

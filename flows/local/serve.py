@@ -43,7 +43,6 @@ from tasks.servers import error_log
 from tasks.servers.client import ask, unreachable
 from tasks.settings import PASSWORD_LENGTH, Settings
 
-
 # For a server that only one run speaks to: nobody can open its pages, and the list of Prefect's
 # blocks, which `rlhf up` puts in the database too, is for them.
 WITHOUT_PAGES = {

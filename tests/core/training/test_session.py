@@ -562,7 +562,7 @@ def test_a_state_that_could_not_be_loaded_again_ends_the_training(held):
             return {"x": frozenset("a")}
 
     held.go.set()
-    with pytest.raises(TypeError, match="cannot contain .*frozenset"), begun(held, {"odd": Odd()}):
+    with pytest.raises(TypeError, match=r"cannot contain .*frozenset"), begun(held, {"odd": Odd()}):
         pass
 
 
