@@ -6,7 +6,8 @@ reference, critic and reward model, advantages); update is all from there to the
 
 Responses have full length: no token ends one. TRL computes in the dtype that the models are loaded
 in, which --dtype says; its settings `bf16` and `gradient_checkpointing`, on by default, reach
-nothing. With ACCELERATE_MIXED_PRECISION=bf16 in the environment its update runs under autocast.
+nothing. --dtype autocast puts its update under autocast, by ACCELERATE_MIXED_PRECISION=bf16:
+generation and scoring stay in float32, and --frozen bfloat16 loads reference and reward model so.
 
 --lora-rank trains adapters of the policy; the reference is then the policy without them. The critic
 trains all its weights in any case, and the reward model is a model of its own: TRL has no more.
@@ -14,6 +15,7 @@ trains all its weights in any case, and the reward model is a model of its own: 
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 from typing import Any
@@ -21,8 +23,9 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peer_defaults import Defaults
 from peer_lora import adapters
-from report import Clock, changed, report
+from report import Clock, report
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -67,23 +70,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, "ppo")
     arguments = parser.parse_args()
+    defaults = Defaults(PPOConfig)
     torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    torch.set_float32_matmul_precision(arguments.products)
+    if arguments.dtype == "autocast":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    trained = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    loaded = {"dtype": trained, "attn_implementation": arguments.attention}
+    frozen = loaded | ({"dtype": arguments.frozen} if arguments.frozen else {})
+    policy = AutoModelForCausalLM.from_pretrained(arguments.model, **loaded)
     lora = adapters(policy, arguments)
     # With adapters the reference is the policy without them.
-    reference = None if lora else AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    reference = None if lora else AutoModelForCausalLM.from_pretrained(arguments.model, **frozen)
     critic, reward_model = (
-        AutoModelForSequenceClassification.from_pretrained(arguments.reward, dtype=dtype)
-        for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(arguments.reward, **settings)
+        for settings in (loaded, frozen)
     )
+    if arguments.no_cache:
+        for model in filter(None, (policy, reference, critic, reward_model)):
+            model.config.use_cache = False  # generation has a setting of its own
     episodes = arguments.batch * (arguments.warmup + arguments.iterations)
     vocabulary, length = policy.config.vocab_size, arguments.prompt_length
     # One batch too many: in the last of a data set TRL would step after every micro-batch.
     rows = prompts(episodes + arguments.batch, length, vocabulary, arguments.seed)
     minibatch = arguments.batch // arguments.minibatches
     micro_batch = arguments.micro_batch or minibatch
-    clock = Clock("generate")
+    responses = arguments.batch * arguments.response_length
+    clock = Clock("generate", arguments.turns, lambda _: responses)
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             args=PPOConfig(
@@ -113,17 +126,24 @@ def main() -> None:
         )
         # TRL would step once an epoch where there are micro-batches; so it steps every minibatch.
         trainer.accelerator.gradient_accumulation_steps = minibatch // micro_batch
+        clock.about = {
+            "program": f"trl {trl.__version__}",
+            "work": "ppo",
+            "dtype": arguments.dtype,
+            "mixed_precision": trainer.accelerator.mixed_precision,
+            "changed": defaults.changed(trainer.args),
+        }
         time_phases(trainer, clock, length + arguments.response_length)
         trainer.train()
-    responses = arguments.batch * arguments.response_length
+    about = clock.about
     report(
-        f"trl {trl.__version__}",
+        about["program"],
         "ppo",
         arguments,
         clock,
         [responses] * len(clock.laps),
-        mixed_precision=trainer.accelerator.mixed_precision,
-        changed=changed(trainer.args),
+        mixed_precision=about["mixed_precision"],
+        changed=about["changed"],
     )
 
 

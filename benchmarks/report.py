@@ -1,11 +1,13 @@
-"""Times of a benchmark, and the line that each side prints."""
+"""Times of a benchmark, and what each side prints: a line when it ends, and one for each iteration
+where `table.py` has the sides take turns."""
 
 import json
 import os
 import resource
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,15 +15,22 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
 from work import Work
 
 
 @dataclass
 class Clock:
-    """Seconds of each phase of each iteration, and the CPU seconds of all threads."""
+    """Seconds of each phase of each iteration, and the CPU seconds of all threads.
+
+    With `turns` an iteration begins when a line has come on the standard input, and is printed as a
+    line of JSON when it has ended, so that several programs can take turns on one machine. Before
+    the first the program prints what it is.
+    """
 
     first: str  # the phase that an iteration begins with
+    turns: bool = False
+    tokens_of: Callable[[int], int] | None = None  # how many the iteration of a number works on
+    about: dict[str, Any] = field(default_factory=dict)  # the program's name, its settings
     laps: list[dict[str, float]] = field(default_factory=list)
     phase: str | None = None
     _since: tuple[float, float] = (0.0, 0.0)
@@ -36,9 +45,26 @@ class Clock:
             lap = self.laps[-1]
             lap[self.phase] = lap.get(self.phase, 0.0) + wall
             lap["cpu"] = lap.get("cpu", 0.0) + cpu
+            if self.turns and phase in (self.first, None):
+                self._tell(lap)
         if phase == self.first:
+            if self.turns:
+                self._wait()
             self.laps.append({})
+            now = (time.perf_counter(), time.process_time())
         self.phase, self._since = phase, now
+
+    def _tell(self, lap: dict[str, float]) -> None:
+        """Print an iteration that has ended, on the standard output that the process began with."""
+        tokens = self.tokens_of(len(self.laps) - 1) if self.tokens_of else None
+        line = {"tokens": tokens, "seconds": lap, "peak_memory_mb": peak_memory_mb()}
+        print(json.dumps(line), file=sys.__stdout__, flush=True)
+
+    def _wait(self) -> None:
+        if not self.laps:
+            print(json.dumps(self.about | versions()), file=sys.__stdout__, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit("whoever gives the turns has gone")
 
 
 def report(
@@ -68,25 +94,25 @@ def report(
         "cpu_seconds": median(lap["cpu"] for lap in measured),
         "tokens_per_iteration": sum(counts) / len(counts),
         "tokens_per_second": median(n / wall for n, wall in zip(counts, walls, strict=True)),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
+        **versions(),
+        **more,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def versions() -> dict[str, Any]:
+    """What a program computes on and with."""
+    return {
         "allocator": "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "plain",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        **more,
     }
-    print(json.dumps(line))
 
 
-def changed(settings: TrainingArguments) -> dict[str, Any]:
-    """The settings of a Hugging Face trainer that differ from its defaults."""
-    plain = type(settings)(output_dir=settings.output_dir, use_cpu=settings.use_cpu)
-    ours, theirs = settings.to_dict(), plain.to_dict()
-    return {name: value for name, value in ours.items() if value != theirs.get(name)}
-
-
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
     """Of tensors on a GPU where there is one, of the process otherwise (Linux counts it in KiB)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

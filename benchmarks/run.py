@@ -9,6 +9,7 @@ and reference, values, rewards, advantages); update (the epochs of policy and cr
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import tempfile
@@ -104,10 +105,13 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         vocabulary,
         arguments.seed,
     )
+    clock.tokens_of = lambda _: arguments.batch * arguments.response_length
     for start in range(0, len(rows), arguments.batch):
         batch = rows[start : start + arguments.batch]
         clock.begin("generate")
-        rollout = collector.timed(clock).roll_out(PromptTable([""] * len(batch), batch))
+        rollout = collector.timed(clock).roll_out(
+            PromptTable([""] * len(batch), batch, list(range(len(batch))))
+        )
         targets, _ = ppo.assign_credit(rollout, config.kl_coef, config=config)
         clock.begin("update")
         for epoch in range(arguments.epochs):
@@ -116,6 +120,18 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
                 optimise(rollout, targets, picked, first=epoch == number == 0)
         clock.begin(None)
         yield int(rollout.responses.mask.sum())
+    if arguments.deterministic:
+        clock.about["digest"] = weights_digest(networks.policy, networks.critic)
+
+
+def weights_digest(*networks: Network) -> str:
+    """SHA-256 of all weights, to the bit."""
+    sha = hashlib.sha256()
+    for network in networks:
+        for name, weight in sorted(network.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 class TimedCollector(Collector):
@@ -127,10 +143,10 @@ class TimedCollector(Collector):
         object.__setattr__(self, "clock", clock)
         return self
 
-    def _measure(self, *inputs: Any) -> Any:
+    def _score(self, *inputs: Any) -> Any:
         if self.clock.phase == "generate":
             self.clock.begin("score")
-        return super()._measure(*inputs)
+        return super()._score(*inputs)
 
 
 def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
@@ -149,6 +165,7 @@ def run_sft(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         lora_layers=arguments.lora_layers,
     )
     learner = learner_of(policy, config, "sft")
+    clock.tokens_of = lambda step: sum(len(example.ids) for example in batches[step])
     for batch in batches:
         clock.begin("update")
         sft.accumulate(learner, batch, config, Ranks(), lambda: None)
@@ -187,6 +204,10 @@ def run_reward(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
         lora_layers=arguments.lora_layers,
     )
     learner = learner_of(model, config, "reward")
+    clock.tokens_of = lambda step: sum(
+        len(2 * prompt) + len(chosen) + len(rejected)
+        for prompt, chosen, rejected in rows[step * arguments.batch :][: arguments.batch]
+    )
     for start in range(0, len(rows), arguments.batch):
         batch = [
             Pair(p + chosen, p + rejected, (len(p), len(p)), False, 0.0, False)
@@ -230,19 +251,30 @@ def main() -> None:
     for work in works:
         sub = subparsers.add_parser(work)
         add_arguments(sub, work)
+        sub.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="torch's deterministic mode, and a digest of the weights (PPO) at the end",
+        )
         sub.add_argument("--peer", action="store_true", help="run TRL on the same work instead")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.peer:
         run_peer(arguments.work)
+    if arguments.dtype == "autocast":
+        parser.error("--dtype autocast is the peer's; ours has float32 and bfloat16")
     torch.set_num_threads(arguments.threads)
-    clock = Clock("generate" if arguments.work == "ppo" else "update")
+    if arguments.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
+    clock = Clock("generate" if arguments.work == "ppo" else "update", arguments.turns)
+    version = f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
+    clock.about = {"program": version, "work": arguments.work, "dtype": arguments.dtype}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.work == "ppo" and arguments.lora_rank:
             arguments.reward = adapter_reward(arguments, Path(folder) / "reward")
         tokens = list(works[arguments.work](arguments, clock))
-    version = f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
-    report(version, arguments.work, arguments, clock, tokens)
+    report(version, arguments.work, arguments, clock, tokens, digest=clock.about.get("digest"))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,28 @@ def add_arguments(parser: ArgumentParser, work: Work) -> None:
     add("--iterations", type=int, default=5, help="how many are measured")
     add("--warmup", type=int, default=1, help="unmeasured iterations before")
     add("--threads", type=int, default=2)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "autocast"),
+        default="float32",
+        help="bfloat16: ours has float32 masters, and the peer loads its models in it; autocast: "
+        "the peer keeps float32 weights and computes under autocast",
+    )
+    add("--turns", action="store_true", help="wait for a line before each iteration, and print it")
+    peer = parser.add_argument_group("settings of the peer, which ours does not read")
+    peer.add_argument("--attention", choices=("sdpa", "eager"), help="default: its own choice")
+    if ppo:
+        peer.add_argument("--frozen", choices=("float32", "bfloat16"), help="reference and reward")
+        peer.add_argument("--no-cache", action="store_true", help="no cache of keys in training")
+    if work == "sft":
+        peer.add_argument("--grouped", action="store_true", help="batches of about one length")
+        peer.add_argument("--padding-free", action="store_true", help="the rows of a step in one")
+    peer.add_argument(
+        "--products",
+        choices=("highest", "medium"),
+        default="highest",
+        help="of torch.set_float32_matmul_precision: medium may round to bfloat16",
+    )
     add("--lora-rank", type=int, default=0, help="adapters of that rank instead of all weights")
     add(
         "--lora-layers",
