@@ -539,12 +539,12 @@ def test_a_full_disk_is_told_at_the_next_safe_point(held, caplog, monkeypatch):
         held.go.set()
         while not session._writer.done:
             time.sleep(0.001)
+        held.error = None
         session.safe_point()
         (record,) = caplog.records
         assert record.getMessage() == (
             "the checkpoint of step 1 could not be saved: [Errno 28] No space left on device"
         )
-        held.error = None
     assert held.latest(RUN)["step"] == 2
 
 
