@@ -34,6 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
+from rlhf_core.imports import importing
 from rlhf_core.metrics import Alarm, SilentLogger, StageLogger
 from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks, Strategy
@@ -182,9 +183,10 @@ def start_ranks(work: Callable[..., None], *arguments: Any, processes: int) -> N
 def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
     """Run the stage of a job as one of its ranks."""
     # Imported here to keep the waiting process small.
-    from rlhf_core.stages.table import STAGES, run_stage
-    from rlhf_core.training.recovery import Recovery
-    from rlhf_core.work import Work
+    with importing():
+        from rlhf_core.stages.table import STAGES, run_stage
+        from rlhf_core.training.recovery import Recovery
+        from rlhf_core.work import Work
 
     spec = STAGES[job.stage]
     work = Work(

@@ -17,6 +17,7 @@ from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError, VerdictsPendingError, brief
+from rlhf_core.imports import importing
 from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def load(*modules: str) -> None:
 
     An import that KeyboardInterrupt interrupts may swallow it, or make another error of it.
     """
-    with rlhf_command.leaving_when_interrupted():
+    with rlhf_command.leaving_when_interrupted(), importing():
         for module in modules:
             import_module(module)
 
@@ -103,7 +104,8 @@ def load(*modules: str) -> None:
 def run_here(pipeline: "PipelineConfig", force: list[str], settings: "Settings") -> None:
     """Run a pipeline in this process."""
     with stoppable(), own_prefect(settings):
-        from flows.rlhf import Forceable, rlhf
+        with importing():
+            from flows.rlhf import Forceable, rlhf
 
         stages: tuple[Forceable, ...] = get_args(Forceable)
         if unknown := sorted(set(force) - set(stages)):
@@ -118,7 +120,8 @@ def own_prefect(settings: "Settings") -> Iterator[None]:
     with serve.prefect_server(settings, warn_on_terminal) as ready:
         from flows.cli import logs
 
-        logs.quiet_terminal()
+        with importing():
+            logs.quiet_terminal()
         ready()
         try:
             yield

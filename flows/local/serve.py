@@ -43,6 +43,13 @@ from tasks.servers import error_log
 from tasks.servers.client import ask, unreachable
 from tasks.settings import PASSWORD_LENGTH, Settings
 
+# For a server that only one run speaks to: nobody can open its pages, and the list of Prefect's
+# blocks, which `rlhf up` puts in the database too, is for them.
+WITHOUT_PAGES = {
+    "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+}
+
 
 def up(
     settings: Settings,
@@ -194,6 +201,7 @@ def prefect_server(
         "PREFECT_API_AUTH_STRING": settings.account,
     }
     server = _prefect(settings, address, name="prefect-of-run")
+    server = server._replace(environment={**server.environment, **WITHOUT_PAGES})
     with Supervisor(settings.home, (server.name,)) as group:
         group.start(server)
         with Keeper(group, server, say) as keeper:

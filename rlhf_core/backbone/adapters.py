@@ -12,13 +12,12 @@ Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.backbone.packing import blocks, is_packed
 from rlhf_core.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:  # half a second, which a run without adapters saves
+    from peft.tuners.lora import Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD_MODULE = "score"  # of a sequence classifier, which an adapter may bring with it
@@ -75,6 +77,8 @@ def adapted_from(model: PreTrainedModel) -> int | None:
 def _add(
     model: PreTrainedModel, name: str, targets: list[str], *, rank: int, alpha: int, seed: int = 0
 ) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     # Given the whole body, peft would take the linear layers of some mixtures of experts for their
     # experts, by name.
     stack_name, stack = blocks(model.base_model)
@@ -157,6 +161,8 @@ def save_adapter(
     `base` identifies the model it belongs to. A `head` is written as the module `score` that peft
     puts in the place of the base's own.
     """
+    from peft import LoraConfig
+
     carriers = {n: m for n, m in _named_layers(model.base_model) if name in m.r}
     first = next(iter(carriers.values()))
     config = LoraConfig(
@@ -195,6 +201,8 @@ def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> Tensor |
 
     Raises: ModelError when it cannot be read, or was made for another architecture.
     """
+    from peft import LoraConfig
+
     try:
         config = LoraConfig.from_pretrained(str(directory))
         weights = load_file(directory / WEIGHTS)
@@ -237,7 +245,7 @@ def _linear_layers(body: PreTrainedModel, depth: int) -> list[str]:
         found += [
             f"{name}.{number}.{n}"
             for n, m in block.named_modules()
-            if (_is_linear(m) or isinstance(m, Linear)) and not n.startswith(carriers)
+            if (_is_linear(m) or _is_adapted(m)) and not n.startswith(carriers)
         ]
     return found
 
@@ -249,9 +257,15 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and isinstance(module(module.weight[:1]), Tensor)
 
 
-def _layers(model: nn.Module) -> Iterator[Linear]:
+def _is_adapted(module: nn.Module) -> "TypeGuard[Linear]":
+    """Whether a module is a linear layer with adapters: none is before peft was imported."""
+    lora = sys.modules.get("peft.tuners.lora")
+    return lora is not None and isinstance(module, lora.Linear)
+
+
+def _layers(model: nn.Module) -> Iterator["Linear"]:
     return (layer for _, layer in _named_layers(model))
 
 
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, Linear))
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, "Linear"]]:
+    return ((n, m) for n, m in model.named_modules() if _is_adapted(m))

@@ -11,10 +11,14 @@
             session.metrics(...)
             session.safe_point()  # the run can resume from here
 
-Learners (weights, optimizers) are large and change only in an optimizer step, so they are saved as
-they are. Positions (data order, generators, progress) are small and change all the time, so each
-safe point copies them. Together they form the last safe point, whenever a signal comes. This module
-knows when to save and how to stop, but nothing about losses or models.
+Learners (weights, optimizers) are large and change only in an optimizer step, so they are copied
+only to be saved. Positions (data order, generators, progress) are small and change all the time, so
+each safe point copies them. Together they form the last safe point, whenever a signal comes.
+
+A save that is due copies the learners and has a thread write the copy while training goes on; with
+too little memory for a copy, training waits while they are written. Nothing leaves the block before
+the thread is done. This module knows when to save and how to stop, but nothing about losses or
+models.
 """
 
 import copy
@@ -31,6 +35,7 @@ import torch
 from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import Alarm, StageLogger, counted
 from rlhf_core.seeding import rng_state, set_rng_state
+from rlhf_core.training.beside import Writer, copied
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.ranks import Ranks
 
@@ -113,10 +118,10 @@ class Session:
         logger: receives metrics and progress.
         checkpoints: where states are saved; None saves nothing.
         identity: what defines the run: settings, seed, digests of its inputs.
-        learners: change only in an optimizer step; saved as they are.
+        learners: change only in an optimizer step; copied when they are saved.
         positions: change all the time; copied at each safe point.
         every_seconds: least time between two saves, which take at most 5 % of the time; 0 saves at
-            every safe point, whatever the cost.
+            every safe point, whatever the cost, and goes on when the checkpoint is on the disk.
         ranks: the processes of the run.
     """
 
@@ -142,9 +147,11 @@ class Session:
         self._ranks = ranks or Ranks()
         self._snapshot: dict[str, Any] = {}  # of the last safe point: all but learners and history
         self._logged = 0  # entries of the history at the last safe point
-        self._saved = 0  # step of the newest checkpoint
+        self._saved = 0  # step of the newest checkpoint, as the main rank knows it
         self._last_save = time.monotonic()
         self._save_seconds = 0.0
+        self._writer = Writer()
+        self._writing = 0  # step of the save that is under way, or was the last
         self._request = StopRequest()
 
     def __enter__(self) -> Self:
@@ -158,8 +165,19 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restore the signal handlers; handle a request that came after the last `check`."""
-        self._request.__exit__()
+        """Finish the save that is under way, and restore the signal handlers; handle a request
+        that came after the last `check`.
+
+        Raises: what the save raised, unless another error is under way.
+        """
+        try:
+            self._finish()
+        except Exception as failure:
+            if error is None:
+                raise
+            log.warning("the last checkpoint could not be saved: %s", failure)
+        finally:
+            self._request.__exit__()
         if error is None and self._any(self._asked()):
             self._end()
 
@@ -236,8 +254,10 @@ class Session:
             if self._ranks.main:
                 self._snapshot = self._take()
                 self._logged = len(self.history)
+                if self._writer.done:
+                    self._finish()
             if self._any(self._ranks.main and self._due()):
-                self._save(self._checkpoints)
+                self._save(self._checkpoints, beside=self._every_seconds > 0)
         if self._any(self._asked()):
             self._end()
 
@@ -256,13 +276,19 @@ class Session:
         return self._request.number is not None or self._ranks.stopping()
 
     def _end(self) -> NoReturn:
-        if self._checkpoints is not None and self._saved < self.step:
-            self._save(self._checkpoints)
-        next_run = "resume" if self._saved else "start over, since nothing was saved"
+        if self._checkpoints is not None:
+            self._finish()
+            if self._on_disk() < self.step:
+                self._save(self._checkpoints, beside=False)
+        next_run = "resume" if self._on_disk() else "start over, since nothing was saved"
         name = (self._request.number or signal.SIGTERM).name
         self._request.stop(
             f"training was stopped by {name} at step {self.step}; run again to {next_run}"
         )
+
+    def _on_disk(self) -> int:
+        """The step of the newest checkpoint; all ranks have to call this."""
+        return int(self._ranks.sum({"saved": self._saved if self._ranks.main else 0})["saved"])
 
     def _any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all ranks have to call this."""
@@ -285,28 +311,50 @@ class Session:
             )
 
     def _due(self) -> bool:
+        if self._writer.busy:
+            return False
         waited = time.monotonic() - self._last_save
         wanted = max(self._every_seconds, self._save_seconds / SAVING_SHARE)
         return self._every_seconds == 0 or waited >= wanted
 
-    def _save(self, checkpoints: Checkpoints) -> None:
+    def _save(self, checkpoints: Checkpoints, *, beside: bool) -> None:
+        """Save the last safe point; `beside` training, if there is memory for a copy."""
         start = time.monotonic()
         self.phase("saving a checkpoint")
         # Called on every rank, since each may have only a shard.
         learners = {name: learner.state_dict() for name, learner in self._learners.items()}
-        saved = self._ranks.main
-        if self._ranks.main:
-            history = self.history[: self._logged]
-            state = self._snapshot | {"history": history, "learners": learners}
+        if not self._ranks.main:
+            return
+        copy_of_learners = copied(learners) if beside else None
+        history = self.history[: self._logged]
+        state = self._snapshot | {"history": history, "learners": copy_of_learners or learners}
+        step = self._writing = self.step
+
+        def write() -> None:
             try:
-                checkpoints.save(self.step, state, self._identity)
-            except OSError as error:
-                log.warning("the checkpoint of step %d could not be saved: %s", self.step, error)
-                saved = False
-        if self._any(saved):
-            self._saved = self.step
-        self._last_save = time.monotonic()
-        self._save_seconds = self._last_save - start
+                checkpoints.save(step, state, self._identity)
+                self._saved = step
+            finally:
+                self._last_save = time.monotonic()
+                self._save_seconds = self._last_save - start
+
+        if copy_of_learners is None:
+            self._warned(write)
+        else:
+            self._writer.start(write)
+
+    def _finish(self) -> None:
+        """Wait for the save that is under way, if there is one.
+
+        Raises: what it raised, if it was not the disk.
+        """
+        self._warned(self._writer.wait)
+
+    def _warned(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except OSError as error:
+            log.warning("the checkpoint of step %d could not be saved: %s", self._writing, error)
 
 
 def _copy(position: Stateful | torch.Generator) -> Any:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from rlhf_core.errors import UserError
+from tasks.servers import fresh_database
 from tasks.servers.client import NoAnswerError, ask
 from tasks.settings import Settings
 
@@ -34,6 +35,8 @@ def connect(settings: Settings, *, patience: float = 0.0) -> MlflowClient:
         _wait_for(uri, time.monotonic() + patience)
     try:
         with _one_at_a_time(settings):
+            if settings.artifact_root is not None:
+                fresh_database.create("mlflow", uri)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:

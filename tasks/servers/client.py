@@ -7,9 +7,14 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rlhf_core.redaction import masked
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 SECONDS = 5.0
 DRIP_FACTOR = 2  # the whole response may take this many times as long as a part of it
@@ -53,11 +58,12 @@ def ask(
     if account:
         headers["Authorization"] = f"Basic {b64encode(account.encode()).decode()}"
     try:
+        trust_env = urlsplit(url).hostname not in LOOPBACK
         with httpx.Client(
-            trust_env=urlsplit(url).hostname not in LOOPBACK,
+            trust_env=trust_env,
             follow_redirects=True,
             timeout=seconds,
-            verify=verify,
+            verify=_certificates(trust_env) if verify else False,
         ) as client:
             method = "GET" if question is None else "POST"
             with client.stream(method, url, json=question, headers=headers) as answer:
@@ -69,6 +75,15 @@ def ask(
         text = content.decode("utf-8", errors="replace")
         raise NoAnswerError(f"it answers {status} {answer.reason_phrase}", status, text)
     return content
+
+
+@cache
+def _certificates(trust_env: bool) -> "SSLContext":
+    """What certificates are checked with. To load it takes longer than a request to this machine,
+    and who waits for a server asks often."""
+    import httpx
+
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def _read(parts: Iterable[bytes], deadline: float) -> bytes:

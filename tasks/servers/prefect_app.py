@@ -9,10 +9,10 @@ import json
 from base64 import b64encode
 
 import uvicorn
-from prefect.server.api.server import create_app
-from prefect.settings import get_current_settings
 from starlette.responses import HTMLResponse, Response
 
+from rlhf_core.imports import importing
+from tasks.servers import fresh_database
 from tasks.servers.gate import LOOPBACK, behind_gate, own_names, own_origins
 from tasks.settings import read_settings
 
@@ -30,8 +30,14 @@ def main() -> None:
         "--name", action="append", default=[], help="another host name of this server"
     )
     options = parser.parse_args()
+    with importing():
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
+
     account, page = read_settings().account, read_settings().prefect_public_url
     server = get_current_settings().server
+    if url := server.database.connection_url:
+        fresh_database.create("prefect", url.get_secret_value())
     uvicorn.run(
         behind_gate(
             create_app(),

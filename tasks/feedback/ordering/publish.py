@@ -4,7 +4,6 @@ import io
 import time
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
 from mlflow.entities import Metric
 from PIL import Image
 
@@ -44,6 +43,8 @@ def publish_order(project: FeedbackProject, order: QueueOrder, record: Record) -
 
 def draw(estimates: Sequence[QueueOrder]) -> bytes:
     """A PNG of the estimates by the number of votes, and of the losses behind the last of them."""
+    from matplotlib.figure import Figure  # not at the top: few runs order a queue
+
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     votes = [one.votes for one in estimates]

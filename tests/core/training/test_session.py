@@ -19,10 +19,14 @@ from rlhf_core.errors import CheckpointError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.kl_control import AdaptiveKL
 from rlhf_core.seeding import rng_state, set_rng_state
+from rlhf_core.training import beside
+from rlhf_core.training import session as session_module
 from rlhf_core.training.checkpoint import Checkpoints
 from rlhf_core.training.session import Interrupted, Session
 
 RUN = {"seed": "0"}
+# A save begins at each safe point that comes when the one before is done.
+BESIDE = {"every_seconds": 1e-9, "share": 1e9}
 # Children that have torch already: real processes, started in milliseconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["pytest", "torch._dynamo", "rlhf_core.training.session"])
@@ -45,8 +49,19 @@ class Order:
         self.rows = state["rows"]
 
 
-def train(folder, steps=30, pause=0.0, checkpoints=True, at_step=None, started=None, **settings):
+def train(
+    folder,
+    steps=30,
+    pause=0.0,
+    checkpoints=True,
+    at_step=None,
+    started=None,
+    share=None,
+    **settings,
+):
     """A small training with every kind of randomness; its end goes to `result.pt`."""
+    if share is not None:
+        session_module.SAVING_SHARE = share
     torch.set_num_threads(1)
     random.seed(1)
     np.random.seed(2)
@@ -127,14 +142,17 @@ def uninterrupted(tmp_path_factory):
 # --- killed ---
 
 
-def test_killed_at_any_moment_and_run_again_gives_the_same_bits(tmp_path, uninterrupted, caplog):
+@pytest.mark.parametrize("when", [{"every_seconds": 0}, BESIDE], ids=["waiting", "beside"])
+def test_killed_at_any_moment_and_run_again_gives_the_same_bits(
+    tmp_path, uninterrupted, caplog, when
+):
     chance = random.Random(0)
     kills = torn = 0
     folders = map(tmp_path.joinpath, map(str, itertools.count()))
     while kills < 25:
         folder = next(folders)
         folder.mkdir()
-        while run(folder, stop_after=chance.uniform(0, 0.4), every_seconds=0) != 0:
+        while run(folder, stop_after=chance.uniform(0, 0.4), **when) != 0:
             kills += 1
             torn += any((folder / "checkpoints").glob("*.new"))
             Checkpoints(folder / "checkpoints").latest(RUN)
@@ -404,6 +422,211 @@ def test_training_goes_on_when_the_disk_is_full(tmp_path, uninterrupted):
     assert [line.split(" could")[0][-6:] for line in lines] == ["step 4", "step 5", "step 6"]
     assert all("WARNING" in line and "File too large" in line for line in lines)
     assert Checkpoints(tmp_path / "checkpoints").latest(RUN)["step"] == 30
+
+
+# --- beside the training ---
+
+
+def mutable():
+    """A learner whose weights, moments and numbers change in place."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tied = nn.Module()
+    tied.one = nn.Parameter(torch.arange(6.0))
+    tied.other = tied.one
+    tied.register_buffer("part", tied.one.detach()[2:5])
+    return {"model": model, "optimizer": optimizer, "tied": tied}
+
+
+class Held(Checkpoints):
+    """A disk that answers when it is told to."""
+
+    def __init__(self, directory, **settings):
+        super().__init__(directory, **settings)
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.error = None
+
+    def save(self, *state):
+        self.begun.set()
+        self.go.wait()
+        if self.error is not None:
+            raise self.error
+        super().save(*state)
+
+
+@pytest.fixture
+def held(tmp_path):
+    found = Held(tmp_path / "checkpoints")
+    yield found
+    found.go.set()
+
+
+def begun(held, learners, **settings):
+    """A session that has begun to save its first safe point beside the training."""
+    session = session_of(held, learners, every_seconds=1e-9, **settings)
+    session.metrics({"loss": 0.5}, 1)
+    session.safe_point()
+    assert held.begun.wait(10)
+    return session
+
+
+def test_the_same_bytes_as_when_training_waits(tmp_path, held):
+    states = []
+    for checkpoints in (held, Checkpoints(tmp_path / "waits")):
+        torch.manual_seed(0)
+        learners = mutable()
+        random.seed(0)
+        np.random.seed(0)
+        if checkpoints is held:
+            session = begun(held, learners)
+            # All that changes in place goes on changing while the copy is written.
+            for tensor in [*learners["model"].parameters(), learners["tied"].one]:
+                tensor.data.fill_(7.0)
+            for kept in learners["optimizer"].state.values():
+                for tensor in kept.values():
+                    tensor.fill_(9.0)
+            learners["optimizer"].param_groups[0]["lr"] = 0.0
+            session.metrics({"loss": 0.1}, 2)
+            random.random()
+            held.go.set()
+            session.__exit__(None, None, None)
+        else:
+            session = session_of(checkpoints, learners, every_seconds=0)
+            session.metrics({"loss": 0.5}, 1)
+            session.safe_point()
+        states.append((checkpoints.directory / "step-00000001" / "state.pt").read_bytes())
+    assert states[0] == states[1]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(held):
+    with begun(held, mutable()) as session:
+        for _ in range(3):
+            session.safe_point()  # the disk has not answered
+        assert session.step == 4
+        assert held.latest(RUN) is None
+        held.go.set()
+    assert held.latest(RUN)["step"] == 1  # leaving the block waits for it
+
+
+def test_without_memory_for_a_copy_training_waits(held, monkeypatch):
+    monkeypatch.setattr(beside, "free_memory", lambda device: 100)
+    held.go.set()
+    session = session_of(held, mutable(), every_seconds=1e-9)
+    session.safe_point()
+    assert held.latest(RUN)["step"] == 1
+
+
+def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, held):
+    Checkpoints(tmp_path / "checkpoints", keep=1).save(1, {"old": True}, RUN)
+    held._keep = 1
+    session = session_of(held, mutable(), every_seconds=1e-9)
+    session.step = 1
+    session.safe_point()
+    assert held.begun.wait(10)
+    assert held.latest(RUN) == {"old": True}
+    held.go.set()
+    session.__exit__(None, None, None)
+    assert [folder.name for folder in held.directory.iterdir()] == ["step-00000002"]
+
+
+def test_a_full_disk_is_told_at_the_next_safe_point(held, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "SAVING_SHARE", 1e9)
+    held.error = OSError(28, "No space left on device")
+    with begun(held, mutable()) as session:
+        assert not caplog.records
+        held.go.set()
+        while not session._writer.done:
+            time.sleep(0.001)
+        held.error = None
+        session.safe_point()
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "the checkpoint of step 1 could not be saved: [Errno 28] No space left on device"
+        )
+    assert held.latest(RUN)["step"] == 2
+
+
+def test_a_full_disk_is_told_at_the_end_at_the_latest(held, caplog):
+    held.error = OSError(28, "No space left on device")
+    held.go.set()
+    with begun(held, mutable()):
+        pass
+    assert "checkpoint of step 1 could not be saved" in caplog.text
+
+
+def test_a_state_that_could_not_be_loaded_again_ends_the_training(held):
+    class Odd:
+        def state_dict(self):
+            return {"x": frozenset("a")}
+
+    held.go.set()
+    with pytest.raises(TypeError, match=r"cannot contain .*frozenset"), begun(held, {"odd": Odd()}):
+        pass
+
+
+def test_an_error_of_the_training_waits_for_the_checkpoint_and_is_not_hidden(held, caplog):
+    def fail():
+        with begun(held, mutable()):
+            threading.Timer(0.05, held.go.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert held.latest(RUN)["step"] == 1
+    held.error = TypeError("odd")
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "could not be saved: odd" in caplog.text
+
+
+def test_a_stop_while_a_checkpoint_is_written_saves_the_newest_safe_point(held, handler):
+    def work():
+        with begun(held, mutable()) as session:
+            session.safe_point()
+            signal.raise_signal(signal.SIGTERM)
+            threading.Timer(0.05, held.go.set).start()
+            session.check()
+
+    with pytest.raises(Cancelled):
+        work()
+    assert sorted(folder.name for folder in held.directory.iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_stop_at_the_safe_point_that_is_being_written_writes_it_once(held, handler):
+    def work():
+        with begun(held, mutable()) as session:
+            held.begun.clear()
+            signal.raise_signal(signal.SIGTERM)
+            held.go.set()
+            session.check()
+
+    with pytest.raises(Cancelled):
+        work()
+    assert held.latest(RUN)["step"] == 1
+    assert not held.begun.is_set()
+
+
+def test_a_stop_after_a_failed_save_saves_again(held, handler):
+    held.error = OSError(28, "No space left on device")
+
+    def work():
+        with begun(held, mutable()) as session:
+            held.go.set()
+            while not session._writer.done:
+                time.sleep(0.001)
+            held.error = None
+            signal.raise_signal(signal.SIGTERM)
+            session.check()
+
+    with pytest.raises(Cancelled):
+        work()
+    assert held.latest(RUN)["step"] == 1
 
 
 # --- going on ---
