@@ -58,25 +58,27 @@ def answers_end(lengths: AnswerLengths) -> Iterator[None]:
 
     Only for a process that measures: it replaces two functions of the sampling module.
     """
-    sample, draw = sampling.sample, sampling.draw
+    sample, draw = sampling.sample_with_logprobs, sampling.draw
     ids: list[int] = [0]
 
-    def ended_sample(policy: Any, prompts: PromptBatch, draws: Tensor, **more: Any) -> Responses:
+    def ended_sample(
+        policy: Any, prompts: PromptBatch, draws: Tensor, **more: Any
+    ) -> tuple[Responses, Tensor]:
         found = more["eos_token_id"]
         ids[0] = found if isinstance(found, int) else found[0]
         return sample(policy, prompts, lengths.ending(draws), **more)
 
-    def ended_draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-        token = draw(logits, uniform.clamp(max=1 - 2**-20), temperature)
+    def ended_draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        token, logprob = draw(logits, uniform.clamp(max=1 - 2**-20), temperature)
         if not lengths.lengths or lengths.free:
-            return token
+            return token, logprob
         # Until then it does not end, whatever the model would say: any other token costs the same.
         other = (token + 1) % logits.shape[-1]
         token = torch.where(token == ids[0], other, token)
-        return torch.where(uniform >= 1, torch.full_like(token, ids[0]), token)
+        return torch.where(uniform >= 1, torch.full_like(token, ids[0]), token), logprob
 
-    sampling.sample, sampling.draw = ended_sample, ended_draw
+    sampling.sample_with_logprobs, sampling.draw = ended_sample, ended_draw
     try:
         yield
     finally:
-        sampling.sample, sampling.draw = sample, draw
+        sampling.sample_with_logprobs, sampling.draw = sample, draw
