@@ -61,7 +61,9 @@ from rlhf_core.settings.model import Precision
 
 ADAPTER = "adapter"  # the folder in a model directory, and the card's entry for its base
 HEAD = "score.weight"  # of a scalar model, in its model directory
-CHUNK = 128  # tokens whose logits exist at a time
+# Tokens whose logits exist at a time. In bfloat16 each chunk's gradient of the head is widened and
+# added, which costs as much as a product of 128 tokens; so chunks are larger there.
+CHUNKS: dict[Precision, int] = {"float32": 128, "bfloat16": 512}
 # Rows from which on the two layouts of a product with the vocabulary have the same bits, where it
 # was measured.
 TALL = 16
@@ -201,7 +203,7 @@ class Policy(Network):
                 tokens,
                 bias=head.bias,
                 temperature=temperature / self.logit_scale,
-                chunk_size=CHUNK,
+                chunk_size=CHUNKS[self.precision],
                 cast_weight=self.cast(head.weight),
             )
             return ChunkedLoss(logprobs.new_zeros(()), logprobs, None)
@@ -212,7 +214,7 @@ class Policy(Network):
             token_loss,
             bias=head.bias,
             temperature=temperature / self.logit_scale,
-            chunk_size=CHUNK,
+            chunk_size=CHUNKS[self.precision],
             with_entropy=with_entropy,
             cast_weight=self.cast(head.weight),
         )

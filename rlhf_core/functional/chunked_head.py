@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PART = 1024  # rows of a (V, n) matrix that are worked on at a time
+NARROW_PART = 1 << 17  # numbers of a narrow (V, n) matrix that are widened at a time
 TokenLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
@@ -32,7 +33,7 @@ class Chunk(NamedTuple):
     tokens: Tensor  # (n,)
     logprobs: Tensor  # (n,)
     entropy: Tensor | None  # (n,)
-    weights: Tensor  # (V, n) exp(z - max z)
+    weights: Tensor  # (V, n) exp(z - max z), in the type of the hidden states
     total: Tensor  # (n,) their sum: π = weights / total
 
 
@@ -60,10 +61,8 @@ class Head:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         chunks = math.ceil(len(hidden) / chunk_size)
         self.size = math.ceil(len(hidden) / max(chunks, 1))  # equal chunks, and no tiny last one
-        room = len(weight) * self.size
-        self._factors = hidden.new_empty(room)
-        narrow = hidden.dtype != self.dtype
-        self._logits = hidden.new_empty(room, dtype=self.dtype) if narrow else self._factors
+        self._buffer = hidden.new_empty(len(weight) * self.size)
+        self._narrow = hidden.dtype != self.dtype
         self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         # The first chunk writes and the others add: clearing it first would cost a pass.
         self.grad_weight = torch.empty_like(weight, dtype=self.dtype) if wanted[1] else None
@@ -79,19 +78,19 @@ class Head:
 
     def _chunk(self, span: slice, tokens: Tensor, with_entropy: bool) -> Chunk:
         logits = self._project(self.hidden[span])
-        highest = logits.amax(0)
-        picked = logits.gather(0, tokens.unsqueeze(0)).squeeze(0) - highest
+        highest = logits.amax(0).to(self.dtype)
+        picked = logits.gather(0, tokens.unsqueeze(0)).squeeze(0).to(self.dtype) - highest
         total, expected = torch.zeros_like(highest), torch.zeros_like(highest)
-        for part in logits.split(PART):  # small enough to stay in the cache
-            part.sub_(highest)
+        rows = max(NARROW_PART // len(tokens), 1) if self._narrow else PART
+        for part in logits.split(rows):  # small enough to stay in the cache
+            wide = part.to(self.dtype).sub_(highest)
+            weights = wide.exp() if with_entropy else wide.exp_()
             if with_entropy:
-                weights = part.exp()
                 # An impossible token adds 0·(-∞), which is NaN; any other NaN is in the total too.
-                expected += part.mul_(weights).nansum(0)
+                expected += wide.mul_(weights).nansum(0)
+            total += weights.sum(0)
+            if weights is not part:
                 part.copy_(weights)
-            else:
-                part.exp_()
-            total += part.sum(0)
         log_total = total.log()
         entropy = log_total - expected / total if with_entropy else None
         return Chunk(span, tokens, picked - log_total, entropy, logits, total)
@@ -99,11 +98,10 @@ class Head:
     def _project(self, hidden: Tensor) -> Tensor:
         """(V, n) logits divided by the temperature, in the buffer."""
         shape = torch.Size((len(self.weight), len(hidden)))
-        out = _fold(self._factors, shape)
+        out = _fold(self._buffer, shape)
         start = out if self.bias is None else self.bias.unsqueeze(1)
         beta = 0 if self.bias is None else self.scale
-        torch.addmm(start, self.weight, hidden.T, beta=beta, alpha=self.scale, out=out)
-        return out if self._logits is self._factors else _fold(self._logits, shape).copy_(out)
+        return torch.addmm(start, self.weight, hidden.T, beta=beta, alpha=self.scale, out=out)
 
     def add_gradient(self, chunk: Chunk, upstream: Tensor) -> None:
         """Add the gradients of hidden, weight and bias, given d loss / d logprob of a chunk.
@@ -113,12 +111,16 @@ class Head:
         (V, n).
         """
         weights, columns = chunk.weights, torch.arange(len(chunk.tokens), device=chunk.total.device)
-        weights[chunk.tokens, columns] -= chunk.total
+        if self._narrow:  # one rounding, of the difference
+            picked = chunk.logprobs.exp() * chunk.total - chunk.total
+            weights[chunk.tokens, columns] = picked.to(weights.dtype)
+        else:
+            weights[chunk.tokens, columns] -= chunk.total
         factor = upstream * (-self.scale / chunk.total)
         if self.grad_bias is not None:
-            self.grad_bias.addmv_(weights, factor)
-        if weights.dtype != self.hidden.dtype:
-            weights = _fold(self._factors, weights.shape).copy_(weights)
+            rows = PART if self._narrow else len(weights)
+            for part, into in zip(weights.split(rows), self.grad_bias.split(rows), strict=True):
+                into.addmv_(part.to(self.dtype), factor)
         if self.grad_hidden is not None:
             out = self.grad_hidden[chunk.span]
             torch.mm(weights.T, self.weight, out=out).mul_(factor.unsqueeze(1))

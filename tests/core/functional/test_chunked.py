@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
+from rlhf_core.functional import chunked_head
 from rlhf_core.functional.logprobs import (
     chunked_token_logprobs,
     chunked_token_loss,
@@ -243,6 +244,38 @@ def test_bfloat16_multiplies_in_bfloat16_and_does_the_rest_in_float32(autocast):
         found = gradients(loss, half, weight, bias)
         assert [g.dtype for g in found] == [torch.bfloat16, torch.float32, torch.float32]
         assert_close(found, wanted, atol=0.05, rtol=0.03)
+
+
+@pytest.mark.parametrize("part", [5, 1000])
+@pytest.mark.parametrize("chunk_size", [64, 300])
+def test_bfloat16_in_parts_and_chunks_is_close_to_plain_float32(monkeypatch, part, chunk_size):
+    monkeypatch.setattr(chunked_head, "NARROW_PART", part * chunk_size)
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(700, (300,), generator=generator)
+    weights = torch.rand(300, generator=generator)
+    narrow = [
+        0.3 * torch.randn(shape, generator=generator) for shape in ((300, 48), (700, 48), (700,))
+    ]
+    hidden, weight, bias = (x.bfloat16().float().requires_grad_() for x in narrow)
+    logits = linear(hidden, weight, bias)[None]
+    expected = token_logprobs(logits, tokens[None])[0]
+    wanted = gradients((weights * expected).sum(), hidden, weight, bias)
+    half = hidden.detach().bfloat16().requires_grad_()
+    out = chunked_token_loss(
+        half,
+        weight,
+        tokens,
+        lambda x, span: (weights[span] * x).sum(),
+        bias=bias,
+        chunk_size=chunk_size,
+        with_entropy=True,
+    )
+    # A logit here is below 16, where numbers of bfloat16 are 1/16 apart.
+    assert float(logits.detach().abs().max()) < 16
+    assert_close(out.logprobs, expected.detach(), atol=1 / 16, rtol=0)
+    assert_close(out.entropy, entropy(logits)[0].detach(), atol=0.01, rtol=0)
+    for found, exact in zip(gradients(out.loss, half, weight, bias), wanted, strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 0.01
 
 
 def test_the_sum_of_the_weight_gradient_keeps_what_bfloat16_would_lose():

@@ -174,7 +174,7 @@ def test_update_is_that_of_a_naive_padded_implementation(causal, plain, settings
 
 @pytest.mark.parametrize("chunk", [1, 4, 7])
 def test_chunks_that_end_within_a_row_give_the_same_update(causal, plain, monkeypatch, chunk):
-    monkeypatch.setattr(networks, "CHUNK", chunk)
+    monkeypatch.setitem(networks.CHUNKS, "float32", chunk)
     config = section(clip_range=0.1, dual_clip=1.5, micro_batch_size=3)
     policy, advantages = Policy(causal[0]), noise(1.0, seed=4)
     rollout = moved(policy)
@@ -185,7 +185,7 @@ def test_chunks_that_end_within_a_row_give_the_same_update(causal, plain, monkey
 
 
 def test_what_trains_is_the_masked_and_normalised_loss(causal, monkeypatch):
-    monkeypatch.setattr(networks, "CHUNK", 4)
+    monkeypatch.setitem(networks.CHUNKS, "float32", 4)
     masks, normalizers, logprobs = [], [], []
 
     def watched(new, old, advantages, mask, *, normalizer, **settings):
