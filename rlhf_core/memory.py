@@ -28,19 +28,24 @@ def free_memory(device: torch.device | str = "cpu", *, root: Path = Path("/")) -
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return 0
-    return min([_of_machine(root), *_of_groups(root)])
+    left = [max(0, limit - taken) for limit, taken in limits_of_groups(root)]
+    return min([of_machine("MemAvailable", root), *left])
 
 
-def _of_machine(root: Path) -> int:
+def of_machine(name: str, root: Path = Path("/")) -> int:
+    """A value of /proc/meminfo: MemTotal, MemAvailable (bytes)."""
     with suppress(OSError, ValueError, IndexError):
         for line in (root / _MACHINE[1:]).read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
     return UNKNOWN
 
 
-def _of_groups(root: Path) -> Iterator[int]:
-    """What each limit leaves: that of the group of this process, and those of the groups above."""
+def limits_of_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """Limit and use of the control group of this process, and of those above it (bytes).
+
+    What the kernel can drop of the use is not counted.
+    """
     try:
         lines = (root / _OWN_GROUPS[1:]).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,4 +68,4 @@ def _of_groups(root: Path) -> Iterator[int]:
                 limit, taken = (int((place / name).read_text()) for name in (most, used))
                 told = (place / "memory.stat").read_text().splitlines()
                 facts = dict(line.split() for line in told)
-                yield max(0, limit - taken + int(facts.get(cache, 0)))
+                yield limit, taken - int(facts.get(cache, 0))

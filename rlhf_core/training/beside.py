@@ -1,6 +1,6 @@
 """A state is copied in memory, so that a thread can write it while training goes on.
 
-Copying takes a tenth of the time of writing. Hashing, the checksums of torch's format and the
+Copying is quicker than writing. Hashing, the checksums of torch's format and the
 writing itself release the interpreter, so training is held up by the copy alone. This module knows
 tensors and memory, but nothing about checkpoints.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rlhf_core.errors import UserError, brief
-from rlhf_core.estimate.machine import memory_free, memory_limit, room
+from rlhf_core.estimate.machine import memory_limit, room
 from rlhf_core.estimate.result import (
     Estimate,
     StageEstimate,
@@ -23,6 +23,7 @@ from rlhf_core.estimate.result import (
     misfits,
 )
 from rlhf_core.estimate.trial import Facts
+from rlhf_core.memory import free_memory
 from rlhf_core.metrics import StageLogger
 from tasks.estimate.job import Job, StageJob, Tried
 from tasks.settings import Settings
@@ -84,7 +85,7 @@ def estimate(
     if device == "cpu":
         others += _waited(made)
     chosen = {one.stage: _settings_of(one) for one in stages}
-    free = memory_free() if device == "cpu" else None
+    free = free_memory() if device == "cpu" else None
     return Estimate(
         stages=made,
         start_seconds=START_BY_IMPORTS * imported,

@@ -1,31 +1,38 @@
 """Limits of this machine: `ulimit -v`, control groups, disks."""
 
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from rlhf_core.estimate import machine
-from rlhf_core.estimate.machine import memory_free, memory_limit, room
+from rlhf_core.estimate.machine import memory_limit, room
 
 
-def test_the_narrowest_limit_is_told(monkeypatch, tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 3000000 kB\n")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path / "none")
-    assert memory_limit("cpu") == (8_192_000_000, "this machine has")
-    assert memory_free() == 3_072_000_000
-    group = tmp_path / "group"
-    group.mkdir()
-    monkeypatch.setattr(machine, "_CGROUP", group)
+@pytest.fixture
+def root(tmp_path):
+    """A machine of 8 GB, whose process is in a control group."""
+    for name, text in {
+        "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 3000000 kB\n",
+        "proc/self/cgroup": "0::/jobs/one\n",
+        "sys/fs/cgroup/jobs/one/memory.max": "max\n",
+        "sys/fs/cgroup/jobs/one/memory.current": "500000000\n",
+        "sys/fs/cgroup/jobs/one/memory.stat": "inactive_file 0\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_narrowest_limit_is_told(root):
+    assert memory_limit("cpu", root=root) == (8_192_000_000, "this machine has")
+    group = root / "sys/fs/cgroup/jobs/one"
     (group / "memory.max").write_text("2000000000\n")
-    (group / "memory.current").write_text("500000000\n")
-    limit = memory_limit("cpu")
+    limit = memory_limit("cpu", root=root)
     assert limit.bytes == 2_000_000_000
     assert "control group" in limit.what
-    assert memory_free() == 1_500_000_000
-    (group / "memory.max").write_text("max\n")
-    assert memory_limit("cpu").what == "this machine has"
+    (group / "memory.max").write_text(f"{2**63 - 4096}\n")
+    assert memory_limit("cpu", root=root).what == "this machine has"
 
 
 def test_ulimit_counts():
@@ -37,10 +44,9 @@ def test_ulimit_counts():
     assert done.stdout.strip() == f"{1 << 30} `ulimit -v` allows"
 
 
-def test_without_proc_nothing_is_known(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path / "none")
-    assert memory_free() is None
+def test_without_proc_nothing_is_known(tmp_path):
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    assert (memory_limit("cpu", root=tmp_path) is None) == (soft == resource.RLIM_INFINITY)
 
 
 @pytest.mark.parametrize("name", ["", "a", "a/b/c"])
