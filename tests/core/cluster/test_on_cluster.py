@@ -26,6 +26,7 @@ from rlhf_core.launch import Job, launch, run
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.settings.evaluation import EvaluationConfig
 from rlhf_core.settings.judge import JudgeConfig
+from rlhf_core.training.checkpoint import newest_step
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
@@ -186,15 +187,18 @@ def test_a_node_that_is_lost_and_comes_back(cluster, data, elastic, tmp_path):
     assert values(logger) == elastic[1]
 
 
-def test_stopped_and_continued_by_one_process(cluster, data, elastic, tmp_path):
+def test_stopped_and_continued_by_one_process(cluster, data, tmp_path):
     logger = Acting(5, lambda: signal.raise_signal(signal.SIGTERM))
-    job = job_of(tmp_path / "a", inputs={"data": data}, cluster=cluster.address)
+    long = tiny.change(SFT, epochs=60)
+    job = job_of(tmp_path / "a", config=long, inputs={"data": data}, cluster=cluster.address)
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to resume"):
         launch(job, logger)
     wait_for_no_rank()
+    stopped = newest_step(tmp_path / "a" / "checkpoints")
+    assert 5 <= stopped < 240
     alone = MemoryLogger()
-    report = run(job, alone, Ranks(), "cpu")
-    assert report.summary() == pytest.approx(elastic[2].summary(), rel=1e-4)
+    assert run(job, alone, Ranks(), "cpu").summary()["steps"] == 240
+    assert values(alone).items() >= values(logger).items()
 
 
 def test_stopped_while_it_waits_for_a_place(cluster, data, tmp_path):
