@@ -376,6 +376,22 @@ def test_every_dependency_has_its_reason():
     assert sorted(rows) == sorted(names)
 
 
+def test_every_dependency_is_pinned():
+    """Those of the stack's image and of the browser tests have files of their own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *chain(*(extras[name] for name in ("demo", "gguf", "dev", "cluster"))),
+    ]
+    names = {
+        re.split(r"[<>=\[]", requirement)[0].lower().replace("-", "_") for requirement in wanted
+    }
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("-", "_") for line in lines if "==" in line}
+    assert names <= pinned
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
