@@ -39,9 +39,7 @@ def snapshot(
     votes = Store.open(settings).project(project)
     found = votes.snapshots.take(getuser())
     what = "new" if found.new else "there already"
-    line(
-        f"{found.digest[:16]} ({what}): {votes_of(found)}"
-    )
+    line(f"{found.digest[:16]} ({what}): {votes_of(found)}")
     if report:
         from tasks.feedback.quality.publish import publish
         from tasks.record.record import Record
