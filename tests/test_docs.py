@@ -366,6 +366,12 @@ def test_every_example_of_a_data_format_is_read(tmp_path):
         assert len(table.frame)
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """The folders of the tests are no packages, so pytest could not import both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_every_dependency_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = chain(*project["project"]["optional-dependencies"].values())
