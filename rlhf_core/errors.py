@@ -103,6 +103,11 @@ def printable(text: str) -> str:
     return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    """`1 version`, `2 versions`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def brief(text: str) -> str:
     """A message that is printable, with at most `MOST_LINES` lines of at most `LONGEST_LINE`."""
     lines = text.split("\n", MOST_LINES)

@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rlhf_core.config import Section
 from rlhf_core.errors import UserError
-from rlhf_core.imports import importing
+from rlhf_core.machine.imports import importing
 from rlhf_core.metrics import Alarm, SilentLogger, StageLogger
 from rlhf_core.rewards.functions import RewardPlaces
 from rlhf_core.training.ranks import Ranks, Strategy

@@ -366,6 +366,12 @@ def test_every_example_of_a_data_format_is_read(tmp_path):
         assert len(table.frame)
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """The folders of the tests are no packages, so pytest could not import both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_every_dependency_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = chain(*project["project"]["optional-dependencies"].values())
@@ -374,6 +380,22 @@ def test_every_dependency_has_its_reason():
     page = DOCS / "decisions" / "0001-dependencies.md"
     rows = re.findall(r"^\| `([\w-]+)` \| .+ \| .+ \|$", page.read_text(encoding="utf-8"), re.M)
     assert sorted(rows) == sorted(names)
+
+
+def test_every_dependency_is_pinned():
+    """Those of the stack's image and of the browser tests have files of their own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *chain(*(extras[name] for name in ("demo", "gguf", "dev", "cluster"))),
+    ]
+    names = {
+        re.split(r"[<>=\[]", requirement)[0].lower().replace("-", "_") for requirement in wanted
+    }
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("-", "_") for line in lines if "==" in line}
+    assert names <= pinned
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.printing import line, secret_line
+from flows.cli.printing import line, secret_line, votes_of
 from flows.cli.process import Command, Commands, load
 from flows.local import find
 from rlhf_core.errors import UserError
@@ -39,11 +39,7 @@ def snapshot(
     votes = Store.open(settings).project(project)
     found = votes.snapshots.take(getuser())
     what = "new" if found.new else "there already"
-    line(
-        f"{found.digest[:16]} ({what}): {found.votes:,} votes on {found.pairs:,} pairs by "
-        f"{found.annotators:,} annotator{'' if found.annotators == 1 else 's'}, and "
-        f"{found.known:,} known answer{'' if found.known == 1 else 's'}"
-    )
+    line(f"{found.digest[:16]} ({what}): {votes_of(found)}")
     if report:
         from tasks.feedback.quality.publish import publish
         from tasks.record.record import Record

@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 from rich.text import Text
 
-from rlhf_core.errors import brief, printable
+from rlhf_core.errors import brief, plural, printable
 from rlhf_core.redaction import masked
 from tasks.servers import sign_in
 
@@ -109,9 +109,15 @@ def show_snapshot(found: "SnapshotInfo | None", *, latest: bool) -> None:
     when = "as they are now; a run takes a snapshot of them when it begins" if latest else "pinned"
     line(
         f"Votes of the feedback project {found.project}: snapshot {found.digest[:16]} ({when}), "
-        f"{found.votes:,} votes on {found.pairs:,} pairs by {found.annotators:,} annotators, and "
-        f"{found.known:,} known answers"
+        f"{votes_of(found)}"
     )
+
+
+def votes_of(found: "SnapshotInfo") -> str:
+    """How many votes a snapshot has, on what and by whom, in words."""
+    votes, pairs = plural(found.votes, "vote"), plural(found.pairs, "pair")
+    people, known = plural(found.annotators, "annotator"), plural(found.known, "known answer")
+    return f"{votes} on {pairs} by {people}, and {known}"
 
 
 def show_validation(validation: "Validation") -> None:

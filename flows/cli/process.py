@@ -17,7 +17,7 @@ from flows.cli.printing import err, show_report, warn_on_terminal
 from flows.local import serve
 from flows.local.supervisor import ServiceError
 from rlhf_core.errors import NumericsError, UserError, VerdictsPendingError, brief
-from rlhf_core.imports import importing
+from rlhf_core.machine.imports import importing
 from rlhf_core.redaction import mask_error, masked
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from rlhf_core.estimate.machine import Limit
+from rlhf_core.machine.limits import Limit
 
 GIB = 2**30
 SPARE = 0.9  # of a limit on memory that a stage should leave unused, at least

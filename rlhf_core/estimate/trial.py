@@ -79,6 +79,11 @@ class Trial:
     unit: str = "step"
 
     @property
+    def samples_anew(self) -> bool:
+        """Whether each unit begins with answers of the policy."""
+        return self.unit == "iteration"
+
+    @property
     def warm(self) -> int:
         """How many units are not counted, since the first one allocates and compiles."""
         return 1 if self.tried > 1 else 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core.memory import free_memory
+from rlhf_core.machine.memory import free_memory
 
 SHARE = 0.5  # of the memory that is free now may be taken by a copy: a step needs some too
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rlhf_core.errors import UserError, brief
-from rlhf_core.estimate.machine import memory_limit, room
 from rlhf_core.estimate.result import (
     Estimate,
     StageEstimate,
@@ -23,7 +22,8 @@ from rlhf_core.estimate.result import (
     misfits,
 )
 from rlhf_core.estimate.trial import Facts
-from rlhf_core.memory import free_memory
+from rlhf_core.machine.limits import memory_limit, room
+from rlhf_core.machine.memory import free_memory
 from rlhf_core.metrics import StageLogger
 from tasks.estimate.job import Job, StageJob, Tried
 from tasks.settings import Settings

@@ -206,7 +206,7 @@ def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
         def heard(phase: str) -> None:
             lengths.heard(phase)
             # The first iteration has the longest answers that there can be: the most memory.
-            lengths.longest = bool(plan.unit == "iteration" and plan.warm and clock[0].unit == 0)
+            lengths.longest = bool(plan.samples_anew and plan.warm and clock[0].unit == 0)
 
         clock.append(Clock(opened.logger, between=STEP if plan.units else "", heard=heard))
         return replace(opened, logger=clock[0])

@@ -7,18 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_core.errors import printable
+from rlhf_core.errors import plural, printable
 from tasks.lineage.lineage import Wanted
 from tasks.lineage.records import Answer, Known, Material, Saw, Seen, Step
 from tasks.registry.refs import Ref
 
 ARROW = " → "
 NAMED = 5  # names in a sentence
-
-
-def plural(number: int, one: str, many: str = "") -> str:
-    """`1 version`, `2 versions`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def short(uri: str) -> str:

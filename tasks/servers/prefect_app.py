@@ -11,7 +11,7 @@ from base64 import b64encode
 import uvicorn
 from starlette.responses import HTMLResponse, Response
 
-from rlhf_core.imports import importing
+from rlhf_core.machine.imports import importing
 from tasks.servers import fresh_database
 from tasks.servers.gate import LOOPBACK, behind_gate, own_names, own_origins
 from tasks.settings import read_settings

@@ -15,8 +15,8 @@ import yaml
 from flows.cli.printing import show_estimate
 from flows.config import PipelineConfig
 from flows.estimate import estimate_run, stage_jobs
-from rlhf_core.estimate.machine import Limit
 from rlhf_core.estimate.result import Estimate, StageEstimate, gibibytes
+from rlhf_core.machine.limits import Limit
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.stages.prepare import inspect

@@ -21,7 +21,7 @@ NOT_NEEDED = {
 
 def test_the_pipeline_loads_without_what_its_start_does_not_need():
     code = (
-        "import sys; from rlhf_core.imports import importing\n"
+        "import sys; from rlhf_core.machine.imports import importing\n"
         "with importing(): import flows.rlhf\n"
         f"print(sorted({NOT_NEEDED} & {{*sys.modules}}))"
     )

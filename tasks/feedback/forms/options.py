@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from rlhf_core.errors import ConfigError
+from rlhf_core.errors import ConfigError, plural
 from rlhf_core.settings.fields import word
 from tasks.feedback.store.records import Ballot, NewPair
 
@@ -94,21 +94,21 @@ class Imported:
 
     def lines(self) -> list[str]:
         """The result in sentences."""
-        found = [f"{self.source}: read {self.rows:,} rows as {self.form}."]
+        found = [f"{self.source}: read {plural(self.rows, 'row')} as {self.form}."]
         if self.asked:
             found.append(
-                f"{self.asked:,} pairs are in the queue ({self.new_pairs:,} of them new); their "
-                "votes were not read."
+                f"In the queue: {plural(self.asked, 'pair')} ({self.new_pairs:,} new); their votes "
+                "were not read."
             )
         else:
             skips = f", {self.skips:,} of them skips" if self.skips else ""
             found.append(
-                f"{self.votes:,} votes{skips} on {self.pairs:,} pairs: {self.new_votes:,} are new, "
-                f"{self.there_already:,} were there already or stand in the file twice; "
-                f"{self.new_pairs:,} pairs are new."
+                f"{plural(self.votes, 'vote')}{skips} on {plural(self.pairs, 'pair')}: "
+                f"{self.new_votes:,} new, {self.there_already:,} there already or in the file "
+                f"twice; {plural(self.new_pairs, 'new pair')}."
             )
         if self.gold:
-            found.append(f"{self.gold:,} rows have the right answer of their pair.")
+            found.append(f"With the right answer of their pair: {plural(self.gold, 'row')}.")
         found += [f"Left out: {count:,} {reason}." for reason, count in self.left_out.items()]
         found += [f"  {row}" for row in self.bad_rows]
         if self.unread:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_core.estimate.machine import Limit
 from rlhf_core.estimate.result import Estimate, StageEstimate, duration, gibibytes, misfits
+from rlhf_core.machine.limits import Limit
 
 GIB = 2**30
 

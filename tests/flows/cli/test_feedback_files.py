@@ -24,9 +24,9 @@ def test_votes_go_in_and_come_out(feedback, tmp_path):
     result = feedback("import", "demo", "v.jsonl", *mapped)
     assert result.exit_code == 0, result.output
     assert "v.jsonl: read 3 rows as rows that data.preferences reads." in result.stdout
-    assert "3 votes on 1 pairs: 3 are new, 0 were there already" in result.stdout
+    assert "3 votes on 1 pair: 3 new, 0 there already" in result.stdout
     again = feedback("import", "demo", "v.jsonl", *mapped)
-    assert "0 are new, 3 were there already" in again.stdout
+    assert "0 new, 3 there already" in again.stdout
 
     result = feedback("export", "demo", "pairs.jsonl", "--form", "pairs")
     assert result.exit_code == 0, result.output
@@ -49,7 +49,7 @@ def test_a_file_that_is_bad_makes_no_project(feedback, tmp_path):
     assert "leave it out with --on-bad-row drop" in said
     assert "there is no feedback project 'demo'" in sentence(feedback("export", "demo", "x.jsonl"))
     result = feedback("import", "demo", "v.jsonl", "--on-bad-row", "drop", "--ask", "2")
-    assert "1 pairs are in the queue (1 of them new)" in result.stdout
+    assert "In the queue: 1 pair (1 new)" in result.stdout
     assert "Left out: 1 bad rows (unknown vote)." in result.stdout
 
 

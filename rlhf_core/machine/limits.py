@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_core.memory import UNKNOWN, limits_of_groups, of_machine
+from rlhf_core.machine.memory import UNKNOWN, limits_of_groups, of_machine
 
 _SET = 2**60  # bytes; control groups of version 1 write a larger number for no limit
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from rlhf_core.imports import importing
+from rlhf_core.machine.imports import importing
 
 
 @pytest.fixture(autouse=True)

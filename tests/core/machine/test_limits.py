@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlhf_core.estimate.machine import memory_limit, room
+from rlhf_core.machine.limits import memory_limit, room
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_narrowest_limit_is_told(root):
 
 def test_ulimit_counts():
     code = (
-        "import resource; from rlhf_core.estimate.machine import memory_limit;"
+        "import resource; from rlhf_core.machine.limits import memory_limit;"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); print(*memory_limit('cpu'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_core.memory import UNKNOWN, free_memory
+from rlhf_core.machine.memory import UNKNOWN, free_memory
 
 MEBI = 1 << 20
 

@@ -1,0 +1,1 @@
+"""What this machine gives a process: memory, room on a disk, and its start."""
