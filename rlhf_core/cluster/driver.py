@@ -52,7 +52,7 @@ def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
     following = Following(job, write)
     parent = os.getppid()
     with (
-        StopRequest() as request,
+        StopRequest() as early,
         Sameness.of(job.folder) as sameness,
         # Ray Train insists on a folder, though it gets nothing to keep.
         TemporaryDirectory(
@@ -61,18 +61,20 @@ def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
     ):
         box = _connected(job)
         ended = _start(job, box, sameness, storage)
-        while True:
-            over = ended.wait(LOOK_SECONDS)  # before the letters, which come first
-            for letter in ray.get(box.take.remote(), timeout=60):
-                following.read(letter)
-            if os.getppid() != parent:  # nobody reads any more
-                os._exit(1)
-            if request.number is not None and not following.stopping:
-                following.stop(request.number.name)
-                ray.get(box.stop.remote())
-            if (report := following.outcome(over, ended.error, GRACE)) is not None:
-                ended.wait(LAST_WORDS_SECONDS)
-                return report
+        with StopRequest() as request:  # again, for Ray has put handlers of its own
+            while True:
+                over = ended.wait(LOOK_SECONDS)  # before the letters, which come first
+                for letter in ray.get(box.take.remote(), timeout=60):
+                    following.read(letter)
+                if os.getppid() != parent:  # nobody reads any more
+                    os._exit(1)
+                number = request.number or early.number
+                if number is not None and not following.stopping:
+                    following.stop(number.name)
+                    ray.get(box.stop.remote())
+                if (report := following.outcome(over, ended.error, GRACE)) is not None:
+                    ended.wait(LAST_WORDS_SECONDS)
+                    return report
 
 
 class _Ended(threading.Event):

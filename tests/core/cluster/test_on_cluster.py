@@ -135,7 +135,8 @@ def test_equal_to_two_local_processes_to_the_bit(cluster, data, elastic, tmp_pat
     assert found.summary() == report.summary()
     assert values(logger) == history
     same(tmp_path / "a", folder)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoints", "sft"]
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert left == {"checkpoints", "sft", "tokens"}
     wait_for_no_rank()
 
 
@@ -225,12 +226,11 @@ launch(Job.model_validate_json(sys.argv[1]), Loud())
 def test_whoever_waits_is_killed(cluster, data, tmp_path):
     slow = tiny.change(SFT, epochs=400)
     job = job_of(tmp_path / "a", config=slow, inputs={"data": data}, cluster=cluster.address)
-    flow = subprocess.Popen([sys.executable, "-c", SCRIPT, job.model_dump_json()],
-                            stdout=subprocess.PIPE, text=True)  # fmt: skip
-    while int(flow.stdout.readline()) < 5:
-        pass
-    flow.kill()
-    flow.wait()
+    command = [sys.executable, "-c", SCRIPT, job.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as flow:
+        while int(flow.stdout.readline()) < 5:
+            pass
+        flow.kill()
     wait_for_no_rank(30)
     assert any((tmp_path / "a" / "checkpoints").glob("step-*"))
 
@@ -256,7 +256,8 @@ def test_a_bug_is_not_tried_again_and_again(cluster, data, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)the sft stage failed.*Traceback"):
         launch(Job.model_validate(broken), logger)
     tries = {what for what, *_ in logger.phases if "again" in what}
-    assert len(tries) <= 2
+    # It trains before it fails, so the second try begins elsewhere; Ray may begin one more.
+    assert len(tries) <= 3
 
 
 def test_two_stages_at_once_take_turns(cluster, data, elastic, tmp_path):
@@ -292,7 +293,11 @@ def test_a_folder_that_is_not_shared(cluster, data, tmp_path):
 
 def test_one_process_and_an_evaluation(cluster, data, elastic, tmp_path):
     """What trains nothing is computed there too, by one process."""
-    inputs = {"data": data, "sft": elastic[0] / "sft", "policy": elastic[0] / "sft"}
+    inputs = {"data": data, "sft": elastic[0] / "sft"}
+    rewards = job_of(tmp_path / "rm", "reward_model", tiny.CONFIGS["reward_model"], inputs,
+                     ("reward",), processes=1)  # fmt: skip
+    run(rewards, MemoryLogger(), Ranks(), "cpu")
+    inputs |= {"policy": elastic[0] / "sft", "reward": tmp_path / "rm" / "reward"}
     reports = []
     for address in ("", cluster.address):
         folder = tmp_path / ("there" if address else "here")
