@@ -34,6 +34,14 @@ class UserError(Exception):
     def __str__(self) -> str:
         return brief(masked(super().__str__()))  # a secret cut in two would not be found
 
+    @classmethod
+    def kinds(cls) -> dict[str, type["UserError"]]:
+        """All kinds of this error by name, also kinds of kinds, for one that came as text."""
+        found = {kind.__name__: kind for kind in cls.__subclasses__()}
+        for kind in cls.__subclasses__():
+            found |= kind.kinds()
+        return found
+
 
 class ConfigError(UserError):
     """A setting that contradicts another setting or the data."""

@@ -289,7 +289,7 @@ def _outcome(folder: Path, failed: str) -> "Report":
         return cast("Report", pickle.loads((folder / REPORT).read_bytes()))
     failures = [json.loads(file.read_bytes()) for file in sorted(folder.glob(FAILURE.format("*")))]
     # A user's error first: the other ranks may only report that this one is gone.
-    for kind in (*UserError.__subclasses__(), Interrupted):
+    for kind in (*UserError.kinds().values(), Interrupted):
         for failure in failures:
             if failure["kind"] == kind.__name__:
                 raise kind(failure["message"])

@@ -10,9 +10,7 @@ from rlhf_core.launch import Job
 from rlhf_core.training.session import Interrupted
 
 LAST_WORDS_SECONDS = 10.0  # for Ray to end the ranks after one of them has given up
-FAILURES: dict[str, type[BaseException]] = {
-    kind.__name__: kind for kind in (*UserError.__subclasses__(), Interrupted)
-}
+FAILURES: dict[str, type[BaseException]] = {**UserError.kinds(), Interrupted.__name__: Interrupted}
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,8 @@ class Following:
         if "report" in letter:
             self._report = letter["report"]
         elif "failed" in letter:
-            self._fail(FAILURES[letter["failed"]](letter["message"]))
+            kind = FAILURES.get(letter["failed"], RuntimeError)
+            self._fail(kind(letter["message"]))
         elif "began" in letter:
             self._working, self._step = True, letter["began"]
         elif "error" in letter:

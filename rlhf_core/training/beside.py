@@ -1,8 +1,8 @@
 """A state is copied in memory, so that a thread can write it while training goes on.
 
-Copying is quicker than writing. Hashing, the checksums of torch's format and the
-writing itself release the interpreter, so training is held up by the copy alone. This module knows
-tensors and memory, but nothing about checkpoints.
+Copying is quicker than writing. Hashing, the checksums of torch's format and the writing itself
+release the interpreter, so training is held up by the copy alone. This module knows tensors and
+memory, but nothing about checkpoints.
 """
 
 import copy

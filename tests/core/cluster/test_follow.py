@@ -11,7 +11,7 @@ import pytest
 from rlhf_core.cluster.follow import Following
 from rlhf_core.cluster.mailbox import Mailbox
 from rlhf_core.cluster.sameness import Sameness
-from rlhf_core.errors import ConfigError, DataError
+from rlhf_core.errors import CheckpointError, ConfigError, DataError, RefusedError
 from rlhf_core.launch import Job, launch
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.training.ranks import Ranks
@@ -63,6 +63,13 @@ def test_an_error_of_the_user_comes_before_what_it_caused(following):
     following.read({"failed": "DataError", "message": "row 3 is empty"})
     following.read({"failed": "ConfigError", "message": "later"})
     with pytest.raises(DataError, match="row 3 is empty"):
+        outcome(following, over=True)
+
+
+@pytest.mark.parametrize("kind", [RefusedError, CheckpointError])
+def test_an_error_keeps_its_kind_also_a_kind_of_a_kind(following, kind):
+    following.read({"failed": kind.__name__, "message": "no"})
+    with pytest.raises(kind, match="no"):
         outcome(following, over=True)
 
 
