@@ -5,6 +5,7 @@
     python -m benchmarks.scale prepare --source pairs.jsonl --to prepared
     python -m benchmarks.scale encode --source prepared --to tokens --model DIRECTORY
     python -m benchmarks.scale encode --source prepared --model DIRECTORY --as-lists
+    python -m benchmarks.scale train --source prepared --to work --model DIRECTORY --processes 2
 
 Each prints a line of JSON: rows, seconds, and the most memory that the process and its children had
 in use (MB, by getrusage). The pairs are drawn from a list of words, some 150 tokens an answer, and
@@ -18,8 +19,12 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from rlhf_core.metrics import SilentLogger
 
 WORDS = 20_000  # different ones
 PROMPT, ANSWER = 50, 120  # words on average
@@ -122,6 +127,60 @@ def encode(data: Path, to: Path | None, model: str, *, as_lists: bool) -> dict[s
     return {"encode_cpu": encoded, "pair_us": taken * 1000, "tokens": tokens / 1000, **grown}
 
 
+class Watch(SilentLogger):
+    """Notes when the first step was done, and ends the training after a few."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.seen, self.first, self.begun = steps, 0, 0.0, time.monotonic()
+        self.phases: dict[str, float] = {}
+        self.most: dict[str, float] = {}
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        self.phases.setdefault(what, round(time.monotonic() - self.begun, 1))
+        self.look()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.seen += 1
+        self.first = self.first or time.monotonic() - self.begun
+        self.look()
+        if self.seen == self.steps:
+            raise KeyboardInterrupt
+
+    def look(self) -> None:
+        """The memory of all ranks together; what they share counts once (MB)."""
+        import psutil
+
+        found = {"all_mb": 0.0, "own_mb": 0.0, "ranks": 0}
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                used = child.memory_full_info()
+                found["all_mb"] += used.pss / 2**20
+                found["own_mb"] += used.uss / 2**20
+                found["ranks"] += 1
+        for name, value in found.items():
+            self.most[name] = max(self.most.get(name, 0), value)
+
+
+def train(data: Path, to: Path, model: Path, processes: int) -> dict[str, Any]:
+    """Begin to train a reward model on the pairs, and stop after a few steps."""
+    from rlhf_core.launch import Job, launch
+
+    watch = Watch(steps=12)
+    config = {"batch_size": 4 * processes, "micro_batch_size": 4, "max_length": 1024}
+    job = Job(
+        stage="reward_model",
+        config=config,
+        inputs={"data": data, "sft": model},
+        outputs={"reward": to / "reward"},
+        seed=0,
+        checkpoints=to / "checkpoints",
+        processes=processes,
+    )
+    with suppress(KeyboardInterrupt):
+        launch(job, watch)
+    return {"first_step": watch.first, "phases": watch.phases, **watch.most}
+
+
 def memory() -> dict[str, float]:
     """What this process has of its own, and of files that it shares with others (MB)."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -138,12 +197,13 @@ def used() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["places", "make", "prepare", "encode"])
+    parser.add_argument("what", choices=["places", "make", "prepare", "encode", "train"])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--source", type=Path)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--model", default="")
     parser.add_argument("--as-lists", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     start, cpu = time.monotonic(), time.process_time()
     if given.what == "places":
@@ -152,6 +212,8 @@ def main() -> None:
         found = make(given.rows, given.to)
     elif given.what == "encode":
         found = encode(given.source, given.to, given.model, as_lists=given.as_lists)
+    elif given.what == "train":
+        found = train(given.source, given.to, Path(given.model), given.processes)
     else:
         found = prepare(given.source, given.to, given.model)
     spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
