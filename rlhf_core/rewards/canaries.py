@@ -23,9 +23,9 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
+import scipy  # imports its parts at their first use
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -383,7 +383,7 @@ def _least_alike(texts: Sequence[str]) -> list[int]:
     either = np.maximum(sizes[:, None] + sizes[None] - shared, 1)
     cost = shared / either
     np.fill_diagonal(cost, 2.0 * len(words))
-    return [int(n) for n in linear_sum_assignment(cost)[1]]
+    return [int(n) for n in scipy.optimize.linear_sum_assignment(cost)[1]]
 
 
 def _draw(seed: int, purpose: str, *texts: str) -> int:

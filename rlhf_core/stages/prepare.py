@@ -28,7 +28,6 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.data.assembly import (
     CleanTables,
     ParsedFacts,
@@ -207,6 +206,8 @@ def _prepare(
     parts.merge(folder)
     logger.progress(1, 3, "measuring lengths")
     logger.phase("loading the tokenizer")
+    from rlhf_core.backbone.base_model import load_tokenizer  # with all of transformers
+
     shown_first = PreparedRows(folder, "demonstrations", "train")
     tokenizer = load_tokenizer(model, training_dialogues(shown_first))
     day = date.today()
@@ -268,7 +269,11 @@ def _from_files(
             "the stage as one, or write the snapshot to a file with `rlhf feedback export`"
         )
     # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
-    tokenizer = load_tokenizer(model, ()) if model.source else None
+    tokenizer = None
+    if model.source:
+        from rlhf_core.backbone.base_model import load_tokenizer
+
+        tokenizer = load_tokenizer(model, ())
     # The tokens of a template with a date are counted when the date is known.
     measured = tokenizer is not None and not asks_for_the_date(tokenizer)
     files = {kind: _files(config, kind, snapshot) for kind in TABLE_KINDS}

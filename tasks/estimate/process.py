@@ -51,8 +51,12 @@ def main(path: Path) -> None:
     _settle(job)
     import tasks.steps.stage  # noqa: F401 - before the forks
 
+    from rlhf_core.stages.table import load_stage
+
     for module in job.imports:
         import_module(module)
+    for stage in job.stages:
+        load_stage(stage.stage)
     _say(lines, {"imported": time.monotonic() - begun, "cpu": time.process_time()})
     for number, stage in enumerate(job.stages):
         folder = job.folder / f"{number:02d}-{stage.stage}"
