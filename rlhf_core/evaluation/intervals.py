@@ -193,7 +193,9 @@ def rank_correlation(
     for drawn in torch.randint(k, (_RESAMPLES // 2, k), generator=generator).tolist():
         picked = np.concatenate([rows[i] for i in drawn])
         if np.ptp(x[picked]) > 0 and np.ptp(y[picked]) > 0:
-            found.append(np.corrcoef(scipy.stats.rankdata(x[picked]), scipy.stats.rankdata(y[picked]))[0, 1])
+            found.append(
+                np.corrcoef(scipy.stats.rankdata(x[picked]), scipy.stats.rankdata(y[picked]))[0, 1]
+            )
     low, high = np.quantile(found, [0.025, 0.975])
     low = min(float(low), math.tanh(math.atanh(near) - half))
     high = max(float(high), math.tanh(math.atanh(near) + half))

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
+import scipy  # imports its parts at their first use
 import torch
 from pydantic import BaseModel, ConfigDict
-import scipy  # imports its parts at their first use
 from torch import Tensor
 
 from rlhf_core.functional.interval import Interval

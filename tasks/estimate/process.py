@@ -50,7 +50,6 @@ def main(path: Path) -> None:
     _end_with(job.folder)
     _settle(job)
     import tasks.steps.stage  # noqa: F401 - before the forks
-
     from rlhf_core.stages.table import load_stage
 
     for module in job.imports:
