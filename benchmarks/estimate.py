@@ -103,7 +103,7 @@ def main() -> None:
         windows = stages(home)
         most = 0
         for stage in estimate["stages"]:
-            most = max(most, stage["memory"])  # the process of a run keeps what it freed
+            most = max(most, stage["memory"] + stage["copy_of_state"])  # the process keeps it
             start, end = windows[stage["stage"]]
             inside = [one for one in looks if start <= one.at <= end]
             rows.append(

@@ -203,7 +203,7 @@ def show_estimate(estimate: "Estimate") -> None:
             stage.stage,
             stage.work,
             ABSENT if stage.seconds is None else duration(stage.seconds),
-            size(stage.memory),
+            size(stage.peak),
             size(stage.kept),
             stage.problem or stage.measured,
         )
@@ -215,7 +215,7 @@ def show_estimate(estimate: "Estimate") -> None:
         ("Stage", "Work", "Time", "Memory", "Stores", "Measured"),
         [*rows, start],
     )
-    most = max((stage.memory or 0 for stage in estimate.stages), default=0)
+    most = max((stage.peak or 0 for stage in estimate.stages), default=0)
     least = "" if estimate.complete else "at least "
     line(
         f"The whole run: {least}{duration(estimate.seconds)}, {size(most)} of memory at most, "

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 try:
     from rlhf_core.data.templates import within_limits
@@ -69,7 +70,7 @@ class Fitted(NamedTuple):
     lost: int  # tokens of responses that were cut off
 
 
-def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The text that a policy continues: a string as it is, messages through the chat template.
 
     Raises: TextError when the template rejects the messages.
@@ -80,7 +81,7 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> list[int]:
     """Prompt tokens, with one begin-of-sequence token if the tokenizer uses it.
 
@@ -97,7 +98,7 @@ def encode_prompt(
 
 
 def encode_response(
-    response: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, ended: bool = True
+    response: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool = False, ended: bool = True
 ) -> list[int]:
     """Response tokens and, if it `ended`, what ends it.
 
@@ -115,7 +116,7 @@ def encode_response(
 def fit(
     prompt: Prompt,
     responses: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     *,
     ended: bool = True,
@@ -134,7 +135,7 @@ def fit(
 
 def fit_all(
     rows: Sequence[tuple[Prompt, Sequence[str]]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
 ) -> list[Fitted]:
     """As `fit` for each prompt and its responses, but the tokenizer gets all texts at once, which a
@@ -153,7 +154,7 @@ def fit_all(
 
 
 def encode_responses(
-    responses: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+    responses: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
     """As `encode_response` for each text and whether it is in a chat, but the tokenizer gets all
     texts at once.
@@ -167,7 +168,7 @@ def encode_responses(
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int | None = None
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], max_length: int | None = None
 ) -> list[list[int]]:
     """As `encode_prompt` for each prompt, but the tokenizer gets all texts at once.
 
@@ -196,7 +197,7 @@ def _fit(
     prompt: Prompt,
     head: list[int],
     tails: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     *,
     ended: bool,
@@ -212,7 +213,7 @@ def _fit(
     return Fitted(head, kept, cut, lost)
 
 
-def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def decode(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """The text of response tokens, without what ended it and without special tokens."""
     if len(ids) and ids[-1] in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
         ids = ids[:-1]
@@ -220,13 +221,13 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The token that ends an answer in a chat: the first control token that the template writes
     after an assistant's message, or else the end-of-sequence token."""
     return _traits(tokenizer).end_of_turn
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The control tokens: all special tokens, and added tokens that stand in the template."""
     template = str(tokenizer.chat_template)
     return [
@@ -236,7 +237,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
-def written_controls(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt], list[str]]:
+def written_controls(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Prompt], list[str]]:
     """A function that lists the control tokens written out in a text, or in messages."""
     longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -248,12 +249,12 @@ def written_controls(tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompt], l
     return find
 
 
-def asks_for_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+def asks_for_the_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the chat template writes the date of the day."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def set_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+def set_date(tokenizer: "PreTrainedTokenizerBase", day: date) -> None:
     """Have the chat template write this day wherever it asks for today.
 
     The day becomes part of the template, so it is saved with the tokenizer.
@@ -283,7 +284,9 @@ def _dated(template: str, day: date) -> str:
     )
 
 
-def _apply(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+def _apply(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", **options: Any
+) -> Any:
     """What the chat template makes of messages.
 
     Raises: TextError when it rejects them.
@@ -307,7 +310,7 @@ def _apply(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **op
         ) from error
 
 
-def _encode_whole(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode_whole(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Prompt tokens, however many."""
     ids: list[int]
     if isinstance(prompt, str):
@@ -330,7 +333,7 @@ def _encode_whole(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
 
-def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _as_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens of a text in which nothing is a special token."""
     ids: list[int] = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -339,7 +342,7 @@ def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def _as_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _as_texts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """The tokens of each text, in which nothing is a special token."""
     found = _tokenised(texts, tokenizer, split_special_tokens=True)
     special = _traits(tokenizer).special
@@ -350,7 +353,7 @@ def _as_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _tokenised(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", **options: Any
 ) -> list[list[int]]:
     if not texts:
         return []
@@ -367,7 +370,7 @@ def _tokenised(
     return [ids[text] for text in texts]
 
 
-def _without_controls(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Message]], bool]:
+def _without_controls(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Sequence[Message]], bool]:
     """Whether messages have nothing in them that could be taken for a control token."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     pattern = re.compile("|".join(map(re.escape, [*added, *_MARKS])))
@@ -378,13 +381,13 @@ def _without_controls(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[
     return holds
 
 
-def _spaced(response: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _spaced(response: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """An answer in a chat: the plain template writes "Assistant: " and the text."""
     plain = tokenizer.chat_template in (None, PLAIN_CHAT_TEMPLATE)
     return " " + response.lstrip() if plain else response
 
 
-def refuse_controls(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_controls(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise TextError when the tokens of a text have a special one, other than for the unknown."""
     forged = _traits(tokenizer).special.intersection(ids)
     if forged:
@@ -395,13 +398,13 @@ def refuse_controls(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> N
         )
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The begin-of-sequence token, if the tokenizer puts one before every text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
 
 
-def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
+def _traits(tokenizer: "PreTrainedTokenizerBase") -> _Traits:
     """The traits of a tokenizer as it is now."""
     now = (str(tokenizer.chat_template), len(tokenizer), *tokenizer.special_tokens_map.values())
     found = _known.get(tokenizer)
@@ -415,7 +418,7 @@ def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
     return found[1]
 
 
-def _find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+def _find_end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     eos: int = tokenizer.eos_token_id
     question = [{"role": "user", "content": "A question?"}]
     try:
@@ -437,7 +440,7 @@ def _find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _cut(
-    ids: list[int], prompt: Prompt, tokenizer: PreTrainedTokenizerBase, room: int
+    ids: list[int], prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", room: int
 ) -> list[int]:
     """The tokens of a prompt, cut to the room."""
     if len(ids) > room and not isinstance(prompt, str):
@@ -445,7 +448,7 @@ def _cut(
     return _keep_end(ids, tokenizer, room)
 
 
-def _keep_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+def _keep_end(ids: list[int], tokenizer: "PreTrainedTokenizerBase", room: int) -> list[int]:
     """The last tokens, after a begin-of-sequence token if there was one and if both fit."""
     if len(ids) <= room:
         return ids
@@ -456,7 +459,7 @@ def _keep_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> 
 
 
 def _fit_messages(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, room: int
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", room: int
 ) -> list[int] | None:
     """The tokens of messages of which some are cut; None if the template rejects what is left."""
     first = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
@@ -489,7 +492,7 @@ def _fit_messages(
 
 def _shorter(
     system: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     fits: Callable[[list[Message]], bool],
 ) -> list[Message]:
     """System messages without the end of the last, or without all of it if no start of it fits."""
@@ -515,7 +518,7 @@ def _last(numbers: Sequence[int], holds: Callable[[int], bool]) -> int | None:
     return numbers[low - 1] if low else None
 
 
-def _token_starts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _token_starts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The places in a text where a token starts, and its end; every place where none are known."""
     if not tokenizer.is_fast:
         return list(range(len(text) + 1))
@@ -529,7 +532,7 @@ def _token_starts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({start for start, _ in spans} | {0, len(text)})
 
 
-def _try(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def _try(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
     try:
         return _encode_whole(messages, tokenizer)
     except TextError:

@@ -7,10 +7,10 @@ and rows become batches.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data import chat_tokens
 from rlhf_core.data.chat_tokens import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
@@ -20,11 +20,14 @@ from rlhf_core.data.chat_tokens import Prompt as Prompt
 from rlhf_core.errors import DataError
 from rlhf_core.types import PromptBatch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PAD_TOKEN = "<|pad|>"
 _PARALLEL = "TOKENIZERS_PARALLELISM"  # read by the package tokenizers at each call
 
 
-def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The text that a policy continues: a string as it is, messages through the chat template.
 
     Raises: DataError when the template rejects the messages.
@@ -34,7 +37,7 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> list[int]:
     """Prompt tokens, at most `max_length` of them, with one begin-of-sequence token if the
     tokenizer uses it: see `chat_tokens.encode_prompt`.
@@ -47,7 +50,7 @@ def encode_prompt(
 
 
 def encode_response(
-    response: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, ended: bool = True
+    response: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool = False, ended: bool = True
 ) -> list[int]:
     """Response tokens and, if it `ended`, what ends it: see `chat_tokens.encode_response`.
 
@@ -60,7 +63,7 @@ def encode_response(
 def encode_answers(
     prompt: Prompt,
     responses: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     *,
     ended: bool = True,
@@ -74,7 +77,7 @@ def encode_answers(
 
 
 def encode_pair(
-    prompt: Prompt, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompt: Prompt, response: str, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[list[int], int, bool]:
     """Tokens of prompt and response, at most `max_length` of them.
 
@@ -86,7 +89,7 @@ def encode_pair(
 
 def encode_all_answers(
     rows: Sequence[tuple[Prompt, Sequence[str]]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
 ) -> list[Fitted]:
     """As `encode_answers` for many prompts with their responses, on all cores.
@@ -98,7 +101,7 @@ def encode_all_answers(
 
 
 def encode_all_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> list[list[int]]:
     """As `encode_prompt` for many prompts, on all cores.
 
@@ -109,7 +112,7 @@ def encode_all_prompts(
 
 
 def encode_all_responses(
-    responses: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+    responses: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
     """As `encode_response` for many texts, each with whether it is in a chat, on all cores.
 
@@ -119,7 +122,9 @@ def encode_all_responses(
         return chat_tokens.encode_responses(responses, tokenizer)
 
 
-def decode_responses(tokens: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def decode_responses(
+    tokens: Tensor, mask: Tensor, tokenizer: "PreTrainedTokenizerBase"
+) -> list[str]:
     """(B, R) tokens and their mask -> the texts, without special tokens."""
     rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
     return [decode(row, tokenizer) for row in rows]
@@ -146,14 +151,14 @@ def right_pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+def same_tokens(ours: "PreTrainedTokenizerBase", theirs: "PreTrainedTokenizerBase") -> bool:
     """Whether a token id means the same to both."""
     special = [(t.eos_token_id, t.pad_token_id) for t in (ours, theirs)]
     return special[0] == special[1] and ours.get_vocab() == theirs.get_vocab()
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], max_length: int
 ) -> PromptBatch:
     """Prompts as one batch, padded on the left."""
     rows = [encode_prompt(prompt, tokenizer, max_length) for prompt in prompts]

@@ -4,14 +4,16 @@ Reference: Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 from zlib import crc32
 
-from datasketch import MinHash, MinHashLSH
+if TYPE_CHECKING:  # it brings a client of Redis
+    from datasketch import MinHash, MinHashLSH
 
 NEAR = 0.8  # Jaccard similarity from which two texts are nearly the same
 _WORDS, _PERMUTATIONS = 3, 64
 _SEARCHED = 0.5  # so that a group misses hardly any text of the similarity `NEAR`
-_EMPTY = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
 
 
 def shingles_of(text: str) -> frozenset[bytes]:
@@ -21,16 +23,25 @@ def shingles_of(text: str) -> frozenset[bytes]:
     return frozenset(" ".join(words[i : i + _WORDS]).encode() for i in starts)
 
 
-def min_hash(shingles: Iterable[bytes]) -> MinHash:
+def min_hash(shingles: Iterable[bytes]) -> "MinHash":
     """The MinHash of a text, as `near_index` takes it."""
-    hashed = _EMPTY.copy()  # the permutations are slow to draw
+    hashed = _empty_hash().copy()
     hashed.update_batch(shingles)
     return hashed
 
 
-def near_index(similarity: float = NEAR) -> MinHashLSH:
+@cache  # the permutations are slow to draw
+def _empty_hash() -> "MinHash":
+    from datasketch import MinHash
+
+    return MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=crc32)
+
+
+def near_index(similarity: float = NEAR) -> "MinHashLSH":
     """An index that finds about half of the texts of a similarity, nearly all that are clearly more
     similar, and some others."""
+    from datasketch import MinHashLSH
+
     return MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
 
 

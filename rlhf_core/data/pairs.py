@@ -1,18 +1,20 @@
 """Preferences as tokens, for the reward model and DPO."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.chat_tokens import Fitted
 from rlhf_core.data.encoding import Prompt, encode_all_answers
 from rlhf_core.data.prepared import falls_to_eval, prompt_key
 from rlhf_core.errors import DataError
 from rlhf_core.settings.training import Votes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 1000  # rows that the tokenizer gets at once
 
@@ -107,7 +109,7 @@ def vote_texts(row: Mapping[str, Any]) -> VoteTexts:
 
 
 def encode_votes(
-    votes: Sequence[VoteTexts], tokenizer: PreTrainedTokenizerBase, max_length: int
+    votes: Sequence[VoteTexts], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Iterator[tuple[int, VoteTexts, Fitted]]:
     """The place and the tokens of each vote whose two texts are not the same tokens."""
     for start in range(0, len(votes), BATCH):
@@ -138,7 +140,7 @@ class EncodedPairs(NamedTuple):
 
 def encode_pairs(
     table: pd.DataFrame,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     setting: str = "max_length",
 ) -> EncodedPairs:

@@ -5,10 +5,10 @@ This module knows prepared columns and tokenizers, but not files.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.chat_tokens import Fitted, written_controls
 from rlhf_core.data.encoding import encode_all_prompts, encode_all_responses, encode_answers
@@ -16,6 +16,9 @@ from rlhf_core.data.pairs import with_winners
 from rlhf_core.data.prepared import COLUMNS, canonical_prompt, known_answers, votes_of_machines
 from rlhf_core.metrics import Between, uncounted
 from rlhf_core.settings.fields import TableKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANSWERS: Mapping[TableKind, tuple[str, ...]] = {
     "demonstrations": ("response",),
@@ -165,7 +168,7 @@ def _matches(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 def count_tokens(
     tables: Mapping[TableKind, pd.DataFrame],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     between: Between = uncounted,
 ) -> dict[TableKind, pd.DataFrame]:
     """Token counts of `prompt` and of the answers, by row, as the stages encode them: a rendered
@@ -233,7 +236,7 @@ def answer_columns(kind: TableKind) -> list[str]:
 def measure_cut(
     tables: Mapping[TableKind, pd.DataFrame],
     counts: Mapping[TableKind, pd.DataFrame],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     sft: int,
     reward: int,
@@ -263,7 +266,7 @@ def measure_cut(
 
 
 def with_written_controls(
-    tables: Mapping[TableKind, pd.DataFrame], tokenizer: PreTrainedTokenizerBase
+    tables: Mapping[TableKind, pd.DataFrame], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[str]:
     """Distinct prompts and answers that have a control token of the model written out; each begins
     with what it is."""

@@ -20,13 +20,19 @@ class StageEstimate(BaseModel):
     work: str  # steps, iterations or answers
     seconds: float | None
     cpu_seconds: float | None  # of one process, without waiting for others
-    memory: int | None  # bytes, at most
+    memory: int | None  # bytes that it needs, at most
+    copy_of_state: int = 0  # bytes beside them while a checkpoint is written, if they are free
     kept: int  # bytes that it stores
     working: int  # bytes on the disk while it runs
     measured: str
     problem: str = ""
     no_memory: bool = False
     left_out: Sequence[str] = ()
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes of the process at most; without memory for the copy it does without."""
+        return None if self.memory is None else self.memory + self.copy_of_state
 
 
 class Estimate(BaseModel):

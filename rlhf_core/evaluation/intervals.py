@@ -8,10 +8,10 @@ With fewer than ten prompts, or where nothing varies, they have a value and no b
 import math
 
 import numpy as np
+import scipy  # imports its parts at their first use
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 from torch import Tensor
 
 from rlhf_core.functional.interval import Interval
@@ -68,7 +68,7 @@ def mean_estimate(values: Tensor, clusters: Tensor, generator: torch.Generator) 
         return Estimate(value=drawn.value)
     rest = torch.zeros(k, dtype=torch.float64).index_add_(0, member, values.double() - drawn.value)
     spread = math.sqrt(k / (k - 1) * rest.square().sum().item()) / len(values)
-    half = float(stats.t.ppf(0.975, k - 1)) * spread
+    half = float(scipy.stats.t.ppf(0.975, k - 1)) * spread
     low, high = min(drawn.low, drawn.value - half), max(drawn.high, drawn.value + half)
     return Estimate.of(drawn.value, low, high)
 
@@ -95,7 +95,7 @@ def mean_difference(differences: Tensor, generator: torch.Generator) -> Interval
     k = len(differences)
     drawn = clustered_bootstrap(differences, torch.arange(k), generator=generator)
     more = torch.cat([differences.double(), torch.tensor([1.0, -1.0], dtype=torch.float64)])
-    half = float(stats.t.ppf(0.975, k + 1)) * more.std().item() / math.sqrt(k + 2)
+    half = float(scipy.stats.t.ppf(0.975, k + 1)) * more.std().item() / math.sqrt(k + 2)
     low, high = (more.mean().item() + side * half for side in (-1, 1))
     return Interval(drawn.value, max(min(drawn.low, low), -1.0), min(max(drawn.high, high), 1.0))
 
@@ -181,19 +181,21 @@ def rank_correlation(
     """
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    value = float(stats.spearmanr(x, y).statistic)
+    value = float(scipy.stats.spearmanr(x, y).statistic)
     ids, member = np.unique(clusters, return_inverse=True)
     k = len(ids)
     if k < FEW_PROMPTS:
         return Estimate(value=value)
     near = math.copysign(min(abs(value), 1 - 1 / k), value)
-    half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + near**2 / 2) / (k - 3))
+    half = float(scipy.stats.norm.ppf(0.975)) * math.sqrt((1 + near**2 / 2) / (k - 3))
     rows = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
     found = []
     for drawn in torch.randint(k, (_RESAMPLES // 2, k), generator=generator).tolist():
         picked = np.concatenate([rows[i] for i in drawn])
         if np.ptp(x[picked]) > 0 and np.ptp(y[picked]) > 0:
-            found.append(np.corrcoef(stats.rankdata(x[picked]), stats.rankdata(y[picked]))[0, 1])
+            found.append(
+                np.corrcoef(scipy.stats.rankdata(x[picked]), scipy.stats.rankdata(y[picked]))[0, 1]
+            )
     low, high = np.quantile(found, [0.025, 0.975])
     low = min(float(low), math.tanh(math.atanh(near) - half))
     high = max(float(high), math.tanh(math.atanh(near) + half))

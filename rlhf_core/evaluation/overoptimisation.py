@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
+import scipy  # imports its parts at their first use
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy import linalg, stats
 from torch import Tensor
 
 from rlhf_core.functional.interval import Interval
@@ -225,7 +225,7 @@ def fit_gains(paths: Sequence[Path], measure: Measure) -> Fit | Unfitted:
         covariance, df = (len(found) - 1) / len(found) * others.T @ others, len(found) - 1
     else:
         covariance, df = _covariance(kind, points, parameters), len(points) - 2
-    reach = stats.t.ppf(0.975, df)
+    reach = scipy.stats.t.ppf(0.975, df)
     alpha, beta = (
         Interval(p, p - reach * e, p + reach * e)
         for p, e in zip(parameters.tolist(), np.sqrt(np.diag(covariance)).tolist(), strict=True)
@@ -255,7 +255,7 @@ def _terms(kind: Kind, distance: np.ndarray) -> np.ndarray:
 
 def _solve(kind: Kind, points: np.ndarray) -> np.ndarray:
     """α and β by least squares."""
-    return np.asarray(linalg.lstsq(_terms(kind, points[:, 0]), points[:, 1])[0])
+    return np.asarray(scipy.linalg.lstsq(_terms(kind, points[:, 0]), points[:, 1])[0])
 
 
 def _covariance(kind: Kind, points: np.ndarray, parameters: np.ndarray) -> np.ndarray:
@@ -263,7 +263,7 @@ def _covariance(kind: Kind, points: np.ndarray, parameters: np.ndarray) -> np.nd
     terms = _terms(kind, points[:, 0])
     misses = points[:, 1] - terms @ parameters
     variance = (misses**2).sum() / (len(points) - 2)
-    return np.asarray(variance * linalg.pinvh(terms.T @ terms))
+    return np.asarray(variance * scipy.linalg.pinvh(terms.T @ terms))
 
 
 def _peak(

@@ -14,7 +14,6 @@ from rlhf_core.judges.judge import Judge, Judging, Pair, Verdict, Winner
 from rlhf_core.judges.orders import BothOrders
 from rlhf_core.rewards.canaries import Score
 from rlhf_core.rewards.functions import RewardPlaces, code_digest, load_function
-from rlhf_core.rewards.models import load_reward_model, score_texts
 from rlhf_core.settings.judge import PEOPLE, REWARD_MODEL, JudgeConfig
 from rlhf_core.settings.model import Precision
 from rlhf_core.settings.rewards import MEAN, MemberSection
@@ -55,6 +54,8 @@ def load_judge(
     if config.source in ("", REWARD_MODEL):
         return None
     if config.is_registered:
+        from rlhf_core.rewards.models import load_reward_model, score_texts  # with transformers
+
         assert registered is not None, "the stage has the input judge"
         model, tokenizer = load_reward_model(registered, device, precision, members=members)
 

@@ -7,13 +7,12 @@ observation, the mean of its verdicts, in [0, 1].
 import math
 from collections.abc import Sequence
 
-from scipy import optimize, special, stats
+import scipy  # imports its parts at their first use
 
 from rlhf_core.functional.interval import Interval
 
 # of one row; a win rate has two of them, raw and at equal length, which then pass together in 0.8
 POWER = 0.85
-_Z95 = float(stats.norm.isf(0.025))
 
 
 def p_above(points: Sequence[float], least: float) -> float:
@@ -55,7 +54,8 @@ def p_of_interval(interval: Interval, least: float) -> float:
         return 1.0
     if least <= 0 or value == low:
         return 0.0
-    return float(stats.norm.sf(_Z95 * (value - least) / (value - low)))
+    z95 = float(scipy.stats.norm.isf(0.025))
+    return float(scipy.stats.norm.sf(z95 * (value - least) / (value - low)))
 
 
 def p_excess_below(first: float, second: float, prompts: int, most: float) -> float:
@@ -83,7 +83,7 @@ def p_excess_below(first: float, second: float, prompts: int, most: float) -> fl
     largest = 40.0
     if room(largest) > 0:
         return 0.0
-    return float(stats.norm.sf(optimize.brentq(room, 0.0, largest)))
+    return float(scipy.stats.norm.sf(scipy.optimize.brentq(room, 0.0, largest)))
 
 
 def least_excess(prompts: int, alpha: float) -> float:
@@ -91,7 +91,7 @@ def least_excess(prompts: int, alpha: float) -> float:
 
     z² / (N + z²), Wilson's upper bound of 0 of N.
     """
-    return _score_bound(0.0, prompts, float(stats.norm.isf(alpha)))
+    return _score_bound(0.0, prompts, float(scipy.stats.norm.isf(alpha)))
 
 
 def smallest_effect(prompts: int, least: float, alpha: float, power: float = POWER) -> float | None:
@@ -109,7 +109,7 @@ def smallest_effect(prompts: int, least: float, alpha: float, power: float = POW
     wins = _fewest_wins(prompts, least, alpha)
     if wins is None:
         return None
-    return float(special.betaincinv(wins, prompts - wins + 1, power)) - least
+    return float(scipy.special.betaincinv(wins, prompts - wins + 1, power)) - least
 
 
 def prompts_needed(
@@ -162,11 +162,11 @@ def _p(n: int, mean: float, spread: float, least: float) -> float:
         return 1.0
     if least <= 0:
         return 0.0
-    score = float(stats.norm.sf((mean - least) * math.sqrt(n / (least * (1 - least)))))
-    exact = float(special.betainc(n * mean, n - n * mean + 1, least))
+    score = float(scipy.stats.norm.sf((mean - least) * math.sqrt(n / (least * (1 - least)))))
+    exact = float(scipy.special.betainc(n * mean, n - n * mean + 1, least))
     student = 0.0
     if spread > 0:
-        student = float(stats.t.sf((mean - least) * math.sqrt(n) / spread, n - 1))
+        student = float(scipy.stats.t.sf((mean - least) * math.sqrt(n) / spread, n - 1))
     return max(student, score, exact)
 
 

@@ -20,14 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import scipy  # imports its parts at their first use
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.chat_tokens import end_of_turn
 from rlhf_core.data.encoding import Prompt, encode_response
@@ -36,6 +35,9 @@ from rlhf_core.errors import DataError, NumericsError
 from rlhf_core.functional.interval import Interval
 from rlhf_core.functional.ranking import clustered_share
 from rlhf_core.seeding import generator, stream_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Score: TypeAlias = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 
@@ -245,7 +247,7 @@ def _rows(seed: int, keys: Sequence[str], answers: Sequence[str]) -> list[int]:
     )
 
 
-def end_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def end_marks(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     """What a model may take for the end of a text, as far as its tokenizer keeps it text.
 
     The tokenizer's own end of sequence and end of a turn, and usual ones of other families.
@@ -255,7 +257,7 @@ def end_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(mark for mark in dict.fromkeys((*own, *ENDS)) if _stays_text(mark, tokenizer))
 
 
-def _stays_text(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _stays_text(mark: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     try:
         encode_response(mark, tokenizer)
     except DataError:
@@ -383,7 +385,7 @@ def _least_alike(texts: Sequence[str]) -> list[int]:
     either = np.maximum(sizes[:, None] + sizes[None] - shared, 1)
     cost = shared / either
     np.fill_diagonal(cost, 2.0 * len(words))
-    return [int(n) for n in linear_sum_assignment(cost)[1]]
+    return [int(n) for n in scipy.optimize.linear_sum_assignment(cost)[1]]
 
 
 def _draw(seed: int, purpose: str, *texts: str) -> int:

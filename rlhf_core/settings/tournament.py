@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from rlhf_core.settings.model import Precision
 from rlhf_core.settings.rewards import MemberSection
 
+MILESTONE = "milestone."  # begins the role of one among the inputs, followed by its iteration
 VERDICTS_A_PAIR = 20  # at least, so that half of them are on ten prompts
 
 

@@ -25,10 +25,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
-from rlhf_core.backbone.base_model import load_tokenizer
 from rlhf_core.data.assembly import (
     CleanTables,
     ParsedFacts,
@@ -70,6 +68,7 @@ from rlhf_core.work import Work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 
 _PURPOSE: Mapping[Split, str] = {"train": "training", "eval": "evaluation"}
@@ -207,6 +206,8 @@ def _prepare(
     parts.merge(folder)
     logger.progress(1, 3, "measuring lengths")
     logger.phase("loading the tokenizer")
+    from rlhf_core.backbone.base_model import load_tokenizer  # with all of transformers
+
     shown_first = PreparedRows(folder, "demonstrations", "train")
     tokenizer = load_tokenizer(model, training_dialogues(shown_first))
     day = date.today()
@@ -268,7 +269,11 @@ def _from_files(
             "the stage as one, or write the snapshot to a file with `rlhf feedback export`"
         )
     # A fresh model's tokenizer is trained on the data, and its template rejects nothing.
-    tokenizer = load_tokenizer(model, ()) if model.source else None
+    tokenizer = None
+    if model.source:
+        from rlhf_core.backbone.base_model import load_tokenizer
+
+        tokenizer = load_tokenizer(model, ())
     # The tokens of a template with a date are counted when the date is known.
     measured = tokenizer is not None and not asks_for_the_date(tokenizer)
     files = {kind: _files(config, kind, snapshot) for kind in TABLE_KINDS}
@@ -333,7 +338,7 @@ def _parse(
     config: DataConfig,
     kind: TableKind,
     file: _File,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     put: Callable[[Row, int], None],
 ) -> ParsedSource:
     """Put in the votes or texts of a source, one after the other; return what else is known."""
@@ -393,7 +398,7 @@ def _readable(
     source: SourceRows,
     kind: TableKind,
     settings: TableConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[Row], list[Fault]]:
     """The examples with their lengths, without those with a text that the model's template or
     tokenizer rejects, which are bad rows like others."""
@@ -407,7 +412,7 @@ def _readable(
 
 
 def _measured(
-    examples: list[Row], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    examples: list[Row], answers: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Row]:
     """The examples with the tokens of their texts, as `count_tokens` counts them."""
     prompts = encode_all_prompts([example["prompt"] for example in examples], tokenizer)
@@ -425,7 +430,7 @@ def _rejected(
     fields: Sequence[str],
     source: SourceRows,
     settings: TableConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[int, Fault]:
     """Why rows are rejected, by their numbers."""
     columns = source.columns()
@@ -444,7 +449,9 @@ def _rejected(
     return faults
 
 
-def _why_rejected(text: Prompt, field: str, chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+def _why_rejected(
+    text: Prompt, field: str, chat: bool, tokenizer: "PreTrainedTokenizerBase"
+) -> str:
     try:
         if field == "prompt":
             encode_prompt(text, tokenizer)

@@ -2,11 +2,16 @@
 
 A new stage is a file in this folder and a row in `STAGES`. A stage with the output `policy` is a
 value of the setting `algorithm`, and its section has the same name.
+
+The file of a stage is imported when the stage is called: a run that begins to read data, or finds
+all its stages done, has not imported what computes with models.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -15,6 +20,7 @@ from rlhf_core.config import Section
 from rlhf_core.evaluation.card.report_card import ReportCard
 from rlhf_core.evaluation.scorecard import Scorecard
 from rlhf_core.evaluation.tournament.result import TournamentResult
+from rlhf_core.machine.imports import importing
 from rlhf_core.settings.data import SNAPSHOT, DataConfig, LengthLimits
 from rlhf_core.settings.evaluation import EvaluationConfig, ReportCardConfig
 from rlhf_core.settings.fields import TableKind
@@ -23,17 +29,6 @@ from rlhf_core.settings.model import ModelConfig, SamplingConfig
 from rlhf_core.settings.onpolicy import GRPOConfig, PPOConfig, RLOOConfig
 from rlhf_core.settings.tournament import TournamentConfig
 from rlhf_core.settings.training import DPOConfig, RewardModelConfig, SFTConfig
-from rlhf_core.stages.dpo import train_dpo
-from rlhf_core.stages.evaluation import evaluate
-from rlhf_core.stages.grpo import train_grpo
-from rlhf_core.stages.held_out import train_held_out
-from rlhf_core.stages.ppo import train_ppo
-from rlhf_core.stages.prepare import prepare_data
-from rlhf_core.stages.report_card import write_report_card
-from rlhf_core.stages.reward_model import train_reward_model
-from rlhf_core.stages.rloo import train_rloo
-from rlhf_core.stages.sft import train_sft
-from rlhf_core.stages.tournament import hold_tournament
 from rlhf_core.types import Report
 from rlhf_core.work import StageFunction, Work
 
@@ -64,6 +59,23 @@ class StageSpec:
         return self.trains and "policy" in self.outputs
 
 
+def _later(stage: str, name: str) -> StageFunction:
+    """A function in the file of a stage, which is imported when it is called."""
+
+    def call(config: Any, work: Work) -> Report:
+        function: StageFunction = getattr(load_stage(stage), name)
+        return function(config, work)
+
+    call.__module__, call.__name__ = f"{__package__}.{stage}", name
+    return call
+
+
+def load_stage(stage: str) -> ModuleType:
+    """The module of a stage of this package, imported if it was not."""
+    with importing():
+        return import_module(f"{__package__}.{stage}")
+
+
 _ON_POLICY = {"sampling": SamplingConfig}
 # the pipeline's reward model, others by name, and that of the monitor
 _REWARDS = ("reward", "reward.*", "held_out")
@@ -71,14 +83,14 @@ _REWARDS = ("reward", "reward.*", "held_out")
 STAGES: dict[str, StageSpec] = {
     "prepare": StageSpec(
         config=DataConfig,
-        function=prepare_data,
+        function=_later("prepare", "prepare_data"),
         sections={"model": ModelConfig, "limits": LengthLimits},
         optional_inputs=(SNAPSHOT,),
         outputs=("data",),
     ),
     "sft": StageSpec(
         config=SFTConfig,
-        function=train_sft,
+        function=_later("sft", "train_sft"),
         sections={"model": ModelConfig},
         inputs=("data",),
         outputs=("sft",),
@@ -87,7 +99,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "reward_model": StageSpec(
         config=RewardModelConfig,
-        function=train_reward_model,
+        function=_later("reward_model", "train_reward_model"),
         sections={"sampling": SamplingConfig},
         inputs=("sft", "data"),
         outputs=("reward",),
@@ -96,14 +108,14 @@ STAGES: dict[str, StageSpec] = {
     ),
     "report_card": StageSpec(
         config=ReportCardConfig,
-        function=write_report_card,
+        function=_later("report_card", "write_report_card"),
         sections={"sampling": SamplingConfig},
         inputs=("reward", "data", "sft"),
         result=ReportCard,
     ),
     "held_out": StageSpec(
         config=RewardModelConfig,
-        function=train_held_out,
+        function=_later("held_out", "train_held_out"),
         sections={"sampling": SamplingConfig},
         inputs=("sft", "data"),
         outputs=("held_out",),
@@ -112,7 +124,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "ppo": StageSpec(
         config=PPOConfig,
-        function=train_ppo,
+        function=_later("ppo", "train_ppo"),
         sections=_ON_POLICY,
         inputs=("reward", "sft", "data"),
         optional_inputs=_REWARDS,
@@ -122,7 +134,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "rloo": StageSpec(
         config=RLOOConfig,
-        function=train_rloo,
+        function=_later("rloo", "train_rloo"),
         sections=_ON_POLICY,
         inputs=("sft", "data"),
         optional_inputs=_REWARDS,
@@ -132,7 +144,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "grpo": StageSpec(
         config=GRPOConfig,
-        function=train_grpo,
+        function=_later("grpo", "train_grpo"),
         sections=_ON_POLICY,
         inputs=("sft", "data"),
         optional_inputs=_REWARDS,
@@ -142,7 +154,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "dpo": StageSpec(
         config=DPOConfig,
-        function=train_dpo,
+        function=_later("dpo", "train_dpo"),
         inputs=("sft", "data"),
         outputs=("policy",),
         learns={"policy": "policy"},
@@ -150,7 +162,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "tournament": StageSpec(
         config=TournamentConfig,
-        function=hold_tournament,
+        function=_later("tournament", "hold_tournament"),
         sections={"sampling": SamplingConfig, "judge": JudgeConfig},
         inputs=("policy", "data", "sft", "reward"),
         optional_inputs=("milestone.*", "judge"),
@@ -159,7 +171,7 @@ STAGES: dict[str, StageSpec] = {
     ),
     "evaluation": StageSpec(
         config=EvaluationConfig,
-        function=evaluate,
+        function=_later("evaluation", "evaluate"),
         sections={"sampling": SamplingConfig, "judge": JudgeConfig},
         inputs=("policy", "data", "sft", "reward"),
         optional_inputs=("champion", "judge"),

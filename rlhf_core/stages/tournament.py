@@ -53,11 +53,10 @@ from rlhf_core.rewards.models import load_reward_model
 from rlhf_core.seeding import generator, stream_seed
 from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.settings.model import SamplingConfig
-from rlhf_core.settings.tournament import TournamentConfig
+from rlhf_core.settings.tournament import MILESTONE, TournamentConfig
 from rlhf_core.types import Report
 from rlhf_core.work import Work
 
-MILESTONE = "milestone."  # begins the role of one among the inputs, followed by its iteration
 RESAMPLES = 1000
 _log = logging.getLogger(__name__)
 

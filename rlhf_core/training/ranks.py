@@ -9,17 +9,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_core.errors import ConfigError
+
+if TYPE_CHECKING:  # FSDP is a tenth of what a run imports, and data are prepared without it
+    from torch.distributed.fsdp import FSDPModule
 
 Strategy = Literal["ddp", "fsdp"]
 PATIENCE = timedelta(
@@ -143,6 +143,9 @@ class Ranks:
                 "FSDP cannot shard a transformer on which two networks train; use strategy ddp, "
                 "set lora_rank to 0, or train the reward model without LoRA"
             )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(self._device.type, (self.world,))
         for module in (*blocks, network):
             # No gathered weights outlive a forward pass, so none can be older than the shards.
@@ -264,18 +267,24 @@ class Ranks:
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor as a whole on the CPU, for which all ranks have to call this together; any
     other tensor unchanged."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """This rank's part of a whole tensor, sharded like `tensor` if that is sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(tensor, DTensor) or whole.shape != tensor.shape:
         return whole
     mesh, local = tensor.device_mesh, whole.to(tensor.device)
     return distribute_tensor(local, mesh, tensor.placements, src_data_rank=None)
 
 
-def _shards(network: nn.Module) -> Iterator[FSDPModule]:
+def _shards(network: nn.Module) -> "Iterator[FSDPModule]":
+    from torch.distributed.fsdp import FSDPModule
+
     return (module for module in network.modules() if isinstance(module, FSDPModule))
 
 
@@ -285,6 +294,8 @@ def _join_shards(network: nn.Module) -> None:
     FSDP takes the module with the first forward pass as the root, so the network runs one that does
     nothing. Otherwise a block that sampling calls first would become a root.
     """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     root = cast(Any, network)
     root.join_shards = lambda: None
     register_fsdp_forward_method(root, "join_shards")

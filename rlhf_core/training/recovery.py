@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from rlhf_core.backbone.directory import weights_digest
 from rlhf_core.data import prepared
 from rlhf_core.digests import content_digest
 from rlhf_core.metrics import StageLogger
@@ -86,4 +85,6 @@ def _digest(path: Path) -> str:
         return content_digest([path])[:16]
     if next(path.glob("*.safetensors"), None) is None:
         return prepared.digest(path)
+    from rlhf_core.backbone.directory import weights_digest  # with transformers' models
+
     return weights_digest(path)[:16]

@@ -36,6 +36,7 @@ class Job(BaseModel):
     home: Path  # of the installation, where registered models are found
     tracking_uri: str
     imports: Sequence[str] = ()  # modules that a run imports, so that a trial has its memory
+    checkpoint_seconds: float = 60.0  # between two checkpoints of the run
     sft_is_trained: bool = True  # else the policy answers as it does
 
 
@@ -50,6 +51,7 @@ class Tried(BaseModel):
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     memory: int = 0  # bytes, at most
+    copy_of_state: int = 0  # bytes beside them while the run writes a checkpoint
     kept: int = 0  # bytes that the run stores
     working: int = 0  # bytes that it needs on the disk meanwhile, beside
     took: float = 0.0  # the trial itself (s)

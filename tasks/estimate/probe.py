@@ -71,6 +71,7 @@ def estimate(
             snapshot=snapshot,
             home=settings.home,
             tracking_uri=settings.mlflow_uri,
+            checkpoint_seconds=settings.checkpoint_seconds,
             sft_is_trained=sft_is_trained,
             imports=imports,
         )
@@ -143,6 +144,7 @@ def _estimate(tried: Tried) -> StageEstimate:
         seconds=None if failed else tried.seconds,
         cpu_seconds=None if failed else tried.cpu_seconds,
         memory=tried.memory or None,
+        copy_of_state=tried.copy_of_state,
         kept=tried.kept,
         working=tried.working,
         measured=tried.measured,

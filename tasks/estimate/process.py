@@ -50,9 +50,12 @@ def main(path: Path) -> None:
     _end_with(job.folder)
     _settle(job)
     import tasks.steps.stage  # noqa: F401 - before the forks
+    from rlhf_core.stages.table import load_stage
 
     for module in job.imports:
         import_module(module)
+    for stage in job.stages:
+        load_stage(stage.stage)
     _say(lines, {"imported": time.monotonic() - begun, "cpu": time.process_time()})
     for number, stage in enumerate(job.stages):
         folder = job.folder / f"{number:02d}-{stage.stage}"
@@ -238,7 +241,7 @@ def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
     (job.folder / MADE).write_text(json.dumps({**made, **refs}), encoding="utf-8")
     if stage.stage == "sft":
         _measure_lengths(job, record.store.fetch(outputs.models["sft"], folder / "sft"), sections)
-    kept, working = _disk(job, stage, plan, outputs, record)
+    kept, working, state = _disk(job, stage, plan, outputs, record)
     return Tried(
         stage=stage.stage,
         says=plan.says,
@@ -246,11 +249,22 @@ def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
         seconds=seconds,
         cpu_seconds=cpu,
         memory=_peak(device),
+        copy_of_state=_copied(state, device) if seconds > job.checkpoint_seconds else 0,
         kept=kept,
         working=working,
         took=took[0],
         left_out=stage.left_out,
     )
+
+
+def _copied(state: int, device: str) -> int:
+    """Bytes of the copy of a state from which a run writes a checkpoint; 0 without room for it."""
+    import torch
+
+    from rlhf_core.machine.memory import free_memory
+    from rlhf_core.training.beside import SHARE
+
+    return state if state <= SHARE * free_memory(torch.device(device)) else 0
 
 
 def _dump(folder: Path, spans: list[Span]) -> None:
@@ -350,8 +364,11 @@ def _measure_lengths(job: Job, sft: Path, sections: Mapping[str, Any]) -> None:
     (job.folder / LENGTHS).write_text(json.dumps(found), encoding="utf-8")
 
 
-def _disk(job: Job, stage: StageJob, plan: Trial, outputs: Any, record: Any) -> tuple[int, int]:
-    """Bytes that the run keeps of a stage, and that it needs beside them while the stage runs."""
+def _disk(
+    job: Job, stage: StageJob, plan: Trial, outputs: Any, record: Any
+) -> tuple[int, int, int]:
+    """Bytes that the run keeps of a stage, that it needs beside them while the stage runs, and of
+    one checkpoint."""
     from rlhf_core.stages.table import STAGES
 
     sizes = {}
@@ -365,13 +382,13 @@ def _disk(job: Job, stage: StageJob, plan: Trial, outputs: Any, record: Any) -> 
     kept = sum(size for kind, size in sizes.items() if not kind.startswith("milestone"))
     if milestones:
         kept += int(milestones[0] * plan.once.get("saving a milestone", 0))
-    working = kept
+    state = 0
     spec = STAGES[stage.stage]
     if spec.trains:
         rank = int(stage.config.get("lora_rank", 0))
         learnt = max((sizes[k] for k in spec.outputs if k in sizes), default=0) * len(spec.learns)
-        working += 0 if rank else CHECKPOINTS_KEPT * ADAM * learnt
-    return kept, working
+        state = 0 if rank else ADAM * learnt
+    return kept, kept + CHECKPOINTS_KEPT * state, state
 
 
 if __name__ == "__main__":

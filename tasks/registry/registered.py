@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from prefect import task
 
 from rlhf_core.errors import DataError, ModelError
-from rlhf_core.stages.tournament import MILESTONE
+from rlhf_core.settings.tournament import MILESTONE
 from tasks.record import tags
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, run_of_data

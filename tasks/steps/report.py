@@ -15,7 +15,6 @@ from rlhf_core.evaluation.scorecard import Arm, Scorecard
 from rlhf_core.evaluation.tournament.result import TournamentResult
 from rlhf_core.functional.interval import Interval
 from rlhf_core.promotion.decision import Decision
-from rlhf_core.stages.evaluation import EvaluationReport
 from tasks.pages.publish import publish_report
 from tasks.prefect.ui import PrefectRun, prefect_link_lines
 from tasks.record import tags
@@ -52,6 +51,8 @@ def write_report(
     )
     record.write_page(run.run_id, text)
     record.add_tags(run.run_id, {tags.output_of(kind): ref.uri for kind, ref in models.items()})
+    from rlhf_core.stages.evaluation import EvaluationReport  # with what computes
+
     numbers = EvaluationReport(scorecard=scorecard).summary()
     if (reward_quality := report_card.quality) is not None:
         accuracy = reward_quality.accuracy._asdict()

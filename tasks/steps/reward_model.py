@@ -4,8 +4,6 @@ import logging
 
 from prefect import task
 
-from rlhf_core.backbone.base_model import outline
-from rlhf_core.backbone.networks import ScalarModel
 from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.functional.interval import Interval
 from rlhf_core.settings.model import ModelConfig, SamplingConfig
@@ -27,6 +25,9 @@ def check_base_model(model: ModelConfig) -> None:
 
     Raises: ModelError when it cannot, or the source cannot be found, reached or read.
     """
+    from rlhf_core.backbone.base_model import outline
+    from rlhf_core.backbone.networks import ScalarModel
+
     ScalarModel.outline(outline(model, vocabulary=0))
 
 

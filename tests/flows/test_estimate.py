@@ -187,7 +187,14 @@ def test_the_table_says_what_is_known_and_what_is_not(capsys, monkeypatch):
     show_estimate(
         Estimate(
             stages=[
-                StageEstimate(stage="sft", work="9 steps", seconds=125, memory=3 << 30, **common),
+                StageEstimate(
+                    stage="sft",
+                    work="9 steps",
+                    seconds=125,
+                    memory=2 << 30,
+                    copy_of_state=1 << 30,
+                    **common,
+                ),
                 StageEstimate(
                     stage="ppo", work="", seconds=None, memory=None, problem="no luck", **common
                 ),

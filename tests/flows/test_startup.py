@@ -8,6 +8,11 @@ from flows.local.supervisor import Supervisor
 from tasks.settings import Settings
 
 NOT_NEEDED = {
+    "transformers",  # what reads and computes with models: with the first that does
+    "torch.distributed.fsdp",
+    "scipy.stats",
+    "datasketch",
+    "evalica",
     "peft",  # comes with the first adapter
     "matplotlib",  # with the first figure
     "prefect.server.api",  # the server is another process
@@ -22,7 +27,7 @@ NOT_NEEDED = {
 def test_the_pipeline_loads_without_what_its_start_does_not_need():
     code = (
         "import sys; from rlhf_core.machine.imports import importing\n"
-        "with importing(): import flows.rlhf\n"
+        "with importing(): import flows.rlhf, rlhf_core.stages.prepare\n"
         f"print(sorted({NOT_NEEDED} & {{*sys.modules}}))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.encoding import Prompt, encode_all_answers, encode_all_prompts
 from rlhf_core.data.mapped.folder import opened_once
@@ -38,6 +37,9 @@ from rlhf_core.errors import DataError
 from rlhf_core.metrics import SilentLogger, StageLogger
 from rlhf_core.settings.fields import TableKind
 from rlhf_core.settings.training import Votes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORM = 1  # of the files
 _EXAMPLE = np.dtype([("untrained", "i4"), ("cut", "?")])
@@ -74,7 +76,7 @@ class Place:
     """
 
     data: Path
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     folder: Path | None = None
     logger: StageLogger = field(default_factory=SilentLogger)
 
@@ -186,7 +188,7 @@ def prompts_of(place: Place, kind: TableKind, split: Split, max_length: int) -> 
 
 def distinct_prompts(
     prompts: Iterable[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     folder: Path | None,
 ) -> Sequence[list[int]]:
@@ -367,7 +369,7 @@ def has_chats(rows: PreparedRows) -> bool:
     return any(not isinstance(row["prompt"], str) for row in rows)
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What the tokens of a text depend on."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = sorted(tokenizer.get_vocab().items()) if inner is None else inner.to_str()

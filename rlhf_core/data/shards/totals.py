@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_core.data.assembly import CleanTables, ParsedFacts, shared_prompts
 from rlhf_core.data.chat_tokens import asks_for_the_date
@@ -29,6 +29,9 @@ from rlhf_core.data.validation import (
 from rlhf_core.metrics import Between, uncounted
 from rlhf_core.settings.data import LengthLimits
 from rlhf_core.settings.fields import TABLE_KINDS, TableKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Measures:
     def __init__(
         self,
         facts: Mapping[TableKind, ParsedFacts],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         limits: LengthLimits,
     ) -> None:
         self._facts, self._tokenizer, self._limits = facts, tokenizer, limits

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple, TypeAlias
 
-import evalica
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -25,7 +24,6 @@ PRIOR = 0.5  # of a tie between every two entrants
 MARGIN = 0.2  # log-odds that the choice may be behind: 5 points of a win rate near a half
 TOLERANCE, LIMIT = 1e-9, 10_000  # of evalica's iteration
 CONFIDENCE = 0.95
-_OUTCOMES = {"a": evalica.Winner.X, "b": evalica.Winner.Y, "tie": evalica.Winner.Draw}
 
 
 class Match(NamedTuple):
@@ -156,10 +154,13 @@ def _counts(results: Iterable[Result]) -> tuple[list[_Kind], Numbers]:
 
 def _fit(kinds: Sequence[_Kind], counts: Numbers, entrants: int, prior: float) -> Numbers:
     """The strengths from how often each kind of match occurs."""
+    import evalica  # with much of scipy
+
+    outcomes = {"a": evalica.Winner.X, "b": evalica.Winner.Y, "tie": evalica.Winner.Draw}
     padding = list(combinations(range(entrants), 2)) if prior else []
     first = [kind.first for kind in kinds] + [pair[0] for pair in padding]
     second = [kind.second for kind in kinds] + [pair[1] for pair in padding]
-    winners = [_OUTCOMES[kind.winner] for kind in kinds]
+    winners = [outcomes[kind.winner] for kind in kinds]
     fitted = evalica.bradley_terry(
         first,
         second,

@@ -8,7 +8,6 @@ from prefect import task
 
 from rlhf_core.errors import UserError
 from tasks.feedback.asking.votes import opened
-from tasks.feedback.ordering.ordering import order_project
 from tasks.feedback.ordering.outcome import QueueOrder
 from tasks.feedback.ordering.publish import publish_order
 from tasks.record.record import Record
@@ -27,6 +26,8 @@ def put_in_order(project: str, settings: Settings, model: ModelRef | None = None
     Raises: DataError when there is no such feedback project, ModelError for a model that does not
         exist or is no reward model; StoreError.
     """
+    from tasks.feedback.ordering.ordering import order_project  # with what computes
+
     record = Record.open(settings)
     with opened(settings) as store:
         found = store.project(project)

@@ -28,6 +28,13 @@ def said(*stages, limit=8 * GIB, free=8 * GIB, disk=100 * GIB, **settings):
     )
 
 
+def test_the_copy_for_a_checkpoint_is_of_the_peak_and_not_of_what_has_to_fit():
+    fits = stage(memory=5 * GIB, copy_of_state=3 * GIB)
+    assert fits.peak == 8 * GIB
+    assert said(fits) == []
+    assert said(stage(memory=8 * GIB)) != []
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -21,7 +21,7 @@ from rlhf_core.onpolicy.report import describe
 from rlhf_core.onpolicy.update import optimise_policy
 from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.settings.onpolicy import OnPolicySection
-from rlhf_core.stages.table import STAGES, StageSpec, algorithms, run_stage
+from rlhf_core.stages.table import STAGES, StageSpec, algorithms, load_stage, run_stage
 from rlhf_core.training.learner import Learner
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.recovery import Recovery
@@ -42,7 +42,11 @@ def test_the_algorithms_are_what_makes_a_policy():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_named_after_its_file(name):
-    assert STAGES[name].function.__module__ == f"rlhf_core.stages.{name}"
+    called = STAGES[name].function
+    assert called.__module__ == f"rlhf_core.stages.{name}"
+    function = getattr(load_stage(name), called.__name__)
+    assert function.__module__ == called.__module__  # and not one that it imports
+    assert function.__annotations__["config"] is STAGES[name].config
 
 
 @pytest.mark.parametrize(
