@@ -148,9 +148,9 @@ class Stack:
         text = re.sub(names, lambda match: f"127.0.0.1:{self._ports[match[1]]}", text)
         text = re.sub(rf"(^|=)({inside})$", lambda m: m[1] + self._ports[m[2]], text)
         text = text.replace("0.0.0.0", "127.0.0.1")
-        for place, path in self._folders(service).items():
-            text = re.sub(rf"(^|=)({re.escape(place)})(?=/|$)", rf"\g<1>{path}", text)
-        return text
+        folders = self._folders(service)
+        places = rf"(^|=)({'|'.join(map(re.escape, folders))})(?=/|$)"
+        return re.sub(places, lambda match: f"{match[1]}{folders[match[2]]}", text)
 
     def _folders(self, service: str) -> dict[str, Path]:
         """What is mounted where in the container of a service."""
