@@ -27,7 +27,7 @@ COPY rlhf_core rlhf_core
 COPY tasks tasks
 COPY flows flows
 COPY configs configs
-RUN pip install --no-cache-dir --constraint constraints.txt '.[demo,gguf,stack]'
+RUN pip install --no-cache-dir --constraint constraints.txt '.[cluster,demo,gguf,stack]'
 
 # The root file system is read-only; libraries write their own files to /tmp.
 ENV HOME=/tmp PYTHONSAFEPATH=1

