@@ -1,0 +1,214 @@
+"""Roll-outs that a server samples: the server that stands in for vLLM, over HTTP, in a process of
+its own."""
+
+from dataclasses import replace
+
+import httpx
+import pytest
+import tiny
+import torch
+from engine_server import place, serving
+
+from rlhf_core.backbone.base_model import load_base
+from rlhf_core.backbone.directory import save_model
+from rlhf_core.backbone.networks import Policy
+from rlhf_core.backbone.sampling import PolicySampler, uniforms
+from rlhf_core.engines.remote import seeds
+from rlhf_core.errors import ConfigError, EngineError, NumericsError
+from rlhf_core.metrics import MemoryLogger
+from rlhf_core.onpolicy import experience, loop
+from rlhf_core.settings.model import SamplingConfig
+from tasks.engines import vllm
+
+torch.set_num_threads(1)
+WIDER = tiny.change(tiny.MODEL.fresh, width=32)
+VLLM = SamplingConfig(**{**dict(tiny.SAMPLING), "engine": "vllm"})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = tiny.World.build(tmp_path_factory.mktemp("world") / "world")
+    model, tokenizer = load_base(tiny.change(tiny.MODEL, fresh=WIDER), ["a room"], 0)
+    save_model(model, tokenizer, made.sft.parent / "other", kind="policy")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    """An honest server, whose root is the folder of all tests."""
+    with serving(world.sft, tmp_path_factory.getbasetemp()) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def engine(server, tmp_path):
+    return place(tmp_path, server)
+
+
+def seeded(actors):
+    """The built-in sampler with the numbers that a server makes of its seeds."""
+    own = PolicySampler(actors.policy, VLLM.temperature)
+
+    def sampler(prompts, draws, *, between):
+        rows = [
+            uniforms(1, draws.shape[1], torch.Generator().manual_seed(seed))
+            for seed in seeds(draws)
+        ]
+        return own(prompts, torch.cat(rows), between=between)
+
+    return sampler
+
+
+@pytest.fixture
+def builtin(monkeypatch):
+    """A run in one process with the same draws as those of the server."""
+
+    def run(*arguments, **settings):
+        with monkeypatch.context() as patch:
+            of = loop.engine_of
+            patch.setattr(loop, "engine_of", lambda s, w, a, _: of(s, w, a, seeded(a)))
+            return tiny.run(*arguments, **settings)
+
+    return run
+
+
+def weights(folder):
+    model = Policy.load(folder, "cpu")[0].model
+    return torch.cat([w.detach().flatten() for w in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_lora", "rloo", "grpo"])
+def test_a_run_whose_rollouts_a_server_samples_is_the_run_of_one_process(
+    name, world, engine, builtin, tmp_path
+):
+    config = tiny.CONFIGS[name]
+    ours, theirs = MemoryLogger(), MemoryLogger()
+    builtin(config, world, tmp_path / "ours", logger=ours)
+    tiny.run(config, world, tmp_path / "theirs", sampling=VLLM, engine=engine, logger=theirs)
+    of = "policy" if name.startswith("ppo") else ""
+    one, other = (weights(tmp_path / run / of) for run in ("ours", "theirs"))
+    moved = (one - weights(world.sft)).norm()
+    assert moved > 0.01
+    # The weights of importance are 1 to rounding, and AdamW's first steps make the most of it.
+    assert (one - other).norm() < 0.01 * moved
+    for (_, here), (_, there) in zip(ours.history, theirs.history, strict=True):
+        assert {n for n in there if n not in here} == {
+            "engine/kl",
+            "engine/max_gap",
+            "engine/truncated",
+            "engine/seconds",
+            "engine/sync_seconds",
+        }
+        assert {n: there[n] for n in here} == pytest.approx(here, rel=1e-3, abs=1e-5)
+        # The same weights, so the same probabilities up to rounding, and weights of 1.
+        assert there["engine/max_gap"] < 1e-4
+        assert there["engine/truncated"] < 1
+        assert there["engine/seconds"] > 0
+        assert there["engine/sync_seconds"] > 0
+    assert len(list(engine.folder.iterdir())) == 1
+
+
+def test_without_importance_weights_both_runs_are_the_same_to_the_bit(
+    world, engine, builtin, tmp_path, monkeypatch
+):
+    builtin(tiny.CONFIGS["ppo"], world, tmp_path / "ours")
+    seen = []
+
+    def dropped(rollout, config):
+        seen.append(rollout)
+        return replace(rollout, sampled=None)
+
+    monkeypatch.setattr(experience, "with_importance", dropped)
+    tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "theirs", sampling=VLLM, engine=engine)
+    assert tiny.digest(tmp_path / "theirs") == tiny.digest(tmp_path / "ours")
+    assert len(seen) == tiny.CONFIGS["ppo"].iterations
+    for rollout in seen:
+        mask = rollout.responses.mask
+        assert torch.equal(rollout.sampled != 0, mask)
+        assert torch.allclose(rollout.sampled[mask], rollout.logprobs[mask], atol=1e-4)
+
+
+def test_rows_are_spread_over_servers_that_all_have_the_new_weights(world, server, tmp_path):
+    with serving(world.sft, tmp_path) as (second, _):
+        two = place(tmp_path, server, second)
+        found = MemoryLogger()
+        tiny.run(
+            tiny.CONFIGS["ppo"], world, tmp_path / "a", sampling=VLLM, engine=two, logger=found
+        )
+        asked = {
+            address: httpx.get(f"{address}/weight_info").json()["weight_version"]
+            for address in two.addresses
+        }
+    assert len(set(asked.values())) == 1
+    one = MemoryLogger()
+    engine = place(tmp_path / "one", server)
+    tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "b", sampling=VLLM, engine=engine, logger=one)
+    for (_, here), (_, there) in zip(found.history, one.history, strict=True):
+        assert {n: v for n, v in here.items() if "seconds" not in n} == {
+            n: v for n, v in there.items() if "seconds" not in n
+        }
+
+
+LIES = {
+    "short": "it stops after 1 tokens without one that ends it",
+    "many": r"it has \d+ tokens, and 1 to 8 were asked for",
+    "outside": r"token 100000 is not in the vocabulary of 290",
+    "float": "gave a reply that cannot be read .TypeError: 7.0 is no token id",
+    "fewer": r"it has (\d) tokens and \d log-probabilities",
+    "absent": "gave a reply that cannot be read .TypeError",
+    "nan": "-9999.0 is not the log-probability of a token that was drawn",
+    "positive": "0.5 is not the log-probability of a token that was drawn",
+    "unversioned": "gave a reply that cannot be read .TypeError",
+    "error": r"refused /inference/v1/generate \(500 Internal Server Error\); look into its log",
+    "raw": "with --logprobs-mode processed_logprobs",
+    "restarted": r"drew with the weights 'default', and not with those that it was given",
+    "dies": r"cannot be reached \(.*\); start it, or correct RLHF_VLLM_URLS, then repeat",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_stops_the_run_and_is_named(lie, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "PAUSES", (0.01,))
+    with serving(world.sft, tmp_path, lie=lie) as (address, _):
+        with pytest.raises(EngineError, match=LIES[lie]) as caught:
+            run_vllm(world, tmp_path, address)
+        assert f"the server at {address} " in str(caught.value)
+
+
+def run_vllm(world, tmp_path, *addresses, config=tiny.CONFIGS["ppo"], sampling=VLLM, **settings):
+    engine = place(tmp_path, *addresses)
+    tiny.run(config, world, tmp_path / "out", sampling=sampling, engine=engine, **settings)
+
+
+def test_a_server_that_keeps_its_old_weights_is_caught_by_the_gap(world, tmp_path):
+    config = tiny.change(tiny.CONFIGS["ppo"], learning_rate=0.1, update_kl_limit=0, iterations=5)
+    with serving(world.sft, tmp_path, lie="stale") as (address, _):
+        with pytest.raises(NumericsError, match="nats a token away from the policy") as caught:
+            run_vllm(world, tmp_path, address, config=config)
+    assert "beyond sampling.max_engine_kl 0.1: it computes another distribution" in str(
+        caught.value
+    )
+
+
+def test_what_a_server_cannot_do_is_said_before_anything_is_sampled(
+    world, server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(vllm, "PAUSES", (0.01,))
+    with pytest.raises(ConfigError, match="was given no servers; set RLHF_VLLM_URLS where it runs"):
+        tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "out", sampling=VLLM)
+    with pytest.raises(EngineError, match="127.0.0.1:1 cannot be reached"):
+        run_vllm(world, tmp_path, "http://127.0.0.1:1")
+    client = place(tmp_path, server).connect()
+    client.check(32)
+    with pytest.raises(EngineError, match="reads texts of at most 32 tokens, and .* asks for 33"):
+        client.check(33)
+    outside = tmp_path_factory_root(tmp_path)
+    with pytest.raises(EngineError, match=r"could not load .* \(403 .*is not under the root"):
+        client.load(outside, "1")
+    with pytest.raises(EngineError, match=r"could not load .* \(500 .*weights of other shapes"):
+        client.load(world.sft.parent / "other", "1")
+    client.check(32)  # and it answers again
+
+
+def tmp_path_factory_root(tmp_path):
+    return tmp_path.parents[1]
