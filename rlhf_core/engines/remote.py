@@ -74,7 +74,7 @@ class Remote:
     def _publish(self, version: str) -> None:
         folder = self._folder / version
         part = folder.with_suffix(".part")
-        self._policy.save(self._tokenizer, part, {})
+        self._policy.save(self._tokenizer, part, {}, untied=True)
         part.rename(folder)
         self._client.load(folder, version)
         # The servers may read theirs again, so it stays until they have the next.

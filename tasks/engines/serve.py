@@ -2,6 +2,8 @@
 
     python -m tasks.engines.serve --model FOLDER --root FOLDER [--host 127.0.0.1] [--port 8000]
 
+FOLDER of the model is one that `tasks.engines.folder` wrote.
+
 It stands in for vLLM where there is none: to try the whole way over HTTP on a laptop, and in the
 tests. Prompts are answered one after the other, each by itself, so that a seed gives the same
 answer whatever else is asked: it is no faster than the training. Weights are read from folders
@@ -187,7 +189,8 @@ def create_app(engine: Engine) -> FastAPI:
     async def models() -> dict[str, Any]:
         """The model, and the longest text."""
         name = str(engine.model)
-        return {"object": "list", "data": [{"id": name, "max_model_len": engine.longest}]}
+        model = {"id": name, "root": name, "max_model_len": engine.longest}
+        return {"object": "list", "data": [model]}
 
     @app.post("/inference/v1/generate")
     async def generate(asked: Generate) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import httpx
 
+from rlhf_core.backbone.pretrained import is_tied
 from rlhf_core.engines.client import Answer, Question, Rules
 from rlhf_core.errors import EngineError
 from tasks.judges.parallel import in_parallel
@@ -129,6 +130,13 @@ class _Server:
                 f"max_new_tokens asks for {context}; start it with --max-model-len {context} or "
                 "more, or lower the settings"
             )
+        root = self._read(models, lambda read: Path(str(read["data"][0].get("root", ""))))
+        if (root / "config.json").is_file() and is_tied(root):
+            self._fail(
+                f"was started with {root}, whose head shares the weights of the embeddings; such a "
+                "head is not renewed with them. Write a folder without that by python -m "
+                "tasks.engines.folder, and start the server with it"
+            )
         reply = self._request("GET", "/weight_info")
         if reply.status_code == 404:
             self._fail("takes no weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment")
@@ -201,11 +209,13 @@ class _Server:
 
     def _answer(self, reply: Any) -> Answer:
         (choice,) = reply["choices"]
-        versions = {str(span["version"]) for span in choice["weight_versions"]}
+        tokens = [_whole(token) for token in choice["token_ids"]]
+        spans = [(s["version"], s["start"], s["end"]) for s in choice["weight_versions"]]
+        whole = len(spans) == 1 and spans[0][1:] == (0, len(tokens))
         return Answer(
-            tokens=[_whole(token) for token in choice["token_ids"]],
+            tokens=tokens,
             logprobs=_logprobs(choice["logprobs"]),
-            version=" and ".join(sorted(versions)),
+            version=str(spans[0][0]) if whole else " and ".join(str(s[0]) for s in spans),
             source=self._address,
         )
 

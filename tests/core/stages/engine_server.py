@@ -2,7 +2,7 @@
 
     python -m engine_server --model FOLDER --root FOLDER --port N
 
-The second is told by the variable LIE what to do wrong.
+The second is told by the file LIE in its root what to do wrong.
 """
 
 import os
@@ -22,18 +22,18 @@ FACTORY = "tasks.engines.vllm:VllmClient"
 
 
 @contextmanager
-def serving(model, root, *, lie="", port=None):
+def serving(model, root, *, lies=False, port=None):
     """The address of a server, which ends with the block, and its process."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = port or found.getsockname()[1]
-    module = "engine_server" if lie else "tasks.engines.serve"
+    module = "engine_server" if lies else "tasks.engines.serve"
     command = [sys.executable, "-P", "-m", module, "--model", str(model), "--root", str(root)]
     here = [str(Path(__file__).parent), str(Path(serve.__file__).parents[2])]
     path = os.pathsep.join([*here, os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [*command, "--port", str(port)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LIE": lie, "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -58,34 +58,44 @@ def place(folder, *addresses):
 
 
 class Liar(serve.Engine):
-    """A server that does what LIE says, once it has been given weights."""
+    """A server that does what the file LIE says, once it has been given weights."""
 
-    lie = os.environ.get("LIE", "")
-    loads = 0
+    loads, lie = 0, ""
 
     async def reload(self, folder):
+        found = (self._root / "LIE").read_text()
+        if found != self.lie:
+            self.lie, self.loads = found, 0
         self.loads += 1
-        if self.lie != "stale" or self.loads < 2:
-            await super().reload(folder)
+        if self.lie == "stale" and self.loads > 1:
+            return
+        old = self._policy.model.get_output_embeddings().weight
+        await super().reload(folder)
+        if self.lie == "stale head" and self.loads > 1:
+            self._policy.model.get_output_embeddings().weight = old
 
     def draw(self, asked):
         if self.lie == "restarted" and self.loads > 1:
             self.version = "default"
-        if self.lie == "raw":  # log-probabilities before the temperature
-            return self._raw(asked)
         found = super().draw(asked)
-        if not self.loads:  # the trial is honest
-            return found
         content = found["logprobs"]["content"]
+        if asked.sampling_params.top_k == 1:  # the trial of the client
+            if (self._root / "LIE").read_text() == "raw":
+                content[0]["logprob"] = -2.5
+            return found
+        with (self._root / "ASKED").open("a") as file:
+            file.write(".")
         match self.lie:
             case "dies":
                 os._exit(1)
             case "short":
                 del found["token_ids"][1:], content[1:]
                 found["token_ids"][0] = 7
+                found["weight_versions"][0]["end"] = 1
             case "many":
                 found["token_ids"] += [7] * 20
                 content += [{"token_id": 7, "logprob": -1.0}] * 20
+                found["weight_versions"][0]["end"] += 20
             case "outside":
                 found["token_ids"][0] = 100_000
             case "float":
@@ -100,17 +110,12 @@ class Liar(serve.Engine):
                 content[0]["logprob"] = 0.5
             case "unversioned":
                 found["weight_versions"] = None
+            case "between":  # new weights came while it was drawn
+                found["weight_versions"][0]["start"] = 1
+                found["weight_versions"].insert(0, {"version": "older", "start": 0, "end": 1})
             case "error":
                 raise RuntimeError("out of memory")
         return found
-
-    def _raw(self, asked):
-        how = asked.sampling_params
-        if how.top_k == 1:  # as it was before all but the likeliest token were left out
-            found = super().draw(asked)
-            found["logprobs"]["content"][0]["logprob"] = -2.5
-            return found
-        return super().draw(asked)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import httpx
 import pytest
 import tiny
 import torch
+import uvicorn
 from engine_server import place, serving
 
 from rlhf_core.backbone.base_model import load_base
@@ -18,7 +19,9 @@ from rlhf_core.errors import ConfigError, EngineError, NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy import experience, loop
 from rlhf_core.settings.model import SamplingConfig
-from tasks.engines import vllm
+from tasks.engines import serve, vllm
+from tasks.engines.folder import write_folder
+from tasks.settings import read_settings
 
 torch.set_num_threads(1)
 WIDER = tiny.change(tiny.MODEL.fresh, width=32)
@@ -34,15 +37,36 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(world, tmp_path_factory):
+def untied(world):
+    """What a server is started with."""
+    folder = world.sft.parent / "untied"
+    write_folder(str(world.sft), folder, read_settings())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(untied, tmp_path_factory):
     """An honest server, whose root is the folder of all tests."""
-    with serving(world.sft, tmp_path_factory.getbasetemp()) as (address, _):
+    with serving(untied, tmp_path_factory.getbasetemp()) as (address, _):
         yield address
 
 
 @pytest.fixture
 def engine(server, tmp_path):
     return place(tmp_path, server)
+
+
+@pytest.fixture(scope="module")
+def liar(world, untied, tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    (root / "LIE").write_text("")
+    with serving(untied, root, lies=True) as (address, _):
+        yield address, root / "LIE"
+
+
+def run_vllm(world, tmp_path, *addresses, config=tiny.CONFIGS["ppo"], sampling=VLLM, **settings):
+    engine = place(tmp_path, *addresses)
+    tiny.run(config, world, tmp_path / "out", sampling=sampling, engine=engine, **settings)
 
 
 def seeded(actors):
@@ -128,25 +152,65 @@ def test_without_importance_weights_both_runs_are_the_same_to_the_bit(
         assert torch.allclose(rollout.sampled[mask], rollout.logprobs[mask], atol=1e-4)
 
 
-def test_rows_are_spread_over_servers_that_all_have_the_new_weights(world, server, tmp_path):
-    with serving(world.sft, tmp_path) as (second, _):
-        two = place(tmp_path, server, second)
-        found = MemoryLogger()
-        tiny.run(
-            tiny.CONFIGS["ppo"], world, tmp_path / "a", sampling=VLLM, engine=two, logger=found
-        )
-        asked = {
-            address: httpx.get(f"{address}/weight_info").json()["weight_version"]
-            for address in two.addresses
-        }
-    assert len(set(asked.values())) == 1
-    one = MemoryLogger()
-    engine = place(tmp_path / "one", server)
-    tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "b", sampling=VLLM, engine=engine, logger=one)
-    for (_, here), (_, there) in zip(found.history, one.history, strict=True):
-        assert {n: v for n, v in here.items() if "seconds" not in n} == {
-            n: v for n, v in there.items() if "seconds" not in n
-        }
+def test_rows_are_spread_over_servers_that_all_have_the_new_weights(world, server, liar, tmp_path):
+    second, told = liar
+    told.write_text("")
+    two, found, config = place(tmp_path, server, second), MemoryLogger(), tiny.CONFIGS["ppo"]
+    tiny.run(config, world, tmp_path / "a", sampling=VLLM, engine=two, logger=found)
+    versions = {httpx.get(f"{a}/weight_info").json()["weight_version"] for a in two.addresses}
+    assert versions == {folder.name for folder in two.folder.iterdir()}
+    assert len(versions) == 1
+    one, engine = MemoryLogger(), place(tmp_path / "one", server)
+    tiny.run(config, world, tmp_path / "b", sampling=VLLM, engine=engine, logger=one)
+    assert without_seconds(found.history) == without_seconds(one.history)
+    assert told.with_name("ASKED").stat().st_size == 3 * 4  # half of 8 rows in 3 iterations
+
+
+def without_seconds(history):
+    return [{n: v for n, v in values.items() if "seconds" not in n} for _, values in history]
+
+
+@pytest.mark.parametrize("lie", ["stale", "stale head"])
+def test_a_server_that_keeps_old_weights_is_caught_by_the_gap(lie, world, liar, tmp_path):
+    config = tiny.change(tiny.CONFIGS["ppo"], learning_rate=0.1, update_kl_limit=0, iterations=5)
+    address, told = liar
+    told.write_text(lie)
+    says = "nats a token away .* beyond sampling.max_engine_kl 0.1: it computes another distribut"
+    with pytest.raises(NumericsError, match=says):
+        run_vllm(world, tmp_path, address, config=config)
+
+
+def test_what_a_server_cannot_do_is_said_before_anything_is_sampled(
+    world, server, tmp_path, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr(vllm, "PAUSES", (0.01,))
+    with pytest.raises(ConfigError, match="was given no servers; set RLHF_VLLM_URLS where it runs"):
+        tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "out", sampling=VLLM)
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:1 cannot be reached"):
+        run_vllm(world, tmp_path, "http://127.0.0.1:1")
+    client = place(tmp_path, server).connect()
+    client.check(32)
+    with pytest.raises(EngineError, match=r"reads texts of at most 32 tokens, and .* asks for 33"):
+        client.check(33)
+    outside = tmp_path_factory.getbasetemp().parent
+    with pytest.raises(EngineError, match=r"could not load .* \(403 .*is not under the root"):
+        client.load(outside, "1")
+    with pytest.raises(EngineError, match=r"could not load .* \(500 .*weights of other shapes"):
+        client.load(world.sft.parent / "other", "1")
+    client.check(32)  # and it answers again
+
+
+def test_a_server_whose_head_is_tied_is_refused(world, tmp_path):
+    app = serve.create_app(serve.Engine(world.sft, tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        here = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=here.run, kwargs={"sockets": [listening]})
+        thread.start()
+        says = r"whose head shares .* python -m tasks\.engines\.folder, and start"
+        with pytest.raises(EngineError, match=says):
+            run_vllm(world, tmp_path, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        here.should_exit = True
+        thread.join()
 
 
 LIES = {
@@ -162,53 +226,16 @@ LIES = {
     "error": r"refused /inference/v1/generate \(500 Internal Server Error\); look into its log",
     "raw": "with --logprobs-mode processed_logprobs",
     "restarted": r"drew with the weights 'default', and not with those that it was given",
+    "between": r"drew with the weights 'older and [0-9a-f]{16}', and not with",
     "dies": r"cannot be reached \(.*\); start it, or correct RLHF_VLLM_URLS, then repeat",
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_server_that_lies_stops_the_run_and_is_named(lie, world, tmp_path, monkeypatch):
+def test_a_server_that_lies_stops_the_run_and_is_named(lie, world, liar, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "PAUSES", (0.01,))
-    with serving(world.sft, tmp_path, lie=lie) as (address, _):
-        with pytest.raises(EngineError, match=LIES[lie]) as caught:
-            run_vllm(world, tmp_path, address)
-        assert f"the server at {address} " in str(caught.value)
-
-
-def run_vllm(world, tmp_path, *addresses, config=tiny.CONFIGS["ppo"], sampling=VLLM, **settings):
-    engine = place(tmp_path, *addresses)
-    tiny.run(config, world, tmp_path / "out", sampling=sampling, engine=engine, **settings)
-
-
-def test_a_server_that_keeps_its_old_weights_is_caught_by_the_gap(world, tmp_path):
-    config = tiny.change(tiny.CONFIGS["ppo"], learning_rate=0.1, update_kl_limit=0, iterations=5)
-    with serving(world.sft, tmp_path, lie="stale") as (address, _):
-        with pytest.raises(NumericsError, match="nats a token away from the policy") as caught:
-            run_vllm(world, tmp_path, address, config=config)
-    assert "beyond sampling.max_engine_kl 0.1: it computes another distribution" in str(
-        caught.value
-    )
-
-
-def test_what_a_server_cannot_do_is_said_before_anything_is_sampled(
-    world, server, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(vllm, "PAUSES", (0.01,))
-    with pytest.raises(ConfigError, match="was given no servers; set RLHF_VLLM_URLS where it runs"):
-        tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "out", sampling=VLLM)
-    with pytest.raises(EngineError, match="127.0.0.1:1 cannot be reached"):
-        run_vllm(world, tmp_path, "http://127.0.0.1:1")
-    client = place(tmp_path, server).connect()
-    client.check(32)
-    with pytest.raises(EngineError, match="reads texts of at most 32 tokens, and .* asks for 33"):
-        client.check(33)
-    outside = tmp_path_factory_root(tmp_path)
-    with pytest.raises(EngineError, match=r"could not load .* \(403 .*is not under the root"):
-        client.load(outside, "1")
-    with pytest.raises(EngineError, match=r"could not load .* \(500 .*weights of other shapes"):
-        client.load(world.sft.parent / "other", "1")
-    client.check(32)  # and it answers again
-
-
-def tmp_path_factory_root(tmp_path):
-    return tmp_path.parents[1]
+    address, told = liar
+    told.write_text(lie)
+    with pytest.raises(EngineError, match=LIES[lie]) as caught:
+        run_vllm(world, tmp_path, address)
+    assert f"the server at {address} " in str(caught.value)
