@@ -1,6 +1,8 @@
 """Roll-outs that a server samples: the server that stands in for vLLM, over HTTP, in a process of
 its own."""
 
+import socket
+import threading
 from dataclasses import replace
 
 import httpx
