@@ -1,9 +1,13 @@
 """Roll-outs that a server samples: the server that stands in for vLLM, over HTTP, in a process of
 its own."""
 
+import hashlib
+import json
+import re
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,10 +21,12 @@ from rlhf_core.backbone.directory import save_model
 from rlhf_core.backbone.networks import Policy
 from rlhf_core.backbone.sampling import PolicySampler, uniforms
 from rlhf_core.engines.remote import seeds
-from rlhf_core.errors import ConfigError, EngineError, NumericsError
+from rlhf_core.errors import CheckpointError, ConfigError, EngineError, NumericsError
+from rlhf_core.launch import Job, launch
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy import experience, loop
 from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.training.recovery import Recovery
 from tasks.engines import serve, vllm
 from tasks.engines.folder import write_folder
 from tasks.settings import read_settings
@@ -213,6 +219,101 @@ def test_a_server_whose_head_is_tied_is_refused(world, tmp_path):
             run_vllm(world, tmp_path, f"http://127.0.0.1:{listening.getsockname()[1]}")
         here.should_exit = True
         thread.join()
+
+
+def test_a_run_that_is_stopped_in_an_iteration_finishes_it_with_what_was_sampled(
+    world, server, tmp_path
+):
+    config, engine = tiny.CONFIGS["ppo"], place(tmp_path, server)
+    whole, parts = MemoryLogger(), MemoryLogger()
+    tiny.run(config, world, tmp_path / "whole", sampling=VLLM, engine=engine, logger=whole)
+
+    class Stops(MemoryLogger):
+        def phase(self, what, done=0, total=0):
+            if what.startswith("updating, batch 2") and len(self.history) == 1:
+                raise KeyError  # in the second iteration, after its first update
+
+    recovery = Recovery(tmp_path / "checkpoints", every_seconds=0)
+    resumed = {"sampling": VLLM, "recovery": recovery}
+    with pytest.raises(KeyError):
+        tiny.run(config, world, tmp_path / "out", engine=engine, logger=Stops(), **resumed)
+    state = tiny.newest(recovery.directory)["positions"]["iteration"]
+    kept = state["rollout"]
+    assert torch.allclose(kept.sampled, kept.logprobs, atol=1e-4)
+    assert kept.importance.shape == kept.logprobs.shape
+    assert state["spent"].keys() == {"engine/seconds", "engine/sync_seconds"}
+    tiny.run(config, world, tmp_path / "out", engine=engine, logger=parts, **resumed)
+    assert without_seconds(parts.history) == without_seconds(whole.history)
+    assert parts.history[1][1]["engine/seconds"] == state["spent"]["engine/seconds"]
+    assert tiny.digest(tmp_path / "out") == tiny.digest(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_a_run_without_engines_goes_on(world, tmp_path):
+    config, recovery = tiny.CONFIGS["ppo"], Recovery(tmp_path / "checkpoints", every_seconds=0)
+
+    class Stops(MemoryLogger):
+        def phase(self, what, done=0, total=0):
+            if what.startswith("updating, batch 2"):
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        tiny.run(config, world, tmp_path / "out", recovery=recovery, logger=Stops())
+    newest = max(recovery.directory.iterdir())
+    manifest = json.loads((newest / "manifest.json").read_bytes())
+    # As an earlier version wrote it.
+    assert not [name for name in manifest["identity"] if "engine" in name or "importance" in name]
+    state = tiny.newest(recovery.directory)
+    del state["positions"]["iteration"]["spent"]
+    rollout = state["positions"]["iteration"]["rollout"]
+    for name in ("sampled", "importance"):
+        object.__delattr__(rollout, name)
+    torch.save(state, newest / "state.pt")
+    content = (newest / "state.pt").read_bytes()
+    manifest |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    tiny.run(config, world, tmp_path / "out", recovery=recovery)
+    tiny.run(config, world, tmp_path / "whole")
+    assert tiny.digest(tmp_path / "out") == tiny.digest(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"sampling\.engine was missing and is now vllm"):
+        run_vllm(world, tmp_path, "http://127.0.0.1:1", recovery=recovery)
+
+
+def test_what_is_logged_is_what_the_page_of_metrics_defines(world, server, tmp_path):
+    log = MemoryLogger()
+    run_vllm(
+        world, tmp_path, server, config=tiny.change(tiny.CONFIGS["ppo"], iterations=1), logger=log
+    )
+    page = (Path(tiny.__file__).parents[3] / "docs" / "metrics.md").read_text()
+    defined = set(re.findall(r"^\| `(engine/\w+)` \|", page, re.M))
+    assert defined == {name for name in log.history[0][1] if name.startswith("engine/")}
+
+
+@pytest.mark.faults
+def test_two_ranks_ask_for_their_own_rows_and_one_sends_the_weights(world, server, tmp_path):
+    config = tiny.CONFIGS["rloo"]
+    alone, both = MemoryLogger(), MemoryLogger()
+    tiny.run(
+        config, world, tmp_path / "a", sampling=VLLM, engine=place(tmp_path, server), logger=alone
+    )
+    work = tiny.work_of(
+        "rloo", world, tmp_path / "b", sampling=VLLM, engine=place(tmp_path / "two", server)
+    )
+    launch(Job.of("rloo", config, work, processes=2, strategy="ddp"), both)
+    for (_, one), (_, two) in zip(alone.history, both.history, strict=True):
+        names = [name for name in one if "seconds" not in name]
+        assert {n: two[n] for n in names} == pytest.approx(
+            {n: one[n] for n in names}, rel=1e-3, abs=1e-4
+        )
+        assert two["engine/seconds"] > 0
+    assert len(list((tmp_path / "two" / "weights").iterdir())) == 1
+
+
+def test_seeds_are_one_for_each_row_and_keep_the_order_of_the_draws():
+    draws = torch.tensor([[0.5, 0.25, 0.9], [0.0, 0.0, 0.0], [1 - 2**-24, 1 - 2**-24, 0.0]])
+    assert seeds(draws) == [2**23 + 2**22 * 2**24, 0, 2**48 - 1]
+    assert seeds(draws[:, :1]) == [2**23, 0, 2**24 - 1]
+    many = uniforms(4096, 2, torch.Generator().manual_seed(0))
+    assert len(set(seeds(many))) == 4096
 
 
 LIES = {
