@@ -2,7 +2,7 @@
 this package need not know how servers are reached."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -67,7 +67,7 @@ class Client(Protocol):
         Raises: EngineError when one of them does not.
         """
 
-    def answers(self, questions: Sequence[Question], rules: Rules) -> Iterator[tuple[int, Answer]]:
+    def answers(self, questions: Sequence[Question], rules: Rules) -> Generator[tuple[int, Answer]]:
         """The number of each question and its answer, as they come.
 
         Raises: EngineError when one is not answered.

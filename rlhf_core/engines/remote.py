@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -105,14 +106,15 @@ class Remote:
         finished = torch.zeros(len(draws), dtype=torch.bool)
         tell = between("sampling", len(questions))
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        for row, answer in self._client.answers(questions, rules):
-            tell()
-            self._require(answer, rules, vocabulary)
-            length = len(answer.tokens)
-            tokens[row, :length] = torch.tensor(answer.tokens)
-            mask[row, :length] = True
-            logprobs[row, :length] = torch.tensor(answer.logprobs)
-            finished[row] = answer.tokens[-1] in rules.ends
+        with closing(self._client.answers(questions, rules)) as answers:
+            for row, answer in answers:
+                tell()
+                self._require(answer, rules, vocabulary)
+                length = len(answer.tokens)
+                tokens[row, :length] = torch.tensor(answer.tokens)
+                mask[row, :length] = True
+                logprobs[row, :length] = torch.tensor(answer.logprobs)
+                finished[row] = answer.tokens[-1] in rules.ends
         length = int(mask.any(0).sum())
         device = batch.mask.device
         self._seconds["engine/seconds"] = time.monotonic() - began

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
@@ -58,13 +58,6 @@ class Weights(BaseModel):
     """A folder with weights."""
 
     weights_path: Path
-
-
-class Reload(BaseModel):
-    """The one method that may be called from outside."""
-
-    method: Literal["reload_weights"]
-    arguments: Weights = Field(alias="kwargs")
 
 
 class NewVersion(BaseModel):
@@ -212,10 +205,12 @@ def create_app(engine: Engine) -> FastAPI:
         return {"status": "resumed"}
 
     @app.post("/collective_rpc")
-    async def collective_rpc(asked: Reload) -> dict[str, Any]:
-        """Take over weights."""
+    async def collective_rpc(
+        method: Annotated[Literal["reload_weights"], Body()], kwargs: Annotated[Weights, Body()]
+    ) -> dict[str, Any]:
+        """Take over weights: the one method that may be called from outside."""
         try:
-            await engine.reload(asked.arguments.weights_path)
+            await engine.reload(kwargs.weights_path)
         except PermissionError as error:
             raise HTTPException(403, str(error)) from None
         except (UserError, LookupError) as error:

@@ -13,7 +13,7 @@ processed_logprobs (docs/engines.md). Its calls, as of vLLM 0.32:
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ class VllmClient:
             for _ in loaded:
                 pass
 
-    def answers(self, questions: Sequence[Question], rules: Rules) -> Iterator[tuple[int, Answer]]:
+    def answers(self, questions: Sequence[Question], rules: Rules) -> Generator[tuple[int, Answer]]:
         """The number of each question and its answer, as they come.
 
         Raises: EngineError when one is not answered.
