@@ -248,7 +248,7 @@ def test_a_run_that_is_stopped_in_an_iteration_finishes_it_with_what_was_sampled
     assert tiny.digest(tmp_path / "out") == tiny.digest(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_a_run_without_engines_goes_on(world, tmp_path):
+def test_a_checkpoint_of_a_run_without_engines_goes_on(world, server, tmp_path):
     config, recovery = tiny.CONFIGS["ppo"], Recovery(tmp_path / "checkpoints", every_seconds=0)
 
     class Stops(MemoryLogger):
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_a_run_without_engines_goes_on(world, tmp_path):
     tiny.run(config, world, tmp_path / "whole")
     assert tiny.digest(tmp_path / "out") == tiny.digest(tmp_path / "whole")
     with pytest.raises(CheckpointError, match=r"sampling\.engine was missing and is now vllm"):
-        run_vllm(world, tmp_path, "http://127.0.0.1:1", recovery=recovery)
+        run_vllm(world, tmp_path, server, recovery=recovery)
 
 
 def test_what_is_logged_is_what_the_page_of_metrics_defines(world, server, tmp_path):

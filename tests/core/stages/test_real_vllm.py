@@ -34,7 +34,8 @@ PPO = tiny.change(
 def world(tmp_path_factory):
     made = tiny.World.build(tmp_path_factory.mktemp("world") / "world")
     folder = made.data.parent / "wider"
-    made = replace(made, sft=folder / "sft", reward=folder / "reward")
+    reward = folder / "reward"
+    made = replace(made, sft=folder / "sft", reward=reward, reward_adapter=reward)
     longer = {"epochs": 12, "learning_rate": 1e-2}
     tiny.run(tiny.change(tiny.CONFIGS["sft"], **longer), made, made.sft, model=MODEL)
     tiny.run(tiny.change(tiny.CONFIGS["reward_model"], **longer), made, made.reward, model=MODEL)
@@ -61,7 +62,8 @@ def mean_of_last(log, name, number=3):
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_lora"])
 def test_a_run_with_vllm_reaches_what_the_built_in_one_does(name, world, address, tmp_path):
-    config = tiny.change(PPO, **tiny.LORA, learning_rate=1e-2) if name == "ppo_lora" else PPO
+    lora = {"lora_rank": 8, "learning_rate": 1e-2}
+    config = tiny.change(PPO, **lora) if name == "ppo_lora" else PPO
     ours, theirs = MemoryLogger(), MemoryLogger()
     tiny.run(config, world, tmp_path / "ours", logger=ours)
     engine = place(tmp_path, address)
