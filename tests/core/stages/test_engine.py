@@ -278,6 +278,28 @@ def test_a_checkpoint_of_a_run_without_engines_goes_on(world, server, tmp_path):
         run_vllm(world, tmp_path, server, recovery=recovery)
 
 
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
+def test_the_update_weighs_every_token(name, world, tmp_path, monkeypatch):
+    config = tiny.CONFIGS[name]
+    if name == "grpo":
+        config = tiny.change(config, kl_coef=0)  # the KL in its loss has no weights
+
+    def run(to, weight):
+        def weighted(rollout, _):
+            return replace(rollout, importance=torch.full_like(rollout.logprobs, weight))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experience, "with_importance", weighted)
+            tiny.run(config, world, tmp_path / to)
+        return weights(tmp_path / to / ("policy" if name == "ppo" else ""))
+
+    tiny.run(config, world, tmp_path / "plain")
+    plain = weights(tmp_path / "plain" / ("policy" if name == "ppo" else ""))
+    assert run("one", 1.0).equal(plain)
+    assert run("zero", 0.0).equal(weights(world.sft))
+    assert not plain.equal(weights(world.sft))
+
+
 def test_what_is_logged_is_what_the_page_of_metrics_defines(world, server, tmp_path):
     log = MemoryLogger()
     run_vllm(
