@@ -31,6 +31,7 @@ from work import add_arguments, pairs, prompts, sft_rows
 from rlhf_core.backbone.networks import Network, Policy, ScalarModel, start_adapter
 from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.pairs import Pair
+from rlhf_core.engines.engine import Builtin
 from rlhf_core.onpolicy.experience import Collector, PromptTable
 from rlhf_core.rewards.scoring import load_reward
 from rlhf_core.seeding import generator
@@ -83,7 +84,9 @@ def run_ppo(arguments: argparse.Namespace, clock: Clock) -> Iterator[int]:
             max_length=sampling.max_length,
             loaded=networks.rewards,
         ),
-        sampler=PolicySampler(networks.policy, sampling.temperature),
+        engine=Builtin(
+            PolicySampler(networks.policy, sampling.temperature), networks.policy, sampling
+        ),
         config=config,
         sampling=sampling,
         draws=generator(arguments.seed, "benchmark"),

@@ -395,6 +395,7 @@ def validate(
     from rlhf_core.rewards.functions import load_function
     from rlhf_core.settings.data import LATEST
     from rlhf_core.settings.judge import ENDPOINT, PEOPLE
+    from rlhf_core.settings.onpolicy import OnPolicySection
     from rlhf_core.stages.prepare import inspect
     from tasks.feedback.asking.votes import votes_now
     from tasks.record.terminal import on_terminal
@@ -411,6 +412,8 @@ def validate(
             from tasks.feedback.asking.batches import nobody_to_ask
 
             nobody = nobody_to_ask(pipeline.judge.people, pipeline.project, settings)
+        if pipeline.sampling.engine == "vllm" and isinstance(pipeline.policy, OnPolicySection):
+            _ = settings.vllm_addresses
         unchecked = ""
         if pipeline.registered_models:
             from tasks.registry.check import check_models  # MLflow takes seconds

@@ -20,6 +20,7 @@ from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
+from tasks.steps.engine import check_engine
 from tasks.steps.evaluation import evaluate
 from tasks.steps.judge import check_judge
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
@@ -120,6 +121,7 @@ def train_models(
     """
     other_rewards = find_rewards(config.policy, config.evaluation.true_reward)
     check_judge(config.judge, run.project)
+    check_engine(config.policy, config.sampling)
     if config.model.source and not (config.sft.reuse or config.reward_model.reuse):
         check_base_model(config.model)
     data = prepare_data(config.data, config.model, config.length_limits, run)

@@ -26,6 +26,7 @@ from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.registry.registered import find_data, find_milestones, find_model, find_parent
 from tasks.steps.data import prepare_data
+from tasks.steps.engine import check_engine
 from tasks.steps.judge import check_judge
 from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
@@ -177,6 +178,8 @@ def stage_flow(
     def run_stage(config: RunConfig) -> Any:
         if "judge" in spec.sections:
             check_judge(config.judge, config.project)  # type: ignore[attr-defined]
+        if "sampling" in spec.sections:
+            check_engine(getattr(config, stage), config.sampling)  # type: ignore[attr-defined]
         inputs = find_inputs(spec, config)
         sections = {name: getattr(config, name) for name in spec.sections}
         with open_run(config.project, config, config.seed) as run:

@@ -1,6 +1,7 @@
 """The base of every config section: frozen after parsing, no unknown keys."""
 
-from typing import Annotated, Self, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -14,6 +15,11 @@ class PathMark:
     """
 
 
+class Later:
+    """Marks a setting that came after runs without it: at its default it changes nothing, and so is
+    no part of what identifies a run."""
+
+
 def _without_secrets(text: str) -> str:
     if (shown := without_forms(text)) != text:
         raise ValueError(
@@ -24,6 +30,16 @@ def _without_secrets(text: str) -> str:
 
 
 FileOrHub: TypeAlias = Annotated[str, AfterValidator(_without_secrets), PathMark]
+
+
+def identifying(section: BaseModel, exclude: Any = None) -> dict[str, Any]:
+    """The settings as JSON values, without those marked `Later` that have their default."""
+    found = section.model_dump(mode="json", exclude=exclude)
+    fields: Mapping[str, Any] = type(section).model_fields
+    for name, field in fields.items():
+        if Later in field.metadata and getattr(section, name) == field.default:
+            found.pop(name, None)
+    return found
 
 
 class Section(BaseModel):

@@ -6,6 +6,7 @@
     ├── ModelError       a model or tokenizer that cannot be found or used
     ├── NumericsError    a loss, gradient or reward that is no longer finite
     ├── CheckpointError  a saved state that is damaged or belongs to another run
+    ├── EngineError      a server that samples responses and cannot, or does it wrongly
     └── VerdictsPendingError  no fault: the run goes on when people have answered
 
 The command prints only their message; anything else is a defect and keeps its traceback. A message
@@ -65,6 +66,10 @@ class NumericsError(UserError):
 
 class CheckpointError(UserError):
     """A saved state of a training run that is damaged or belongs to another run."""
+
+
+class EngineError(UserError):
+    """A server that samples responses, and does not answer or gives wrong answers."""
 
 
 class VerdictsPendingError(UserError):

@@ -33,6 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rlhf_core.config import Section
+from rlhf_core.engines.client import EnginePlace
 from rlhf_core.errors import UserError
 from rlhf_core.machine.imports import importing
 from rlhf_core.metrics import Alarm, SilentLogger, StageLogger
@@ -74,6 +75,7 @@ class Job(Section):
     rewards_from: RewardPlaces | None = Field(
         None, description="Where reward functions may come from; null = anywhere"
     )
+    engine: EnginePlace | None = Field(None, description="The servers that sample roll-outs")
     cluster: str = Field("", description="HOST:PORT of a Ray cluster; empty = this machine")
     cluster_retries: int = Field(3, ge=0, description="How often lost ranks are started again")
     cluster_cpus: int = Field(1, ge=1, description="CPU cores of each process on the cluster")
@@ -109,6 +111,7 @@ class Job(Section):
             strategy=strategy,
             processes=processes,
             rewards_from=work.rewards_from,
+            engine=work.engine,
             **cluster,
         )
 
@@ -202,6 +205,7 @@ def run(job: Job, logger: StageLogger, ranks: Ranks, device: str) -> "Report":
         recovery=Recovery(job.checkpoints, job.every_seconds),
         ranks=ranks,
         rewards_from=job.rewards_from,
+        engine=job.engine,
     )
     return run_stage(job.stage, spec.config.model_validate(job.config), work)
 

@@ -68,6 +68,9 @@ class Rollout:
     below: Tensor | None = None  # (B, T, d), padded at the end
     spread: Tensor | None = None  # (B,) of the members of a reward model; None without members
     shaped: Tensor | None = None  # (B,) what shaping made of the scores; None without it
+    # of another engine that sampled; None if this process did
+    sampled: Tensor | None = None  # (B, R) log π_engine(a|s), 0 where masked
+    importance: Tensor | None = None  # (B, R) min(π_old / π_engine, cap), 1 where masked
 
     @property
     def outcomes(self) -> Tensor:
@@ -75,10 +78,13 @@ class Rollout:
         return self.scores if self.shaped is None else self.shaped
 
     @classmethod
-    def unmeasured(cls, prompts: PromptBatch, responses: Responses) -> "Rollout":
+    def unmeasured(
+        cls, prompts: PromptBatch, responses: Responses, sampled: Tensor | None = None
+    ) -> "Rollout":
         """Responses that have not been scored yet."""
         nothing = torch.zeros(responses.tokens.shape, device=responses.tokens.device)
-        return cls(prompts, responses, nothing, nothing, nothing, nothing.sum(-1), {})
+        scores = nothing.sum(-1)
+        return cls(prompts, responses, nothing, nothing, nothing, scores, {}, sampled=sampled)
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
@@ -87,6 +93,7 @@ class Rollout:
         responses = [part.responses for part in parts]
         below = [part.below for part in parts if part.below is not None]
         spread = [part.spread for part in parts if part.spread is not None]
+        sampled = [part.sampled for part in parts if part.sampled is not None]
         return cls(
             PromptBatch(
                 _stack([p.input_ids for p in prompts], left=True),
@@ -104,6 +111,7 @@ class Rollout:
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             _stack(below) if below else None,
             torch.cat(spread) if spread else None,
+            sampled=_stack(sampled) if sampled else None,
         )
 
     def to(self, device: str) -> "Rollout":
@@ -119,6 +127,8 @@ class Rollout:
             None if self.below is None else self.below.to(device),
             None if self.spread is None else self.spread.to(device),
             None if self.shaped is None else self.shaped.to(device),
+            None if self.sampled is None else self.sampled.to(device),
+            None if self.importance is None else self.importance.to(device),
         )
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -134,6 +144,8 @@ class Rollout:
             None if self.below is None else self.below[index],
             None if self.spread is None else self.spread[index],
             None if self.shaped is None else self.shaped[index],
+            None if self.sampled is None else self.sampled[index],
+            None if self.importance is None else self.importance[index],
         )
 
 

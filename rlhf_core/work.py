@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from rlhf_core.config import Section
+from rlhf_core.engines.client import EnginePlace
 from rlhf_core.judges.judge import Judging
 from rlhf_core.metrics import MemoryLogger, StageLogger
 from rlhf_core.rewards.functions import RewardPlaces
@@ -33,6 +34,7 @@ class Work:
             calls a stage of this package has named them.
         judging: reaches judges outside this package and remembers their verdicts; None = there is
             no endpoint, and nothing is remembered.
+        engine: the servers that sample roll-outs; None = there are none.
         answers: a folder where sampled answers are kept from one call to the next, for a judge who
             takes days; None = they are sampled in each call.
     """
@@ -47,6 +49,7 @@ class Work:
     ranks: Ranks = field(default_factory=Ranks)
     rewards_from: RewardPlaces | None = None
     judging: Judging | None = None
+    engine: EnginePlace | None = None
     answers: Path | None = None
 
     def section(self, kind: type[S]) -> S:

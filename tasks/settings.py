@@ -215,6 +215,13 @@ class Settings(BaseSettings):
         validation_alias="RLHF_JUDGE_KEY",
         description="Key of that endpoint; empty = it asks for none",
     )
+    vllm_urls: str = Field(
+        "",
+        validation_alias="RLHF_VLLM_URLS",
+        description="Addresses of the vLLM servers that sample roll-outs if sampling.engine is "
+        "vllm, separated by commas, as http://10.0.0.7:8000. They read weights below `home`, so "
+        "they have to see it under the same path",
+    )
     feedback_database: SecretStr = Field(
         SecretStr(""),
         validation_alias="RLHF_FEEDBACK_DATABASE",
@@ -316,6 +323,22 @@ class Settings(BaseSettings):
             raise ValueError("it has a user or a query; put the key in RLHF_JUDGE_KEY")
         return address.rstrip("/")
 
+    @field_validator("vllm_urls")
+    @classmethod
+    def _servers(cls, addresses: str) -> str:
+        """Addresses of servers, not of a path in one, and without a user or a query."""
+        for address in (found := _listed(addresses)):
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"{address} does not begin with http:// or https:// and a host")
+            if "@" in parts.netloc or parts.query or parts.fragment:
+                raise ValueError("an address has a user or a query; vLLM's has neither")
+            if parts.path not in ("", "/"):
+                raise ValueError(f"{address} has a path; leave out what follows host and port")
+        if len(set(found)) < len(found):
+            raise ValueError("an address is there twice")
+        return ",".join(found)
+
     @field_validator("mlflow_public_url", "prefect_public_url", "label_public_url")
     @classmethod
     def _for_browsers(cls, url: str) -> str:
@@ -411,6 +434,20 @@ class Settings(BaseSettings):
             )
         return self.judge_url
 
+    @property
+    def vllm_addresses(self) -> tuple[str, ...]:
+        """`vllm_urls` one by one, for a config whose roll-outs they sample.
+
+        Raises: ConfigError if there are none.
+        """
+        if not self.vllm_urls:
+            raise ConfigError(
+                "sampling.engine is vllm, but RLHF_VLLM_URLS is not set where the stage runs; set "
+                "it to the addresses of the servers, as http://10.0.0.7:8000, or set "
+                "sampling.engine to builtin"
+            )
+        return _listed(self.vllm_urls)
+
     def environment(self) -> dict[str, str]:
         """The environment variables for this process and those that it starts."""
         return {
@@ -493,6 +530,10 @@ class StoreSettings(BaseSettings):
     mlflow_database: str = Field("", validation_alias="MLFLOW_BACKEND_STORE_URI")
     feedback_database: str = Field("", validation_alias="RLHF_FEEDBACK_DATABASE")
     artifacts: str = Field("", validation_alias="MLFLOW_ARTIFACTS_DESTINATION")
+
+
+def _listed(addresses: str) -> tuple[str, ...]:
+    return tuple(part.strip().rstrip("/") for part in addresses.split(",") if part.strip())
 
 
 def read_settings() -> Settings:

@@ -236,9 +236,18 @@ class Policy(Network):
         directory: Path,
         facts: dict[str, Any],
         base: Path | None = None,
+        *,
+        untied: bool = False,
     ) -> None:
-        """Write a model directory with all weights, and the adapter as well if there is one."""
-        save_model(_plain(self, type(self.model)), tokenizer, directory, kind="policy", facts=facts)
+        """Write a model directory with all weights, and the adapter as well if there is one.
+
+        Args:
+            untied: write the head as a tensor of its own, for programs that would not renew it with
+                the embeddings when they load weights again.
+        """
+        plain = _plain(self, type(self.model))
+        model = _untied(plain) if untied else plain
+        save_model(model, tokenizer, directory, kind="policy", facts=facts)
         _save_adapter(self, directory, base)
 
 
@@ -477,6 +486,22 @@ def _plain(network: Network, build: Callable[[Any], Any]) -> PreTrainedModel:
     if shell.can_generate():
         shell.generation_config = model.generation_config  # what ends a response
     return cast(PreTrainedModel, shell)
+
+
+def _untied(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, with a head that shares none of them; to be saved, not to be run."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    state = model.state_dict()
+    state[f"{name}.weight"] = state[f"{name}.weight"].clone()
+    config = type(model.config).from_dict(model.config.to_dict())
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+    with torch.device("meta"):
+        shell = cast(PreTrainedModel, type(model)(config))
+    shell.load_state_dict(state, assign=True)
+    shell.generation_config = model.generation_config
+    return shell
 
 
 def _save_adapter(network: Network, directory: Path, base: Path | None) -> None:

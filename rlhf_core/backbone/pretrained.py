@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import GELU
-from transformers import GgufConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
@@ -77,6 +77,15 @@ def read_pretrained(factory: Any, source: str, revision: str = MAIN, **options: 
             "config.json and safetensors weights, a .gguf file, or the id of a hub model on a "
             "machine that reaches the hub or has it in its cache"
         ) from error
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether the head of a model shares the weights of its embeddings.
+
+    Raises: ModelError when the config cannot be read.
+    """
+    config = read_pretrained(AutoConfig, str(folder))
+    return bool(config.get_text_config(decoder=True).tie_word_embeddings)
 
 
 def _first_line(error: Exception) -> str:

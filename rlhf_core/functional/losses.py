@@ -209,12 +209,13 @@ def clipped_policy(
     clip_range: float = 0.2,
     dual_clip: float | None = None,
     normalizer: Tensor | float | None = None,
+    importance: Tensor | None = None,
 ) -> ClippedLoss:
     """Clipped surrogate objective of PPO, negated.
 
         ρₜ = exp(log πₜ - log π_oldₜ)
         Lₜ = min(ρₜ·Âₜ, clip(ρₜ, 1 - ε, 1 + ε)·Âₜ);  with a dual clip max(Lₜ, c·Âₜ) where Âₜ < 0
-        loss = -Σₜ mₜ·Lₜ / n
+        loss = -Σₜ mₜ·wₜ·Lₜ / n
 
     ρ is capped at exp(20), far outside every clip, so that no overflow reaches the gradient.
 
@@ -227,6 +228,7 @@ def clipped_policy(
         dual_clip: c > 1, the largest ratio that a negative advantage is charged for; no bound when
             None.
         normalizer: n, the tokens of the whole minibatch; those of this mask when None. At least 1.
+        importance: (B, R) wₜ, constants, as from `importance_weights`; 1 when None.
 
     Returns:
         The loss in the unit of the advantages, and the share of the n tokens that a clip leaves
@@ -257,7 +259,48 @@ def clipped_policy(
         bounded = torch.max(objective, dual_clip * advantages)
         objective = torch.where(advantages < 0, bounded, objective)
     n = _token_count(keep, normalizer)
-    return ClippedLoss(-objective.sum() / n, (objective != unclipped).sum() / n)
+    clip_fraction = (objective != unclipped).sum() / n
+    if importance is not None:
+        check_shapes(mask=(mask, "BR"), importance=(importance, "BR"))
+        objective = torch.where(keep, importance.detach(), 1) * objective
+    return ClippedLoss(-objective.sum() / n, clip_fraction)
+
+
+def importance_weights(
+    logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> Tensor:
+    """Truncated importance weights of tokens that another engine drew.
+
+        wₜ = min(exp(log πₜ - log π_engineₜ), c)
+
+    E[w·f] under the engine is E[f] under π, but for what the cap takes away: with it no token
+    counts more than c times, so that the variance is bounded.
+
+    Args:
+        logprobs: (B, R) log π of the policy, in nats.
+        sampled_logprobs: (B, R) log π_engine of the engine that drew the tokens.
+        mask: (B, R) True where a token counts.
+        cap: c, at least 1.
+
+    Returns:
+        (B, R) constants; 1 where masked.
+
+    Raises:
+        ValueError: if the shapes differ, or the cap is below 1.
+
+    References: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training", https://fengyao.notion.site/off-policy-rl; truncation: Ionides 2008,
+    https://doi.org/10.1198/106186008X320456.
+    """
+    check_shapes(
+        logprobs=(logprobs, "BR"),
+        sampled_logprobs=(sampled_logprobs, "BR"),
+        mask=(mask, "BR"),
+    )
+    if not cap >= 1:
+        raise ValueError(f"cap must be at least 1, got {cap}.")
+    gap = torch.where(mask.bool(), logprobs - sampled_logprobs, 0).detach()
+    return gap.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
 def clipped_value(

@@ -1,6 +1,6 @@
 """Experience: sampled responses, with log-probabilities, values and scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -16,11 +16,13 @@ from rlhf_core.backbone.responses import (
     response_values,
     with_shared_states,
 )
-from rlhf_core.backbone.sampling import PolicySampler, Sampler, prompt_batch, uniforms
+from rlhf_core.backbone.sampling import PolicySampler, prompt_batch, uniforms
 from rlhf_core.data.encoding import Prompt
 from rlhf_core.data.mapped.training import Place, prompts_of
+from rlhf_core.engines.engine import Engine
+from rlhf_core.engines.mismatch import with_importance
 from rlhf_core.errors import DataError
-from rlhf_core.metrics import Between, batch_name, uncounted
+from rlhf_core.metrics import Between, uncounted
 from rlhf_core.rewards.scoring import Reward
 from rlhf_core.rewards.shaping import Shaping
 from rlhf_core.settings.model import SamplingConfig
@@ -28,7 +30,7 @@ from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.training.learner import require_finite
 from rlhf_core.training.order import chunks
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.types import PromptBatch, Responses, Rollout
+from rlhf_core.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Collector:
     reference: Policy
     critic: ScalarModel | None
     reward: Reward
-    sampler: Sampler
+    engine: Engine
     config: OnPolicySection
     sampling: SamplingConfig
     draws: torch.Generator
@@ -94,13 +96,15 @@ class Collector:
         Log-probabilities come from a forward pass like that of the update, over the same rows in
         the same micro-batches. Those of sampling would be rounded differently in bfloat16.
 
-        Raises: NumericsError naming the tensor that is not finite.
+        Raises: NumericsError naming the tensor that is not finite, or when the engine that sampled
+        is too far from the policy; EngineError when it fails.
         """
         size = self.config.batch_size
         draws = uniforms(len(prompts.tokens), self.sampling.max_new_tokens, self.draws)
         minibatches = [self.ranks.share(b) for b in chunks(list(range(len(prompts.tokens))), size)]
         rows = [row for minibatch in minibatches for row in minibatch]
         with self.ranks.whole(self.policy, self.critic):
+            self.engine.refresh()
             scored = self._experience(prompts, draws, minibatches, rows) if rows else []
             if self.shaping is not None:
                 self._add_references(prompts, self.shaping)
@@ -111,6 +115,7 @@ class Collector:
         require_finite("the log-probability of a sampled token", rollout.logprobs)
         require_finite("its log-probability under the reference", rollout.ref_logprobs)
         require_finite("the critic's value", rollout.values)
+        rollout = with_importance(rollout, self.sampling)
         if self.shaping is None:
             return rollout
         lengths = rollout.responses.mask.sum(-1)
@@ -141,15 +146,8 @@ class Collector:
         self, prompts: PromptTable, draws: Tensor, minibatches: list[list[int]], all_rows: list[int]
     ) -> list[Rollout]:
         """The experience of this rank's rows, one roll-out for each micro-batch."""
-        batches = list(chunks(all_rows, self.sampling.batch_size))
-        parts = [
-            self._respond(
-                prompts.pick(rows),
-                draws[rows],
-                self.between(batch_name("sampling", number, len(batches)), draws.shape[1]),
-            )
-            for number, rows in enumerate(batches)
-        ]
+        asked = prompts.pick(all_rows).tokens
+        parts = self.engine.respond(asked, draws[all_rows], self.between)
         unscored = Rollout.join([Rollout.unmeasured(*part) for part in parts])
         index_of = {row: index for index, row in enumerate(all_rows)}
         micros = [m for rows in minibatches for m in chunks(rows, self.config.micro_batch_size)]
@@ -161,12 +159,6 @@ class Collector:
             part = unscored.rows(index.to(unscored.responses.tokens.device))
             scored.append(self._score(part, list(prompts.pick(rows).prompts)))
         return scored
-
-    def _respond(
-        self, prompts: PromptTable, draws: Tensor, between: Callable[[], None]
-    ) -> tuple[PromptBatch, Responses]:
-        batch = prompt_batch(self.policy, prompts.tokens, self.sampling.max_prompt_length)
-        return batch, self.sampler(batch, draws, between=between)
 
     def _score(self, unscored: Rollout, prompts: list[Prompt]) -> Rollout:
         rows = with_shared_states(lay_out(unscored.prompts, unscored.responses), self.policy)
@@ -186,4 +178,5 @@ class Collector:
             parts=scores.parts,
             below=rows.shared_states(),
             spread=scores.spread,
+            sampled=unscored.sampled,
         )

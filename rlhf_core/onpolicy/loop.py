@@ -14,7 +14,9 @@ import torch
 from rlhf_core.backbone.context import SAMPLING_LENGTH, require_context
 from rlhf_core.backbone.responses import rounding
 from rlhf_core.backbone.sampling import PolicySampler, Sampler
-from rlhf_core.errors import NumericsError
+from rlhf_core.engines.engine import Builtin, Engine
+from rlhf_core.engines.remote import Remote
+from rlhf_core.errors import ConfigError, NumericsError
 from rlhf_core.metrics import batch_name
 from rlhf_core.onpolicy.actors import Actors
 from rlhf_core.onpolicy.experience import Collector, PromptTable
@@ -79,6 +81,7 @@ class Iteration:
     number: int = 1
     rollout: Rollout | None = None  # of this iteration, once sampled
     used: list[dict[str, float]] = field(default_factory=list)  # metrics of its updates so far
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of the engine, as metrics
     samples: list[dict[str, Any]] = field(default_factory=list)  # texts for the report
     alarms: list[dict[str, Any]] = field(default_factory=list)  # of the monitor, for the report
     ended: bool = False
@@ -92,7 +95,7 @@ class Iteration:
         assert self.rollout is not None
         return self.rollout
 
-    def begin(self, rollout: Rollout) -> None:
+    def begin(self, rollout: Rollout, spent: Mapping[str, float] = {}) -> None:
         """Start an iteration with new experience.
 
         Raises: NumericsError when it is the first and the policy differs from its reference.
@@ -100,6 +103,7 @@ class Iteration:
         if self.number == 1:
             require_kl_zero(rollout, self.config.precision)
         self.rollout, self.used, self.minibatches = rollout, [], self._all_minibatches()
+        self.spent = dict(spent)
 
     def means(self) -> dict[str, float]:
         """The metrics averaged over the updates, and the number of updates."""
@@ -118,6 +122,7 @@ class Iteration:
             "number": self.number,
             "rollout": self.rollout,
             "used": self.used,
+            "spent": self.spent,
             "samples": self.samples,
             "alarms": self.alarms,
             "ended": self.ended,
@@ -129,6 +134,7 @@ class Iteration:
         rollout = state["rollout"]
         self.rollout = None if rollout is None else rollout.to(self.device)
         self.number, self.used = state["number"], state["used"]
+        self.spent = state.get("spent", {})  # earlier versions had no other engine
         self.samples, self.alarms = state["samples"], state["alarms"]
         self.ended = state["ended"]
         self.minibatches = self._all_minibatches()
@@ -157,10 +163,11 @@ def iterate(
 
     Args:
         observers: look at each iteration in addition to the KL budget, and may stop the run.
-        sampler: samples the responses; by default with the policy in this process.
+        sampler: samples the responses in this process; by default with the policy.
     """
     sampling = work.section(SamplingConfig)
     require_context(actors.policy.model, sampling.max_length, SAMPLING_LENGTH)
+    engine = engine_of(sampling, work, actors, sampler)
     work.logger.phase("encoding the prompts")
     table = PromptTable.read(
         work.inputs["data"], actors.tokenizer, sampling.max_prompt_length, work.recovery.tokens
@@ -212,7 +219,7 @@ def iterate(
                 members=config,
                 places=work.rewards_from,
             ),
-            sampler=sampler or PolicySampler(actors.policy, sampling.temperature),
+            engine=engine,
             config=config,
             sampling=sampling,
             draws=draws,
@@ -227,7 +234,7 @@ def iterate(
         while not now.ended:
             if now.rollout is None:
                 prompts = [prompt for prompt in next(stream) for _ in range(group)]
-                now.begin(collector.roll_out(table.pick(prompts)))
+                now.begin(collector.roll_out(table.pick(prompts)), engine.spent())
                 session.safe_point()
             targets, stats = credit(now.experience, controller.value)
             for picked in now.minibatches:
@@ -251,6 +258,27 @@ def iterate(
     return OnPolicyReport.of(stage, config, history, now.samples, now.alarms)
 
 
+def engine_of(
+    sampling: SamplingConfig, work: Work, actors: Actors, sampler: Sampler | None = None
+) -> Engine:
+    """The engine of the settings.
+
+    Raises: ConfigError without a server; EngineError when one cannot do what is needed.
+    """
+    if sampling.engine == "builtin":
+        inside = sampler or PolicySampler(actors.policy, sampling.temperature)
+        return Builtin(inside, actors.policy, sampling)
+    if work.engine is None:
+        raise ConfigError(
+            f"sampling.engine is {sampling.engine}, but the stage was given no servers; set "
+            "RLHF_VLLM_URLS where it runs, or Work.engine, or set sampling.engine to builtin"
+        )
+    work.logger.phase("looking for the servers that sample")
+    engine = Remote(work.engine, actors.policy, actors.tokenizer, sampling, work.ranks)
+    engine.check()
+    return engine
+
+
 def finish_iteration(
     now: Iteration,
     stats: Mapping[str, float],
@@ -266,7 +294,7 @@ def finish_iteration(
     actions only the most severe is taken.
     """
     number, config, rollout = now.number, now.config, now.experience
-    metrics = {**stats, **now.means()}
+    metrics = {**stats, **now.spent, **now.means()}
     history = [values for _, values in session.history]
     monitor, last = guard.monitor, number == config.iterations
     if monitor is not None and monitor.due(number, last):

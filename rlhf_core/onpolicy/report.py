@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_core import figures
 from rlhf_core.data.encoding import decode_responses
+from rlhf_core.engines.mismatch import mismatch
 from rlhf_core.onpolicy.monitor.figure import monitor_figure
 from rlhf_core.onpolicy.observe import over_kl_budget
 from rlhf_core.settings.onpolicy import OnPolicySection
@@ -76,7 +77,7 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         stats |= {f"reward/{name}": part.mean().item() for name, part in rollout.parts.items()}
     if rollout.spread is not None:
         stats["reward/spread"] = rollout.spread.mean().item()
-    return stats
+    return stats | mismatch(rollout)
 
 
 def kl_to_reference(rollout: Rollout) -> Tensor:

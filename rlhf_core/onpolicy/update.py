@@ -56,6 +56,7 @@ class Surrogate:
             clip_range=self._config.clip_range,
             dual_clip=self._config.dual_clip or None,
             normalizer=self._normalizer,
+            importance=self._experience.importance,
         )
         self.clipped += clipped
         if self._kl_coef:
@@ -80,7 +81,9 @@ def update_policy(
 ) -> dict[str, float]:
     """Add the gradient of one minibatch, micro-batch by micro-batch; return its token means.
 
-        loss = Σₜ (clipped surrogate of PPO at token t + kl_coef·k3ₜ) / normalizer
+        loss = Σₜ (wₜ·clipped surrogate of PPO at token t + kl_coef·k3ₜ) / normalizer
+
+    w is 1, unless another engine sampled the roll-out.
 
     Args:
         advantages: (B, R) of the whole roll-out.

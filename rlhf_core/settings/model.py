@@ -1,10 +1,10 @@
 """The model that fine-tuning starts from, its number format, and how it is sampled."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf_core.config import FileOrHub, Section
+from rlhf_core.config import FileOrHub, Later, Section
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -60,6 +60,29 @@ class SamplingConfig(Section):
         description="Divides the logits, in sampling and in the log-probabilities of samples",
     )
     batch_size: int = Field(128, ge=1, description="Prompts sampled in one batch")
+    engine: Annotated[Literal["builtin", "vllm"], Later] = Field(
+        "builtin",
+        description="Who samples the roll-outs of PPO, RLOO and GRPO: the training itself, or the "
+        "vLLM servers at RLHF_VLLM_URLS",
+    )
+    max_importance: Annotated[float, Later] = Field(
+        2.0,
+        ge=1,
+        description="Cap of a token's weight π/π_engine in the policy loss; without vllm all are 1",
+    )
+    max_engine_kl: Annotated[float, Later] = Field(
+        0.1,
+        gt=0,
+        description="Mean gap of the engine's log-probabilities to the policy's at which the run "
+        "stops (nats a token)",
+    )
+
+    @property
+    def in_process(self) -> Self:
+        """The same without another engine, for whatever is no roll-out."""
+        fields = type(self).model_fields
+        names = ("engine", "max_importance", "max_engine_kl")
+        return self.model_copy(update={name: fields[name].default for name in names})
 
     @property
     def max_length(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from rlhf_core.config import identifying
 from rlhf_core.data import prepared
 from rlhf_core.digests import content_digest
 from rlhf_core.metrics import StageLogger
@@ -67,7 +68,7 @@ def run_identity(
     """
     facts = {"stage": stage, "seed": str(seed), "torch": torch.__version__}
     for name, section in sections.items():
-        facts |= dict(_flat(section.model_dump(mode="json"), name))
+        facts |= dict(_flat(identifying(section), name))
     return facts | {f"digest of {name}": _digest(path) for name, path in inputs.items()}
 
 

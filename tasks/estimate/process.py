@@ -28,7 +28,7 @@ from rlhf_core.estimate.clock import Clock, Span
 from rlhf_core.estimate.lengths import AnswerLengths, answers_end
 from rlhf_core.estimate.trial import STEP, Trial, run_seconds, trial
 from rlhf_core.settings.data import SNAPSHOT
-from rlhf_core.settings.model import ModelConfig
+from rlhf_core.settings.model import ModelConfig, SamplingConfig
 from rlhf_core.settings.training import TrainingSection
 from tasks.estimate.job import Job, StageJob, Tried
 from tasks.settings import QUIET, Settings
@@ -224,7 +224,7 @@ def _try(job: Job, stage: StageJob, folder: Path) -> Tried:
             plan.config,
             run,
             inputs=inputs,
-            sections=sections,
+            sections=sections | _in_process(sections),
             returns=lambda found: found,
             given=given,
             watch=watch,
@@ -265,6 +265,11 @@ def _copied(state: int, device: str) -> int:
     from rlhf_core.training.beside import SHARE
 
     return state if state <= SHARE * free_memory(torch.device(device)) else 0
+
+
+def _in_process(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Servers sample for a run, and not for its estimate."""
+    return {n: s.in_process for n, s in sections.items() if isinstance(s, SamplingConfig)}
 
 
 def _dump(folder: Path, spans: list[Span]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import rlhf_core
+from rlhf_core.config import identifying
 from rlhf_core.rewards.functions import source_file
 from tasks.record import tags
 from tasks.registry.model_store import MlflowModelStore
@@ -58,7 +59,7 @@ class Definition:
     def key(self, store: MlflowModelStore) -> str:
         """The key of the stage, 16 hex digits: stages with equal keys give equal bits."""
         settings = {
-            name: section.model_dump(mode="json", exclude=NO_SETTINGS)
+            name: identifying(section, exclude=NO_SETTINGS)
             for name, section in self.sections.items()
         }
         facts = {

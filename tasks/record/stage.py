@@ -38,6 +38,7 @@ from rlhf_core.stages.table import STAGES, run_stage
 from rlhf_core.training.recovery import NO_RECOVERY, Recovery
 from rlhf_core.types import Report
 from rlhf_core.work import Work
+from tasks.engines.place import engine_place
 from tasks.judges.judging import MlflowJudging
 from tasks.prefect import events, ui
 from tasks.prefect.accelerator import accelerator
@@ -175,6 +176,7 @@ class Stage:
             logger=self.logger,
             recovery=self.recovery,
             rewards_from=reward_places(settings),
+            engine=engine_place(self._sections, settings, self.work),
             judging=MlflowJudging(
                 self._record,
                 self.run.experiment_id,

@@ -7,6 +7,7 @@
     ├── checkpoints/   checkpoints that a training resumes from
     ├── tokens/        encoded texts, which all ranks map
     ├── answers/       what was sampled for people to judge
+    ├── weights/       those that servers sample with
     └── ...            outputs of the stage
 
 The name identifies the work, so a process with the same work finds the same folder. A folder is

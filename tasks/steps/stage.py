@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from rlhf_core.config import Section
 from rlhf_core.errors import VerdictsPendingError
 from rlhf_core.settings.judge import PEOPLE, JudgeConfig
+from rlhf_core.settings.model import SamplingConfig
+from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.stages.table import STAGES, StageSpec
 from tasks.prefect.ui import as_waiting, stage_task
 from tasks.record import tags
@@ -58,7 +60,7 @@ def do_stage(
     common: dict[str, Any] = {
         "record": record,
         "config": with_precision(spec.config.part_of(config), record, run, trains=spec.trains),
-        "extra_sections": {key: sections[key] for key in spec.sections},
+        "extra_sections": {key: _used(sections[key], spec) for key in spec.sections},
         "run": run,
         "inputs": inputs,
     }
@@ -78,6 +80,13 @@ def do_stage(
             return stage.result(returns(StageOutputs(stage.models(), stage.dataset(), result)))
     except VerdictsPendingError as pending:
         return cast(T, as_waiting(pending))
+
+
+def _used(section: Section, spec: StageSpec) -> Section:
+    """The shared settings that a stage uses: another engine samples roll-outs alone, so that what
+    needs none is reused whatever the engine."""
+    rolls_out = issubclass(spec.config, OnPolicySection)
+    return section.in_process if isinstance(section, SamplingConfig) and not rolls_out else section
 
 
 def _asks_people(sections: Mapping[str, Section]) -> bool:

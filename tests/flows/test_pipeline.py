@@ -4,11 +4,14 @@ import json
 import logging
 import re
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
+import uvicorn
 from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from prefect import flow
@@ -19,11 +22,14 @@ from transformers import AutoModelForCausalLM
 from flows.config import PipelineConfig
 from flows.rlhf import rlhf
 from rlhf_core.data.prepared import SPLITS, read_table
-from rlhf_core.errors import ConfigError, ModelError
+from rlhf_core.errors import ConfigError, EngineError, ModelError
 from rlhf_core.evaluation.card.findings import verdict
 from rlhf_core.evaluation.card.gate import RewardQuality
 from rlhf_core.settings.promotion import PromotionConfig
+from tasks.engines import serve, vllm
+from tasks.engines.folder import write_folder
 from tasks.lineage.lineage import saw, seen_by
+from tasks.record import tags
 from tasks.record.record import Record
 from tasks.record.run import open_run
 from tasks.registry.datasets import fetch_dataset
@@ -513,6 +519,50 @@ def test_a_judge_that_cannot_work_is_said_before_anything_trains(
     condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
     assert newest.info.status == "FAILED"
     assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+@pytest.mark.parametrize(
+    ("urls", "error", "said"),
+    [
+        ("", ConfigError, "RLHF_VLLM_URLS is not set where the stage runs"),
+        ("http://127.0.0.1:1", EngineError, "the server at http://127.0.0.1:1 cannot be reached"),
+    ],
+)
+def test_servers_that_cannot_sample_are_said_before_anything_trains(
+    client, first, monkeypatch, urls, error, said
+):
+    monkeypatch.setattr(vllm, "PAUSES", (0.01,))
+    monkeypatch.setenv("RLHF_VLLM_URLS", urls)
+    with pytest.raises(error, match=re.escape(said)):
+        rlhf(config(sampling={"engine": "vllm"}))
+    newest = client.search_runs([first.run.experiment_id], "tags.stage = 'pipeline'")[0]
+    condition = f"tags.`mlflow.parentRunId` = '{newest.info.run_id}'"
+    assert newest.info.status == "FAILED"
+    assert client.search_runs([first.run.experiment_id], condition) == []
+
+
+def test_servers_sample_the_roll_outs_and_what_needs_none_is_reused(
+    client, first, settings, monkeypatch, tmp_path
+):
+    write_folder(first.sft.uri, tmp_path / "start", settings)
+    app = serve.create_app(serve.Engine(tmp_path / "start", settings.home))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        here = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=here.run, kwargs={"sockets": [listening]})
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("RLHF_VLLM_URLS", address)
+        result = rlhf(config(sampling={"engine": "vllm"}))
+        here.should_exit = True
+        thread.join()
+    stages = children(client, result)
+    cached = {name for name, run in stages.items() if tags.CACHED_FROM in run.data.tags}
+    assert {"sft", "reward_model", "report_card"} <= cached
+    assert "ppo" not in cached
+    logged = stages["ppo"].data.metrics
+    assert abs(logged["engine/kl"]) < 1e-4
+    assert logged["engine/truncated"] == 0
+    assert not list((settings.home / "work").glob("ppo-*"))
 
 
 def test_a_model_behind_an_endpoint_decides_and_its_key_is_kept_nowhere(

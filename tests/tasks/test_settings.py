@@ -64,6 +64,7 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
         "RLHF_NOTIFY_WEBHOOK": "https://hooks.example.org/x",
         "RLHF_JUDGE_URL": "http://127.0.0.1:8000/v1/",
         "RLHF_JUDGE_KEY": "sk-of-the-judge",
+        "RLHF_VLLM_URLS": "http://10.0.0.7:8000/, https://vllm.example.org",
         "RLHF_FEEDBACK_DATABASE": "postgresql+psycopg2://feedback:pw-of-it@db:5432/feedback",
         "RLHF_LABEL_URL": "https://label.example.org/",
     }
@@ -91,6 +92,7 @@ def test_each_variable_is_read(monkeypatch, tmp_path):
     assert settings.notify_webhook.get_secret_value() == "https://hooks.example.org/x"
     assert settings.judge_address == "http://127.0.0.1:8000/v1"
     assert settings.judge_key.get_secret_value() == "sk-of-the-judge"
+    assert settings.vllm_addresses == ("http://10.0.0.7:8000", "https://vllm.example.org")
     assert settings.feedback_uri == given["RLHF_FEEDBACK_DATABASE"]
     assert settings.label_public_url == "https://label.example.org"
     assert "sk-of-the-judge" not in repr(settings)
@@ -316,6 +318,29 @@ def test_the_address_of_a_judge_is_one_and_has_no_secret(monkeypatch, address, s
     with pytest.raises(ConfigError, match=says) as caught:
         read_settings()
     assert "sk-of-the-judge" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "says"),
+    [
+        ("10.0.0.7:8000", "10.0.0.7:8000 does not begin with http:// or https:// and a host"),
+        ("http://a:1,ftp://b:2", "ftp://b:2 does not begin"),
+        ("http://me:secret@a:1", "has a user or a query"),
+        ("http://a:1?key=secret", "has a user or a query"),
+        ("http://a:1/v1", "http://a:1/v1 has a path; leave out what follows host and port"),
+        ("http://a:1,http://a:1/", "is there twice"),
+    ],
+)
+def test_addresses_of_servers_that_sample_are_checked(monkeypatch, addresses, says):
+    monkeypatch.setenv("RLHF_VLLM_URLS", addresses)
+    with pytest.raises(ConfigError, match=f"RLHF_VLLM_URLS.*{re.escape(says)}"):
+        read_settings()
+
+
+def test_without_servers_an_engine_is_missed_by_name(monkeypatch):
+    monkeypatch.setenv("RLHF_VLLM_URLS", " , ")
+    with pytest.raises(ConfigError, match="RLHF_VLLM_URLS is not set where the stage runs; set"):
+        _ = read_settings().vllm_addresses
 
 
 def test_without_an_address_a_judge_is_missed_by_name(monkeypatch):

@@ -45,6 +45,7 @@ from rlhf_core.functional.losses import (
     clipped_value,
     completion_nll,
     dpo,
+    importance_weights,
     pointwise_mse,
     token_nll,
 )
@@ -81,6 +82,7 @@ losses.token_nll(logprobs, *, normalizer=None)
 losses.completion_nll(logits, labels)
 losses.bradley_terry(chosen, rejected, *, margin=None, label_smoothing=0.0, center_coef=0.0)
 losses.clipped_policy(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, dual_clip=None)
+losses.importance_weights(logprobs, sampled_logprobs, mask, *, cap)
 losses.clipped_value(values, old_values, returns, mask, *, clip_range=0.2)
 losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta, label_smoothing=0.0)
 annotators.vote_logits(votes, values)
@@ -212,6 +214,8 @@ WRONG = {
     "pointwise_mse": lambda: pointwise_mse(FLAT, FLAT.unsqueeze(1)),
     "clipped_policy": lambda: clipped_policy(ROWS, ROWS, FLAT, ROWS),
     "clipped_policy mask": lambda: clipped_policy(ROWS, ROWS, ROWS, WIDE),
+    "clipped_policy importance": lambda: clipped_policy(ROWS, ROWS, ROWS, ROWS, importance=WIDE),
+    "importance_weights": lambda: importance_weights(ROWS, WIDE, ROWS, cap=2),
     "clipped_value": lambda: clipped_value(ROWS, ROWS, WIDE, ROWS),
     "clustered_bootstrap": lambda: clustered_bootstrap(FLAT, SHORT, generator=torch.Generator()),
     "expected_calibration_error": lambda: expected_calibration_error(FLAT, SHORT),
@@ -249,6 +253,10 @@ MASKED = {
     "gae": (2, partial(gae, gamma=0.9)),
     "completion_nll": (1, lambda x, mask: (nll(x, mask),)),
     "clipped_policy": (3, partial(clipped_policy, dual_clip=1.5)),
+    "clipped_policy importance": (
+        4,
+        lambda x, y, z, w, m: clipped_policy(x, y, z, m, importance=w),
+    ),
     "clipped_value": (3, clipped_value),
 }
 EVERY = pytest.mark.parametrize(("count", "function"), MASKED.values(), ids=MASKED.keys())

@@ -14,6 +14,7 @@ from rlhf_core.functional.losses import (
     clipped_value,
     completion_nll,
     dpo,
+    importance_weights,
     pointwise_mse,
     token_nll,
 )
@@ -233,6 +234,59 @@ def test_policy_loss_and_gradient_by_hand():
     assert_close(logprobs.grad, torch.tensor([[0.0, -0.1, -0.44, 0.3, 0.0]]))
     assert logprobs.grad[0, 0] == 0  # exactly
     assert logprobs.grad[0, 4] == 0
+
+
+def test_importance_weights_by_hand():
+    # π:         0.5   0.2   0.6   0.1
+    # π_engine:  0.25  0.4   0.1   0.1    w = min(π / π_engine, 3)
+    ours, theirs = torch.tensor([[0.5, 0.2, 0.6, 0.1]]), torch.tensor([[0.25, 0.4, 0.1, 0.1]])
+    logprobs = ours.log().requires_grad_()
+    found = importance_weights(logprobs, theirs.log(), torch.ones(1, 4), cap=3.0)
+    assert_close(found, torch.tensor([[2.0, 0.5, 3.0, 1.0]]))
+    assert not found.requires_grad
+    masked = importance_weights(logprobs, theirs.log(), torch.tensor([[1, 0, 1, 1]]), cap=1.0)
+    assert_close(masked, torch.tensor([[1.0, 1.0, 1.0, 1.0]]))
+    far = importance_weights(torch.zeros(1, 1), torch.full((1, 1), -1e4), torch.ones(1, 1), cap=8)
+    assert far.item() == 8
+    with pytest.raises(ValueError, match=r"cap must be at least 1, got 0\.5"):
+        importance_weights(logprobs, logprobs, torch.ones(1, 4), cap=0.5)
+
+
+def test_importance_weights_multiply_the_objective_behind_its_clip():
+    # The losses by hand of the test above: min = 1.2, 0.5, 2.2, -1.5, -0.8; w = 2, 1, 0.5, 2, 1.
+    ratios = torch.tensor([[1.5, 0.5, 1.1, 1.5, 0.5]])
+    advantages = torch.tensor([[1.0, 1.0, 2.0, -1.0, -1.0]])
+    weights = torch.tensor([[2.0, 1.0, 0.5, 2.0, 1.0]]).requires_grad_()
+    logprobs, old = ratios.log().requires_grad_(), torch.zeros(1, 5)
+    loss, clip_fraction = clipped_policy(
+        logprobs, old, advantages, torch.ones(1, 5), importance=weights
+    )
+    loss.backward()
+    assert_close(loss.detach(), torch.tensor(-(2.4 + 0.5 + 1.1 - 3.0 - 0.8) / 5))
+    assert_close(clip_fraction, torch.tensor(0.4))  # a weight changes no clip
+    assert_close(logprobs.grad, torch.tensor([[0.0, -0.1, -0.22, 0.6, 0.0]]))
+    assert weights.grad is None
+    plain = clipped_policy(logprobs, old, advantages, torch.ones(1, 5)).loss
+    ones = torch.ones(1, 5)
+    assert clipped_policy(logprobs, old, advantages, ones, importance=ones).loss.equal(plain)
+
+
+def test_weights_make_of_an_engines_draws_the_gradient_of_the_policy():
+    # Three tokens, drawn by another distribution: over all of them, with the probability of the
+    # engine, the weighted gradient is Σ π·Â·∇log π.
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    engine = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    logprobs = logits.log_softmax(-1).unsqueeze(0)
+    mask = torch.ones(1, 3)
+    weights = importance_weights(logprobs, engine.log().unsqueeze(0), mask, cap=100)
+    # The normalizer and the engine's probabilities make an expectation of the sum.
+    loss = clipped_policy(
+        logprobs, logprobs.detach(), advantages * engine, mask, normalizer=1, importance=weights
+    ).loss
+    (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = torch.autograd.grad(-(logprobs.exp() * advantages).sum(), logits)[0]
+    assert_close(found, expected)
 
 
 def test_dual_clip_by_hand():

@@ -18,6 +18,7 @@ from rlhf_core.backbone.packing import position_ids
 from rlhf_core.backbone.responses import lay_out, response_logprobs
 from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.encoding import left_pad, right_pad
+from rlhf_core.engines.engine import Builtin
 from rlhf_core.errors import NumericsError
 from rlhf_core.functional.losses import clipped_policy
 from rlhf_core.metrics import MemoryLogger
@@ -509,6 +510,9 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
     critic = scalar.with_own_head()
     critic.head.weight *= 2
     term = RewardTerm(weight=0.5)
+    sampling = SamplingConfig(
+        max_prompt_length=8, max_new_tokens=6, temperature=TEMPERATURE, batch_size=4
+    )
     collector = Collector(
         policy=policy,
         reference=reference,
@@ -516,11 +520,9 @@ def test_rollout_is_what_each_network_says_of_each_text_alone(causal, scalar, pl
         reward=load_reward(
             (term,), {}, tokenizer, "cpu", max_length=20, loaded={PIPELINE_REWARD: scalar}
         ),
-        sampler=PolicySampler(policy, TEMPERATURE),
+        engine=Builtin(PolicySampler(policy, TEMPERATURE), policy, sampling),
         config=section(batch_size=4, micro_batch_size=micro),
-        sampling=SamplingConfig(
-            max_prompt_length=8, max_new_tokens=6, temperature=TEMPERATURE, batch_size=4
-        ),
+        sampling=sampling,
         draws=torch.Generator().manual_seed(1),
         ranks=Ranks(),
     )

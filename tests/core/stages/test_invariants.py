@@ -21,6 +21,7 @@ from rlhf_core.backbone.sampling import PolicySampler
 from rlhf_core.data.encoding import encode_pair, encode_prompt, encode_response, left_pad, right_pad
 from rlhf_core.data.pairs import encode_pairs
 from rlhf_core.data.prepared import read_table
+from rlhf_core.engines.engine import Builtin
 from rlhf_core.errors import NumericsError
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.onpolicy.experience import Collector, PromptTable
@@ -286,7 +287,7 @@ def roll_out(world, config):
         reference=reference,
         critic=ScalarModel.load(world.reward),
         reward=load_reward(config.rewards, directories, tokenizer, "cpu", max_length=14),
-        sampler=PolicySampler(policy, SAMPLING.temperature),
+        engine=Builtin(PolicySampler(policy, SAMPLING.temperature), policy, SAMPLING),
         config=config,
         sampling=SAMPLING,
         draws=generator(3, "draws"),

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from rlhf_core.config import identifying
+from rlhf_core.settings.model import SamplingConfig
 from tasks.record import identity
 from tasks.record.identity import STARTS, closure, stage_code
 
@@ -113,6 +115,16 @@ def test_a_function_of_the_working_folder_is_a_part_before_it_is_loaded(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rules_of_the_working_folder.py").write_text("def polite(p, r): return [0.0]\n")
     assert stage_code("ppo", settings) != without
+
+
+def test_settings_that_came_later_are_in_the_key_only_when_they_are_changed():
+    before = {"max_prompt_length": 256, "max_new_tokens": 64, "temperature": 1.0}
+    before |= {"batch_size": 128}
+    assert identifying(SamplingConfig()) == before  # what a key was made of without them
+    assert identifying(SamplingConfig(engine="vllm")) == {**before, "engine": "vllm"}
+    changed = SamplingConfig(engine="vllm", max_importance=3.0)
+    assert identifying(changed.in_process) == before
+    assert changed.model_dump() == {**before, **changed.model_dump()}  # recorded in any case
 
 
 def test_other_releases_of_the_libraries_are_other_code(monkeypatch):
