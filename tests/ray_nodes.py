@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -16,18 +17,31 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
 }
 
 
 class Nodes:
-    """A head and others, each with one CPU unless said otherwise."""
+    """A head and others, each with one CPU unless said otherwise.
 
-    def __init__(self, folder: Path, prefix: tuple[str, ...] = ()) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
+    Args:
+        folder: of Ray's own files; its sockets want a short path.
+        host: the address of the head.
+        prefix: what starts the command of the head, as `ip netns exec`.
+        cpus: of the head.
+        interface: of the network between the nodes.
+    """
+
+    def __init__(
+        self, folder: Path, *, host="127.0.0.1", prefix=(), cpus=1, interface="lo"
+    ) -> None:
+        self.address = f"{host}:{free_port()}"
+        self.environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": interface}
         self._folder = folder
+        self._prefix = prefix
         self._running: list[subprocess.Popen] = []
-        self._head = self.start("--head", f"--port={self.address.split(':')[1]}", prefix=prefix)
+        host = () if host == "127.0.0.1" else (f"--node-ip-address={host}",)
+        port = self.address.rpartition(":")[2]
+        self._head = self.start("--head", f"--port={port}", *host, cpus=cpus, prefix=prefix)
         self._wait()
 
     def start(self, *options, cpus=1, prefix=()):
@@ -42,7 +56,7 @@ class Nodes:
             "--object-store-memory=100000000",
         ]
         with (self._folder.parent / f"node-{len(self._running)}.log").open("w") as log:
-            environment = os.environ | ENVIRONMENT
+            environment = os.environ | self.environment
             node = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -64,13 +78,37 @@ class Nodes:
 
     def _wait(self):
         host, port = self.address.split(":")
+        probe = f"import socket; socket.create_connection(('{host}', {port}), 1)"
         for _ in range(600):
-            with suppress(OSError):
-                socket.create_connection((host, int(port)), 1).close()
+            command = [*self._prefix, sys.executable, "-c", probe]
+            if subprocess.run(command, capture_output=True).returncode == 0:
                 return
             assert self._head.poll() is None, "the head has ended"
             time.sleep(0.2)
         raise AssertionError("no head")
+
+
+@contextmanager
+def nodes(count=2, **options):
+    """A head that computes nothing, and nodes of one CPU each."""
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        (inside := Path(folder) / "r").mkdir()
+        made = Nodes(inside, cpus=0, **options)
+        try:
+            made.others = [made.start() for _ in range(count)]
+            yield made
+        finally:
+            made.stop()
+
+
+def ranks():
+    """The processes of Ray that train."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
+                found.append(process)
+    return found
 
 
 def free_port():
