@@ -36,26 +36,26 @@ class Nodes:
     ) -> None:
         self.address = f"{host}:{free_port()}"
         self.environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": interface}
-        self._folder = folder
+        self.folder = folder
         self._prefix = prefix
         self._running: list[subprocess.Popen] = []
         host = () if host == "127.0.0.1" else (f"--node-ip-address={host}",)
         port = self.address.rpartition(":")[2]
-        self._head = self.start("--head", f"--port={port}", *host, cpus=cpus, prefix=prefix)
+        self.head = self.start("--head", f"--port={port}", *host, cpus=cpus, prefix=prefix)
         self._wait()
 
     def start(self, *options, cpus=1, prefix=()):
         """Start a node; it is part of the cluster some seconds later."""
         where = () if "--head" in options else (f"--address={self.address}",)
         if "--head" in options:
-            options += ("--include-dashboard=false", f"--temp-dir={self._folder}")
+            options += ("--include-dashboard=false", f"--temp-dir={self.folder}")
         command = [*prefix, str(RAY), "start", "--block", *where, *options]
         command += [
             f"--num-cpus={cpus}",
             "--disable-usage-stats",
             "--object-store-memory=100000000",
         ]
-        with (self._folder.parent / f"node-{len(self._running)}.log").open("w") as log:
+        with (self.folder.parent / f"node-{len(self._running)}.log").open("w") as log:
             environment = os.environ | self.environment
             node = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -71,6 +71,16 @@ class Nodes:
                 process.send_signal(signal.SIGKILL)
         node.wait()
 
+    def ranks(self):
+        """The processes of Ray that train here: their logs are in the folder of this cluster."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            with suppress(psutil.Error):
+                if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
+                    logs = [file.path for file in process.open_files()]
+                    found += [process] * any(log.startswith(f"{self.folder}/") for log in logs)
+        return found
+
     def stop(self):
         for node in reversed(self._running):
             if node.poll() is None:
@@ -83,32 +93,22 @@ class Nodes:
             command = [*self._prefix, sys.executable, "-c", probe]
             if subprocess.run(command, capture_output=True).returncode == 0:
                 return
-            assert self._head.poll() is None, "the head has ended"
+            assert self.head.poll() is None, "the head has ended"
             time.sleep(0.2)
         raise AssertionError("no head")
 
 
 @contextmanager
-def nodes(count=2, **options):
-    """A head that computes nothing, and nodes of one CPU each."""
+def nodes(count=2, *, cpus=0, **options):
+    """A head, that computes nothing unless said otherwise, and nodes of one CPU each."""
     with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         (inside := Path(folder) / "r").mkdir()
-        made = Nodes(inside, cpus=0, **options)
+        made = Nodes(inside, cpus=cpus, **options)
         try:
             made.others = [made.start() for _ in range(count)]
             yield made
         finally:
             made.stop()
-
-
-def ranks():
-    """The processes of Ray that train."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        with suppress(psutil.Error):
-            if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
-                found.append(process)
-    return found
 
 
 def free_port():

@@ -12,7 +12,7 @@ from histories import curves, digests, rows
 
 ROOT = Path(__file__).parents[3]
 SEED = 0
-STAGES = ["prepare", "sft", "reward_model", "ppo", "evaluation"]
+STAGES = ["prepare", "sft", "reward_model", "report_card", "ppo", "evaluation"]
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.faults,
@@ -45,7 +45,8 @@ def test_the_demonstration_is_the_same_on_a_cluster(tmp_path):
         said = run(there := tmp_path / "there", RLHF_CLUSTER=cluster.address)
     for stage in ("sft", "reward_model", "ppo"):
         assert f"{stage}: waiting for 2 free places on the cluster" in said
-    assert "evaluation: waiting for 1 free place on the cluster" in said
+    for stage in ("report_card", "evaluation"):
+        assert f"{stage}: waiting for 1 free place on the cluster" in said
     models = digests(there, SEED)
     assert [name for name, _ in models] == ["demo-critic", "demo-policy", "demo-reward", "demo-sft"]
     assert models == digests(here, SEED)
