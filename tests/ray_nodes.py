@@ -16,7 +16,9 @@ RAY = Path(sys.executable).with_name("ray")
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_worker_niceness": "0",  # else 15, and anything else comes first
 }
 
 
@@ -55,7 +57,7 @@ class Nodes:
             "--disable-usage-stats",
             "--object-store-memory=100000000",
         ]
-        with (self.folder.parent / f"node-{len(self._running)}.log").open("w") as log:
+        with self._log(len(self._running)).open("w") as log:
             environment = os.environ | self.environment
             node = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -86,6 +88,20 @@ class Nodes:
             if node.poll() is None:
                 self.kill(node)
 
+    def wait(self):
+        """Return when all nodes that were started are part of the cluster."""
+        for number, node in enumerate(self._running):
+            for _ in range(1500):
+                said = self._log(number).read_text()
+                if node.poll() is None and "will now block forever" not in said:
+                    time.sleep(0.2)
+                    continue
+                break
+            assert "will now block forever" in said, said
+
+    def _log(self, number):
+        return self.folder.parent / f"node-{number}.log"
+
     def _wait(self):
         host, port = self.address.split(":")
         probe = f"import socket; socket.create_connection(('{host}', {port}), 1)"
@@ -105,7 +121,10 @@ def nodes(count=2, *, cpus=0, **options):
         (inside := Path(folder) / "r").mkdir()
         made = Nodes(inside, cpus=cpus, **options)
         try:
-            made.others = [made.start() for _ in range(count)]
+            made.others = []
+            for _ in range(count):  # two at once would take the same names for their sockets
+                made.others.append(made.start())
+                made.wait()
             yield made
         finally:
             made.stop()

@@ -119,6 +119,7 @@ def cluster():
             with ray_nodes.nodes(0, interface=INTERFACE, **head) as made:
                 made.machines = machines
                 made.second = start_second(made)
+                made.wait()
                 yield made
     finally:
         machines.close()

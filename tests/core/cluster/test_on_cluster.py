@@ -53,6 +53,7 @@ def cluster():
         (inside := Path(folder) / "r").mkdir()
         made = ray_nodes.Nodes(inside)
         made.second = made.start()
+        made.wait()
         yield made
         made.stop()
 
