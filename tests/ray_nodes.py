@@ -30,7 +30,7 @@ class Nodes:
         host: the address of the head.
         prefix: what starts the command of the head, as `ip netns exec`.
         cpus: of the head.
-        interface: of the network between the nodes.
+        interface: of the network between the nodes, as the head knows it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Nodes:
         self.head = self.start("--head", f"--port={port}", *host, cpus=cpus, prefix=prefix)
         self._wait()
 
-    def start(self, *options, cpus=1, prefix=()):
+    def start(self, *options, cpus=1, prefix=(), **variables):
         """Start a node; it is part of the cluster some seconds later."""
         where = () if "--head" in options else (f"--address={self.address}",)
         if "--head" in options:
@@ -58,7 +58,7 @@ class Nodes:
             "--object-store-memory=100000000",
         ]
         with self._log(len(self._running)).open("w") as log:
-            environment = os.environ | self.environment
+            environment = os.environ | self.environment | variables
             node = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )

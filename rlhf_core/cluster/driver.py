@@ -39,6 +39,7 @@ LOOK_SECONDS = 0.3  # between two looks into the mailbox
 COUNT_SECONDS = 5.0  # between two looks at the machines of the cluster
 # Of what this process sees, ranks elsewhere have to see the same; the rest is of their machines.
 PASSED_ON = ("HF_", "TOKENIZERS_", "TRANSFORMERS_", "DO_NOT_TRACK", "GLOO_", "NCCL_", "TORCH_")
+OF_A_MACHINE = ("_IFNAME", "_HCA")  # names of its network devices
 
 
 def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
@@ -153,7 +154,11 @@ def _connected(job: Job) -> Any:
     Ray runs for it does: to disconnect sooner would end the process with Ray's exit code."""
     _require_answer(job.cluster)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ON) and not name.endswith(OF_A_MACHINE)
+    }
     try:
         ray.init(
             address=job.cluster,

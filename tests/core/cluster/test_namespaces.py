@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.skipif(bool(why := missing()), reason=why or "all is there"),
     pytest.mark.timeout(1200),
 ]
-INTERFACE = "between"
+INTERFACES = ["cable-a", "cable-b"]  # each machine has names of its own
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-the-tests-of-namespaces-0123456789"}
 DRIVER = """
 import json, sys
@@ -68,11 +68,11 @@ class Machines:
         for name in self.names:
             self._ip("netns", "add", name)
         a, b = self.names
-        self._ip("link", "add", INTERFACE, "netns", a, "type", "veth",
-                 "peer", "name", INTERFACE, "netns", b)  # fmt: skip
-        for name, address in zip(self.names, self.addresses, strict=True):
-            self._ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
-            for interface in ("lo", INTERFACE):
+        cable = ("link", "add", INTERFACES[0], "netns", a, "type", "veth")
+        self._ip(*cable, "peer", "name", INTERFACES[1], "netns", b)
+        for name, address, own in zip(self.names, self.addresses, INTERFACES, strict=True):
+            self._ip("-n", name, "address", "add", f"{address}/24", "dev", own)
+            for interface in ("lo", own):
                 self._ip("-n", name, "link", "set", interface, "up")
 
     def inside(self, number, hidden=None):
@@ -113,10 +113,10 @@ def cluster():
     machines = Machines()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in (TOKEN | {"GLOO_SOCKET_IFNAME": INTERFACE}).items():
+            for name, value in TOKEN.items():
                 patch.setenv(name, value)
             head = {"host": machines.addresses[0], "prefix": machines.inside(0), "cpus": 1}
-            with ray_nodes.nodes(0, interface=INTERFACE, **head) as made:
+            with ray_nodes.nodes(0, interface=INTERFACES[0], **head) as made:
                 made.machines = machines
                 made.second = start_second(made)
                 made.wait()
@@ -127,7 +127,8 @@ def cluster():
 
 def start_second(cluster):
     prefix = cluster.machines.inside(1, hidden=cluster.folder)
-    return cluster.start(f"--node-ip-address={cluster.machines.addresses[1]}", prefix=prefix)
+    address = f"--node-ip-address={cluster.machines.addresses[1]}"
+    return cluster.start(address, prefix=prefix, GLOO_SOCKET_IFNAME=INTERFACES[1])
 
 
 def train(cluster, job, act=lambda: None, **variables):
