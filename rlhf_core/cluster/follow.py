@@ -1,5 +1,6 @@
 """What has become of a stage on a cluster, from what its ranks have said so far."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -121,7 +122,7 @@ class Following:
     def _lost(self, lost: dict[int, str]) -> None:
         self._working = False
         self._tries += 1
-        ranks = ", ".join(f"rank {rank} ({why[:200]})" for rank, why in sorted(lost.items()))
+        ranks = ", ".join(f"rank {rank} ({_cause(why)})" for rank, why in sorted(lost.items()))
         again = f"try {self._tries} of {self._job.cluster_retries}"
         if self._tries > self._job.cluster_retries:
             self._write({"warning": f"lost on the cluster: {ranks}"})
@@ -136,3 +137,11 @@ class Following:
 
 def _places(number: int, kind: str = "") -> str:
     return f"{number} {kind}place{'' if number == 1 else 's'}"
+
+
+def _cause(why: str) -> str:
+    """Of what Ray says of a lost rank: its machine, and the sentence with the cause."""
+    machine = re.search(r"hostname='([^']+)'", why)
+    sentence = re.search(r"The actor (?:is dead|died) because [^.]*", why)
+    said = sentence[0] if sentence else why[:200]
+    return f"on {machine[1]}: {said}" if machine else said

@@ -20,6 +20,14 @@ from rlhf_core.training.session import Interrupted
 
 JOB = Job(stage="sft", seed=0, processes=2, cluster="127.0.0.1:1", cluster_retries=2)
 
+OF_RAY = (
+    "A worker health check failed. Worker info: Worker( actor=Actor(RayTrainWorker, 0cd138f3), "
+    "metadata=ActorMetadata( hostname='node-b', node_id='65884a99', node_ip='10.77.0.2', pid=7, "
+    "accelerator_ids={'GPU': []}, ), ) The actor died unexpectedly before finishing this task. "
+    "class_name: RayTrainWorker actor_id: 0cd138f3 The actor died because its node has died. Node "
+    "Id: 65884a99 the actor's node was terminated unexpectedly: health check failed."
+)
+
 
 @pytest.fixture
 def written():
@@ -84,10 +92,10 @@ def test_ranks_that_hang_after_a_failure_are_not_waited_for(following, monkeypat
 
 def test_a_lost_rank_is_said_and_counted(following, written):
     following.read({"began": 0})
-    following.read({"lost": {1: "The actor died because its node has died."}})
+    following.read({"lost": {0: f"{'x' * 300}", 1: OF_RAY}})
     assert written[-2] == {
-        "warning": "lost on the cluster: rank 1 (The actor died because its node has died.); "
-        "starting again (try 1 of 2)"
+        "warning": f"lost on the cluster: rank 0 ({'x' * 200}), rank 1 (on node-b: The actor died "
+        "because its node has died); starting again (try 1 of 2)"
     }
     assert written[-1]["phase"] == "starting again after a lost rank (try 1 of 2)"
     following.read({"began": 7})
