@@ -193,7 +193,7 @@ class Servers:
         )
         return found[0]
 
-    def in_stage(self, stage: str) -> None:
+    def in_stage(self, stage: str, seconds: float = 180) -> None:
         """Return when a checkpoint of a training is there, or when another stage has begun."""
 
         def begun():
@@ -203,4 +203,4 @@ class Servers:
             )
             return kept if stage != "evaluation" else running
 
-        wait_until(begun, 180, 0.05)
+        wait_until(begun, seconds, 0.05)

@@ -18,6 +18,7 @@ LONGER = {  # long enough to be hit in the middle
     "sft": {"epochs": 4, "max_length": 80},
     "ppo": {"iterations": 30, "rollout_size": 16, "batch_size": 8, "epochs": 2},
 }
+SLOW = 900  # s; a stage on a cluster takes a minute to start on a busy machine
 STAGES = ["sft", "reward_model", "ppo", "evaluation"]
 pytestmark = [
     pytest.mark.cluster,
@@ -108,11 +109,11 @@ def logs(servers, flow_run):
 
 def lose_a_rank(servers, cluster, flow_run, stage, times):
     """Kill a rank in a stage, and return when Prefect's log says that it starts again."""
-    servers.in_stage(stage)
-    wait_until(lambda: servers.steps(stage) > 5, 180)
+    servers.in_stage(stage, SLOW)
+    wait_until(lambda: servers.steps(stage) > 5, SLOW)
     cluster.ranks()[0].kill()
     killed, again = time.monotonic(), "starting again (try 1 of 3)"
-    wait_until(lambda: sum(again in line for line in logs(servers, flow_run)) == times, 180)
+    wait_until(lambda: sum(again in line for line in logs(servers, flow_run)) == times, SLOW)
     print(f"\n{stage}: a killed rank is in Prefect's log {time.monotonic() - killed:.0f} s later")
 
 
@@ -138,14 +139,14 @@ def test_a_run_in_which_ranks_are_lost(servers, cluster, config, expected):
     flow_run = start(servers, config)
     lose_a_rank(servers, cluster, flow_run, "sft", 1)
     lose_a_rank(servers, cluster, flow_run, "ppo", 2)
-    servers.until(flow_run, "Completed", seconds=900)
+    servers.until(flow_run, "Completed", seconds=SLOW)
     equal(servers, 0, expected)
 
 
 def test_cancelled_in_prefect_and_resumed(servers, cluster, config, expected):
     flow_run = start(servers, config, seed=1)
-    servers.in_stage("ppo")
-    wait_until(lambda: servers.steps("ppo") > 5, 120)
+    servers.in_stage("ppo", SLOW)
+    wait_until(lambda: servers.steps("ppo") > 5, SLOW)
     process, begun = servers.flow_process(), time.monotonic()
     servers.ask(f"/flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_until(lambda: not process.is_running(), 120)
@@ -156,17 +157,17 @@ def test_cancelled_in_prefect_and_resumed(servers, cluster, config, expected):
     (kept,) = servers.home.glob("work/ppo-*/checkpoints")
     assert list(kept.glob("step-*[0-9]"))
     servers.rlhf("resume", pipeline(servers, flow_run))
-    servers.until(flow_run, "Completed", seconds=900)
+    servers.until(flow_run, "Completed", seconds=SLOW)
     equal(servers, 1, expected)
 
 
 def test_a_node_lost_for_good_is_said_in_prefect_and_one_process_goes_on(servers, cluster, config):
     flow_run = start(servers, config, seed=2)
-    servers.in_stage("sft")
+    servers.in_stage("sft", SLOW)
     cluster.kill(cluster.others.pop())
     lost = time.monotonic()
     said = "the cluster has 1 place. It goes on when a machine joins; or cancel, and resume with"
-    wait_until(lambda: any(said in line for line in logs(servers, flow_run)), 180)
+    wait_until(lambda: any(said in line for line in logs(servers, flow_run)), SLOW)
     print(f"\nlost for good: in Prefect's log after {time.monotonic() - lost:.0f} s")
     waits = "waiting for 2 places; the cluster has 1 place"
     wait_until(lambda: waits in str(servers.ask("/artifacts/latest/filter", {"limit": 200})), 60)
@@ -177,6 +178,6 @@ def test_a_node_lost_for_good_is_said_in_prefect_and_one_process_goes_on(servers
     servers.clients["RLHF_PROCESSES"] = "1"
     servers.start("worker")
     servers.rlhf("resume", pipeline(servers, flow_run))
-    servers.until(flow_run, "Completed", seconds=900)
+    servers.until(flow_run, "Completed", seconds=SLOW)
     assert histories.doubled(servers.home) == []
     assert len(histories.digests(servers.home, 2)) == 4
