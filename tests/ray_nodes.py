@@ -16,7 +16,7 @@ RAY = Path(sys.executable).with_name("ray")
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_register_timeout_seconds": "300",
-    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_raylet_start_wait_time_s": "60",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_worker_niceness": "0",  # else 15, and anything else comes first
 }
@@ -51,7 +51,9 @@ class Nodes:
         where = () if "--head" in options else (f"--address={self.address}",)
         if "--head" in options:
             options += ("--include-dashboard=false", f"--temp-dir={self.folder}")
-        command = [*prefix, str(RAY), "start", "--block", *where, *options]
+        # On a busy machine a raylet gives up after 15 s without its agent; no setting changes that.
+        again = ("sh", "-c", 'until "$@"; do sleep 1; done', "sh")
+        command = [*prefix, *again, str(RAY), "start", "--block", *where, *options]
         command += [
             f"--num-cpus={cpus}",
             "--disable-usage-stats",
@@ -71,6 +73,8 @@ class Nodes:
         for process in processes:
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
     def ranks(self):
