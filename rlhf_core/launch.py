@@ -4,9 +4,9 @@
 
 starts the ranks and waits for them. The main rank reports progress on stdout as lines of JSON:
 `{"metrics": {...}, "step": 3}`, `{"done": 3, "total": 9, "note": "..."}`,
-`{"phase": "...", "done": 3, "total": 9}` or `{"alarm": {...}}`. At the end it writes its report,
-or the error, beside the job. `launch` does all this from Python. The ranks of a job that names a
-cluster are started by Ray Train (`rlhf_core.cluster`).
+`{"phase": "...", "done": 3, "total": 9}`, `{"alarm": {...}}` or `{"warning": "..."}`. At the end it
+writes its report, or the error, beside the job. `launch` does all this from Python. The ranks of a
+job that names a cluster are started by Ray Train (`rlhf_core.cluster`).
 """
 
 import json
@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # keeps the process that waits for the ranks small
 REPORT, FAILURE = "report.pickle", "failure-{}.json"
 PHASE_SECONDS = 1.0  # between two lines about one phase
 GRACE = 120  # seconds for ranks to write a checkpoint when they have to stop
+
+log = logging.getLogger(__name__)
 
 
 class Job(Section):
@@ -249,6 +251,8 @@ def _forward(logger: StageLogger, line: dict[str, Any]) -> None:
         logger.metrics(line["metrics"], line["step"])
     elif "alarm" in line:
         logger.alarm(Alarm(**line["alarm"]))
+    elif "warning" in line:
+        log.warning("%s", line["warning"])
     elif "phase" in line:
         logger.phase(line["phase"], line["done"], line["total"])
     else:

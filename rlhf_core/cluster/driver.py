@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_core.cluster.follow import LAST_WORDS_SECONDS, Following
 from rlhf_core.cluster.mailbox import Letter, Mailbox
+from rlhf_core.cluster.places import places
 from rlhf_core.cluster.rank import train
 from rlhf_core.cluster.sameness import Sameness
 from rlhf_core.errors import ConfigError
@@ -34,8 +36,10 @@ from rlhf_core.training.session import StopRequest
 PROBE_SECONDS = 10.0  # for the cluster to answer
 START_SECONDS = 300.0  # for the first process of ours on the cluster
 LOOK_SECONDS = 0.3  # between two looks into the mailbox
+COUNT_SECONDS = 5.0  # between two looks at the machines of the cluster
 # Of what this process sees, ranks elsewhere have to see the same; the rest is of their machines.
 PASSED_ON = ("HF_", "TOKENIZERS_", "TRANSFORMERS_", "DO_NOT_TRACK", "GLOO_", "NCCL_", "TORCH_")
+OF_A_MACHINE = ("_IFNAME", "_HCA")  # names of its network devices
 
 
 def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
@@ -60,12 +64,17 @@ def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
         ) as storage,
     ):
         box = _connected(job)
-        ended = _start(job, box, sameness, storage)
+        needed = _needed(job)
+        ended = _start(job, box, sameness, storage, needed)
+        counted = time.monotonic()
         with StopRequest() as request:  # again, for Ray has put handlers of its own
             while True:
                 over = ended.wait(LOOK_SECONDS)  # before the letters, which come first
                 for letter in ray.get(box.take.remote(), timeout=60):
                     following.read(letter)
+                if time.monotonic() - counted >= COUNT_SECONDS:
+                    following.room(places(ray.nodes(), needed))
+                    counted = time.monotonic()
                 if os.getppid() != parent:  # nobody reads any more
                     os._exit(1)
                 number = request.number or early.number
@@ -77,16 +86,24 @@ def train_on_cluster(job: Job, write: Callable[[Letter], None]) -> bytes:
                     return report
 
 
+def _needed(job: Job) -> dict[str, float]:
+    """What each process takes: a GPU if the cluster has any, and cores."""
+    cores = {"CPU": float(job.cluster_cpus)}
+    gpu = job.device == "cuda" or (job.device == "auto" and ray.cluster_resources().get("GPU", 0))
+    return {**cores, "GPU": 1.0} if gpu else cores
+
+
 class _Ended(threading.Event):
     """Whether Ray Train has ended, and its error."""
 
     error = ""
 
 
-def _start(job: Job, box: Any, sameness: Sameness, storage: str) -> _Ended:
+def _start(
+    job: Job, box: Any, sameness: Sameness, storage: str, needed: Mapping[str, float]
+) -> _Ended:
     """Train in a thread: in the main thread Ray would take SIGINT, and end with exit code 0."""
-    ended = _Ended()
-    gpu = job.device == "cuda" or (job.device == "auto" and ray.cluster_resources().get("GPU", 0))
+    ended, gpu = _Ended(), "GPU" in needed
     job = job.model_copy(update={"device": "cuda" if gpu else "cpu"})
     given = {
         "job": job.model_dump_json(),
@@ -94,12 +111,11 @@ def _start(job: Job, box: Any, sameness: Sameness, storage: str) -> _Ended:
         "threads": job.cluster_cpus,
         "sameness": sameness,
     }
-    resources = {"CPU": float(job.cluster_cpus), **({"GPU": 1.0} if gpu else {})}
     trainer = TorchTrainer(
         train,
         train_loop_config=given,
         scaling_config=ScalingConfig(
-            num_workers=job.processes, use_gpu=bool(gpu), resources_per_worker=resources
+            num_workers=job.processes, use_gpu=gpu, resources_per_worker=dict(needed)
         ),
         run_config=RunConfig(
             name=Path(storage).name,
@@ -138,7 +154,11 @@ def _connected(job: Job) -> Any:
     Ray runs for it does: to disconnect sooner would end the process with Ray's exit code."""
     _require_answer(job.cluster)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ON) and not name.endswith(OF_A_MACHINE)
+    }
     try:
         ray.init(
             address=job.cluster,

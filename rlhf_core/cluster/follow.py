@@ -1,6 +1,6 @@
 """What has become of a stage on a cluster, from what its ranks have said so far."""
 
-import logging
+import re
 import time
 from collections.abc import Callable
 
@@ -12,14 +12,13 @@ from rlhf_core.training.session import Interrupted
 LAST_WORDS_SECONDS = 10.0  # for Ray to end the ranks after one of them has given up
 FAILURES: dict[str, type[BaseException]] = {**UserError.kinds(), Interrupted.__name__: Interrupted}
 
-log = logging.getLogger(__name__)
-
 
 class Following:
     """Reads the letters of the ranks, and says how the stage has ended once it has.
 
     Args:
-        write: gets what a logger of this process would: metrics, progress, phases and alarms.
+        write: gets what a logger of this process would: metrics, progress, phases, alarms, and
+            warnings.
     """
 
     def __init__(self, job: Job, write: Callable[[Letter], None]) -> None:
@@ -27,6 +26,8 @@ class Following:
         self._job = job
         self._write = write
         self._working = False
+        self._waiting = ""  # for what, while no rank is at work
+        self._short = False  # the cluster has too few places
         self._tries = 0
         self._step = 0  # where the ranks of this try began
         self._errors: list[tuple[int, int, str]] = []  # of code: try, where it began, last line
@@ -34,7 +35,7 @@ class Following:
         self._report: bytes | None = None
         self._failure: BaseException | None = None
         self._since = 0.0  # of the failure, or of the wish to stop
-        self._waits(f"waiting for {job.processes} free places on the cluster")
+        self._waits(f"waiting for {_places(job.processes, 'free ')} on the cluster")
 
     def read(self, letter: Letter) -> None:
         """Take note of a letter, or pass it on."""
@@ -44,15 +45,32 @@ class Following:
             kind = FAILURES.get(letter["failed"], RuntimeError)
             self._fail(kind(letter["message"]))
         elif "began" in letter:
-            self._working, self._step = True, letter["began"]
+            self._working, self._short, self._step = True, False, letter["began"]
         elif "error" in letter:
             self._error(letter["error"])
         elif "lost" in letter:
             self._lost(letter["lost"])
-        elif "warning" in letter:
-            log.warning("%s", letter["warning"])
         else:
             self._write(letter)
+
+    def room(self, found: int) -> None:
+        """Say whether the cluster can run the stage at all, while no rank is at work.
+
+        Args:
+            found: processes that fit on it.
+        """
+        short = found < self._job.processes
+        if self._working or self.stopping or short == self._short:
+            return
+        self._short = short
+        if not short:
+            self._write({"phase": self._waiting, "done": 0, "total": 0})
+            return
+        has = f"the cluster has {_places(found) if found else 'none'}"
+        waits = f"waiting for {_places(self._job.processes)}; {has}"
+        self._write({"phase": waits, "done": 0, "total": 0})
+        fewer = f"; or cancel, and resume with RLHF_PROCESSES={found}" if found else ""
+        self._write({"warning": f"{waits}. It goes on when a machine joins{fewer}"})
 
     def stop(self, signal: str) -> None:
         """Take note that the stage shall stop."""
@@ -104,13 +122,26 @@ class Following:
     def _lost(self, lost: dict[int, str]) -> None:
         self._working = False
         self._tries += 1
-        ranks = ", ".join(f"rank {rank} ({why[:200]})" for rank, why in sorted(lost.items()))
+        ranks = ", ".join(f"rank {rank} ({_cause(why)})" for rank, why in sorted(lost.items()))
         again = f"try {self._tries} of {self._job.cluster_retries}"
         if self._tries > self._job.cluster_retries:
-            log.warning("lost on the cluster: %s", ranks)
+            self._write({"warning": f"lost on the cluster: {ranks}"})
             return
-        log.warning("lost on the cluster: %s; starting again (%s)", ranks, again)
+        self._write({"warning": f"lost on the cluster: {ranks}; starting again ({again})"})
         self._waits(f"starting again after a lost rank ({again})")
 
     def _waits(self, why: str) -> None:
+        self._waiting = why
         self._write({"phase": why, "done": 0, "total": 0})
+
+
+def _places(number: int, kind: str = "") -> str:
+    return f"{number} {kind}place{'' if number == 1 else 's'}"
+
+
+def _cause(why: str) -> str:
+    """Of what Ray says of a lost rank: its machine, and the sentence with the cause."""
+    machine = re.search(r"hostname='([^']+)'", why)
+    sentence = re.search(r"The actor (?:is dead|died) because [^.]*", why)
+    said = sentence[0] if sentence else why[:200]
+    return f"on {machine[1]}: {said}" if machine else said

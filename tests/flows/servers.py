@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+import histories
 import psutil
 
 from flows.local import find, serve
@@ -183,9 +183,7 @@ class Servers:
 
     def rows(self, query: str) -> list[tuple]:
         """Of MLflow's database, which is a file that is read without the server."""
-        uri = f"file:{self.home / 'mlflow' / 'mlflow.db'}?mode=ro"
-        with sqlite3.connect(uri, uri=True, timeout=30) as connection:
-            return connection.execute(query).fetchall()
+        return histories.rows(self.home, query)
 
     def steps(self, stage: str) -> int:
         """How many values of metrics the running stage has logged."""
@@ -195,7 +193,7 @@ class Servers:
         )
         return found[0]
 
-    def in_stage(self, stage: str) -> None:
+    def in_stage(self, stage: str, seconds: float = 180) -> None:
         """Return when a checkpoint of a training is there, or when another stage has begun."""
 
         def begun():
@@ -205,4 +203,4 @@ class Servers:
             )
             return kept if stage != "evaluation" else running
 
-        wait_until(begun, 180, 0.05)
+        wait_until(begun, seconds, 0.05)

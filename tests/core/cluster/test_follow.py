@@ -10,14 +10,23 @@ import pytest
 
 from rlhf_core.cluster.follow import Following
 from rlhf_core.cluster.mailbox import Mailbox
+from rlhf_core.cluster.places import places
 from rlhf_core.cluster.sameness import Sameness
 from rlhf_core.errors import CheckpointError, ConfigError, DataError, RefusedError
-from rlhf_core.launch import Job, launch
+from rlhf_core.launch import Job, _forward, launch
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.training.ranks import Ranks
 from rlhf_core.training.session import Interrupted
 
 JOB = Job(stage="sft", seed=0, processes=2, cluster="127.0.0.1:1", cluster_retries=2)
+
+OF_RAY = (
+    "A worker health check failed. Worker info: Worker( actor=Actor(RayTrainWorker, 0cd138f3), "
+    "metadata=ActorMetadata( hostname='node-b', node_id='65884a99', node_ip='10.77.0.2', pid=7, "
+    "accelerator_ids={'GPU': []}, ), ) The actor died unexpectedly before finishing this task. "
+    "class_name: RayTrainWorker actor_id: 0cd138f3 The actor died because its node has died. Node "
+    "Id: 65884a99 the actor's node was terminated unexpectedly: health check failed."
+)
 
 
 @pytest.fixture
@@ -81,10 +90,13 @@ def test_ranks_that_hang_after_a_failure_are_not_waited_for(following, monkeypat
         outcome(following)
 
 
-def test_a_lost_rank_is_said_and_counted(following, written, caplog):
+def test_a_lost_rank_is_said_and_counted(following, written):
     following.read({"began": 0})
-    following.read({"lost": {1: "The actor died because its node has died."}})
-    assert "rank 1 (The actor died because its node has died.)" in caplog.text
+    following.read({"lost": {0: f"{'x' * 300}", 1: OF_RAY}})
+    assert written[-2] == {
+        "warning": f"lost on the cluster: rank 0 ({'x' * 200}), rank 1 (on node-b: The actor died "
+        "because its node has died); starting again (try 1 of 2)"
+    }
     assert written[-1]["phase"] == "starting again after a lost rank (try 1 of 2)"
     following.read({"began": 7})
     assert outcome(following) is None
@@ -124,6 +136,52 @@ def test_stopped_ranks_get_time_for_a_checkpoint(following):
     following.read({"failed": "Interrupted", "message": "stopped by SIGTERM at step 7"})
     with pytest.raises(Interrupted, match="at step 7"):
         outcome(following, over=True)
+
+
+def test_too_few_places_are_said_once_until_there_are_enough(following, written):
+    following.room(2)
+    assert len(written) == 1  # it waits, but not for a machine
+    following.room(1)
+    following.room(1)
+    phase, warning = written[1:]
+    assert phase["phase"] == "waiting for 2 places; the cluster has 1 place"
+    assert warning["warning"] == (
+        "waiting for 2 places; the cluster has 1 place. It goes on when a machine joins; "
+        "or cancel, and resume with RLHF_PROCESSES=1"
+    )
+    following.room(3)
+    assert written[3:] == written[:1]
+    following.read({"began": 4})
+    following.room(0)  # ranks that are at work will say so themselves
+    following.read({"lost": {0: "its node has died"}})
+    del written[:]
+    following.room(0)
+    assert written[0]["phase"] == "waiting for 2 places; the cluster has none"
+    assert written[1]["warning"].endswith("has none. It goes on when a machine joins")
+    following.stop("SIGTERM")
+    following.room(2)
+    assert len(written) == 2
+
+
+def test_places_are_counted_by_machine():
+    """A process is on one machine, with all that it takes: 3 + 0 + 1 of them."""
+    machines = [
+        {"Alive": True, "Resources": {"CPU": 7.0, "GPU": 8.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"CPU": 64.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},
+    ]
+    assert places(machines, {"CPU": 2.0, "GPU": 1.0}) == 4
+    assert places(machines, {"CPU": 2.0}) == 3 + 32 + 1
+    assert places([], {"CPU": 1.0}) == 0
+
+
+def test_a_warning_of_the_ranks_is_one_of_the_flow(caplog):
+    """So that Prefect, which hears of this process alone, shows it."""
+    _forward(MemoryLogger(), {"warning": "rank 1: slow"})
+    assert [(each.name, each.message) for each in caplog.records] == [
+        ("rlhf_core.launch", "rank 1: slow")
+    ]
 
 
 def test_a_stop_that_comes_while_lost_ranks_are_started(following):

@@ -9,10 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,17 +18,15 @@ sys.path += [str(Path(__file__).parents[1] / "stages"), str(Path(__file__).paren
 
 import ray_nodes
 import tiny
+from jobs import SFT, Acting, job_of, measured, same, until, values
 
 from rlhf_core.errors import ConfigError, UserError
 from rlhf_core.launch import Job, launch, run
 from rlhf_core.metrics import MemoryLogger
 from rlhf_core.settings.evaluation import EvaluationConfig
-from rlhf_core.settings.judge import JudgeConfig
 from rlhf_core.training.checkpoint import newest_step
 from rlhf_core.training.ranks import Ranks
-from rlhf_core.training.recovery import Recovery
 from rlhf_core.training.session import Interrupted
-from rlhf_core.work import Work
 
 pytestmark = [
     pytest.mark.cluster,
@@ -40,14 +36,11 @@ pytestmark = [
 ]
 torch.set_num_threads(1)
 
-SFT = tiny.change(tiny.CONFIGS["sft"], epochs=6, batch_size=7, micro_batch_size=2)
-WEIGHTS = "model.safetensors"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     before = dict(os.environ)
-    os.environ |= ray_nodes.ENVIRONMENT
+    os.environ |= ray_nodes.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -60,6 +53,7 @@ def cluster():
         (inside := Path(folder) / "r").mkdir()
         made = ray_nodes.Nodes(inside)
         made.second = made.start()
+        made.wait()
         yield made
         made.stop()
 
@@ -71,52 +65,8 @@ def data(tmp_path_factory):
     return data
 
 
-def job_of(folder, stage="sft", config=SFT, inputs=None, outputs=("sft",), **settings):
-    folder.mkdir(exist_ok=True)
-    work = Work(
-        inputs=inputs,
-        outputs={kind: folder / kind for kind in outputs},
-        sections={"model": tiny.MODEL, "sampling": tiny.SAMPLING, "judge": JudgeConfig()},
-        recovery=Recovery(folder / "checkpoints", 0),
-    )
-    job = Job.of(stage, config, work, processes=2, strategy="ddp", folder=folder)
-    return job.model_copy(update=settings)
-
-
-class Acting(MemoryLogger):
-    """Does something when a step is logged for the first time."""
-
-    def __init__(self, step, act):
-        super().__init__()
-        self.step, self.act = step, act
-
-    def metrics(self, values, step):
-        super().metrics(values, step)
-        if step == self.step:
-            self.step = None
-            self.act()
-
-
-def ranks():
-    """The processes of Ray that train."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "name"]):
-        with suppress(psutil.Error):
-            if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
-                found.append(process)
-    return found
-
-
-def wait_for_no_rank(seconds=60):
-    end = time.monotonic() + seconds
-    while ranks() and time.monotonic() < end:
-        time.sleep(0.5)
-    assert ranks() == []
-
-
-def values(logger):
-    """The last value of each metric at each step: ranks that start again say them again."""
-    return {(step, name): value for step, found in logger.history for name, value in found.items()}
+def wait_for_no_rank(cluster, seconds=60):
+    return until(lambda: not cluster.ranks(), seconds)[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +87,7 @@ def test_equal_to_two_local_processes_to_the_bit(cluster, data, elastic, tmp_pat
     same(tmp_path / "a", folder)
     left = {path.name for path in (tmp_path / "a").iterdir()}
     assert left == {"checkpoints", "sft", "tokens"}
-    wait_for_no_rank()
-
-
-def same(one, other, kind="sft"):
-    assert (one / kind / WEIGHTS).read_bytes() == (other / kind / WEIGHTS).read_bytes()
+    wait_for_no_rank(cluster)
 
 
 @pytest.mark.parametrize("stage", ["reward_model", "ppo"])
@@ -165,14 +111,15 @@ def test_every_training_is(cluster, data, elastic, tmp_path, stage):
         same(tmp_path / "here", tmp_path / "there", kind)
 
 
-def test_a_rank_that_is_killed(cluster, data, elastic, tmp_path, caplog):
-    logger = Acting(5, lambda: ranks()[0].kill())
+def test_a_rank_that_is_killed(cluster, data, elastic, tmp_path):
+    logger = Acting(5, lambda: cluster.ranks()[0].kill())
     job = job_of(tmp_path / "a", inputs={"data": data}, cluster=cluster.address)
     report = launch(job, logger)
     assert report.summary() == elastic[2].summary()
     assert values(logger) == elastic[1]
     same(tmp_path / "a", elastic[0])
     assert "starting again after a lost rank (try 1 of 3)" in [what for what, *_ in logger.phases]
+    measured("a rank is killed", f"{logger.told()}; equal to the bit")
 
 
 def test_a_node_that_is_lost_and_comes_back(cluster, data, elastic, tmp_path):
@@ -186,6 +133,48 @@ def test_a_node_that_is_lost_and_comes_back(cluster, data, elastic, tmp_path):
     assert report.summary() == elastic[2].summary()
     same(tmp_path / "a", elastic[0])
     assert values(logger) == elastic[1]
+    measured("a node is lost, and one comes 10 s later", f"{logger.told()}; equal to the bit")
+
+
+class Cancelling(Acting):
+    """Cancels the stage once there are too few places."""
+
+    said = 0.0
+
+    def phase(self, what, done=0, total=0):
+        super().phase(what, done, total)
+        if what.startswith("waiting for 2 places") and not self.said:
+            self.said = time.monotonic()
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_node_that_is_lost_for_good(cluster, data, elastic, tmp_path, caplog):
+    """It is said, and the run that is cancelled goes on with the processes that are left."""
+    logger = Cancelling(5, lambda: cluster.kill(cluster.second))
+    job = job_of(tmp_path / "a", inputs={"data": data}, cluster=cluster.address)
+    try:
+        with pytest.raises(Interrupted, match="by SIGTERM while no rank was at work"):
+            launch(job, logger)
+        said, ended = logger.said - logger.acted, time.monotonic() - logger.said
+        assert ("waiting for 2 places; the cluster has 1 place", 0, 0) in logger.phases
+        assert (
+            "waiting for 2 places; the cluster has 1 place. It goes on when a machine joins; or "
+            "cancel, and resume with RLHF_PROCESSES=1" in caplog.messages
+        )
+        kept = newest_step(tmp_path / "a" / "checkpoints")
+        assert 5 <= kept < 24
+        fewer = MemoryLogger()
+        report = launch(job.model_copy(update={"processes": 1}), fewer)
+    finally:
+        cluster.second = cluster.start()
+    end = f"said after {said:.0f} s, ended {ended:.0f} s after it was cancelled"
+    measured("a node is lost for good", f"{end}; goes on with one process, equal up to rounding")
+    after, before = values(fewer), elastic[1]
+    assert after.keys() == before.keys()
+    assert {key: after[key] for key in after if key[0] <= kept} == {
+        key: before[key] for key in before if key[0] <= kept
+    }
+    assert report.held_out_loss == pytest.approx(elastic[2].held_out_loss, rel=1e-4)
 
 
 def test_stopped_and_continued_by_one_process(cluster, data, tmp_path):
@@ -194,7 +183,9 @@ def test_stopped_and_continued_by_one_process(cluster, data, tmp_path):
     job = job_of(tmp_path / "a", config=long, inputs={"data": data}, cluster=cluster.address)
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM at step \d+; run again to resume"):
         launch(job, logger)
-    wait_for_no_rank()
+    ended = time.monotonic() - logger.acted
+    gone = ended + wait_for_no_rank(cluster)
+    measured("cancelled", f"ended after {ended:.0f} s, no rank left after {gone:.0f} s")
     stopped = newest_step(tmp_path / "a" / "checkpoints")
     assert 5 <= stopped < 240
     alone = MemoryLogger()
@@ -209,7 +200,8 @@ def test_stopped_while_it_waits_for_a_place(cluster, data, tmp_path):
     with pytest.raises((Interrupted, KeyboardInterrupt)):
         launch(job, MemoryLogger())
     assert time.monotonic() - begun < 100
-    wait_for_no_rank()
+    measured("cancelled while it waits", f"ended after {time.monotonic() - begun - 40:.0f} s")
+    wait_for_no_rank(cluster)
 
 
 SCRIPT = """
@@ -231,7 +223,8 @@ def test_whoever_waits_is_killed(cluster, data, tmp_path):
         while int(flow.stdout.readline()) < 5:
             pass
         flow.kill()
-    wait_for_no_rank(30)
+    gone = wait_for_no_rank(cluster, 30)
+    measured("the process of the flow is killed", f"no rank left after {gone:.0f} s")
     assert any((tmp_path / "a" / "checkpoints").glob("step-*"))
 
 
@@ -242,8 +235,10 @@ def test_an_error_of_the_user_is_told_once_under_its_name(cluster, data, tmp_pat
         table.unlink()
     job = job_of(tmp_path / "a", inputs={"data": bad}, cluster=cluster.address)
     logger = MemoryLogger()
+    begun = time.monotonic()
     with pytest.raises(UserError, match="demonstrations"):
         launch(job, logger)
+    measured("an error of the user", f"told {time.monotonic() - begun:.0f} s after the start, once")
     assert not [what for what, *_ in logger.phases if "again" in what]
 
 
@@ -258,6 +253,7 @@ def test_a_bug_is_not_tried_again_and_again(cluster, data, tmp_path):
     tries = {what for what, *_ in logger.phases if "again" in what}
     # It trains before it fails, so the second try begins elsewhere; Ray may begin one more.
     assert len(tries) <= 3
+    measured("a bug", f"given up after {len(tries) + 1} tries")
 
 
 def test_two_stages_at_once_take_turns(cluster, data, elastic, tmp_path):
@@ -268,10 +264,12 @@ def test_two_stages_at_once_take_turns(cluster, data, elastic, tmp_path):
         reports[name] = launch(job, MemoryLogger())
 
     threads = [threading.Thread(target=start, args=(name,)) for name in ("a", "b")]
+    begun = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    measured("two stages at once", f"both done after {time.monotonic() - begun:.0f} s, in turn")
     assert {report.held_out_loss for report in reports.values()} == {elastic[2].held_out_loss}
 
 
@@ -284,8 +282,11 @@ def test_a_folder_that_is_not_shared(cluster, data, tmp_path):
     alone = cluster.start(prefix=("unshare", "-m", "sh", "-c", hide, "sh"))
     try:
         job = job_of(hidden, inputs={"data": data}, cluster=cluster.address)
+        begun = time.monotonic()
         with pytest.raises(ConfigError, match=r"does not see the folder .*/a; RLHF_HOME has to be"):
             launch(job, MemoryLogger())
+        told = time.monotonic() - begun
+        measured("a folder that is not shared", f"told {told:.0f} s after the start")
     finally:
         cluster.kill(alone)
         cluster.second = cluster.start()
@@ -307,3 +308,22 @@ def test_one_process_and_an_evaluation(cluster, data, elastic, tmp_path):
             job, MemoryLogger(), Ranks(), "cpu")  # fmt: skip
         reports.append(json.dumps(report.summary(), sort_keys=True))
     assert reports[0] == reports[1]
+
+
+def test_the_head_is_lost_and_comes_back(data, elastic, tmp_path):
+    """Ray does not outlive its head; the stage ends, and is resumed on the next one."""
+    with ray_nodes.nodes() as first:
+        logger = Acting(5, lambda: first.kill(first.head))
+        job = job_of(tmp_path / "a", inputs={"data": data}, cluster=first.address)
+        with pytest.raises(RuntimeError, match="the sft stage failed"):
+            launch(job, logger)
+        ended = time.monotonic() - logger.acted
+        gone = ended + wait_for_no_rank(first)
+    assert 5 <= newest_step(tmp_path / "a" / "checkpoints") < 24
+    with ray_nodes.nodes() as second:
+        report = launch(job.model_copy(update={"cluster": second.address}), logger)
+    assert report.summary() == elastic[2].summary()
+    assert values(logger) == elastic[1]
+    same(tmp_path / "a", elastic[0])
+    measured("the head is lost", f"the stage fails after {ended:.0f} s, no rank left after "
+             f"{gone:.0f} s; resumed on another cluster equal to the bit")  # fmt: skip

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import histories
 import pytest
 import yaml
 from servers import Servers, wait_until
@@ -66,32 +67,15 @@ def expected(tmp_path_factory, config):
                 timeout=400,
             )
             assert done.returncode == 0, done.stderr
-            alone = Servers.__new__(Servers)
-            alone.home = folder / "home"
-            known[seed] = result(alone, seed)
+            known[seed] = result(folder / "home", seed)
         return known[seed]
 
     return get
 
 
-def result(servers, seed):
+def result(home, seed):
     """Digests of the versions, and every value of every curve, of the pipeline of a seed."""
-    mine = (
-        "select r.run_uuid from runs r join params p on p.run_uuid = r.run_uuid "
-        f"where p.key = 'seed' and p.value = '{seed}'"
-    )
-    digests = servers.rows(
-        "select v.name, t.value from model_versions v join model_version_tags t "
-        "on t.name = v.name and t.version = v.version and t.key = 'digest' "
-        f"where v.current_stage != 'Deleted_Internal' and v.run_id in ({mine}) order by v.name"
-    )
-    curves = servers.rows(
-        "select r.name, m.key, m.step, m.value from metrics m join runs r "
-        f"on r.run_uuid = m.run_uuid where r.run_uuid in ({mine}) and m.key not like 'time/%' "
-        "and r.name like '%-seed-%' "
-        "order by 1, 2, 3, 4"
-    )
-    return digests, curves
+    return histories.digests(home, seed), histories.curves(home, seed)
 
 
 def whole(servers, seed, expected):
@@ -103,10 +87,9 @@ def whole(servers, seed, expected):
     assert {status for _, status in runs} == {"FINISHED"}, runs
     names = sorted(name.partition("-seed")[0] for name, _ in runs if "-seed" in name)
     assert [n for n in names if n in STAGES] == sorted(STAGES)
-    doubled = "select count(*) from metrics group by run_uuid, key, step having count(*) > 1"
-    assert servers.rows(doubled) == []
+    assert histories.doubled(servers.home) == []
     assert servers.rows("select name from runs where status = 'RUNNING'") == []
-    digests, curves = result(servers, seed)
+    digests, curves = result(servers.home, seed)
     assert [name for name, _ in digests] == [
         "tiny-critic",
         "tiny-policy",
@@ -202,7 +185,7 @@ def test_the_same_is_triggered_twice_at_once(servers, config, expected):
     both = [start(servers, config, 40) for _ in "ab"]
     for flow_run in both:
         servers.until(flow_run, "Completed", seconds=600)
-    assert result(servers, 40)[0] == expected(40)[0]  # each model once
+    assert result(servers.home, 40)[0] == expected(40)[0]  # each model once
     assert servers.rows("select name from runs where status = 'RUNNING'") == []
 
 
