@@ -20,10 +20,9 @@ from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun
 from tasks.registry.registered import find_model
 from tasks.steps.data import prepare_data
-from tasks.steps.engine import check_engine
 from tasks.steps.evaluation import evaluate
 from tasks.steps.judge import check_judge
-from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
+from tasks.steps.policy import TrainedPolicy, check_engine, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion, promote
 from tasks.steps.report import write_report
 from tasks.steps.report_card import check_report_card, write_report_card

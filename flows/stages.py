@@ -26,9 +26,8 @@ from tasks.record.run import open_run
 from tasks.registry.refs import DatasetRef, ModelRef, Ref
 from tasks.registry.registered import find_data, find_milestones, find_model, find_parent
 from tasks.steps.data import prepare_data
-from tasks.steps.engine import check_engine
 from tasks.steps.judge import check_judge
-from tasks.steps.policy import TrainedPolicy, find_rewards, train_policy
+from tasks.steps.policy import TrainedPolicy, check_engine, find_rewards, train_policy
 from tasks.steps.promotion import pin_champion
 from tasks.steps.report_card import check_report_card
 from tasks.steps.reward_model import check_reward_model

@@ -11,11 +11,13 @@ from rlhf_core.settings.model import SamplingConfig
 from rlhf_core.settings.monitor import HELD_OUT
 from rlhf_core.settings.onpolicy import OnPolicySection
 from rlhf_core.settings.rewards import PIPELINE_REWARD
+from tasks.engines.place import try_engine
 from tasks.prefect.ui import stage_task
 from tasks.record.record import Record
 from tasks.registry.refs import DatasetRef, ModelRef, PipelineRun, Ref
 from tasks.registry.registered import milestones_of
 from tasks.reward_places import reward_places
+from tasks.settings import read_settings
 from tasks.steps.stage import do_stage
 
 
@@ -54,6 +56,20 @@ def find_rewards(config: Section, true_reward: str = "") -> dict[str, ModelRef]:
     if config.monitor.held_out and not config.monitor.trains_held_out:
         found[HELD_OUT] = store.resolve(config.monitor.held_out)
     return found
+
+
+@task(name="check-engine", task_run_name="check the engine")
+def check_engine(config: Section, sampling: SamplingConfig) -> None:
+    """Find out whether the servers can sample, which otherwise fails after hours of training.
+
+    Args:
+        config: the settings of the algorithm; one that rolls nothing out needs no server.
+
+    Raises: ConfigError when the environment names no server; EngineError when one does not answer,
+        or cannot do what is needed.
+    """
+    if isinstance(config, OnPolicySection):
+        try_engine(sampling, read_settings())
 
 
 @stage_task("policy", "{algorithm}")

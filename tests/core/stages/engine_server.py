@@ -37,7 +37,7 @@ def serving(model, root, *, lies=False, port=None):
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while True:
             assert process.poll() is None, "the server has ended"
             try:
