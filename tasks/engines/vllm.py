@@ -12,10 +12,11 @@ processed_logprobs (docs/engines.md). Its calls, as of vLLM 0.32:
 """
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -79,15 +80,15 @@ class VllmClient:
         servers = len(self._addresses)
         share = -(-len(questions) // servers)
         asked = [(self._addresses[i // share], question) for i, question in enumerate(questions)]
-        at_once = AT_ONCE * servers
-        with _http(at_once) as http:
 
-            @contextmanager
-            def worker() -> Iterator[_Ask]:
+        @contextmanager
+        def worker() -> Iterator[_Ask]:
+            # Each thread has its own: some may wait for a reply when all are told to stop.
+            with _http() as http:
                 yield partial(_ask, http, rules)
 
-            with closing(in_parallel(worker, asked, at_once)) as answers:
-                yield from answers
+        with closing(in_parallel(worker, asked, AT_ONCE * servers)) as answers:
+            yield from answers
 
 
 def _ask(
@@ -98,12 +99,16 @@ def _ask(
 
 
 @contextmanager
-def _http(at_once: int = 1) -> Iterator[httpx.Client]:
-    limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
-    # A request waits for a free connection as long as for a reply.
+def _http() -> Iterator[httpx.Client]:
     timeout = httpx.Timeout(REPLY_SECONDS, connect=CONNECT_SECONDS)
-    with httpx.Client(limits=limits, timeout=timeout) as http:
+    with httpx.Client(timeout=timeout, verify=_trusted()) as http:
         yield http
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates to trust, read once: it takes a hundred times as long as a connection."""
+    return httpx.create_ssl_context()
 
 
 class _Server:
