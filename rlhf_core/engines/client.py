@@ -17,7 +17,7 @@ class EnginePlace(Section):
     addresses: tuple[str, ...]
     folder: Path  # for weights; the servers see it under the same path
 
-    def connect(self) -> "Client":
+    def client(self) -> "Client":
         """A client of the servers.
 
         The factory is imported from where the program is; no config names it.

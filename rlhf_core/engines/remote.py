@@ -47,7 +47,7 @@ class Remote:
         config: SamplingConfig,
         ranks: Ranks,
     ) -> None:
-        self._client = place.connect()
+        self._client = place.client()
         self._folder = place.folder.absolute()
         self._policy = policy
         self._tokenizer = tokenizer

@@ -36,4 +36,4 @@ def try_engine(sampling: SamplingConfig, settings: Settings) -> None:
     Raises: ConfigError when the environment names none; EngineError when one cannot.
     """
     if (place := engine_place({"sampling": sampling}, settings, settings.home)) is not None:
-        place.connect().check(sampling.max_length)
+        place.client().check(sampling.max_length)

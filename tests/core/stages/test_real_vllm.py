@@ -87,6 +87,6 @@ def test_a_server_without_what_is_needed_is_told_so(world, tmp_path):
     raw = ("--logprobs-mode", "raw_logprobs")
     with vllm_serving(world.sft.parent / "server", free_port(), *raw, log=log) as address:
         with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
-            place(tmp_path, address).connect().check(14)
+            place(tmp_path, address).client().check(14)
         with pytest.raises(EngineError, match="reads texts of at most 64 tokens"):
-            place(tmp_path, address).connect().check(65)
+            place(tmp_path, address).client().check(65)
