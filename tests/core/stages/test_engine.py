@@ -196,7 +196,7 @@ def test_what_a_server_cannot_do_is_said_before_anything_is_sampled(
         tiny.run(tiny.CONFIGS["ppo"], world, tmp_path / "out", sampling=VLLM)
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:1 cannot be reached"):
         run_vllm(world, tmp_path, "http://127.0.0.1:1")
-    client = place(tmp_path, server).connect()
+    client = place(tmp_path, server).client()
     client.check(32)
     with pytest.raises(EngineError, match=r"reads texts of at most 32 tokens, and .* asks for 33"):
         client.check(33)
