@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where models are kept")
     parser.add_argument("--model", type=Path, help="SmolLM2 as models.py wrote it; else the demo")
     parser.add_argument("--reward", type=Path, help="its neighbour NAME-reward")
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="float32", help="of evaluation.precision")
+    parser.add_argument("--before-precision", help="that of the older commit, if it is another")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--prompts", type=int, default=128, help="at most; SmolLM2 has 16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -59,11 +60,13 @@ def main() -> None:
     if arguments.profile:
         print(json.dumps(measure(task | {"profile": True})))
         return
+    tasks = {"now": task, "before": dict(task)}
+    tasks["before"]["precision"] = arguments.before_precision or arguments.precision
     sides: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
     for number in range(arguments.rounds):
         order = [("before", arguments.before), ("now", TREE)]
         for side, tree in order if number % 2 == 0 else order[::-1]:
-            sides[side].append(run(tree, task))
+            sides[side].append(run(tree, tasks[side]))
             print(side, sides[side][-1]["cpu_seconds"], file=sys.stderr)
     print(json.dumps(compared(sides)))
 
