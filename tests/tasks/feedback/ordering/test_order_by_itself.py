@@ -133,7 +133,7 @@ def test_after_asking_the_queue_is_in_order_and_what_fails_is_a_warning(
     def broken(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("tasks.feedback.ordering.task.order_project", broken)
+    monkeypatch.setattr("tasks.feedback.ordering.ordering.order_project", broken)
     assert feedback(AskConfig(project="demo")) == "demo"
     assert "keeps the order that it had (OSError: no space left)" in caplog.text
     assert "`rlhf feedback order demo` puts it in order" in caplog.text
