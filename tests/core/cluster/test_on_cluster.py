@@ -251,8 +251,9 @@ def test_a_bug_is_not_tried_again_and_again(cluster, data, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)the sft stage failed.*Traceback"):
         launch(Job.model_validate(broken), logger)
     tries = {what for what, *_ in logger.phases if "again" in what}
-    # It trains before it fails, so the second try begins elsewhere; Ray may begin one more.
-    assert len(tries) <= 3
+    # It trains before it fails, so the second try begins elsewhere; the last step that was told may
+    # be another in each try, and Ray may begin one more.
+    assert len(tries) <= 5
     measured("a bug", f"given up after {len(tries) + 1} tries")
 
 
